@@ -1,0 +1,3 @@
+"""diffiqa: Diff-V²-IQA image quality scores in production."""
+
+__version__ = "0.1.0"

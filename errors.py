@@ -1,0 +1,52 @@
+"""Every error diffiqa raises on purpose. `DiffiqaError.exit_code` is what a command ends with.
+
+DiffiqaError
+├── ConfigError       a model configuration that cannot be built
+├── CheckpointError   a weights file that cannot be read, or does not fit its configuration
+├── EngineError       an engine directory that is missing, damaged, foreign or already there
+├── ExportError       a stage that could not be exported, or disagrees with PyTorch
+├── BackendError      a runtime library that is missing or refuses a stage
+├── ImageError        one image that cannot be scored
+├── OutputError       a result that cannot be written
+└── UsageError        options that contradict each other
+"""
+
+
+class DiffiqaError(Exception):
+    """Base of all errors meant for the user: the message says what, where, and what to do."""
+
+    exit_code = 2
+
+
+class ConfigError(DiffiqaError):
+    """A model configuration that cannot be built."""
+
+
+class CheckpointError(DiffiqaError):
+    """A weights file that cannot be read, or does not fit its configuration."""
+
+
+class EngineError(DiffiqaError):
+    """An engine directory that is missing, damaged, foreign or already there."""
+
+
+class ExportError(DiffiqaError):
+    """A stage that could not be exported, or disagrees with PyTorch."""
+
+
+class BackendError(DiffiqaError):
+    """A runtime library that is missing or refuses a stage."""
+
+
+class ImageError(DiffiqaError):
+    """One image that cannot be scored."""
+
+    exit_code = 1
+
+
+class OutputError(DiffiqaError):
+    """A result that cannot be written."""
+
+
+class UsageError(DiffiqaError):
+    """Options that contradict each other."""

@@ -1,0 +1,287 @@
+"""What a Diff-V²-IQA network is made of, as plain data: sizes, variants and the paper's ablations. No torch here.
+
+A configuration is stored in our checkpoints and in every engine's manifest; `PRESETS` names the ones people use.
+"""
+
+import enum
+import itertools
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..errors import ConfigError
+from ..runtime.codec import decode
+from ..runtime.schedule import Kind, Schedule, Taps
+
+
+class Norm(enum.StrEnum):
+    """What normalises inside the U-Net: the paper's BatchNorm or SR3's GroupNorm."""
+
+    BATCH = "batch"
+    GROUP = "group"
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """SR3's U-Net. Level k works at 1/2^k of the image size with `width * multipliers[k]` channels."""
+
+    width: int = 64
+    multipliers: tuple[int, ...] = (1, 2, 4, 8, 8)
+    blocks: int = 2  # residual blocks per level going down; going up there is one more
+    attention_levels: tuple[int, ...] = (3,)
+    norm: Norm = Norm.BATCH
+    groups: int = 32  # of GroupNorm
+    dropout: float = 0.2
+
+    @property
+    def alignment(self) -> int:
+        """Image sides must be multiples of this."""
+        return int(2 ** (len(self.multipliers) - 1))
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """A timm-style ViT of which only the blocks up to the last selected one are built."""
+
+    patch: int = 8
+    width: int = 768
+    heads: int = 12
+    mlp: int = 3072
+
+
+@dataclass(frozen=True)
+class SwinConfig:
+    """MANIQA's Swin stages, used twice: at the squeezed width and at half of it."""
+
+    layers: int = 2
+    blocks: int = 2
+    heads: int = 4
+    window: int = 4
+    mlp: int = 768
+    scale: float = 0.8  # x ← scale·layer(x) + x; one public MANIQA checkpoint wants 0.13
+
+
+@dataclass(frozen=True)
+class VCGConfig:
+    """Visual compensation guidance: ViT maps of the four images → noise codes → TAB → Swin → score."""
+
+    vit: ViTConfig = field(default_factory=ViTConfig)
+    selection: dict[Kind, tuple[int, ...]] = field(
+        default_factory=lambda: {Kind.DIS: (6, 7, 8, 9), Kind.Y0: (6, 7), Kind.T1: (8,), Kind.T2: (9,)}
+    )
+    noise_code: int = 192  # channels of the learned code of each kind; 0 leaves codes out (MANIQA)
+    squeeze: tuple[int, ...] = (2304, 768)  # widths after the chain of 1×1 convolutions
+    swin: SwinConfig = field(default_factory=SwinConfig)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """ViT blocks whose outputs are read by any kind, ascending."""
+        return tuple(sorted({layer for layers in self.selection.values() for layer in layers}))
+
+    @property
+    def channels(self) -> int:
+        """Channels of the concatenated map Z."""
+        return sum(len(layers) * self.vit.width + self.noise_code for layers in self.selection.values())
+
+
+@dataclass(frozen=True)
+class VDAConfig:
+    """Visual difference analysis: ResNet outputs of the four images → RTAB → score."""
+
+    resnet_width: int = 64
+    resnet_blocks: tuple[int, ...] = (3, 4, 6, 3)
+    classes: int = 1000
+    query: Kind = Kind.Y0
+    key: Kind = Kind.T1
+    value: Kind = Kind.T2
+    width: int = 32
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole Diff-V²-IQA network. `None` for a part is the paper's ablation without it.
+
+    Without branches that look at restored images there is no U-Net either: VCG over `{dis: 6, 7, 8, 9}` alone, with
+    no noise code, is MANIQA.
+    """
+
+    name: str
+    unet: UNetConfig | None = field(default_factory=UNetConfig)
+    schedule: Schedule = field(default_factory=Schedule)
+    taps: Taps = field(default_factory=Taps)
+    crop: int = 224
+    tabs: int = 2  # transposed attention blocks per stage; those of stage 1 serve both branches
+    vcg: VCGConfig | None = field(default_factory=VCGConfig)
+    vda: VDAConfig | None = field(default_factory=VDAConfig)
+    vcg_weight: float = 1.0
+    vda_weight: float = 1.0
+    grid: int = 28  # the heads' map is grid × grid tokens
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be built, before anything is allocated."""
+        for problem in _problems(self):
+            raise ConfigError(f"model configuration {self.name!r}: {problem}")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the heads' map."""
+        return self.grid * self.grid
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The images that are looked at, in the order of every array over kinds. The distorted one always is."""
+        used = {Kind.DIS}
+        if self.vcg:
+            used |= set(self.vcg.selection)
+        if self.vda:
+            used |= {self.vda.query, self.vda.key, self.vda.value}
+        return tuple(kind for kind in Kind if kind in used)
+
+    @staticmethod
+    def from_json(data: Any, where: str = "model configuration") -> "ModelConfig":
+        """Decode a configuration that `runtime.codec.encode` wrote; raises ConfigError."""
+        return decode(ModelConfig, data, where, ConfigError)
+
+
+def _problems(c: ModelConfig) -> "itertools.chain[str]":
+    """Yield what is wrong with a configuration, in words."""
+    parts = [_common_problems(c)]
+    if c.unet:
+        parts.append(_unet_problems(c.unet))
+    if c.vcg:
+        parts.append(_vcg_problems(c, c.vcg))
+    if c.vda:
+        parts.append(_vda_problems(c.vda))
+    return itertools.chain.from_iterable(parts)
+
+
+def _common_problems(c: ModelConfig) -> list[str]:
+    restored = [kind for kind in c.kinds if kind is not Kind.DIS]
+    rules = {
+        "needs at least one branch (vcg or vda)": c.vcg is not None or c.vda is not None,
+        f"looks at {', '.join(restored)} but has no U-Net to restore them": c.unet is not None
+        or not restored,
+        "has a U-Net that no branch looks at": c.unet is None or bool(restored),
+        "steps must be between 2 and 4000": 2 <= c.schedule.steps <= 4000,
+        "schedule offset and max_beta must lie between 0 and 1": 0 < c.schedule.offset < 1
+        and 0 < c.schedule.max_beta < 1,
+        "taps must be different step indices below the number of steps, y0 at 0": (
+            c.taps.y0 == 0 < c.taps.t1 < c.schedule.steps
+            and 0 < c.taps.t2 < c.schedule.steps
+            and c.taps.t1 != c.taps.t2
+        ),
+        "tabs must be between 0 and 8": 0 <= c.tabs <= 8,
+        "crop must be a multiple of 16 between 32 and 1024": 32 <= c.crop <= 1024 and c.crop % 16 == 0,
+        "grid must be between 1 and 128": 1 <= c.grid <= 128,
+        "branch weights must not be negative": min(c.vcg_weight, c.vda_weight) >= 0,
+        "name must be 1 to 64 letters, digits, '-', '_' or '.'": (
+            0 < len(c.name) <= 64 and all(ch.isalnum() or ch in "-_." for ch in c.name)
+        ),
+    }
+    return [text for text, ok in rules.items() if not ok]
+
+
+def _unet_problems(u: UNetConfig) -> list[str]:
+    levels = len(u.multipliers)
+    widths = [u.width * m for m in u.multipliers]
+    rules = {
+        "unet.width must be an even number between 4 and 1024": 4 <= u.width <= 1024 and u.width % 2 == 0,
+        "unet.multipliers must be 2 to 5 numbers between 1 and 16 (sides are aligned to 16)": (
+            2 <= levels <= 5 and all(1 <= m <= 16 for m in u.multipliers)
+        ),
+        "unet.blocks must be between 1 and 8": 1 <= u.blocks <= 8,
+        "unet.attention_levels must name levels of the U-Net": all(
+            0 <= k < levels for k in u.attention_levels
+        ),
+        "unet.groups must divide the width of every level": (
+            u.groups >= 1 and (u.norm is Norm.BATCH or all(w % u.groups == 0 for w in [u.width, *widths]))
+        ),
+        "unet.dropout must be in [0, 1)": 0 <= u.dropout < 1,
+    }
+    return [text for text, ok in rules.items() if not ok]
+
+
+def _vcg_problems(c: ModelConfig, v: VCGConfig) -> list[str]:
+    vit, swin = v.vit, v.swin
+    sizes = (
+        vit.patch,
+        vit.width,
+        vit.heads,
+        vit.mlp,
+        swin.window,
+        swin.mlp,
+        swin.heads,
+        swin.layers,
+        swin.blocks,
+        *v.squeeze,
+    )
+    if min(sizes) < 1 or max(*sizes, v.noise_code) > 16384 or not v.squeeze:
+        return ["vcg sizes must be between 1 and 16384"]
+    rules = {
+        f"vcg: crop {c.crop} / patch {vit.patch} must give the grid of {c.grid}": c.crop
+        == c.grid * vit.patch,
+        "vcg.vit.width must be a multiple of heads": vit.width % vit.heads == 0,
+        "vcg.selection must include dis and name each kind with at least one block": (
+            Kind.DIS in v.selection and all(v.selection.values())
+        ),
+        "vcg.selection must name ViT blocks between 0 and 63": all(0 <= layer < 64 for layer in v.layers),
+        "vcg.noise_code must not be negative": v.noise_code >= 0,
+        "vcg.swin: grid must be a multiple of window": c.grid % swin.window == 0,
+        "vcg.swin: half of the last squeeze width must be a multiple of heads": v.squeeze[-1]
+        % (2 * swin.heads)
+        == 0,
+        "vcg.swin.layers and blocks must be at most 16": swin.layers <= 16 and swin.blocks <= 16,
+    }
+    return [text for text, ok in rules.items() if not ok]
+
+
+def _vda_problems(v: VDAConfig) -> list[str]:
+    rules = {
+        "vda.resnet_width must be between 4 and 1024": 4 <= v.resnet_width <= 1024,
+        "vda.resnet_blocks must be four numbers between 1 and 64": (
+            len(v.resnet_blocks) == 4 and all(1 <= n <= 64 for n in v.resnet_blocks)
+        ),
+        "vda.classes must be between 1 and 16384": 1 <= v.classes <= 16384,
+        "vda.width must be between 1 and 4096": 1 <= v.width <= 4096,
+        "vda query, key and value must be restored kinds": Kind.DIS not in {v.query, v.key, v.value},
+    }
+    return [text for text, ok in rules.items() if not ok]
+
+
+PAPER = ModelConfig(name="paper")
+
+PRESETS: dict[str, ModelConfig] = {
+    # The paper's text: BatchNorm in the U-Net.
+    "paper": PAPER,
+    # The authors' code: SR3's GroupNorm.
+    "authors": replace(PAPER, name="authors", unet=UNetConfig(norm=Norm.GROUP)),
+    # The special case without restoration, for MANIQA's own weights.
+    "maniqa": replace(
+        PAPER,
+        name="maniqa",
+        unet=None,
+        vda=None,
+        vcg=VCGConfig(selection={Kind.DIS: (6, 7, 8, 9)}, noise_code=0, squeeze=(768,)),
+    ),
+    # The same stages, small: two CPU cores restore a 224×224 image in a few seconds.
+    "mini": ModelConfig(
+        name="mini",
+        unet=UNetConfig(width=16, multipliers=(1, 2, 4, 4, 4), blocks=1),
+        grid=14,
+        vcg=VCGConfig(
+            vit=ViTConfig(patch=16, width=96, heads=4, mlp=192),
+            selection={Kind.DIS: (2, 3, 4, 5), Kind.Y0: (2, 3), Kind.T1: (4,), Kind.T2: (5,)},
+            noise_code=24,
+            squeeze=(192, 96),
+            swin=SwinConfig(window=7, mlp=96),
+        ),
+        vda=VDAConfig(resnet_width=16, resnet_blocks=(1, 1, 1, 1), classes=128),
+    ),
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """Return a configuration by name; raises ConfigError that lists the names there are."""
+    try:
+        return PRESETS[name]
+    except KeyError:
+        raise ConfigError(f"there is no preset {name!r}; choose from {', '.join(PRESETS)}") from None

@@ -1,0 +1,1 @@
+"""Engine directory → scores. Nothing below this folder imports torch, `model/` or `export/`."""
