@@ -115,6 +115,7 @@ class ModelConfig:
     vcg_weight: float = 1.0
     vda_weight: float = 1.0
     grid: int = 28  # the heads' map is grid × grid tokens
+    dropout: float = 0.1  # of the heads, in training
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built, before anything is allocated."""
@@ -158,8 +159,7 @@ def _common_problems(c: ModelConfig) -> list[str]:
     restored = [kind for kind in c.kinds if kind is not Kind.DIS]
     rules = {
         "needs at least one branch (vcg or vda)": c.vcg is not None or c.vda is not None,
-        f"looks at {', '.join(restored)} but has no U-Net to restore them": c.unet is not None
-        or not restored,
+        f"looks at {', '.join(restored)} but has no U-Net to restore them": c.unet is not None or not restored,
         "has a U-Net that no branch looks at": c.unet is None or bool(restored),
         "steps must be between 2 and 4000": 2 <= c.schedule.steps <= 4000,
         "schedule offset and max_beta must lie between 0 and 1": 0 < c.schedule.offset < 1
@@ -172,6 +172,7 @@ def _common_problems(c: ModelConfig) -> list[str]:
         "tabs must be between 0 and 8": 0 <= c.tabs <= 8,
         "crop must be a multiple of 16 between 32 and 1024": 32 <= c.crop <= 1024 and c.crop % 16 == 0,
         "grid must be between 1 and 128": 1 <= c.grid <= 128,
+        "dropout must be in [0, 1)": 0 <= c.dropout < 1,
         "branch weights must not be negative": min(c.vcg_weight, c.vda_weight) >= 0,
         "name must be 1 to 64 letters, digits, '-', '_' or '.'": (
             0 < len(c.name) <= 64 and all(ch.isalnum() or ch in "-_." for ch in c.name)
@@ -189,9 +190,7 @@ def _unet_problems(u: UNetConfig) -> list[str]:
             2 <= levels <= 5 and all(1 <= m <= 16 for m in u.multipliers)
         ),
         "unet.blocks must be between 1 and 8": 1 <= u.blocks <= 8,
-        "unet.attention_levels must name levels of the U-Net": all(
-            0 <= k < levels for k in u.attention_levels
-        ),
+        "unet.attention_levels must name levels of the U-Net": all(0 <= k < levels for k in u.attention_levels),
         "unet.groups must divide the width of every level": (
             u.groups >= 1 and (u.norm is Norm.BATCH or all(w % u.groups == 0 for w in [u.width, *widths]))
         ),
@@ -217,8 +216,7 @@ def _vcg_problems(c: ModelConfig, v: VCGConfig) -> list[str]:
     if min(sizes) < 1 or max(*sizes, v.noise_code) > 16384 or not v.squeeze:
         return ["vcg sizes must be between 1 and 16384"]
     rules = {
-        f"vcg: crop {c.crop} / patch {vit.patch} must give the grid of {c.grid}": c.crop
-        == c.grid * vit.patch,
+        f"vcg: crop {c.crop} / patch {vit.patch} must give the grid of {c.grid}": c.crop == c.grid * vit.patch,
         "vcg.vit.width must be a multiple of heads": vit.width % vit.heads == 0,
         "vcg.selection must include dis and name each kind with at least one block": (
             Kind.DIS in v.selection and all(v.selection.values())
@@ -226,9 +224,7 @@ def _vcg_problems(c: ModelConfig, v: VCGConfig) -> list[str]:
         "vcg.selection must name ViT blocks between 0 and 63": all(0 <= layer < 64 for layer in v.layers),
         "vcg.noise_code must not be negative": v.noise_code >= 0,
         "vcg.swin: grid must be a multiple of window": c.grid % swin.window == 0,
-        "vcg.swin: half of the last squeeze width must be a multiple of heads": v.squeeze[-1]
-        % (2 * swin.heads)
-        == 0,
+        "vcg.swin: half of the last squeeze width must be a multiple of heads": v.squeeze[-1] % (2 * swin.heads) == 0,
         "vcg.swin.layers and blocks must be at most 16": swin.layers <= 16 and swin.blocks <= 16,
     }
     return [text for text, ok in rules.items() if not ok]

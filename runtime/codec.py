@@ -49,8 +49,7 @@ def _decode(hint: Any, data: Any, where: str, error: Callable[[str], Exception])
         hints = [args[0]] * len(data) if args[-1] is Ellipsis else list(args)
         _expect(len(data) == len(hints), where, f"{len(hints)} items", data, error)
         return tuple(
-            _decode(h, item, f"{where}[{i}]", error)
-            for i, (h, item) in enumerate(zip(hints, data, strict=True))
+            _decode(h, item, f"{where}[{i}]", error) for i, (h, item) in enumerate(zip(hints, data, strict=True))
         )
     if origin is dict:
         _expect(isinstance(data, dict), where, "an object", data, error)
@@ -71,9 +70,7 @@ def _decode(hint: Any, data: Any, where: str, error: Callable[[str], Exception])
     if hint is int:
         _expect(isinstance(data, int) and not isinstance(data, bool), where, "a whole number", data, error)
         return data
-    _expect(
-        isinstance(data, hint), where, {str: "text", bool: "true or false"}.get(hint, str(hint)), data, error
-    )
+    _expect(isinstance(data, hint), where, {str: "text", bool: "true or false"}.get(hint, str(hint)), data, error)
     return data
 
 

@@ -69,13 +69,9 @@ class NoiseField:
         height, width = size
         rows, columns = window or size
         if width % 4 or columns % 4 or left % 4:
-            raise ValueError(
-                f"noise windows are aligned to 4 pixels: image {size}, window {window} at {left}"
-            )
+            raise ValueError(f"noise windows are aligned to 4 pixels: image {size}, window {window} at {left}")
         if 3 * height * width // 4 > _LOW:
-            raise ValueError(
-                f"an image of {width}×{height} has more elements than the noise counter can number"
-            )
+            raise ValueError(f"an image of {width}×{height} has more elements than the noise counter can number")
         self.shape = (3, rows, columns)
         self._key, self._lane = split_seed(seed), lane
         rows_of = (np.arange(3)[:, None] * height + np.arange(top, top + rows)).ravel()

@@ -1,0 +1,109 @@
+"""The two scoring branches: visual compensation guidance (VCG) and visual difference analysis (VDA)."""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .attention import ResidualTransposedAttention, TransposedAttention
+from .config import ModelConfig, VCGConfig, VDAConfig
+from .resnet import ResNet
+from .swin import Swin
+from .vit import ViT
+
+
+class BranchScore(NamedTuple):
+    """A branch's verdict on B crops: `score` (B,) is the mean of `score_map` weighted by `weight_map`, (B, g, g)."""
+
+    score: Tensor
+    score_map: Tensor
+    weight_map: Tensor
+
+
+class VCG(nn.Module):
+    """ViT maps of the crop and its restorations → noise codes → TAB → Swin → TAB → Swin → score."""
+
+    def __init__(self, config: ModelConfig, c: VCGConfig) -> None:
+        super().__init__()
+        width = c.squeeze[-1]
+        self.config, self.kinds, self.grid = c, config.kinds, config.grid
+        self.vit = ViT(c.vit, image=config.crop, blocks=max(c.layers) + 1)
+        self.noise_codes = nn.Parameter(torch.zeros(len(c.selection), c.noise_code)) if c.noise_code else None
+        widths = [c.channels, *c.squeeze]
+        self.squeeze = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in itertools.pairwise(widths))
+        self.swin1 = Swin(c.swin, width, config.grid, config.dropout)
+        self.tabs2 = nn.ModuleList(TransposedAttention(config.tokens, config.dropout) for _ in range(config.tabs))
+        self.halve = nn.Conv2d(width, width // 2, 1)
+        self.swin2 = Swin(c.swin, width // 2, config.grid, config.dropout)
+        self.score = head(width // 2, nn.ReLU(), config.dropout)
+        self.weight = head(width // 2, nn.Sigmoid(), config.dropout)
+
+    def maps(self, images: Tensor) -> Tensor:
+        """Images (N, 3, crop, crop) → the ViT maps VCG reads (N, layers, tokens, width)."""
+        out: Tensor = self.vit(images, self.config.layers)
+        return out
+
+    def forward(self, maps: Tensor, tabs: nn.ModuleList) -> BranchScore:
+        """Score ViT maps (B, kinds, layers, tokens, width); `tabs` are the stage-1 TABs shared with VDA."""
+        x = self._gather(maps)
+        for tab in tabs:
+            x = tab(x)
+        x = x.reshape(x.shape[0], x.shape[1], self.grid, self.grid)
+        for conv in self.squeeze:
+            x = conv(x)
+        x = self.swin1(x.flatten(2).transpose(1, 2)).transpose(1, 2)
+        for tab in self.tabs2:
+            x = tab(x)
+        x = self.halve(x.reshape(x.shape[0], x.shape[1], self.grid, self.grid))
+        x = self.swin2(x.flatten(2).transpose(1, 2))
+        return weighted_mean(self.score(x), self.weight(x), self.grid)
+
+    def _gather(self, maps: Tensor) -> Tensor:
+        """Select and concatenate: per kind its blocks' maps, then its noise code. → Z (B, channels, tokens)."""
+        parts = []
+        for row, kind in enumerate(kind for kind in self.kinds if kind in self.config.selection):
+            of_kind = maps[:, self.kinds.index(kind)]
+            parts += [of_kind[:, self.config.layers.index(layer)] for layer in self.config.selection[kind]]
+            if self.noise_codes is not None:
+                parts.append(self.noise_codes[row].expand(maps.shape[0], maps.shape[3], -1))
+        return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+class VDA(nn.Module):
+    """ResNet outputs of the crop and its restorations → RTAB over their differences → TAB → score."""
+
+    def __init__(self, config: ModelConfig, c: VDAConfig) -> None:
+        super().__init__()
+        self.config, self.kinds, self.grid = c, config.kinds, config.grid
+        self.resnet = ResNet(c.resnet_width, c.resnet_blocks, c.classes)
+        self.rtab = ResidualTransposedAttention(c.classes, config.tokens, config.dropout)
+        self.widen = nn.Conv2d(1, c.width, 1)
+        self.score = head(c.width, nn.ReLU(), config.dropout)
+        self.weight = head(c.width, nn.Sigmoid(), config.dropout)
+
+    def forward(self, images: Tensor, tabs: nn.ModuleList) -> BranchScore:
+        """Score images (B, kinds, 3, crop, crop); `tabs` are the stage-1 TABs shared with VCG."""
+        features = self.resnet(images.flatten(0, 1)).reshape(images.shape[0], len(self.kinds), -1)
+        of = {kind: features[:, index] for index, kind in enumerate(self.kinds)}
+        c = self.config
+        x = self.rtab(features[:, 0], of[c.query], of[c.key], of[c.value])[:, None]  # (B, 1, tokens)
+        for tab in tabs:
+            x = tab(x)
+        x = self.widen(x.reshape(x.shape[0], 1, self.grid, self.grid)).flatten(2).transpose(1, 2)
+        return weighted_mean(self.score(x), self.weight(x), self.grid)
+
+
+def head(width: int, last: nn.Module, dropout: float) -> nn.Sequential:
+    """Return the small MLP that gives every token its score or weight."""
+    out = nn.Linear(width, 1)
+    if isinstance(last, nn.ReLU):
+        # A fresh score head sits inside the label range [0, 1]: below 0 its ReLU would never learn.
+        nn.init.constant_(out.bias, 0.5)
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout), out, last)
+
+
+def weighted_mean(scores: Tensor, weights: Tensor, grid: int) -> BranchScore:
+    """Reduce per-token scores and weights (B, tokens, 1) to a branch score."""
+    total = (scores * weights).sum(dim=(1, 2)) / weights.sum(dim=(1, 2))
+    return BranchScore(total, scores.reshape(-1, grid, grid), weights.reshape(-1, grid, grid))

@@ -1,0 +1,129 @@
+"""The whole Diff-V²-IQA network, and `score`: the plain PyTorch reference that every engine must agree with."""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..runtime.crops import crop_grid, padded_size
+from ..runtime.noise import NoiseField
+from ..runtime.schedule import Kind
+from .attention import TransposedAttention
+from .config import ModelConfig
+from .heads import VCG, VDA, BranchScore
+from .unet import UNet
+
+Branch = TypeVar("Branch", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of B images, each (B,): the weighted sum of both branches, and the branches (None where absent)."""
+
+    total: Tensor
+    vcg: Tensor | None
+    vda: Tensor | None
+
+
+class DiffV2IQA(nn.Module):
+    """A restoring U-Net and two scoring branches; parts the configuration leaves out are `None`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.unet = UNet(config.unet) if config.unet else None
+        self.tabs = nn.ModuleList(TransposedAttention(config.tokens, config.dropout) for _ in range(config.tabs))
+        self.vcg = VCG(config, config.vcg) if config.vcg else None
+        self.vda = VDA(config, config.vda) if config.vda else None
+
+    def vit_maps(self, images: Tensor) -> Tensor:
+        """Crops (B, kinds, 3, crop, crop) → ViT maps (B, kinds, layers, tokens, width)."""
+        maps = self._branch(self.vcg, "vcg").maps(images.flatten(0, 1))
+        return maps.reshape(*images.shape[:2], *maps.shape[1:])
+
+    def vcg_scores(self, maps: Tensor) -> BranchScore:
+        """ViT maps (B, kinds, layers, tokens, width) → the VCG branch's verdict."""
+        out: BranchScore = self._branch(self.vcg, "vcg")(maps, self.tabs)
+        return out
+
+    def vda_scores(self, images: Tensor) -> BranchScore:
+        """Crops (B, kinds, 3, crop, crop) → the VDA branch's verdict."""
+        out: BranchScore = self._branch(self.vda, "vda")(images, self.tabs)
+        return out
+
+    def forward(self, images: Tensor) -> Scores:
+        """Score crops of all kinds, (B, kinds, 3, crop, crop)."""
+        vcg = self.vcg_scores(self.vit_maps(images)).score if self.vcg else None
+        vda = self.vda_scores(images).score if self.vda else None
+        parts = [(self.config.vcg_weight, vcg), (self.config.vda_weight, vda)]
+        total = torch.stack([weight * score for weight, score in parts if score is not None]).sum(0)
+        return Scores(total, vcg, vda)
+
+    @torch.no_grad()
+    def restore(self, images: Tensor, seed: int = 0) -> dict[Kind, Tensor]:
+        """Run the sampling loop on whole images (B, 3, H, W) in [-1, 1]; sides must be aligned. The dict has no `dis`.
+
+        Each image sees the noise of `seed` alone, whatever its neighbours in the batch.
+        """
+        if self.unet is None:
+            return {}
+        config, table = self.config, self.config.schedule.coefficients
+        field = NoiseField(seed, (images.shape[2], images.shape[3]))
+
+        def noise(step: int) -> Tensor:
+            z = np.empty(field.shape, np.float32)
+            field.fill(step, z)
+            return torch.from_numpy(z).to(images).expand_as(images)
+
+        y = noise(config.schedule.steps)
+        tapped = {}
+        for i in reversed(range(config.schedule.steps)):
+            level = torch.full((images.shape[0], 1), float(table.noise_level[i])).to(images)
+            eps = self.unet(y, images, level)
+            x0 = (y * float(table.y_to_x0[i]) - eps * float(table.noise_to_x0[i])).clamp(-1, 1)
+            y = x0 * float(table.x0_to_mean[i]) + y * float(table.y_to_mean[i])
+            if i > 0:
+                y = y + noise(i) * float(table.sigma[i])
+            tapped[i] = y
+        return {kind: tapped[config.taps.step_of(kind)] for kind in config.kinds if kind is not Kind.DIS}
+
+    @torch.no_grad()
+    def score(self, images: Tensor, seed: int = 0, crops: int = 9) -> Scores:
+        """Score whole images (B, 3, H, W) in [-1, 1]: restore, cut the same crops from all kinds, mean over crops."""
+        config = self.config
+        height, width = images.shape[2:]
+        alignment = config.unet.alignment if config.unet else 1
+        rows, columns = padded_size(height, width, alignment)
+        padded = nn.functional.pad(images, (0, columns - width, 0, rows - height), mode="reflect")
+        planes = torch.stack([images, *(x[..., :height, :width] for x in self.restore(padded, seed).values())], dim=1)
+        size = config.crop
+        of_crops = [
+            self(planes[..., c.top : c.top + size, c.left : c.left + size])
+            for c in crop_grid(height, width, size, crops)
+        ]
+
+        def mean(scores: list[Tensor | None]) -> Tensor | None:
+            present = [score for score in scores if score is not None]
+            return torch.stack(present).mean(0) if present else None
+
+        total = torch.stack([s.total for s in of_crops]).mean(0)
+        return Scores(total, mean([s.vcg for s in of_crops]), mean([s.vda for s in of_crops]))
+
+    def _branch(self, branch: Branch | None, name: str) -> Branch:
+        if branch is None:
+            raise ValueError(f"model {self.config.name!r} has no {name} branch")
+        return branch
+
+
+def build(config: ModelConfig, seed: int) -> DiffV2IQA:
+    """Return the model with seeded initial weights, in eval mode. The global random state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return DiffV2IQA(config).eval()
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return how many numbers are learned in `module`."""
+    return sum(p.numel() for p in module.parameters())
