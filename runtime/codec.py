@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_NAMES: dict[Any, str] = {str: "text", bool: "true or false", int: "a whole number", float: "a finite number"}
 
 
 def encode(value: Any) -> Any:
@@ -42,8 +43,12 @@ def _decode(hint: Any, data: Any, where: str, error: Callable[[str], Exception])
     if origin in {typing.Union, types.UnionType}:
         if data is None and type(None) in args:
             return None
-        (inner,) = (arg for arg in args if arg is not type(None))
-        return _decode(inner, data, where, error)
+        inner = [arg for arg in args if arg is not type(None)]
+        if len(inner) == 1:
+            return _decode(inner[0], data, where, error)
+        fits = isinstance(data, tuple(inner)) and not isinstance(data, bool)  # a union of scalars, such as int | str
+        _expect(fits, where, " or ".join(_NAMES.get(arg, str(arg)) for arg in inner), data, error)
+        return data
     if origin is tuple:
         _expect(isinstance(data, list | tuple), where, "a list", data, error)
         hints = [args[0]] * len(data) if args[-1] is Ellipsis else list(args)
@@ -70,7 +75,7 @@ def _decode(hint: Any, data: Any, where: str, error: Callable[[str], Exception])
     if hint is int:
         _expect(isinstance(data, int) and not isinstance(data, bool), where, "a whole number", data, error)
         return data
-    _expect(isinstance(data, hint), where, {str: "text", bool: "true or false"}.get(hint, str(hint)), data, error)
+    _expect(isinstance(data, hint), where, _NAMES.get(hint, str(hint)), data, error)
     return data
 
 

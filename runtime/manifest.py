@@ -1,0 +1,280 @@
+"""The engine directory: `manifest.json`, its one typed reader, and the checks that make it safe to load.
+
+    manifest.json                     everything below, and size and SHA-256 of every file
+    onnx/{unet,vit,vcg,vda}.onnx      float32, portable, self-contained
+
+Nothing in it is pickled or executed; ONNX files are loaded only if their hash stands in the manifest. The writer is
+`export/engine.py`.
+"""
+
+import enum
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .. import __version__
+from ..errors import EngineError
+from .codec import decode, encode
+from .schedule import Kind, Schedule, Taps
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 8 * 2**20
+
+
+class StageName(enum.StrEnum):
+    """The networks an engine is made of, in the order they run."""
+
+    UNET = "unet"
+    VIT = "vit"
+    VCG = "vcg"
+    VDA = "vda"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of the engine directory; `path` is relative to it, with forward slashes."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output of a stage. A dimension is a number, or the name of one that is free."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison of an exported stage with PyTorch on random inputs."""
+
+    output: str
+    input_shapes: dict[str, tuple[int, ...]]
+    seed: int
+    max_abs_error: float
+    mean_abs_error: float
+    max_abs_reference: float
+    tolerance: float  # on max_abs_error
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One network: its file, its signature, what it costs, and how well it agrees with PyTorch."""
+
+    name: StageName
+    file: FileEntry
+    opset: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    parameters: int
+    macs: int  # multiply-accumulates for one image (U-Net: crop × crop pixels), counted from the graph
+    checks: tuple[Check, ...]
+
+
+@dataclass(frozen=True)
+class CropPolicy:
+    """Side of the square crops the heads look at, and how many per image unless told otherwise."""
+
+    size: int
+    count: int
+
+
+@dataclass(frozen=True)
+class ScoreMeaning:
+    """How the branch scores add up, and what the sum means."""
+
+    vcg_weight: float
+    vda_weight: float
+    meaning: str
+    trained: bool
+    minimum: float = 0.0
+    nominal_maximum: float = 1.0  # labels are scaled to [0, 1]; a score may exceed it
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class Source:
+    """A weights file that went into the engine, by content."""
+
+    role: str
+    name: str
+    bytes: int
+    sha256: str
+    format: str
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where an engine comes from."""
+
+    created: str  # UTC, ISO 8601
+    versions: dict[str, str]
+    sources: tuple[Source, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that a runtime needs to know of an engine."""
+
+    schema: int
+    model: Any  # the ModelConfig as JSON: the runtime shows it, only export and training read it
+    schedule: Schedule
+    taps: Taps
+    kinds: tuple[Kind, ...]
+    alignment: int  # image sides are padded to multiples of this
+    crop: CropPolicy
+    score: ScoreMeaning
+    stages: tuple[Stage, ...]
+    provenance: Provenance
+
+    @property
+    def model_name(self) -> str:
+        """The name of the model configuration."""
+        name = self.model.get("name") if isinstance(self.model, dict) else None
+        return name if isinstance(name, str) else "unnamed"
+
+    @cached_property
+    def engine_id(self) -> str:
+        """Sixteen hex digits that change with anything a score depends on."""
+        scoring = (self.schedule, self.taps, self.kinds, self.alignment, self.crop.size)
+        weights = (self.score.vcg_weight, self.score.vda_weight)
+        hashes = {stage.name: stage.file.sha256 for stage in self.stages}
+        text = json.dumps(encode({"scoring": scoring, "weights": weights, "stages": hashes}), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def stage(self, name: StageName) -> Stage | None:
+        """Return a stage, or None where the model has none of that name."""
+        return next((stage for stage in self.stages if stage.name is name), None)
+
+    def to_json(self) -> str:
+        """Return the text of `manifest.json`."""
+        return json.dumps(encode(self), indent=2, ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True)
+class EngineDirectory:
+    """An engine directory whose manifest has been read and whose files have been checked."""
+
+    path: Path
+    manifest: Manifest
+
+    def file(self, entry: FileEntry) -> Path:
+        """Return the checked path of a file."""
+        return self.path / entry.path
+
+
+def open_engine(path: Path) -> EngineDirectory:
+    """Read and check an engine directory: schema, paths, sizes and hashes. Raises EngineError."""
+    directory = EngineDirectory(path, read_manifest(path))
+    for stage in directory.manifest.stages:
+        check_file(path, stage.file)
+    return directory
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read `manifest.json` alone. Raises EngineError with what to do."""
+    file = path / MANIFEST
+    try:
+        if not path.is_dir():
+            what = "is not a directory" if path.exists() else "does not exist"
+            raise EngineError(f"{path} {what}; make an engine directory with: iqa-export --ckpt model.pt -o {path}")
+        if not file.is_file():
+            raise EngineError(f"{path} has no {MANIFEST}, so it is not a (finished) engine directory; export it again")
+        if file.stat().st_size > MAX_MANIFEST_BYTES:
+            raise EngineError(f"{file} is larger than {MAX_MANIFEST_BYTES} bytes; it is not ours")
+        text = file.read_text(encoding="utf-8")
+        data = json.loads(text)
+    except OSError as exc:
+        raise EngineError(f"cannot read {file}: {exc.strerror or exc}") from exc
+    except (ValueError, RecursionError) as exc:
+        raise EngineError(f"{file} is damaged ({_first_line(exc)}); export the engine again") from exc
+    if isinstance(data, dict) and data.get("schema") != SCHEMA:
+        raise EngineError(
+            f"{file} has schema version {data.get('schema')!r}; diffiqa {__version__} reads version {SCHEMA}: "
+            f"export the engine again, or use the diffiqa that wrote it"
+        )
+
+    def damaged(message: str) -> EngineError:
+        return EngineError(f"{file} is damaged: {message}; export the engine again")
+
+    try:
+        manifest = decode(Manifest, data, "manifest", damaged)
+        problem = _problem(manifest)
+    except RecursionError as exc:
+        raise damaged("nested too deeply") from exc
+    if problem:
+        raise damaged(problem)
+    return manifest
+
+
+def check_file(directory: Path, entry: FileEntry) -> None:
+    """Raise EngineError unless `entry` is the very file that was exported, inside `directory`."""
+    relative = PurePosixPath(entry.path)
+    if (
+        relative.is_absolute()
+        or ".." in relative.parts
+        or "\\" in entry.path
+        or ":" in entry.path
+        or not relative.parts
+    ):
+        raise EngineError(f"{directory / MANIFEST} names {entry.path!r}, which leaves the engine directory; refused")
+    file = directory / relative
+    try:
+        inside = file.resolve(strict=True).is_relative_to(directory.resolve(strict=True))
+        if not inside:
+            raise EngineError(f"{file} points outside the engine directory; refused")
+        if not file.is_file():
+            raise EngineError(f"{file} is not a file; export the engine again")
+        size = file.stat().st_size
+        if size != entry.bytes:
+            raise EngineError(f"{file} has {size} bytes, the manifest says {entry.bytes}; export the engine again")
+        digest = file_sha256(file)
+    except FileNotFoundError as exc:
+        raise EngineError(f"{file} is missing; export the engine again") from exc
+    except (OSError, RuntimeError, ValueError) as exc:  # RuntimeError: a loop of symbolic links, before Python 3.13
+        raise EngineError(f"cannot read {file}: {_first_line(exc)}") from exc
+    if digest != entry.sha256:
+        raise EngineError(f"{file} was changed after export (its SHA-256 differs); export the engine again")
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as hex digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _problem(m: Manifest) -> str | None:
+    """Return what is inconsistent in a manifest that decoded well, or None."""
+    names = [stage.name for stage in m.stages]
+    restored = [kind for kind in m.kinds if kind is not Kind.DIS]
+    needs_unet = bool(restored)
+    rules = {
+        "a stage is listed twice": len(set(names)) == len(names),
+        "it has neither a VCG nor a VDA stage": StageName.VCG in names or StageName.VDA in names,
+        "the VCG and ViT stages must come together": (StageName.VCG in names) == (StageName.VIT in names),
+        "restored images are read but there is no U-Net, or the reverse": needs_unet == (StageName.UNET in names),
+        "kinds must start with dis and not repeat": m.kinds[:1] == (Kind.DIS,) and len(set(m.kinds)) == len(m.kinds),
+        "steps must be between 2 and 4000": 2 <= m.schedule.steps <= 4000,
+        "schedule offset and max_beta must lie between 0 and 1": 0 < m.schedule.offset < 1
+        and 0 < m.schedule.max_beta < 1,
+        "taps must be step indices, y0 at 0": m.taps.y0 == 0 < min(m.taps.t1, m.taps.t2)
+        and max(m.taps.t1, m.taps.t2) < m.schedule.steps,
+        "alignment must be 1, 2, 4, 8 or 16": m.alignment in {1, 2, 4, 8, 16},
+        "crop size must be a multiple of 16 between 32 and 1024": 32 <= m.crop.size <= 1024 and m.crop.size % 16 == 0,
+        "crop count must be between 1 and 10000": 1 <= m.crop.count <= 10_000,
+        "file sizes must not be negative": all(stage.file.bytes >= 0 for stage in m.stages),
+    }
+    return next((text for text, ok in rules.items() if not ok), None)
+
+
+def _first_line(exc: BaseException) -> str:
+    return (str(exc).splitlines() or [type(exc).__name__])[0]

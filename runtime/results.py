@@ -1,0 +1,98 @@
+"""What scoring an image returns, and the options that it depends on. Plain data: no engine, no files."""
+
+import enum
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import UsageError
+from .noise import MAX_SEED
+from .schedule import Kind
+
+Picture = npt.NDArray[np.uint8]
+
+
+class Mode(enum.StrEnum):
+    """How an image is restored."""
+
+    WHOLE = "whole"  # at once; above the pixel budget in overlapping tiles
+    TILE = "tile"  # in overlapping tiles that see the noise of the whole image
+    CROP = "crop"  # each crop by itself
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a score depends on besides pixels and engine."""
+
+    crops: int | None = None  # None: the engine's own count
+    seed: int = 0
+    seeds: int = 1  # how many consecutive seeds are averaged
+    mode: Mode = Mode.WHOLE
+    pixel_budget: int = 2**20  # whole images above it are tiled
+
+    def __post_init__(self) -> None:
+        """Refuse values nothing can be done with."""
+        rules = {
+            f"crops must be between 1 and 10000, not {self.crops}": self.crops is None or 1 <= self.crops <= 10_000,
+            f"seeds must be between 1 and 1000, not {self.seeds}": 1 <= self.seeds <= 1000,
+            f"seed must be between 0 and {MAX_SEED}, not {self.seed}": 0 <= self.seed <= MAX_SEED - self.seeds + 1,
+            f"the pixel budget must be at least 65536 (256×256), not {self.pixel_budget}": self.pixel_budget >= 65536,
+        }
+        for text, ok in rules.items():
+            if not ok:
+                raise UsageError(text)
+
+
+@dataclass(frozen=True)
+class CropScore:
+    """The verdict on one crop, averaged over seeds."""
+
+    top: int
+    left: int
+    score: float
+    vcg: float | None
+    vda: float | None
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What the model saw and thought, for people to look at. Planes are (H, W, 3) uint8, maps (H, W) float32 or NaN.
+
+    Outside the restored area (tile and crop mode) planes are mid-grey; outside all crops maps are NaN. Maps are
+    those of the VCG branch, of the VDA branch where there is no VCG.
+    """
+
+    planes: dict[Kind, Picture]
+    score_map: npt.NDArray[np.float32]
+    weight_map: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Score:
+    """The score of one image. `score` is the mean over crops and seeds; higher is better."""
+
+    source: str
+    score: float
+    vcg: float | None
+    vda: float | None
+    spread: float | None  # standard deviation over seeds; None for a single seed
+    width: int  # of the pixels that were scored
+    height: int
+    mode: Mode  # as carried out
+    seeds: tuple[int, ...]
+    crops: tuple[CropScore, ...]
+    notes: tuple[str, ...]  # what was done to the image before scoring
+    digest: str  # SHA-256 of the pixels
+    engine: str
+    backend: str
+    seconds: float
+    pictures: Pictures | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image that could not be scored."""
+
+    source: str
+    error: str
