@@ -1,3 +1,68 @@
-"""diffiqa: Diff-V²-IQA image quality scores in production."""
+"""diffiqa: Diff-V²-IQA image quality scores in production.
+
+    >>> import diffiqa
+    >>> with diffiqa.load("engine/") as scorer:
+    ...     result = scorer.score("photo.jpg")
+
+Everything a scoring machine needs is re-exported here; exporting and models live in `diffiqa.export`, `diffiqa.model`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import (
+        BackendError,
+        CheckpointError,
+        ConfigError,
+        DiffiqaError,
+        EngineError,
+        ExportError,
+        ImageError,
+        OutputError,
+        UsageError,
+    )
+    from .runtime.onnx_backend import OnnxSettings
+    from .runtime.results import CropScore, Failure, Mode, Options, Pictures, Score
+    from .runtime.scorer import Info, Scorer, load
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "ConfigError",
+    "CropScore",
+    "DiffiqaError",
+    "EngineError",
+    "ExportError",
+    "Failure",
+    "ImageError",
+    "Info",
+    "Mode",
+    "OnnxSettings",
+    "Options",
+    "OutputError",
+    "Pictures",
+    "Score",
+    "Scorer",
+    "UsageError",
+    "__version__",
+    "load",
+]
+
+_HOMES = {
+    "OnnxSettings": "onnx_backend",
+    **dict.fromkeys(["CropScore", "Failure", "Mode", "Options", "Pictures", "Score"], "results"),
+    **dict.fromkeys(["Info", "Scorer", "load"], "scorer"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names at first use, so that `iqa --help` and `diffiqa.export` do not wait for the runtime."""
+    if name not in __all__:
+        raise AttributeError(f"module 'diffiqa' has no attribute {name!r}")
+    home = f".runtime.{_HOMES[name]}" if name in _HOMES else ".errors"
+    value = getattr(importlib.import_module(home, __name__), name)
+    globals()[name] = value
+    return value

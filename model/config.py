@@ -34,8 +34,8 @@ class UNetConfig:
 
     @property
     def alignment(self) -> int:
-        """Image sides must be multiples of this."""
-        return int(2 ** (len(self.multipliers) - 1))
+        """Image sides must be multiples of this: each level halves them, and noise comes in blocks of 4 pixels."""
+        return int(max(4, 2 ** (len(self.multipliers) - 1)))
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,7 @@ class Manifest:
     crop: CropPolicy
     score: ScoreMeaning
     stages: tuple[Stage, ...]
+    complete: bool  # False if only some stages were exported, with --stage
     provenance: Provenance
 
     @property
@@ -175,6 +176,9 @@ class EngineDirectory:
 def open_engine(path: Path) -> EngineDirectory:
     """Read and check an engine directory: schema, paths, sizes and hashes. Raises EngineError."""
     directory = EngineDirectory(path, read_manifest(path))
+    if not directory.manifest.complete:
+        names = ", ".join(stage.name for stage in directory.manifest.stages)
+        raise EngineError(f"{path} holds only the stages {names}; export again without --stage to score images")
     for stage in directory.manifest.stages:
         check_file(path, stage.file)
     return directory
@@ -259,16 +263,18 @@ def _problem(m: Manifest) -> str | None:
     needs_unet = bool(restored)
     rules = {
         "a stage is listed twice": len(set(names)) == len(names),
-        "it has neither a VCG nor a VDA stage": StageName.VCG in names or StageName.VDA in names,
-        "the VCG and ViT stages must come together": (StageName.VCG in names) == (StageName.VIT in names),
-        "restored images are read but there is no U-Net, or the reverse": needs_unet == (StageName.UNET in names),
+        "it has neither a VCG nor a VDA stage": not m.complete or StageName.VCG in names or StageName.VDA in names,
+        "the VCG and ViT stages must come together": not m.complete
+        or (StageName.VCG in names) == (StageName.VIT in names),
+        "restored images are read but there is no U-Net, or the reverse": not m.complete
+        or needs_unet == (StageName.UNET in names),
         "kinds must start with dis and not repeat": m.kinds[:1] == (Kind.DIS,) and len(set(m.kinds)) == len(m.kinds),
         "steps must be between 2 and 4000": 2 <= m.schedule.steps <= 4000,
         "schedule offset and max_beta must lie between 0 and 1": 0 < m.schedule.offset < 1
         and 0 < m.schedule.max_beta < 1,
         "taps must be step indices, y0 at 0": m.taps.y0 == 0 < min(m.taps.t1, m.taps.t2)
         and max(m.taps.t1, m.taps.t2) < m.schedule.steps,
-        "alignment must be 1, 2, 4, 8 or 16": m.alignment in {1, 2, 4, 8, 16},
+        "alignment must be 1, 4, 8 or 16": m.alignment in {1, 4, 8, 16},
         "crop size must be a multiple of 16 between 32 and 1024": 32 <= m.crop.size <= 1024 and m.crop.size % 16 == 0,
         "crop count must be between 1 and 10000": 1 <= m.crop.count <= 10_000,
         "file sizes must not be negative": all(stage.file.bytes >= 0 for stage in m.stages),

@@ -1,0 +1,1 @@
+"""Checkpoint → engine directory: one ONNX file per stage, checked and compared with PyTorch."""

@@ -1,0 +1,254 @@
+"""A loaded checkpoint → an engine directory, written beside its place and moved there whole."""
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx
+
+from .. import __version__
+from ..errors import EngineError, ExportError
+from ..model.checkpoint import Loaded
+from ..model.config import ModelConfig
+from ..model.network import DiffV2IQA, count_parameters
+from ..runtime.codec import encode
+from ..runtime.manifest import (
+    MANIFEST,
+    SCHEMA,
+    CropPolicy,
+    FileEntry,
+    Manifest,
+    Provenance,
+    ScoreMeaning,
+    Stage,
+    StageName,
+    file_sha256,
+)
+from .graph import OPSET, export_graph, tensor_specs
+from .macs import count_macs
+from .stages import Shape, StagePlan, stage_plans
+from .verify import verify_stage
+
+CROPS = 9  # per image unless the user says otherwise: a 3×3 grid on a square image
+SEED = 20240222  # of the verification inputs
+TRAINED = "Predicted quality on the scale of the checkpoint's training labels, scaled to 0 … 1."
+UNTRAINED = "Untrained: some weights are seeded random numbers, so the scores mean nothing."
+
+Progress = Callable[[StageName, str], None]  # (stage, what is being done to it)
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """A finished stage and how long it took."""
+
+    stage: Stage
+    export_seconds: float
+    verify_seconds: float
+
+
+def plan_names(config: ModelConfig) -> tuple[StageName, ...]:
+    """Return the stages an engine of this configuration has."""
+    present = {
+        StageName.UNET: config.unet,
+        StageName.VIT: config.vcg,
+        StageName.VCG: config.vcg,
+        StageName.VDA: config.vda,
+    }
+    return tuple(name for name, part in present.items() if part is not None)
+
+
+def export_engine(
+    loaded: Loaded,
+    target: Path,
+    *,
+    stages: tuple[StageName, ...] = (),
+    force: bool = False,
+    progress: Progress = lambda stage, doing: None,
+) -> tuple[Manifest, list[StageCost]]:
+    """Export, check and verify every stage (or those named) and write the engine directory `target`.
+
+    Raises EngineError if `target` must not be replaced, ExportError if a stage fails. Until everything is done the old
+    directory stays as it is.
+    """
+    model = loaded.model
+    check_target(target, force=force)
+    wanted = stages or plan_names(model.config)
+    if absent := [name for name in wanted if name not in plan_names(model.config)]:
+        raise ExportError(f"model {model.config.name!r} has no stage {', '.join(absent)}")
+    check_space(target, model)
+    with _beside(target) as work:
+        plans = (plan for plan in stage_plans(model) if plan.name in wanted)
+        costs = [_export_stage(model, plan, work, progress) for plan in plans]
+        manifest = _manifest(loaded, tuple(cost.stage for cost in costs))
+        _write(work / MANIFEST, manifest.to_json())
+        _replace(work, target)
+    return manifest, costs
+
+
+def check_target(target: Path, *, force: bool) -> None:
+    """Raise EngineError unless `target` can be written: it is free, or ours and `force` is given."""
+    try:
+        if not target.parent.is_dir():
+            raise EngineError(f"{target.parent} is not a directory; make it first, or choose another place with -o")
+        if not os.access(target.parent, os.W_OK):
+            raise EngineError(f"no permission to write into {target.parent}")
+        if not target.exists() and not target.is_symlink():
+            return
+        if target.is_symlink() or not target.is_dir():
+            raise EngineError(f"{target} exists and is not a directory; choose another place with -o")
+        if not any(target.iterdir()):
+            return
+        if not _is_ours(target):
+            raise EngineError(f"{target} exists and is not an engine directory; it is left alone, choose another -o")
+        if not force:
+            raise EngineError(f"{target} already holds an engine; give --force to replace it")
+    except OSError as exc:
+        raise EngineError(f"cannot use {target}: {exc.strerror or exc}") from exc
+
+
+def check_space(target: Path, model: DiffV2IQA) -> None:
+    """Raise ExportError early if the disk cannot hold the engine."""
+    shared = count_parameters(model.tabs)  # both heads carry them
+    needed = int(4.2 * (count_parameters(model) + shared))
+    free = shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise ExportError(f"{target.parent} has {free / 1e6:.0f} MB free, the engine needs {needed / 1e6:.0f} MB")
+
+
+def _export_stage(model: DiffV2IQA, plan: StagePlan, work: Path, progress: Progress) -> StageCost:
+    relative = f"onnx/{plan.name}.onnx"
+    path = work / relative
+    path.parent.mkdir(exist_ok=True)
+    start = time.perf_counter()
+    progress(plan.name, "exporting to ONNX")
+    try:
+        graph = export_graph(plan, path, model.config.unet.alignment if model.config.unet else 16)
+        macs = count_macs(graph, _one_image(plan.inputs, model.config.crop))
+        parameters = _parameters(graph)
+        del graph
+        exported = time.perf_counter()
+        progress(plan.name, "comparing with PyTorch")
+        checks = verify_stage(model, plan, path, seed=SEED)
+        _sync(path)
+        entry = FileEntry(relative, path.stat().st_size, file_sha256(path))
+    except OSError as exc:
+        raise ExportError(f"stage {plan.name}: cannot write {path.name}: {exc.strerror or exc}") from exc
+    specs = tensor_specs(plan.inputs), tensor_specs(plan.outputs)
+    stage = Stage(plan.name, entry, OPSET, *specs, parameters, macs, checks)
+    return StageCost(stage, exported - start, time.perf_counter() - exported)
+
+
+def _one_image(inputs: dict[str, Shape], crop: int) -> dict[str, tuple[int, ...]]:
+    sizes = {"B": 1, "N": 1, "H": crop, "W": crop}
+    return {name: tuple(sizes[d] if isinstance(d, str) else d for d in shape) for name, shape in inputs.items()}
+
+
+def _parameters(graph: onnx.ModelProto) -> int:
+    """Count the floating-point numbers stored in the graph: weights, and constants such as Swin's masks."""
+    return sum(math.prod(t.dims) for t in graph.graph.initializer if t.data_type == onnx.TensorProto.FLOAT)
+
+
+def _manifest(loaded: Loaded, stages: tuple[Stage, ...]) -> Manifest:
+    c = loaded.model.config
+    trained = all(source.role != "seed" for source in loaded.sources)
+    meaning = TRAINED if trained else UNTRAINED
+    packages = {name: version(name) for name in ("torch", "onnx", "onnxruntime", "onnxscript")}
+    return Manifest(
+        schema=SCHEMA,
+        model=encode(c),
+        schedule=c.schedule,
+        taps=c.taps,
+        kinds=c.kinds,
+        alignment=c.unet.alignment if c.unet else 1,
+        crop=CropPolicy(c.crop, CROPS),
+        score=ScoreMeaning(c.vcg_weight, c.vda_weight, meaning, trained),
+        stages=stages,
+        complete={stage.name for stage in stages} == set(plan_names(c)),
+        provenance=Provenance(
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            versions={"diffiqa": __version__, **packages},
+            sources=loaded.sources,
+            notes=loaded.notes,
+        ),
+    )
+
+
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """Yield a new directory next to `target`, removed at the end unless it was moved away."""
+    _remove_leftovers(target)
+    work = target.parent / f".{target.name}.partial-{os.getpid()}"
+    try:
+        work.mkdir()
+        yield work
+    except OSError as exc:
+        raise ExportError(f"cannot write {target}: {exc.strerror or exc}; nothing was changed") from exc
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Clear what a killed export of the same target left behind; a directory it had just moved away comes back."""
+    for left in target.parent.glob(f".{target.name}.partial-*"):
+        pid, _, old = left.name.rpartition("-")[2].partition(".")
+        if pid.isdigit() and not _is_running(int(pid)):
+            if old and not target.exists():
+                left.rename(target)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _replace(work: Path, target: Path) -> None:
+    """Put `work` in the place of `target`; the old directory goes only after the new one stands."""
+    for folder in (work / "onnx", work):
+        _sync(folder)
+    old = work.with_name(work.name + ".old")
+    if target.exists():
+        target.rename(old)
+    try:
+        work.rename(target)
+    except BaseException:
+        if old.exists():
+            old.rename(target)
+        raise
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_ours(directory: Path) -> bool:
+    try:
+        data = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(data, dict) and {"schema", "stages", "provenance"} <= set(data)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

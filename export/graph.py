@@ -1,0 +1,126 @@
+"""One stage → one ONNX file: exported, cleaned, and checked against everything a runtime may trip over."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import torch
+from onnx import TensorProto, checker, helper, shape_inference
+from torch.export import Dim
+
+from ..errors import ExportError
+from ..runtime.manifest import TensorSpec
+from .stages import Shape, StagePlan
+
+OPSET = 20
+MAX_FREE = {"B": 1024, "N": 8192, "H": 1024, "W": 1024}  # upper bounds told to the exporter; H and W in units of 16
+
+
+def export_graph(plan: StagePlan, path: Path, alignment: int) -> onnx.ModelProto:
+    """Write `plan` to `path` as a self-contained ONNX file and return it. Raises ExportError naming what is wrong."""
+    example = plan.draw(2, (4 * alignment, 6 * alignment), torch.Generator().manual_seed(0))
+    dims = {name: Dim(name.lower(), min=1, max=bound) for name, bound in MAX_FREE.items()}
+    free = {name: alignment * dim if name in "HW" else dim for name, dim in dims.items()}
+    shapes = tuple({i: free[d] for i, d in enumerate(shape) if isinstance(d, str)} for shape in plan.inputs.values())
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                plan.module.eval(),
+                example,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(plan.inputs),
+                output_names=list(plan.outputs),
+                dynamic_shapes=shapes,
+                external_data=False,
+                verbose=False,
+            )
+    except Exception as exc:  # whatever torch raises here is a stage that cannot be exported
+        root: BaseException = exc
+        while root.__cause__:
+            root = root.__cause__
+        raise ExportError(f"stage {plan.name}: torch.onnx.export failed: {type(root).__name__}: {root}") from exc
+    if program is None:
+        raise ExportError(f"stage {plan.name}: torch.onnx.export returned nothing")
+    model = program.model_proto
+    _clean(model, plan)
+    _check(model, plan)
+    onnx.save_model(model, path)
+    return model
+
+
+def tensor_specs(shapes: dict[str, Shape]) -> tuple[TensorSpec, ...]:
+    """Return the manifest's form of a signature."""
+    return tuple(TensorSpec(name, "float32", shape) for name, shape in shapes.items())
+
+
+def _clean(model: onnx.ModelProto, plan: StagePlan) -> None:
+    """Name the free dimensions our way, and drop notes of the exporter, which quote source paths of this machine."""
+    graph = model.graph
+    for value, shape in zip(
+        [*graph.input, *graph.output], [*plan.inputs.values(), *plan.outputs.values()], strict=True
+    ):
+        for dim, wanted in zip(value.type.tensor_type.shape.dim, shape, strict=True):
+            if isinstance(wanted, str):
+                dim.dim_param = wanted
+            else:
+                dim.dim_value = wanted
+    for item in [model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer]:
+        del item.metadata_props[:]
+        item.doc_string = ""
+    del graph.value_info[:]  # they still carry the exporter's names; shape inference makes them anew
+    graph.name = f"diffiqa.{plan.name}"
+    model.producer_name, model.producer_version = "diffiqa", ""
+
+
+def _check(model: onnx.ModelProto, plan: StagePlan) -> None:
+    """Raise ExportError unless the graph is valid, plain, self-contained and in inference form."""
+
+    def refuse(why: str) -> ExportError:
+        return ExportError(f"stage {plan.name}: the exported graph {why}")
+
+    graph = model.graph
+    names = [value.name for value in graph.input], [value.name for value in graph.output]
+    if names != (list(plan.inputs), list(plan.outputs)):
+        raise refuse(f"has inputs and outputs {names}, expected {list(plan.inputs)}, {list(plan.outputs)}")
+    if model.functions or {domain.domain for domain in model.opset_import} - {"", "ai.onnx"}:
+        raise refuse("uses custom operators")
+    opset = next(domain.version for domain in model.opset_import if domain.domain in {"", "ai.onnx"})
+    if opset < OPSET:
+        raise refuse(f"is opset {opset}, below {OPSET}")
+    try:
+        checker.check_model(model, full_check=True)
+        inferred = shape_inference.infer_shapes(model, strict_mode=True)
+    except (checker.ValidationError, shape_inference.InferenceError) as exc:
+        raise refuse(f"is not valid ONNX: {exc}") from exc
+    doubles = [
+        value.name
+        for value in [*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output]
+        if value.type.tensor_type.elem_type == TensorProto.DOUBLE
+    ] + [tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.DOUBLE]
+    if doubles:
+        raise refuse(f"still computes in float64: {', '.join(doubles[:5])}")
+    if any(tensor.data_location == TensorProto.EXTERNAL for tensor in graph.initializer):
+        raise refuse("keeps weights in another file")
+    for node in graph.node:
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        if node.op_type == "Dropout" or attributes.get("training_mode", 0):
+            raise refuse(f"has a node in training form: {node.op_type} {node.name}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's chatter (missing torchvision, deprecations of its own calls) off the user's terminal."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)

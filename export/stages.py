@@ -1,0 +1,206 @@
+"""The deployed form of each stage: the model's own modules, with everything linear that can be merged merged.
+
+The merges are exact in real numbers and computed in float64: BatchNorm that follows a linear layer folds into it, and
+VCG's chain of 1×1 convolutions becomes one. The model that is passed in stays as it is.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ..model.config import ModelConfig
+from ..model.heads import VCG, VDA
+from ..model.network import DiffV2IQA
+from ..model.resnet import Bottleneck, ResNet
+from ..model.unet import SelfAttention, UNet
+from ..model.unet import Stage as UNetStage
+from ..model.vit import ViT
+from ..runtime.manifest import StageName
+
+Shape = tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage to export: its module, its signature, and how to draw random inputs like those of the real loop."""
+
+    name: StageName
+    module: nn.Module
+    inputs: dict[str, Shape]  # free dimensions by name
+    outputs: dict[str, Shape]
+    draw: Callable[[int, tuple[int, int], torch.Generator], tuple[Tensor, ...]]  # (batch, (H, W), generator)
+
+
+class VitStage(nn.Module):
+    """Images (N, 3, crop, crop) → ViT maps (N, layers, tokens, width)."""
+
+    def __init__(self, vit: ViT, layers: tuple[int, ...]) -> None:
+        super().__init__()
+        self.vit, self.layers = vit, layers
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return the maps of the selected blocks."""
+        out: Tensor = self.vit(image, self.layers)
+        return out
+
+
+class HeadStage(nn.Module):
+    """A scoring branch with its own copy of the stage-1 TABs."""
+
+    def __init__(self, branch: VCG | VDA, tabs: nn.ModuleList) -> None:
+        super().__init__()
+        self.branch, self.tabs = branch, tabs
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return score (B,), score_map and weight_map (B, grid, grid)."""
+        score, score_map, weight_map = self.branch(x, self.tabs)
+        return score, score_map, weight_map
+
+
+def stage_plans(model: DiffV2IQA) -> list[StagePlan]:
+    """Return the stages of a model in the order they run."""
+    c = model.config
+    kinds, size, grid = len(c.kinds), c.crop, c.grid
+    verdict: dict[str, Shape] = {
+        "score": ("B",),
+        "score_map": ("B", grid, grid),
+        "weight_map": ("B", grid, grid),
+    }
+    plans = []
+    if model.unet:
+        image: Shape = ("B", 3, "H", "W")
+        inputs: dict[str, Shape] = {"y": image, "condition": image, "noise_level": ("B", 1)}
+        plans.append(StagePlan(StageName.UNET, fold_unet(model.unet), inputs, {"noise": image}, _draw_unet))
+    if model.vcg and c.vcg:
+        maps: Shape = (len(c.vcg.layers), c.tokens, c.vcg.vit.width)
+        vit = VitStage(model.vcg.vit, c.vcg.layers)
+        head = HeadStage(merge_squeeze(model.vcg), model.tabs)
+        plans += [
+            StagePlan(StageName.VIT, vit, {"image": ("N", 3, size, size)}, {"maps": ("N", *maps)}, _draw_images(c, ())),
+            StagePlan(StageName.VCG, head, {"maps": ("B", kinds, *maps)}, verdict, _draw_maps(c, model.vcg.vit)),
+        ]
+    if model.vda:
+        shape: Shape = ("B", kinds, 3, size, size)
+        head = HeadStage(fold_vda(model.vda), model.tabs)
+        plans.append(StagePlan(StageName.VDA, head, {"images": shape}, verdict, _draw_images(c, (kinds,))))
+    return plans
+
+
+@torch.no_grad()
+def fold_unet(unet: UNet) -> UNet:
+    """Fold the BatchNorms that follow a linear map: block 2's into block 1 and the noise shift, attention's into qkv.
+
+    Block 1's stay: their input also feeds the skip. A U-Net with GroupNorm comes back unchanged.
+    """
+    unet = copy.deepcopy(unet)
+    for stage in unet.modules():
+        if isinstance(stage, UNetStage):
+            block = stage.res_block
+            conv, norm, shift = block.block1.block[3], block.block2.block[0], block.noise_func.noise_func[0]
+            if isinstance(norm, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d) and isinstance(shift, nn.Linear):
+                scale, offset = _affine(norm)
+                _scale_outputs(conv, scale, offset)
+                _scale_outputs(shift, scale, torch.zeros_like(offset))
+                block.block2.block[0] = nn.Identity()
+        elif isinstance(stage, SelfAttention) and isinstance(stage.norm, nn.BatchNorm2d):
+            scale, offset = _affine(stage.norm)
+            weight = stage.qkv.weight.double()[:, :, 0, 0]
+            qkv = nn.Conv2d(stage.qkv.in_channels, stage.qkv.out_channels, 1)
+            qkv.weight.copy_((weight * scale)[:, :, None, None])
+            _bias(qkv).copy_(weight @ offset)
+            stage.qkv, stage.norm = qkv, nn.Identity()
+    return unet.eval()
+
+
+@torch.no_grad()
+def merge_squeeze(vcg: VCG) -> VCG:
+    """Merge VCG's chain of 1×1 convolutions, which has nothing between them, into one."""
+    vcg = copy.deepcopy(vcg)
+    first, *rest = vcg.squeeze
+    assert isinstance(first, nn.Conv2d)  # noqa: S101 — tells the type checker what heads.py builds
+    weight, bias = first.weight.double().flatten(1), _bias(first).double()
+    for conv in rest:
+        assert isinstance(conv, nn.Conv2d)  # noqa: S101
+        matrix = conv.weight.double().flatten(1)
+        weight, bias = matrix @ weight, matrix @ bias + _bias(conv).double()
+    merged = nn.Conv2d(weight.shape[1], weight.shape[0], 1)
+    merged.weight.copy_(weight[:, :, None, None])
+    _bias(merged).copy_(bias)
+    vcg.squeeze = nn.ModuleList([merged])
+    return vcg.eval()
+
+
+def fold_vda(vda: VDA) -> VDA:
+    """Fold every BatchNorm of the ResNet into the convolution before it."""
+    vda = copy.deepcopy(vda).eval()
+    for module in list(vda.resnet.modules()):
+        if isinstance(module, ResNet):
+            _fold_pairs(module, "conv1", "bn1")
+        elif isinstance(module, Bottleneck):
+            _fold_pairs(module, "conv1", "bn1", "conv2", "bn2", "conv3", "bn3")
+            if module.downsample is not None:
+                _fold_pairs(module.downsample, "0", "1")
+    return vda
+
+
+def _fold_pairs(parent: nn.Module, *names: str) -> None:
+    """Fold (convolution, norm) children, named in turn, and leave nothing in the norm's place."""
+    for conv_name, norm_name in zip(names[::2], names[1::2], strict=True):
+        conv, norm = parent.get_submodule(conv_name).double(), parent.get_submodule(norm_name).double()
+        assert isinstance(conv, nn.Conv2d)  # noqa: S101 — tells the type checker what resnet.py builds
+        assert isinstance(norm, nn.BatchNorm2d)  # noqa: S101
+        setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm).float())
+        setattr(parent, norm_name, nn.Identity())
+
+
+def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Return the scale and offset, float64, that a BatchNorm applies in eval mode."""
+    assert norm.running_mean is not None  # noqa: S101 — a BatchNorm of ours always tracks
+    assert norm.running_var is not None  # noqa: S101
+    scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+    return scale, norm.bias.double() - norm.running_mean.double() * scale
+
+
+def _scale_outputs(layer: nn.Conv2d | nn.Linear, scale: Tensor, offset: Tensor) -> None:
+    """Make a layer return `scale · output + offset`, per output channel."""
+    per_output = scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
+    layer.weight.copy_(layer.weight.double() * per_output)
+    _bias(layer).copy_(_bias(layer).double() * scale + offset)
+
+
+def _bias(layer: nn.Conv2d | nn.Linear) -> Tensor:
+    assert layer.bias is not None  # noqa: S101
+    return layer.bias
+
+
+def _draw_unet(batch: int, size: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, ...]:
+    condition = torch.rand(batch, 3, *size, generator=generator) * 2 - 1
+    level = torch.rand(batch, 1, generator=generator)
+    noise = torch.randn(batch, 3, *size, generator=generator)
+    y = condition * level[:, :, None, None] + noise * (1 - level[:, :, None, None] ** 2).sqrt()
+    return y, condition, level
+
+
+def _draw_images(
+    c: ModelConfig, inner: tuple[int, ...]
+) -> Callable[[int, tuple[int, int], torch.Generator], tuple[Tensor, ...]]:
+    def draw(batch: int, _size: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, ...]:
+        return (torch.rand(batch, *inner, 3, c.crop, c.crop, generator=generator) * 2 - 1,)
+
+    return draw
+
+
+def _draw_maps(c: ModelConfig, vit: ViT) -> Callable[[int, tuple[int, int], torch.Generator], tuple[Tensor, ...]]:
+    layers = c.vcg.layers if c.vcg else ()
+
+    @torch.no_grad()
+    def draw(batch: int, _size: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, ...]:
+        images = torch.rand(batch * len(c.kinds), 3, c.crop, c.crop, generator=generator) * 2 - 1
+        maps = vit(images, layers)  # real maps: their range is what the head must cope with
+        return (maps.reshape(batch, len(c.kinds), *maps.shape[1:]),)
+
+    return draw

@@ -1,0 +1,113 @@
+"""Stages through ONNX Runtime on the CPU (or whatever execution provider is asked for)."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import BackendError
+from .host import Call
+
+FloatArray = npt.NDArray[np.float32]
+Provider = str | tuple[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class OnnxSettings:
+    """How ONNX Runtime is set up."""
+
+    threads: int | None = None  # None: as many as the CPUs this process may use
+    providers: Sequence[Provider] = ("CPUExecutionProvider",)
+    spinning: bool = False  # idle threads burn CPU for latency; wrong on a shared machine
+    session_config: Mapping[str, str] = field(default_factory=dict)  # any entry ONNX Runtime documents
+
+    @property
+    def provider_names(self) -> list[str]:
+        """The providers without their options, in order of preference."""
+        return [provider if isinstance(provider, str) else provider[0] for provider in self.providers]
+
+
+class OnnxStage:
+    """One ONNX file, loaded. `bind` and its calls are safe from several threads: the session is shared, buffers not."""
+
+    def __init__(self, path: Path, settings: OnnxSettings) -> None:
+        ort = _onnxruntime()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = settings.threads or available_cpus()
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.spinning else "0")
+        for key, value in settings.session_config.items():
+            options.add_session_config_entry(key, value)
+        available = ort.get_available_providers()
+        if missing := set(settings.provider_names) - set(available):
+            raise BackendError(f"this onnxruntime has no {', '.join(sorted(missing))}; it has {', '.join(available)}")
+        try:
+            self._session = ort.InferenceSession(path, options, providers=list(settings.providers))
+        except Exception as exc:  # onnxruntime's exceptions share no base class
+            raise BackendError(f"onnxruntime cannot load {path}: {_first_line(exc)}") from exc
+        self._path = path
+
+    def signature(self) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+        """Return the shapes of inputs and outputs by name, as the file has them."""
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        return {v.name: v.shape for v in inputs}, {v.name: v.shape for v in outputs}
+
+    def bind(self, inputs: Mapping[str, FloatArray], outputs: Mapping[str, FloatArray]) -> Call:
+        """Return a call that runs the stage from and into these very arrays; the call keeps them alive."""
+        binding = self._session.io_binding()
+        held = (dict(inputs), dict(outputs))
+        for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+            for name, array in arrays.items():
+                if not array.flags.c_contiguous or array.dtype != np.float32:
+                    raise ValueError(f"{name} must be a C-contiguous float32 array")
+                bind(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+
+        def call() -> None:
+            assert held  # noqa: S101 — the closure keeps the arrays alive that the binding points into
+            try:
+                self._session.run_with_iobinding(binding)
+            except Exception as exc:
+                raise BackendError(f"onnxruntime failed in {self._path.name}: {_first_line(exc)}") from exc
+
+        return call
+
+
+def available_cpus() -> int:
+    """Return how many CPUs this process may use: its affinity, cut down to the cgroup's quota."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for quota_file, period_file in (
+        ("/sys/fs/cgroup/cpu.max", None),
+        ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+    ):
+        try:
+            words = Path(quota_file).read_text(encoding="ascii").split()
+            if period_file:
+                words += Path(period_file).read_text(encoding="ascii").split()
+            quota, period = float(words[0]), float(words[1])
+        except (OSError, ValueError, IndexError):
+            continue  # no such cgroup version here, or no limit ("max")
+        if quota > 0 and period > 0:
+            cpus = min(cpus, max(1, round(quota / period)))
+    return cpus
+
+
+def version() -> str:
+    """Return the version of the installed onnxruntime."""
+    return str(_onnxruntime().__version__)
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as exc:
+        raise BackendError("onnxruntime is not installed; install it with: pip install 'diffiqa[cpu]'") from exc
+    return onnxruntime
+
+
+def _first_line(exc: BaseException) -> str:
+    return (str(exc).splitlines() or [type(exc).__name__])[0]

@@ -1,0 +1,112 @@
+"""What is computed for an image, as plain data: which windows are restored, how they blend, which crops are scored.
+
+Every execution, on the host or on a device, carries out the same plan; so modes and tiles are decided once, here.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .crops import Crop, crop_grid, padded_size
+from .manifest import Manifest
+from .results import Mode, Options
+
+TILE = 512  # side of a tile, pixels
+OVERLAP = 64  # least overlap of neighbouring tiles, pixels
+TILE_STEP = 16  # tiles start at multiples of this: aligned for every U-Net, and to whole noise blocks
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of the padded image that is restored in one go."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    lane: int = 0  # noise of its own, where windows must not share the whole image's
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is done to one image of `height`×`width` for one seed."""
+
+    mode: Mode  # as carried out
+    height: int
+    width: int
+    padded: tuple[int, int]  # what the image is padded to, by reflection at the bottom and right
+    noise_size: tuple[int, int]  # the image that noise coordinates refer to: the padded one, or a crop
+    windows: tuple[Window, ...]
+    crops: tuple[Crop, ...]
+    crop_size: int
+
+    def noise_origin(self, window: Window) -> tuple[int, int]:
+        """Return where a window lies in the noise image."""
+        return (0, 0) if self.mode is Mode.CROP else (window.top, window.left)
+
+    def readers(self, window: Window) -> list[int]:
+        """Return the indices of the crops that read pixels of a window."""
+        if self.mode is Mode.CROP:
+            return [self.windows.index(window)]
+        size = self.crop_size
+        return [
+            index
+            for index, crop in enumerate(self.crops)
+            if crop.top < window.top + window.height
+            and window.top < crop.top + size
+            and crop.left < window.left + window.width
+            and window.left < crop.left + size
+        ]
+
+    def blend_weight(self, window: Window) -> npt.NDArray[np.float32] | None:
+        """Return the (height, width) share of a window in its overlaps, to be normalised; None where it is alone."""
+        if self.mode is not Mode.TILE:
+            return None
+        rows = _ramp(window.top, window.height, self.padded[0])
+        columns = _ramp(window.left, window.width, self.padded[1])
+        return rows[:, None] * columns
+
+
+def make_plan(height: int, width: int, manifest: Manifest, options: Options) -> Plan:
+    """Decide mode, windows and crops for an image whose sides are at least the crop size."""
+    size = manifest.crop.size
+    crops = crop_grid(height, width, size, options.crops or manifest.crop.count)
+    padded = padded_size(height, width, manifest.alignment)
+    mode = options.mode
+    if mode is Mode.WHOLE and padded[0] * padded[1] > options.pixel_budget:
+        mode = Mode.TILE
+    if mode is Mode.CROP:
+        windows = tuple(Window(c.top, c.left, size, size, lane) for lane, c in enumerate(crops))
+        return Plan(mode, height, width, (height, width), (size, size), windows, crops, size)
+    whole = (Window(0, 0, *padded),)
+    plan = Plan(mode, height, width, padded, padded, whole, crops, size)
+    if mode is Mode.TILE:
+        tops, tile_height = _tile_offsets(padded[0])
+        lefts, tile_width = _tile_offsets(padded[1])
+        tiles = (Window(top, left, tile_height, tile_width) for top in tops for left in lefts)
+        # Tiles that no crop reads are not restored: a score costs what its crops cost, not what the image would.
+        windows = tuple(tile for tile in tiles if plan.readers(tile))
+        plan = Plan(mode, height, width, padded, padded, windows, crops, size)
+    return plan
+
+
+def _tile_offsets(length: int) -> tuple[list[int], int]:
+    """Return where tiles start along an axis, and their length."""
+    if length <= TILE:
+        return [0], length
+    count = -(-(length - OVERLAP) // (TILE - OVERLAP))
+    last = length - TILE
+    # The last offset is the end itself; the others round down to the grid, which only widens overlaps behind them.
+    return [last * i // (count - 1) // TILE_STEP * TILE_STEP for i in range(count - 1)] + [last], TILE
+
+
+def _ramp(start: int, length: int, total: int) -> npt.NDArray[np.float32]:
+    """Return weights that fall off towards window edges inside the image, and stay 1 towards its borders."""
+    ramp = np.minimum(np.arange(length, dtype=np.float32) + 0.5, OVERLAP) / OVERLAP
+    weights = np.ones(length, np.float32)
+    if start > 0:
+        weights = np.minimum(weights, ramp)
+    if start + length < total:
+        weights = np.minimum(weights, ramp[::-1])
+    return weights

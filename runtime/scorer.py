@@ -1,0 +1,326 @@
+"""The Python face: `load(engine)` → `Scorer.score(images)`, `Scorer.stream(images)`."""
+
+import collections
+import itertools
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import BackendError, ImageError, UsageError
+from . import onnx_backend
+from .host import Branch, HostExecutor, Outcome, StageRunner, Verdict
+from .images import DEFAULT_MAX_PIXELS, Image, Source, read_image
+from .manifest import EngineDirectory, Manifest, ScoreMeaning, StageName, open_engine
+from .onnx_backend import OnnxSettings, OnnxStage
+from .plan import Plan, make_plan
+from .results import CropScore, Failure, Mode, Options, Pictures, Score
+from .schedule import Kind, Taps
+
+FloatArray = npt.NDArray[np.float32]
+MID_GREY = 128
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a scorer runs and what its scores mean."""
+
+    engine: str
+    model: str
+    backend: str
+    score: ScoreMeaning
+    steps: int
+    taps: Taps
+    kinds: tuple[Kind, ...]
+    crop_size: int
+    crop_count: int
+
+
+class Scorer:
+    """A loaded engine. Safe to use from several threads; `close()` (or a `with` block) frees it."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        stages: Mapping[StageName, StageRunner],
+        *,
+        backend: str,
+        max_pixels: int | None = DEFAULT_MAX_PIXELS,
+    ) -> None:
+        self._manifest, self._backend, self._max_pixels = manifest, backend, max_pixels
+        self._executor: HostExecutor | None = HostExecutor(manifest, stages)
+
+    @property
+    def info(self) -> Info:
+        """What runs here, and the range and direction of its scores."""
+        m = self._manifest
+        return Info(
+            m.engine_id,
+            m.model_name,
+            self._backend,
+            m.score,
+            m.schedule.steps,
+            m.taps,
+            m.kinds,
+            m.crop.size,
+            m.crop.count,
+        )
+
+    @property
+    def manifest(self) -> Manifest:
+        """The engine's whole manifest."""
+        return self._manifest
+
+    @overload
+    def score(self, images: Source, **options: Any) -> Score: ...
+    @overload
+    def score(self, images: Sequence[Source], **options: Any) -> list[Score]: ...
+    def score(self, images: Source | Sequence[Source], **options: Any) -> Score | list[Score]:
+        """Score one image (path, bytes, PIL image, HWC array) or a list of them.
+
+        Options are those of `Options`, and `pictures=True` to keep what the model saw. Raises ImageError for the first
+        image that cannot be scored; use `stream` to go on past it.
+        """
+        pictures = bool(options.pop("pictures", False))
+        chosen = _options(options)
+        if isinstance(images, list | tuple):
+            return [self._score(self._read(image), _name(image, i), chosen, pictures) for i, image in enumerate(images)]
+        one: Source = images  # type: ignore[assignment]
+        return self._score(self._read(one), _name(one, 0), chosen, pictures)
+
+    def stream(
+        self, images: Iterable[Source], *, pictures: bool = False, workers: int = 1, ahead: int = 4, **options: Any
+    ) -> Iterator[Score | Failure]:
+        """Yield one result per image, in order; a bad image gives a Failure and the rest goes on.
+
+        `ahead` images are decoded in threads while others are scored, `workers` at a time; no more are ever held.
+        """
+        if workers < 1 or ahead < 1:
+            raise UsageError("workers and ahead must be at least 1")
+        return self._stream(images, _options(options), pictures, workers, ahead)
+
+    def close(self) -> None:
+        """Free the engine. A closed scorer refuses to score."""
+        self._executor = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _stream(
+        self, images: Iterable[Source], options: Options, pictures: bool, workers: int, ahead: int
+    ) -> Iterator[Score | Failure]:
+        stop = threading.Event()
+
+        def guarded(name: str, work: Callable[[], Score]) -> Score | Failure:
+            try:
+                return work()
+            except ImageError as exc:
+                return Failure(name, str(exc))
+
+        def finish(decoded: "Future[Image]", name: str) -> Score | Failure:
+            return guarded(name, lambda: self._score(decoded.result(), name, options, pictures, stop.is_set))
+
+        source = enumerate(images)
+        decoding: collections.deque[tuple[Future[Image], str]] = collections.deque()
+        scoring: collections.deque[Future[Score | Failure]] = collections.deque()
+        with (
+            ThreadPoolExecutor(min(ahead, 2), "diffiqa-decode") as decoders,
+            ThreadPoolExecutor(workers, "diffiqa-score") as scorers,
+        ):
+            try:
+                while True:
+                    for index, image in itertools.islice(source, ahead - len(decoding)):
+                        decoding.append((decoders.submit(self._read, image), _name(image, index)))
+                    while decoding and len(scoring) < workers:
+                        scoring.append(scorers.submit(finish, *decoding.popleft()))
+                    if not scoring:
+                        return
+                    yield scoring.popleft().result()
+            finally:
+                # Reached early when the caller stops, Ctrl-C included: what runs ends at its next step.
+                stop.set()
+                for waiting in [*(future for future, _ in decoding), *scoring]:
+                    waiting.cancel()
+
+    def _read(self, image: Source) -> Image:
+        return read_image(image, min_side=self._manifest.crop.size, max_pixels=self._max_pixels)
+
+    def _score(
+        self,
+        image: Image,
+        name: str,
+        options: Options,
+        pictures: bool,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Score:
+        executor = self._executor
+        if executor is None:
+            raise UsageError("this scorer is closed; load the engine again")
+        start = time.perf_counter()
+        m = self._manifest
+        plane = to_plane(image.pixels)
+        plan = make_plan(plane.shape[1], plane.shape[2], m, options)
+        seeds = tuple(range(options.seed, options.seed + options.seeds))
+        outcomes = []
+        kept: Pictures | None = None
+        try:
+            for seed in seeds:
+                outcome = executor.run(plane, plan, seed, cancelled)
+                if pictures and kept is None:
+                    kept = _pictures(m, plan, image, outcome)
+                outcomes.append(outcome.verdicts)
+        except MemoryError as exc:
+            raise ImageError(f"{name}: not enough memory for {plan.width}×{plan.height}; lower --pixel-budget") from exc
+        per_seed = [statistics.fmean(_total(m, verdict) for verdict in verdicts) for verdicts in outcomes]
+        crops = tuple(
+            _crop_score(m, plan, index, [verdicts[index] for verdicts in outcomes]) for index in range(len(plan.crops))
+        )
+        return Score(
+            source=name,
+            score=statistics.fmean(per_seed),
+            vcg=_mean([crop.vcg for crop in crops]),
+            vda=_mean([crop.vda for crop in crops]),
+            spread=statistics.stdev(per_seed) if len(per_seed) > 1 else None,
+            width=plan.width,
+            height=plan.height,
+            mode=plan.mode,
+            seeds=seeds,
+            crops=crops,
+            notes=image.notes,
+            digest=image.digest,
+            engine=m.engine_id,
+            backend=self._backend,
+            seconds=time.perf_counter() - start,
+            pictures=kept,
+        )
+
+
+def load(
+    engine: str | Path,
+    *,
+    backend: str = "auto",
+    threads: int | None = None,
+    max_pixels: int | None = DEFAULT_MAX_PIXELS,
+    onnx: OnnxSettings | None = None,
+) -> Scorer:
+    """Load an engine directory. Raises EngineError if it is damaged, BackendError if nothing can run it.
+
+    `backend` is "auto" or "onnxruntime", which are the same for now; `threads=2` is short for
+    `onnx=OnnxSettings(threads=2)`.
+    """
+    if backend not in {"auto", "onnxruntime"}:
+        raise UsageError(f"there is no backend {backend!r}; choose auto or onnxruntime")
+    if onnx and threads is not None:
+        raise UsageError("give threads either as threads= or in onnx=, not both")
+    settings = onnx or OnnxSettings(threads=threads)
+    directory = open_engine(Path(engine))
+    stages = load_stages(directory, settings)
+    name = f"onnxruntime {onnx_backend.version()}: {', '.join(settings.provider_names)}"
+    return Scorer(directory.manifest, stages, backend=name, max_pixels=max_pixels)
+
+
+def load_stages(directory: EngineDirectory, settings: OnnxSettings) -> dict[StageName, StageRunner]:
+    """Load every stage of an engine into ONNX Runtime; a file whose signature is not the manifest's is refused."""
+    stages: dict[StageName, StageRunner] = {}
+    for stage in directory.manifest.stages:
+        path = directory.file(stage.file)
+        loaded = OnnxStage(path, settings)
+        names = {spec.name for spec in stage.inputs}, {spec.name for spec in stage.outputs}
+        inputs, outputs = loaded.signature()
+        if names != (set(inputs), set(outputs)):
+            raise BackendError(f"{path} is not a {stage.name} stage: it has inputs {list(inputs)}; export again")
+        stages[stage.name] = loaded
+    return stages
+
+
+def to_plane(pixels: npt.NDArray[Any]) -> FloatArray:
+    """Return (H, W, 3) pixels, uint8 or float in [0, 1], as a (3, H, W) float32 plane in [-1, 1]."""
+    unit = pixels.transpose(2, 0, 1).astype(np.float32)
+    if pixels.dtype == np.uint8:
+        unit /= np.float32(255)
+    unit -= np.float32(0.5)
+    unit /= np.float32(0.5)
+    return np.ascontiguousarray(unit)
+
+
+def _options(values: dict[str, Any]) -> Options:
+    if "mode" in values:
+        try:
+            values = {**values, "mode": Mode(values["mode"])}
+        except ValueError:
+            raise UsageError(f"mode must be one of {', '.join(Mode)}, not {values['mode']!r}") from None
+    try:
+        return Options(**values)
+    except TypeError as exc:
+        raise UsageError(f"unknown option: {exc}") from exc
+
+
+def _name(image: Any, index: int) -> str:
+    """Return what an image is called in results: its path, or its place in the list."""
+    if isinstance(image, str | Path):
+        return str(image)
+    return str(getattr(image, "filename", "") or f"image {index}")
+
+
+def _total(m: Manifest, verdict: Verdict) -> float:
+    vcg = m.score.vcg_weight * verdict.vcg.score if verdict.vcg else 0.0
+    vda = m.score.vda_weight * verdict.vda.score if verdict.vda else 0.0
+    return vcg + vda
+
+
+def _crop_score(m: Manifest, plan: Plan, index: int, verdicts: list[Verdict]) -> CropScore:
+    crop = plan.crops[index]
+    return CropScore(
+        crop.top,
+        crop.left,
+        statistics.fmean(_total(m, verdict) for verdict in verdicts),
+        _mean([verdict.vcg.score if verdict.vcg else None for verdict in verdicts]),
+        _mean([verdict.vda.score if verdict.vda else None for verdict in verdicts]),
+    )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return statistics.fmean(present) if present else None
+
+
+def _pictures(m: Manifest, plan: Plan, image: Image, outcome: Outcome) -> Pictures:
+    """Lay the restored planes and the heads' maps out over the image."""
+    size, shape = plan.crop_size, (plan.height, plan.width)
+    planes = {Kind.DIS: _to_pixels(to_plane(image.pixels))}
+    for row, kind in enumerate(m.kinds[1:], start=1):
+        if kind in outcome.planes:
+            planes[kind] = _to_pixels(outcome.planes[kind])
+            continue
+        canvas = np.full((*shape, 3), MID_GREY, np.uint8)
+        for crop, pixels in zip(plan.crops, outcome.crops, strict=True):
+            canvas[crop.top : crop.top + size, crop.left : crop.left + size] = _to_pixels(pixels[row])
+        planes[kind] = canvas
+    sums = np.zeros((3, *shape), np.float32)  # of scores, weights, and how many crops lie here
+    for crop, verdict in zip(plan.crops, outcome.verdicts, strict=True):
+        branch: Branch = verdict.vcg or verdict.vda  # type: ignore[assignment]  # a model has at least one
+        cell = size // branch.score_map.shape[0]
+        here = np.s_[crop.top : crop.top + size, crop.left : crop.left + size]
+        sums[0][here] += np.kron(branch.score_map, np.ones((cell, cell), np.float32))
+        sums[1][here] += np.kron(branch.weight_map, np.ones((cell, cell), np.float32))
+        sums[2][here] += 1
+    covered = np.where(sums[2] > 0, sums[2], np.nan)
+    return Pictures(planes, sums[0] / covered, sums[1] / covered)
+
+
+def _to_pixels(plane: FloatArray) -> npt.NDArray[np.uint8]:
+    """Return a (3, H, W) plane in [-1, 1] as (H, W, 3) uint8; what lies outside is clipped."""
+    return np.clip(np.rint((plane + 1) * 127.5), 0, 255).astype(np.uint8).transpose(1, 2, 0)
