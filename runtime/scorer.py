@@ -5,7 +5,7 @@ import itertools
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,8 +82,8 @@ class Scorer:
     @overload
     def score(self, images: Source, **options: Any) -> Score: ...
     @overload
-    def score(self, images: Sequence[Source], **options: Any) -> list[Score]: ...
-    def score(self, images: Source | Sequence[Source], **options: Any) -> Score | list[Score]:
+    def score(self, images: list[Source] | tuple[Source, ...], **options: Any) -> list[Score]: ...
+    def score(self, images: Source | list[Source] | tuple[Source, ...], **options: Any) -> Score | list[Score]:
         """Score one image (path, bytes, PIL image, HWC array) or a list of them.
 
         Options are those of `Options`, and `pictures=True` to keep what the model saw. Raises ImageError for the first
@@ -93,8 +93,7 @@ class Scorer:
         chosen = _options(options)
         if isinstance(images, list | tuple):
             return [self._score(self._read(image), _name(image, i), chosen, pictures) for i, image in enumerate(images)]
-        one: Source = images  # type: ignore[assignment]
-        return self._score(self._read(one), _name(one, 0), chosen, pictures)
+        return self._score(self._read(images), _name(images, 0), chosen, pictures)
 
     def stream(
         self, images: Iterable[Source], *, pictures: bool = False, workers: int = 1, ahead: int = 4, **options: Any
@@ -323,4 +322,5 @@ def _pictures(m: Manifest, plan: Plan, image: Image, outcome: Outcome) -> Pictur
 
 def _to_pixels(plane: FloatArray) -> npt.NDArray[np.uint8]:
     """Return a (3, H, W) plane in [-1, 1] as (H, W, 3) uint8; what lies outside is clipped."""
-    return np.clip(np.rint((plane + 1) * 127.5), 0, 255).astype(np.uint8).transpose(1, 2, 0)
+    pixels: npt.NDArray[np.uint8] = np.clip(np.rint((plane + 1) * 127.5), 0, 255).astype(np.uint8)
+    return pixels.transpose(1, 2, 0)

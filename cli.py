@@ -1,0 +1,19 @@
+"""The `iqa` group. Every command is also installed as `iqa-NAME`."""
+
+import click
+
+from . import __version__
+from .export.cli import convert, export
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="iqa")
+def main() -> None:
+    """Diff-V²-IQA image quality scores: export a checkpoint once, score images anywhere.
+
+    Each command is also installed under its own name, such as iqa-export.
+    """
+
+
+for command in (export, convert):
+    main.add_command(command)

@@ -1,0 +1,62 @@
+"""What every `iqa` command shares: how errors end it, and its common options."""
+
+import signal
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, TypeVar
+
+import click
+
+from .errors import DiffiqaError
+
+F = TypeVar("F", bound=Callable[..., Any])
+_DEBUG = "diffiqa.debug"
+
+
+class Command(click.Command):
+    """A command whose errors are one line on stderr and an exit code; `--debug` shows the traceback too."""
+
+    interrupt_exit_code = 2  # nothing was done: for commands that do all or nothing
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        debug = click.Option(
+            ["--debug"],
+            is_flag=True,
+            expose_value=False,
+            callback=lambda ctx, _param, value: ctx.meta.update({_DEBUG: value}),
+            help="Show the traceback of an error.",
+        )
+        self.params.append(debug)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, translating whatever ends it."""
+        debug = bool(ctx.meta.get(_DEBUG))
+        before = signal.signal(signal.SIGTERM, _as_interrupt)
+        try:
+            return super().invoke(ctx)
+        except DiffiqaError as exc:
+            _fail(ctx, str(exc), exc.exit_code, exc, debug=debug)
+        except KeyboardInterrupt as exc:
+            _fail(ctx, "interrupted", self.interrupt_exit_code, exc, debug=debug)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except MemoryError as exc:
+            _fail(ctx, "not enough memory", 2, exc, debug=debug)
+        except Exception as exc:
+            what = f"unexpected {type(exc).__name__}: {exc}; please report this with the output of --debug"
+            _fail(ctx, what, 2, exc, debug=debug)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _as_interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(ctx: click.Context, message: str, code: int, exc: BaseException, *, debug: bool) -> None:
+    if debug:
+        traceback.print_exception(exc)
+    click.echo(f"{click.style('error:', fg='red')} {message}", err=True)
+    ctx.exit(code)

@@ -1,0 +1,231 @@
+"""`iqa-export` and `iqa-convert`: options in, one library call, a table out."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ..command import Command
+from ..errors import OutputError, UsageError
+from ..runtime.manifest import StageName
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
+
+    from ..model.checkpoint import Loaded
+    from ..runtime.manifest import Manifest
+    from .engine import StageCost
+
+F = TypeVar("F", bound=Callable[..., Any])
+_FILE = click.Path(path_type=Path, dir_okay=True)
+
+_WEIGHTS = [
+    click.option(
+        "--ckpt",
+        type=_FILE,
+        metavar="FILE",
+        help="Weights: a diffiqa bundle (.pt or .safetensors), the authors' IQA network, or MANIQA's.",
+    ),
+    click.option("--unet", type=_FILE, metavar="FILE", help="SR3's generator (I…_E…_gen.pth), for the authors' files."),
+    click.option("--vit", type=_FILE, metavar="FILE", help="timm's vit_base_patch8_224, to replace the ViT."),
+    click.option("--resnet", type=_FILE, metavar="FILE", help="torchvision's resnet50, to replace the ResNet."),
+    click.option(
+        "--preset",
+        metavar="NAME",
+        help="Model configuration: paper, authors, maniqa or mini. Default: what the weights fit.",
+    ),
+    click.option(
+        "--seed",
+        type=click.IntRange(0, 2**63 - 1),
+        help="Fill parts that no file gives with random numbers from this seed. Scores then mean nothing.",
+    ),
+]
+
+
+def _weight_options(command: F) -> F:
+    for option in reversed(_WEIGHTS):
+        command = option(command)
+    return command
+
+
+@click.command(cls=Command)
+@_weight_options
+@click.option("-o", "--output", type=_FILE, required=True, metavar="DIR", help="The engine directory to write.")
+@click.option(
+    "--stage",
+    "stages",
+    type=click.Choice([name.value for name in StageName]),
+    multiple=True,
+    help="Export only this stage (repeatable), to look at it; such a directory cannot score.",
+)
+@click.option("--force", is_flag=True, help="Replace an engine that is already there.")
+@click.option("--dry-run", is_flag=True, help="Read the weights, say what would be written, and stop.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+def export(
+    ckpt: Path | None,
+    unet: Path | None,
+    vit: Path | None,
+    resnet: Path | None,
+    preset: str | None,
+    seed: int | None,
+    output: Path,
+    stages: tuple[str, ...],
+    force: bool,
+    dry_run: bool,
+    quiet: bool,
+) -> None:
+    """Turn a checkpoint into an engine directory.
+
+    Every stage (U-Net step, ViT encoder, VCG head, VDA head) becomes a self-contained float32 ONNX file, is compared
+    with PyTorch on random inputs, and is recorded with its hash in DIR/manifest.json. DIR appears when all is done,
+    or not at all.
+
+    \b
+    Examples:
+      iqa-export --ckpt model.safetensors -o engine/
+      iqa-export --ckpt iqa_net.pt --unet I800000_E40_gen.pth -o engine/
+      iqa-export --preset mini --seed 0 -o engine/        untrained, to try things out
+
+    Exit codes: 0 exported, 2 nothing was written.
+    """
+    from rich.console import Console
+
+    from .engine import check_target, export_engine, plan_names
+
+    console = Console(stderr=True, quiet=quiet)
+    if ckpt is None and preset is None:
+        raise UsageError("give --ckpt FILE; or --preset NAME --seed N for an untrained model")
+    check_target(output, force=force)
+    loaded = _load(console, ckpt, unet, vit, resnet, preset, seed)
+    chosen = tuple(StageName(name) for name in stages)
+    if dry_run:
+        _describe(loaded, output, chosen or plan_names(loaded.model.config))
+        return
+    with console.status("") as status:
+        manifest, costs = export_engine(
+            loaded,
+            output,
+            stages=chosen,
+            force=force,
+            progress=lambda stage, doing: status.update(f"{stage}: {doing}"),
+        )
+    if not quiet:
+        _summary(manifest, costs, output)
+
+
+@click.command(cls=Command)
+@_weight_options
+@click.option("-o", "--output", type=_FILE, required=True, metavar="FILE", help="The bundle: .safetensors or .pt.")
+@click.option("--half", is_flag=True, help="Store float16: half the size, weights rounded.")
+@click.option("--force", is_flag=True, help="Overwrite FILE.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+def convert(
+    ckpt: Path | None,
+    unet: Path | None,
+    vit: Path | None,
+    resnet: Path | None,
+    preset: str | None,
+    seed: int | None,
+    output: Path,
+    half: bool,
+    force: bool,
+    quiet: bool,
+) -> None:
+    """Turn weights of other programs into one diffiqa bundle: configuration and weights in a single file.
+
+    \b
+    Examples:
+      iqa-convert --ckpt iqa_net.pt --unet I800000_E40_gen.pth -o model.safetensors
+      iqa-convert --ckpt maniqa.pt -o maniqa.safetensors
+      iqa-convert --preset paper --vit vit.pth --resnet resnet50.pth --seed 0 -o start.safetensors
+
+    Exit codes: 0 written, 2 nothing was written.
+    """
+    from rich.console import Console
+
+    from ..model.bundle import save_bundle
+    from ..model.network import count_parameters
+
+    console = Console(stderr=True, quiet=quiet)
+    if output.exists() and not force:
+        raise OutputError(f"{output} exists; give --force to overwrite it")
+    loaded = _load(console, ckpt, unet, vit, resnet, preset, seed)
+    save_bundle(loaded.model, output, half=half, sources=loaded.sources, notes=loaded.notes)
+    if not quiet:
+        millions = count_parameters(loaded.model) / 1e6
+        click.echo(f"{output}: {loaded.model.config.name}, {millions:.1f} M parameters, {_size(output.stat().st_size)}")
+
+
+def _load(
+    console: "Console",
+    ckpt: Path | None,
+    unet: Path | None,
+    vit: Path | None,
+    resnet: Path | None,
+    preset: str | None,
+    seed: int | None,
+) -> "Loaded":
+    with console.status("reading weights"):
+        from ..model.checkpoint import load
+
+        loaded = load(ckpt, unet=unet, vit=vit, resnet=resnet, preset=preset, seed=seed)
+    for note in loaded.notes:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+    return loaded
+
+
+def _describe(loaded: "Loaded", output: Path, stages: tuple[StageName, ...]) -> None:
+    model = loaded.model
+    vit = model.vcg.vit if model.vcg else None
+    parameters = {
+        StageName.UNET: _count(model.unet),
+        StageName.VIT: _count(vit),
+        StageName.VCG: _count(model.vcg) - _count(vit) + _count(model.tabs),
+        StageName.VDA: _count(model.vda) + _count(model.tabs),
+    }
+    click.echo(f"would {'replace' if output.exists() else 'write'} {output} ({model.config.name}):")
+    total = 0
+    for name in stages:
+        count = parameters[name]
+        total += 4 * count
+        click.echo(f"  onnx/{name}.onnx   about {_size(4 * count)}, {count / 1e6:.1f} M parameters before merging")
+    click.echo(f"  manifest.json\nabout {_size(total)} in all; nothing was written")
+
+
+def _count(part: "nn.Module | None") -> int:
+    from ..model.network import count_parameters
+
+    return count_parameters(part) if part is not None else 0
+
+
+def _summary(manifest: "Manifest", costs: "list[StageCost]", output: Path) -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE, caption="GMAC: for one crop-sized image. Error: largest difference from PyTorch.")
+    table.add_column("stage")
+    for title in ("M param.", "GMAC", "size", "max error", "allowed", "seconds"):
+        table.add_column(title, justify="right")
+    for cost in costs:
+        stage = cost.stage
+        worst = max(stage.checks, key=lambda check: check.max_abs_error / check.tolerance)
+        table.add_row(
+            stage.name,
+            f"{stage.parameters / 1e6:.1f}",
+            f"{stage.macs / 1e9:.2f}",
+            _size(stage.file.bytes),
+            f"{worst.max_abs_error:.1e}",
+            f"{worst.tolerance:.1e}",
+            f"{cost.export_seconds + cost.verify_seconds:.1f}",
+        )
+    Console().print(table)
+    click.echo(f"{output}: engine {manifest.engine_id}, model {manifest.model_name}")
+    if not manifest.score.trained:
+        click.echo(manifest.score.meaning)
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e6:.1f} MB"
