@@ -1,0 +1,36 @@
+# `make run`: from a fresh clone to scored images.  `make test`: from a fresh clone to passed tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT := out
+
+.PHONY: run test slow check clean
+
+run: $(VENV)/ready
+	@echo "== exporting the untrained 'mini' model to $(OUT)/engine (half a minute)"
+	@mkdir -p $(OUT)
+	@$(BIN)/iqa-export --preset mini --seed 0 -o $(OUT)/engine --force 2>$(OUT)/export.log || { cat $(OUT)/export.log; exit 1; }
+	@echo "== scoring samples/ (a minute)"
+	@$(BIN)/iqa-run --engine $(OUT)/engine samples --format table --report $(OUT)/report.html
+	@echo "== look at $(OUT)/report.html"
+
+test: $(VENV)/ready
+	@echo "== running the tests (a few minutes; 'make slow' adds the full-size ones)"
+	@$(BIN)/python -m pytest -q
+
+slow: $(VENV)/ready
+	@$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+check: $(VENV)/ready
+	@echo "== format, lint, types"
+	@$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet . && scripts/typecheck $(BIN)/mypy
+
+$(VENV)/ready: requirements.lock pyproject.toml
+	@echo "== setting up $(VENV) (a minute or two)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(OUT) build *.egg-info

@@ -1,0 +1,204 @@
+"""Writing an engine directory: whole or not at all, and never over something that is not ours."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffiqa.errors import DiffiqaError, EngineError, ExportError
+from diffiqa.export import engine as engine_module
+from diffiqa.export import verify
+from diffiqa.export.engine import StageCost, check_target, export_engine
+from diffiqa.export.stages import StagePlan, stage_plans
+from diffiqa.export.verify import reference, verify_stage
+from diffiqa.model.checkpoint import Loaded
+from diffiqa.model.network import build
+from diffiqa.runtime.manifest import Source, StageName, file_sha256, open_engine, read_manifest
+from tiny import TINY
+
+VDA = (StageName.VDA,)
+
+
+@pytest.fixture
+def quick(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copy stages from the tiny engine instead of exporting them: what is tested is the directory around them."""
+    made = read_manifest(tiny_engine)
+
+    def copy(_model: object, plan: StagePlan, work: Path, _progress: object) -> StageCost:
+        stage = made.stage(plan.name)
+        assert stage is not None
+        (work / "onnx").mkdir(exist_ok=True)
+        shutil.copy(tiny_engine / stage.file.path, work / stage.file.path)
+        return StageCost(stage, 0.0, 0.0)
+
+    monkeypatch.setattr(engine_module, "_export_stage", copy)
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def test_the_directory_holds_the_four_stages_and_a_manifest_with_their_hashes(tiny_engine: Path) -> None:
+    manifest = open_engine(tiny_engine).manifest
+    assert [stage.name.value for stage in manifest.stages] == ["unet", "vit", "vcg", "vda"]
+    files = {"manifest.json", *(f"onnx/{name}.onnx" for name in ("unet", "vit", "vcg", "vda"))}
+    assert set(snapshot(tiny_engine)) == files
+    for stage in manifest.stages:
+        assert stage.file.sha256 == file_sha256(tiny_engine / stage.file.path)
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_manifest_says_whether_the_weights_were_trained(tiny_loaded: Loaded, tmp_path: Path) -> None:
+    seeded = dataclasses.replace(tiny_loaded, sources=(Source("seed", "0", 0, "", "seeded random numbers"),))
+    export_engine(tiny_loaded, tmp_path / "a", stages=VDA)
+    export_engine(seeded, tmp_path / "b", stages=VDA)
+    assert read_manifest(tmp_path / "a").score.trained
+    score = read_manifest(tmp_path / "b").score
+    assert not score.trained
+    assert "mean nothing" in score.meaning
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_export_of_some_stages_is_marked_incomplete(tiny_loaded: Loaded, tmp_path: Path) -> None:
+    export_engine(tiny_loaded, tmp_path / "engine", stages=VDA)
+    assert not read_manifest(tmp_path / "engine").complete
+    assert set(snapshot(tmp_path / "engine")) == {"manifest.json", "onnx/vda.onnx"}
+
+
+def test_a_stage_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, vda=None)
+    with pytest.raises(ExportError, match="has no stage vda"):
+        export_engine(Loaded(build(config, 0), (), ()), tmp_path / "engine", stages=VDA)
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_engine_is_replaced_only_with_force(tiny_loaded: Loaded, tmp_path: Path) -> None:
+    target = tmp_path / "engine"
+    export_engine(tiny_loaded, target, stages=VDA)
+    before = snapshot(target)
+    with pytest.raises(EngineError, match="already holds an engine; give --force"):
+        export_engine(tiny_loaded, target, stages=VDA)
+    assert snapshot(target) == before
+    export_engine(tiny_loaded, target, stages=(StageName.VIT,), force=True)
+    assert set(snapshot(target)) == {"manifest.json", "onnx/vit.onnx"}
+    assert [p.name for p in tmp_path.iterdir()] == ["engine"]
+
+
+@pytest.mark.parametrize("content", ["photo.jpg", "manifest.json"])
+def test_a_directory_that_is_not_an_engine_is_never_replaced(tmp_path: Path, content: str) -> None:
+    target = tmp_path / "holiday"
+    target.mkdir()
+    (target / content).write_text("{}")
+    with pytest.raises(EngineError, match="not an engine directory; it is left alone"):
+        check_target(target, force=True)
+
+
+def test_a_file_or_link_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("file", "link"):
+        with pytest.raises(EngineError, match="is not a directory"):
+            check_target(tmp_path / name, force=True)
+    with pytest.raises(EngineError, match="make it first"):
+        check_target(tmp_path / "no" / "where", force=True)
+
+
+class Stopped(BaseException):
+    """Stands for Ctrl-C, a kill or anything else that ends an export from outside."""
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Stopped, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("where", ["_export_stage", "_manifest", "_replace"])
+@pytest.mark.usefixtures("quick")
+def test_an_export_that_ends_early_leaves_the_old_engine_and_nothing_else(
+    tiny_loaded: Loaded,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    error: BaseException | type[BaseException],
+) -> None:
+    target = tmp_path / "engine"
+    export_engine(tiny_loaded, target, stages=VDA)
+    before = snapshot(target)
+
+    def stop(*_args: object, **_options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(engine_module, where, stop)
+    with pytest.raises((KeyboardInterrupt, Stopped, DiffiqaError)) as caught:
+        export_engine(tiny_loaded, target, stages=VDA, force=True)
+    if isinstance(error, OSError):
+        assert "No space left on device" in str(caught.value)
+    assert snapshot(target) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["engine"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_a_killed_export_left_behind_is_cleared_by_the_next(tiny_loaded: Loaded, tmp_path: Path) -> None:
+    process = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    dead = int(process.stdout)
+    (tmp_path / f".engine.partial-{dead}").mkdir()
+    (tmp_path / f".engine.partial-{os.getppid()}").mkdir()  # of a process that still runs
+    export_engine(tiny_loaded, tmp_path / "engine", stages=VDA)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f".engine.partial-{os.getppid()}", "engine"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_engine_that_a_killed_export_had_moved_away_comes_back(
+    tiny_loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_engine(tiny_loaded, tmp_path / "engine", stages=VDA)
+    before = snapshot(tmp_path / "engine")
+    (tmp_path / "engine").rename(tmp_path / ".engine.partial-999999999.old")
+    monkeypatch.setattr(engine_module, "_export_stage", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export_engine(tiny_loaded, tmp_path / "engine", stages=VDA)
+    assert snapshot(tmp_path / "engine") == before
+
+
+def _interrupt(*_args: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_disk_too_small_is_noticed_before_the_work(
+    tiny_loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module.shutil, "disk_usage", lambda _path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(ExportError, match="0 MB free, the engine needs"):
+        export_engine(tiny_loaded, tmp_path / "engine", stages=VDA)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [(lambda x: x + 3e-4, "ONNX Runtime differs from PyTorch by 0.0003"), (lambda _: float("nan"), "returns NaN")],
+    ids=["off by 3e-4", "nan"],
+)
+def test_a_stage_that_disagrees_with_pytorch_fails_the_export(
+    tiny_loaded: Loaded,
+    tiny_engine: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[float], float],
+    says: str,
+) -> None:
+    plan = next(plan for plan in stage_plans(tiny_loaded.model) if plan.name is StageName.VDA)
+
+    def tampered(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(x.clone().apply_(change) for x in reference(*arguments))
+
+    monkeypatch.setattr(verify, "reference", tampered)
+    with pytest.raises(ExportError, match=says):
+        verify_stage(tiny_loaded.model, plan, tiny_engine / "onnx" / "vda.onnx", seed=1)
+
+
+def test_the_manifest_names_no_directory_of_this_machine(tiny_engine: Path) -> None:
+    text = (tiny_engine / "manifest.json").read_text()
+    assert str(tiny_engine.parent) not in text
+    assert str(Path(__file__).parents[2]) not in text
+    assert json.loads(text)["provenance"]["versions"]["diffiqa"]

@@ -1,0 +1,76 @@
+"""What export merges is exact: each deployed stage, still in PyTorch and float64, equals the model it came from."""
+
+import dataclasses
+
+import pytest
+import torch
+from diffiqa.export.stages import StagePlan, stage_plans
+from diffiqa.export.verify import reference
+from diffiqa.model.config import PRESETS, ModelConfig, Norm, UNetConfig
+from diffiqa.model.network import DiffV2IQA, build
+from diffiqa.runtime.manifest import StageName
+from tiny import TINY, perturbed
+from torch import nn
+
+GROUPED = dataclasses.replace(
+    TINY,
+    name="grouped",
+    unet=UNetConfig(width=8, multipliers=(1, 2, 2), blocks=1, attention_levels=(2,), norm=Norm.GROUP, groups=4),
+)
+
+
+def in_float64(model: DiffV2IQA, plan: StagePlan, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    inputs = tuple(x.double() for x in plan.draw(2, (32, 48), torch.Generator().manual_seed(seed)))
+    with torch.no_grad():
+        merged = plan.module.double()(*inputs)
+        expected = reference(model.double(), plan.name, inputs)
+    return list(merged if isinstance(merged, tuple) else (merged,)), list(expected)
+
+
+@pytest.mark.parametrize("config", [TINY, GROUPED], ids=["batch norm", "group norm"])
+@pytest.mark.parametrize("index", range(4), ids=["unet", "vit", "vcg", "vda"])
+def test_merged_stage_equals_the_model(config: ModelConfig, index: int) -> None:
+    model = perturbed(build(config, seed=3), seed=4)
+    plan = stage_plans(model)[index]
+    merged, expected = in_float64(model, plan, seed=5)
+    for have, want in zip(merged, expected, strict=True):
+        # The merged weights are stored in float32, so float64 arithmetic shows their rounding: a few 1e-7.
+        torch.testing.assert_close(have, want, rtol=0, atol=3e-6)
+
+
+def test_merging_leaves_the_model_as_it_was() -> None:
+    model = perturbed(build(TINY, seed=3), seed=4)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    stage_plans(model)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_batch_norms_that_follow_a_linear_map_are_gone() -> None:
+    plans = {plan.name: plan for plan in stage_plans(build(TINY, seed=3))}
+    assert not [m for m in plans[StageName.VDA].module.modules() if isinstance(m, nn.BatchNorm2d)]
+    unet = plans[StageName.UNET].module
+    left = {name.split(".")[-2] for name, m in unet.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    kept = [name for name, m in unet.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    assert left == {"block"}
+    assert all("block1" in name or "final_conv" in name for name in kept)
+
+
+def test_the_squeeze_convolutions_are_one() -> None:
+    plans = {plan.name: plan for plan in stage_plans(build(TINY, seed=3))}
+    head = plans[StageName.VCG].module
+    convs = [m for m in head.branch.squeeze if isinstance(m, nn.Conv2d)]  # type: ignore[union-attr]
+    assert [(c.in_channels, c.out_channels) for c in convs] == [(TINY.vcg.channels, 16)]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [("maniqa", ["vit", "vcg"]), ("mini", ["unet", "vit", "vcg", "vda"])],
+)
+def test_a_model_has_the_stages_its_parts_need(name: str, stages: list[str]) -> None:
+    with torch.device("meta"):
+        model = DiffV2IQA(PRESETS[name])
+    from diffiqa.export.engine import plan_names
+
+    assert list(plan_names(model.config)) == stages
