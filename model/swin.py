@@ -34,7 +34,8 @@ class WindowAttention(nn.Module):
         bias = self.relative_position_bias_table[self.index].permute(2, 0, 1)[None]  # (1, heads, tokens, tokens)
         if mask is not None:
             bias = bias + mask[:, None]
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        logits = (q * (width // self.heads) ** -0.5) @ k.transpose(-2, -1) + bias
+        mixed = torch.softmax(logits, dim=-1) @ v
         out: Tensor = self.proj(mixed.transpose(2, 3).reshape(b, windows, tokens, width))
         return out
 

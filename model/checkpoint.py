@@ -1,0 +1,330 @@
+"""The files a user has → a `DiffV2IQA` with every weight in place.
+
+Names and shapes are compared before anything is allocated; whatever does not fit is reported all at once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, UsageError
+from ..runtime.manifest import Source
+from .bundle import Bundle, read_description, save_bundle
+from .config import PRESETS, ModelConfig
+from .config import preset as preset_config
+from .foreign import BUNDLE, IQA, MANIQA, SR3, Format, adapt, recognise
+from .network import DiffV2IQA, build
+from .weightfile import WeightFile, listed, not_finite, read, shown
+
+__all__ = ["Loaded", "load", "misfits", "part_of", "save_bundle"]
+
+# What a seed may leave untrained, by prefix and in words. The first three may have a file of their own.
+PARTS = {
+    "unet": ("unet.", "U-Net"),
+    "vit": ("vcg.vit.", "ViT"),
+    "resnet": ("vda.resnet.", "ResNet"),
+    "tabs": ("tabs.", "shared attention blocks"),
+    "vcg": ("vcg.", "VCG head"),
+    "vda": ("vda.", "VDA head"),
+}
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+COUNTER = "num_batches_tracked"  # of BatchNorm; nothing here reads it, and old files lack it
+MAX_SWIN_TABLE_BYTES = 256 * 2**20
+
+Misfits = dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode, float32; the files it came from; what was ignored or is untrained, in words.
+
+    A part that is untrained has a source with role "seed" and no hash.
+    """
+
+    model: DiffV2IQA
+    sources: tuple[Source, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A file the user gave, recognised. `option` is how: ckpt, unet, vit or resnet."""
+
+    option: str
+    file: WeightFile
+    form: Format
+    bundle: Bundle | None
+
+    @property
+    def name(self) -> str:
+        return shown(self.file.path.name)
+
+    @property
+    def source(self) -> Source:
+        role = self.form.role if self.option == "ckpt" else self.option
+        return Source(role, self.name, self.file.bytes, self.file.sha256, self.form.words)
+
+
+def load(
+    ckpt: Path | None,
+    *,
+    unet: Path | None = None,
+    vit: Path | None = None,
+    resnet: Path | None = None,
+    preset: str | None = None,
+    seed: int | None = None,
+) -> Loaded:
+    """Load a model from a bundle, the authors' network or MANIQA; `unet`, `vit` and `resnet` replace these parts.
+
+    The configuration is that of `preset`, else the bundle's own, else the preset the weights fit. With a `seed`, parts
+    of which no file gives anything keep their seeded initial values, and `sources` and `notes` say so; without one
+    they are an error. Raises CheckpointError, ConfigError (no such preset) or UsageError.
+    """
+    if ckpt is None and (preset is None or seed is None):
+        raise UsageError("without a checkpoint there must be a preset and a seed, for the parts that no file gives")
+    base = _open("ckpt", ckpt) if ckpt else None
+    parts = [_open(option, path) for option, path in (("unet", unet), ("vit", vit), ("resnet", resnet)) if path]
+    given = [base, *parts] if base else parts
+    config = _config(base, given, preset, seed)
+    _check_parts(config, base, parts, seed)
+    if base and base.bundle and preset is None:
+        seed = None  # a bundle is complete for its own configuration: a hole is damage, which no seed mends
+    weights, notes = _gather(config, given)
+    model = _skeleton(config)
+    if problems := misfits(model.state_dict(), weights, seeded=seed is not None):
+        raise CheckpointError(_explain(config, given, problems, seed))
+    untrained = _fill(model, _copied(weights, given), seed)
+    inherited, old_notes = _ancestry(given)
+    if base and base.bundle and base.bundle.config != config:
+        notes.append(f"{base.name}: its configuration {base.bundle.config.name!r} gives way to preset {preset!r}")
+    return Loaded(
+        model.eval(),
+        (*(g.source for g in given), *inherited, *untrained),
+        (*old_notes, *notes, *map(_untrained_note, untrained)),
+    )
+
+
+def misfits(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, seeded: bool = False) -> Misfits:
+    """Return what keeps `weights` from filling `expected`, in words by kind; only names, shapes and types are read.
+
+    `seeded`: parts of which `weights` has nothing at all may be absent. A part that is there must be complete, else
+    its remainder (the statistics of BatchNorm, for GroupNorm's weights) would silently be made up.
+    """
+    present = {part_of(name) for name in weights}
+    shared = [(name, tensor, weights[name]) for name, tensor in expected.items() if name in weights]
+    groups = {
+        "missing": [
+            name
+            for name in expected
+            if name not in weights and not name.endswith(COUNTER) and not (seeded and part_of(name) not in present)
+        ],
+        "unknown to this model": [name for name in weights if name not in expected],
+        "of another shape": [
+            f"{name} is {tuple(has.shape)}, must be {tuple(want.shape)}"
+            for name, want, has in shared
+            if has.shape != want.shape
+        ],
+        "of another type": [
+            f"{name} is {has.dtype}, must be {want.dtype}"
+            for name, want, has in shared
+            if (has.dtype not in FLOATS if want.is_floating_point() else has.dtype != want.dtype)
+        ],
+    }
+    return {title: lines for title, lines in groups.items() if lines}
+
+
+def part_of(name: str) -> str:
+    """Return the part of the model that one of our tensors belongs to, a key of `PARTS`; "" for other names."""
+    return next((part for part, (prefix, _) in PARTS.items() if name.startswith(prefix)), "")
+
+
+def _open(option: str, path: Path) -> _Given:
+    """Read a file and find out what it is."""
+    file = read(path)
+    if file.bundle is not None:
+        return _Given(option, file, BUNDLE, read_description(path, file.bundle))
+    form = recognise(file.weights)
+    if form is None:
+        raise CheckpointError(f"{path} holds the weights of some other network: {listed(list(file.weights))}")
+    return _Given(option, file, form, None)
+
+
+def _config(base: _Given | None, given: list[_Given], preset: str | None, seed: int | None) -> ModelConfig:
+    """Return the configuration: the one asked for, else the bundle's own, else the preset the weights fit best."""
+    if preset is not None:
+        return preset_config(preset)
+    if base and base.bundle:
+        return base.bundle.config
+    if base and base.form is MANIQA:
+        return PRESETS["maniqa"]  # whatever else was given along with it
+    distances = _distances(given, seed)
+    fitting = [name for name, distance in distances.items() if distance == 0]
+    if len(fitting) > 1:
+        raise UsageError(f"{_paths(given)}: these weights fit presets {' and '.join(fitting)}; choose with --preset")
+    return PRESETS[min(distances, key=lambda name: distances[name])]
+
+
+def _distances(given: list[_Given], seed: int | None) -> dict[str, int]:
+    """Return how many tensors keep the given files from being each preset."""
+    out = {}
+    for name, config in PRESETS.items():
+        problems = misfits(_skeleton(config).state_dict(), _gather(config, given)[0], seeded=seed is not None)
+        out[name] = sum(map(len, problems.values()))
+    return out
+
+
+def _check_parts(config: ModelConfig, base: _Given | None, parts: list[_Given], seed: int | None) -> None:
+    """Refuse files that came with the wrong option, and the authors' network without its other half."""
+    if base and base.form.part:
+        raise CheckpointError(
+            f"{base.file.path} is only a part, the {PARTS[base.form.role][1]} ({base.form.words}): give it with "
+            f"--{base.form.role}, beside the checkpoint of the scoring network. To start training from parts: "
+            f"iqa convert --preset paper --vit VIT --resnet RESNET --seed 0 -o start.safetensors"
+        )
+    has = {"unet": config.unet, "vit": config.vcg, "resnet": config.vda}
+    for g in parts:
+        prefix, words = PARTS[g.option]
+        if has[g.option] is None:
+            raise CheckpointError(f"model {config.name!r} has no {words}: leave out --{g.option} {g.file.path}")
+        if not any(name.startswith(prefix) for name in adapt(g.form, g.file.weights, vit_blocks=64)[0]):
+            raise CheckpointError(f"{g.file.path}, given with --{g.option}, has no {words}: it is {g.form.words}")
+    if base and base.form is IQA and seed is None and all(g.option != "unet" for g in parts):
+        raise CheckpointError(
+            f"{base.file.path} is the {IQA.words}; it scores restored images but does not restore them. Give its U-Net "
+            f"with --unet: the file I<iterations>_E<epoch>_gen.pth that training the diffusion model (SR3) wrote"
+        )
+
+
+def _gather(config: ModelConfig, given: list[_Given]) -> tuple[dict[str, Tensor], list[str]]:
+    """Bring all files together under our names; a part's own file replaces that part of the checkpoint."""
+    vit_blocks = max(config.vcg.layers) + 1 if config.vcg else 0
+    weights: dict[str, Tensor] = {}
+    notes: list[str] = []
+    for g in given:
+        own, remarks = adapt(g.form, g.file.weights, vit_blocks)
+        prefix, words = PARTS.get(g.option, ("", ""))
+        if prefix and g.form.part != prefix:
+            own = {name: tensor for name, tensor in own.items() if name.startswith(prefix)}
+            remarks = [f"only its {words} is used"]
+        kept = {name: tensor for name, tensor in weights.items() if not prefix or not name.startswith(prefix)}
+        if len(kept) < len(weights):
+            remarks.append(f"its {words} replaces that of {given[0].name}")
+        weights = kept | own
+        notes += [f"{g.name}: {text}" for text in (*remarks, *_remarks(config, g))]
+    return weights, notes
+
+
+def _remarks(config: ModelConfig, g: _Given) -> list[str]:
+    """Say what was set aside unread, and what weights alone cannot decide."""
+    remarks = []
+    if g.file.ignored:
+        remarks.append(f"entries beside the weights ignored: {listed(g.file.ignored)}")
+    betas = g.file.weights.get("betas")
+    if g.form is SR3 and betas is not None and betas.ndim == 1 and len(betas) != config.schedule.steps:
+        remarks.append(f"trained with {len(betas)} diffusion steps, sampled here with {config.schedule.steps}")
+    if g.option == "ckpt" and g.form in {IQA, MANIQA} and config.vcg:
+        remarks.append(
+            f"the scale of its Swin stages is not stored in it, {config.vcg.swin.scale} is assumed "
+            "(one public MANIQA checkpoint was trained with 0.13)"
+        )
+    return remarks
+
+
+def _skeleton(config: ModelConfig) -> DiffV2IQA:
+    """Return the model on the meta device: names, shapes and types without memory."""
+    if config.vcg:
+        # Swin's index and mask tables are real even there, and a file must not decide how much memory they take.
+        swin = config.vcg.swin
+        size = 2 * swin.layers * swin.blocks * swin.window**2 * (8 * swin.window**2 + 4 * config.grid**2)
+        if size > MAX_SWIN_TABLE_BYTES:
+            raise CheckpointError(f"model {config.name!r}: the tables of its Swin windows would take {size:,} bytes")
+    with torch.device("meta"):
+        return DiffV2IQA(config)
+
+
+def _copied(weights: Mapping[str, Tensor], given: list[_Given]) -> dict[str, Tensor]:
+    """Copy tensors out of their files, as float32; raises CheckpointError where that is not finite."""
+    # One stored number may pose as a tensor of any shape: the model must be no larger than its files.
+    if sum(tensor.numel() for tensor in weights.values()) > sum(g.file.bytes for g in given):
+        raise CheckpointError(f"{_paths(given)}: the tensors have more numbers than the file has bytes")
+    # Always a copy. What stays mapped takes the process down (SIGBUS) when a training run truncates the file to write
+    # its next checkpoint, and keeps Windows from replacing it. So a file is mapped only until `load` returns.
+    out = {
+        name: tensor.to(
+            torch.float32 if tensor.is_floating_point() else tensor.dtype,
+            copy=True,
+            memory_format=torch.contiguous_format,
+        )
+        for name, tensor in weights.items()
+    }
+    if broken := not_finite(out):
+        raise CheckpointError(f"{_paths(given)}: weights that are NaN, infinite or beyond float32: {listed(broken)}")
+    return out
+
+
+def _fill(model: DiffV2IQA, weights: dict[str, Tensor], seed: int | None) -> tuple[Source, ...]:
+    """Put the weights in place, initial values where there are none; return a source for each part that got these."""
+    expected = model.state_dict()
+    present = {part_of(name) for name in weights}
+    missing = set(expected) - set(weights)
+    absent = {name for name in missing if part_of(name) not in present}
+    weights |= {name: torch.zeros((), dtype=torch.int64) for name in missing - absent}  # the counters
+    sources = []
+    if absent and seed is not None:
+        initial = build(model.config, seed)
+        weights |= {name: tensor for name, tensor in initial.state_dict().items() if name in absent}
+        for part, (_, words) in PARTS.items():
+            of_part = [p for name, p in initial.named_parameters() if name in absent and part_of(name) == part]
+            if of_part:
+                sources.append(
+                    Source("seed", words, sum(p.nbytes for p in of_part), "", f"initial values of seed {seed}")
+                )
+    model.load_state_dict(weights, assign=True)
+    return tuple(sources)
+
+
+def _untrained_note(source: Source) -> str:
+    return f"untrained: {source.name}, {source.bytes // 4:,} parameters with the {source.format}"
+
+
+def _ancestry(given: list[_Given]) -> tuple[list[Source], list[str]]:
+    """Return the sources and notes that bundles recorded, for as much of them as is used here.
+
+    So a part that was never trained stays marked as such through any number of bundles, until a file replaces it.
+    """
+
+    def concerns(source: Source, part: str) -> bool:
+        return source.role == part or (source.role == "seed" and source.name == PARTS[part][1])
+
+    replaced = [g.option for g in given if g.option != "ckpt"]
+    sources: list[Source] = []
+    notes: list[str] = []
+    for g in given:
+        if g.bundle and g.option == "ckpt":
+            used = [s for s in g.bundle.sources if not any(concerns(s, part) for part in replaced)]
+            stale = {_untrained_note(s) for s in g.bundle.sources if s not in used}
+            notes += [note for note in g.bundle.notes if note not in stale]
+            sources += used
+        elif g.bundle:
+            used = [s for s in g.bundle.sources if concerns(s, g.option)]
+            notes += [_untrained_note(s) for s in used if s.role == "seed"]
+            sources += used
+    return sources, notes
+
+
+def _explain(config: ModelConfig, given: list[_Given], problems: Misfits, seed: int | None) -> str:
+    lines = [f"{_paths(given)} does not fit model {config.name!r}:"]
+    lines += [f"  {title} ({len(names)}): {listed(names)}" for title, names in problems.items()]
+    distances = _distances(given, seed)
+    best = min(distances, key=lambda name: distances[name])
+    if distances[best] < sum(map(len, problems.values())):
+        how = "fits" if distances[best] == 0 else f"is closer (tensors that do not fit: {distances[best]})"
+        lines.append(f"Preset {best!r} {how}: --preset {best}")
+    return "\n".join(lines)
+
+
+def _paths(given: list[_Given]) -> str:
+    return " + ".join(str(g.file.path) for g in given) or "no file"

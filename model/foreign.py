@@ -1,0 +1,129 @@
+"""Names in the wild: recognises whose network a file's tensor names belong to, and renames them into ours."""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .weightfile import shown
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way of naming tensors. `part` is the prefix of ours when the network is only a part of the whole model."""
+
+    words: str
+    role: str
+    part: str = ""
+    renames: tuple[tuple[str, str], ...] = ()  # patterns for the start of a name, first match wins
+
+
+BUNDLE = Format("diffiqa bundle", "bundle")
+PLAIN = Format("diffiqa weights without configuration", "bundle")
+MANIQA = Format(
+    "MANIQA",
+    "iqa",
+    renames=(
+        (r"vit\.", "vcg.vit."),
+        (r"tablock1\.(\d+)\.c_([qkv])\.", r"tabs.\1.\2."),
+        (r"tablock2\.(\d+)\.c_([qkv])\.", r"vcg.tabs2.\1.\2."),
+        (r"conv1\.", "vcg.squeeze.0."),
+        (r"swintransformer([12])\.", r"vcg.swin\1."),
+        (r"conv2\.", "vcg.halve."),
+        (r"fc_(score|weight)\.", r"vcg.\1."),
+    ),
+)
+IQA = Format(
+    "Diff-V²-IQA authors' network",
+    "iqa",
+    renames=(
+        *MANIQA.renames,
+        (r"noise_levels$", "vcg.noise_codes"),
+        (r"conv3\.", "vcg.squeeze.1."),
+        (r"res\.", "vda.resnet."),
+        (r"qa\.x_linear\.", "vda.rtab.residual."),
+        (r"qa\.c_([qkv])\.", r"vda.rtab.\1."),
+        (r"conv_s1\.", "vda.widen."),
+        (r"fc_(score|weight)1\.", r"vda.\1."),
+    ),
+)
+SR3 = Format(
+    "SR3 U-Net",
+    "unet",
+    part="unet.",
+    renames=((r"denoise_fn\.", "unet."), (r"(noise_level_mlp|downs|mid|ups|final_conv)\.", r"unet.\1.")),
+)
+VIT = Format("timm ViT", "vit", part="vcg.vit.", renames=((r"", "vcg.vit."),))
+RESNET = Format("torchvision ResNet", "resnet", part="vda.resnet.", renames=((r"", "vda.resnet."),))
+
+# What foreign files carry and this model has no use for, by name after renaming. Whatever else does not fit is an
+# error: a tensor nobody expects usually means another network, whose score would be wrong.
+UNUSED = (
+    (r"vcg\.vit\.(norm|head|pre_logits|fc_norm)\.", "the ViT's final norm and head, which nothing reads"),
+    (r"vcg\.swin[12]\.(.+\.)?downsample\.", "strided convolutions of the Swin stages, which nothing calls"),
+    (r"vcg\.swin[12]\..+\.(relative_position_index|attn_mask)$", "index and mask tables of Swin, computed here"),
+    (r"(noise_embedding|bn1|rq_score)\.", "layers the authors left in and never call"),
+    (
+        r"(betas|((log|sqrt)_(one_minus_|recip_|recipm1_)?)?alphas_cumprod(_prev)?"
+        r"|posterior_(variance|log_variance_clipped|mean_coef[12]))$",
+        "the diffusion schedule of training, as ours is configured",
+    ),
+)
+
+
+def recognise(names: Collection[str]) -> Format | None:
+    """Return whose naming this is, or None."""
+
+    def has(prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in names)
+
+    if has("fc_score.") and has("tablock1."):
+        return IQA if has("noise_levels") or has("res.") else MANIQA
+    if has("denoise_fn.") or (has("noise_level_mlp.") and has("downs.")):
+        return SR3
+    if has("patch_embed.") and has("blocks.0.attn."):
+        return VIT
+    if has("layer1.0.conv1.") and has("fc."):
+        return RESNET
+    if has("unet.") or has("vcg.") or has("vda."):
+        return PLAIN
+    return None
+
+
+def adapt(form: Format, weights: Mapping[str, Tensor], vit_blocks: int) -> tuple[dict[str, Tensor], list[str]]:
+    """Rename into our names, for a model with `vit_blocks` ViT blocks. → (tensors, what was left out and why)."""
+    if not form.renames:
+        return dict(weights), []
+    ours: dict[str, Tensor] = {}
+    left_out: dict[str, list[Tensor]] = {}
+    for name, tensor in weights.items():
+        new = _rename(form, name)
+        if new in ours:
+            raise CheckpointError(f"{shown(name)} is there twice, under two names for {shown(new)}")
+        if why := _unused(new, vit_blocks):
+            left_out.setdefault(why, []).append(tensor)
+        elif new == "vcg.noise_codes" and tensor.ndim == 3 and tensor.shape[0] == 1:
+            ours[new] = tensor[0]
+        else:
+            ours[new] = tensor
+    return ours, [
+        f"not used: {why} (tensors: {len(tensors)}, numbers: {sum(t.numel() for t in tensors):,})"
+        for why, tensors in left_out.items()
+    ]
+
+
+def _rename(form: Format, name: str) -> str:
+    for pattern, ours in form.renames:
+        if match := re.match(pattern, name):
+            return match.expand(ours) + name[match.end() :]
+    return name
+
+
+def _unused(name: str, vit_blocks: int) -> str | None:
+    """Return why this model has no use for a tensor, or None if it has, or nobody knows."""
+    block = re.match(r"vcg\.vit\.blocks\.(\d+)\.", name)
+    if block and int(block[1]) >= vit_blocks:
+        return f"ViT blocks from {vit_blocks} on, after the last one that is read"
+    return next((why for pattern, why in UNUSED if re.match(pattern, name)), None)
