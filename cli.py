@@ -4,6 +4,7 @@ import click
 
 from . import __version__
 from .export.cli import convert, export
+from .runtime.cli import run
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -15,5 +16,5 @@ def main() -> None:
     """
 
 
-for command in (export, convert):
+for command in (export, run, convert):
     main.add_command(command)

@@ -5,7 +5,7 @@ import itertools
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from .images import DEFAULT_MAX_PIXELS, Image, Source, read_image
 from .manifest import EngineDirectory, Manifest, ScoreMeaning, StageName, open_engine
 from .onnx_backend import OnnxSettings, OnnxStage
 from .plan import Plan, make_plan
-from .results import CropScore, Failure, Mode, Options, Pictures, Score
+from .results import CropScore, Failure, Options, Pictures, Score
 from .schedule import Kind, Taps
 
 FloatArray = npt.NDArray[np.float32]
@@ -80,31 +80,44 @@ class Scorer:
         return self._manifest
 
     @overload
-    def score(self, images: Source, **options: Any) -> Score: ...
+    def score(self, images: Source, options: Options | None = None, *, pictures: bool = False) -> Score: ...
     @overload
-    def score(self, images: list[Source] | tuple[Source, ...], **options: Any) -> list[Score]: ...
-    def score(self, images: Source | list[Source] | tuple[Source, ...], **options: Any) -> Score | list[Score]:
+    def score(
+        self, images: list[Source] | tuple[Source, ...], options: Options | None = None, *, pictures: bool = False
+    ) -> list[Score]: ...
+    def score(
+        self,
+        images: Source | list[Source] | tuple[Source, ...],
+        options: Options | None = None,
+        *,
+        pictures: bool = False,
+    ) -> Score | list[Score]:
         """Score one image (path, bytes, PIL image, HWC array) or a list of them.
 
-        Options are those of `Options`, and `pictures=True` to keep what the model saw. Raises ImageError for the first
-        image that cannot be scored; use `stream` to go on past it.
+        `pictures` keeps what the model saw in `Score.pictures`. Raises ImageError for the first image that cannot be
+        scored; `stream` goes on past it.
         """
-        pictures = bool(options.pop("pictures", False))
-        chosen = _options(options)
+        chosen = options or Options()
         if isinstance(images, list | tuple):
             return [self._score(self._read(image), _name(image, i), chosen, pictures) for i, image in enumerate(images)]
         return self._score(self._read(images), _name(images, 0), chosen, pictures)
 
     def stream(
-        self, images: Iterable[Source], *, pictures: bool = False, workers: int = 1, ahead: int = 4, **options: Any
-    ) -> Iterator[Score | Failure]:
+        self,
+        images: Iterable[Source],
+        options: Options | None = None,
+        *,
+        pictures: bool = False,
+        workers: int = 1,
+        ahead: int = 4,
+    ) -> Generator[Score | Failure, None, None]:
         """Yield one result per image, in order; a bad image gives a Failure and the rest goes on.
 
         `ahead` images are decoded in threads while others are scored, `workers` at a time; no more are ever held.
         """
         if workers < 1 or ahead < 1:
             raise UsageError("workers and ahead must be at least 1")
-        return self._stream(images, _options(options), pictures, workers, ahead)
+        return self._stream(images, options or Options(), pictures, workers, ahead)
 
     def close(self) -> None:
         """Free the engine. A closed scorer refuses to score."""
@@ -120,7 +133,7 @@ class Scorer:
 
     def _stream(
         self, images: Iterable[Source], options: Options, pictures: bool, workers: int, ahead: int
-    ) -> Iterator[Score | Failure]:
+    ) -> Generator[Score | Failure, None, None]:
         stop = threading.Event()
 
         def guarded(name: str, work: Callable[[], Score]) -> Score | Failure:
@@ -151,8 +164,10 @@ class Scorer:
             finally:
                 # Reached early when the caller stops, Ctrl-C included: what runs ends at its next step.
                 stop.set()
-                for waiting in [*(future for future, _ in decoding), *scoring]:
-                    waiting.cancel()
+                for decoded, _ in decoding:
+                    decoded.cancel()
+                for scored in scoring:
+                    scored.cancel()
 
     def _read(self, image: Source) -> Image:
         return read_image(image, min_side=self._manifest.crop.size, max_pixels=self._max_pixels)
@@ -183,6 +198,8 @@ class Scorer:
                 outcomes.append(outcome.verdicts)
         except MemoryError as exc:
             raise ImageError(f"{name}: not enough memory for {plan.width}×{plan.height}; lower --pixel-budget") from exc
+        except BackendError as exc:
+            raise ImageError(f"{name}: {exc}") from exc
         per_seed = [statistics.fmean(_total(m, verdict) for verdict in verdicts) for verdicts in outcomes]
         crops = tuple(
             _crop_score(m, plan, index, [verdicts[index] for verdicts in outcomes]) for index in range(len(plan.crops))
@@ -253,18 +270,6 @@ def to_plane(pixels: npt.NDArray[Any]) -> FloatArray:
     unit -= np.float32(0.5)
     unit /= np.float32(0.5)
     return np.ascontiguousarray(unit)
-
-
-def _options(values: dict[str, Any]) -> Options:
-    if "mode" in values:
-        try:
-            values = {**values, "mode": Mode(values["mode"])}
-        except ValueError:
-            raise UsageError(f"mode must be one of {', '.join(Mode)}, not {values['mode']!r}") from None
-    try:
-        return Options(**values)
-    except TypeError as exc:
-        raise UsageError(f"unknown option: {exc}") from exc
 
 
 def _name(image: Any, index: int) -> str:

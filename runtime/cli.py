@@ -1,0 +1,147 @@
+"""`iqa-run`: options in, one library call, an exit code out."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..command import Command
+from ..errors import UsageError
+
+_PATH = click.Path(path_type=Path)
+
+
+class RunCommand(Command):
+    """Interrupted runs end with 130: unlike a failed start, they have left results."""
+
+    interrupt_exit_code = 130
+
+
+def provider(text: str) -> str | tuple[str, dict[str, str]]:
+    """Parse `NAME` or `NAME,key=value,…` into ONNX Runtime's form."""
+    name, *pairs = text.split(",")
+    if not name or any("=" not in pair for pair in pairs):
+        raise ValueError(text)
+    return (name, dict(pair.split("=", 1) for pair in pairs)) if pairs else name
+
+
+@click.command(cls=RunCommand)
+@click.option("--engine", type=_PATH, required=True, metavar="DIR", help="The engine directory, from iqa-export.")
+@click.argument("images", nargs=-1, required=True)
+@click.option("-o", "--output", "file", type=_PATH, metavar="FILE", help="Write results here instead of to stdout.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "jsonl", "json", "csv"]),
+    help="Default: what FILE's name says; on a terminal a table, into a pipe jsonl.",
+)
+@click.option("--resume", is_flag=True, help="Continue the run that FILE is from: its scores stay, its errors retry.")
+@click.option("--force", is_flag=True, help="Start over if FILE holds results.")
+@click.option(
+    "--sort", type=click.Choice(["score", "name", "vcg", "vda", "spread", "time"]), help="Order of the results."
+)
+@click.option("--descending", is_flag=True, help="Highest first.")
+@click.option("--top", type=click.IntRange(1), metavar="N", help="Only the N best.")
+@click.option("--bottom", type=click.IntRange(1), metavar="N", help="Only the N worst.")
+@click.option("--crops", type=click.IntRange(1, 10_000), metavar="N", help="Crops per image. Default: the engine's.")
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="Of the noise.")
+@click.option(
+    "--seeds", type=click.IntRange(1, 1000), default=1, show_default=True, help="Average this many; gives the spread."
+)
+@click.option(
+    "--mode",
+    type=click.Choice(["whole", "tile", "crop"]),
+    default="whole",
+    show_default=True,
+    help="Restore images whole, in overlapping tiles, or crop by crop.",
+)
+@click.option(
+    "--pixel-budget",
+    type=click.IntRange(65536),
+    default=2**20,
+    show_default=True,
+    metavar="N",
+    help="Whole images of more pixels are tiled.",
+)
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Refuse larger images; 0 refuses none. Default: Pillow's guard against decompression bombs, 89,478,485.",
+)
+@click.option("--report", type=_PATH, metavar="FILE", help="Write an HTML page with pictures of what the model saw.")
+@click.option("--save-intermediates", "intermediates", type=_PATH, metavar="DIR", help="Write those pictures as PNG.")
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "onnxruntime"]),
+    default="auto",
+    show_default=True,
+    help="What runs the networks.",
+)
+@click.option("--threads", type=click.IntRange(1), metavar="N", help="Default: the CPUs this process may use.")
+@click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Images scored at a time.")
+@click.option(
+    "--provider",
+    "providers",
+    type=provider,
+    metavar="NAME[,KEY=VALUE…]",
+    multiple=True,
+    help="ONNX Runtime execution provider and its options (repeatable, most wanted first).",
+)
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no summary on stderr.")
+def run(engine: Path, images: tuple[str, ...], **given: Any) -> None:
+    """Score images: higher is better.
+
+    IMAGES are files, folders (searched through), glob patterns, or - for a list on standard input, one name a line.
+    The same pixels, engine and seed give the same score, whatever else is scored with them.
+
+    \b
+    Examples:
+      iqa-run --engine engine/ photos/
+      iqa-run --engine engine/ photos/*.jpg -o scores.csv --report report.html
+      find . -name '*.png' | iqa-run --engine engine/ - -o scores.jsonl --resume
+
+    Exit codes: 0 all scored, 1 some failed (their records say why), 2 nothing could run, 130 interrupted (what was
+    scored is kept; --resume goes on).
+    """
+    from .inputs import find_images
+    from .onnx_backend import OnnxSettings
+    from .records import Format, Sort
+    from .results import Mode, Options
+    from .run import Outputs
+    from .run import run as run_images
+    from .scorer import load
+
+    options = Options(given["crops"], given["seed"], given["seeds"], Mode(given["mode"]), given["pixel_budget"])
+    outputs = Outputs(
+        form=Format(given["form"]) if given["form"] else None,
+        sort=Sort(given["sort"]) if given["sort"] else None,
+        **{
+            name: given[name]
+            for name in ("file", "resume", "force", "descending", "top", "bottom", "report", "intermediates", "quiet")
+        },
+    )
+    names = [str(path) for path in find_images(_expand_stdin(images))]
+    if not names:
+        raise UsageError("no images found; give files, folders or glob patterns")
+    if outputs.resume and outputs.file is None:
+        raise UsageError("--resume continues a file: name it with -o")
+    settings = OnnxSettings(threads=given["threads"], providers=given["providers"] or ("CPUExecutionProvider",))
+    limits = {} if given["max_pixels"] is None else {"max_pixels": given["max_pixels"] or None}
+    with load(engine, backend=given["backend"], onnx=settings, **limits) as scorer:
+        complete = run_images(scorer, names, options, outputs, workers=given["workers"])
+    if not complete:
+        sys.exit(1)
+
+
+def _expand_stdin(names: tuple[str, ...]) -> list[str]:
+    """Replace `-` by the lines of standard input; undecodable names survive as surrogates."""
+    expanded: list[str] = []
+    for name in names:
+        if name == "-":
+            expanded += [os.fsdecode(line) for line in sys.stdin.buffer.read().splitlines() if line.strip()]
+        else:
+            expanded.append(name)
+    return expanded

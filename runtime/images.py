@@ -1,0 +1,360 @@
+"""Pixels from what people have: files, bytes, Pillow images and arrays of every sort become RGB, and say how.
+
+Files are untrusted. Whatever their bytes are, reading one ends in an `Image` or in an `ImageError`, in any thread.
+"""
+
+import hashlib
+import io
+import logging
+import os
+import re
+import stat
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+
+from ..errors import ImageError
+
+Source = str | os.PathLike[str] | bytes | PIL.Image.Image | npt.NDArray[Any]
+Array = npt.NDArray[Any]
+
+# Pillow's own guard against decompression bombs: a quarter of a GiB of RGB.
+DEFAULT_MAX_PIXELS = 89_478_485
+MAX_FILE_BYTES = 2**31
+ALLOW_MORE = "allow more with --max-pixels"
+
+# Drawings and measurements: Pillow knows them, but has Ghostscript run the first (on a program from the file), and
+# has no pixels for the others.
+UNREAD_FORMATS = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+GREY, PALETTE = "grey expanded to RGB", "palette expanded"
+DEEP, BLENDED = "16-bit reduced to 8", "alpha blended over white"
+MODE_NOTES = {"1": GREY, "L": GREY, "LA": GREY, "P": PALETTE, "PA": PALETTE}
+PLAIN_MODES = {"RGB", "RGBA", "RGBa", "RGBX"}
+ARRAY_TYPES = ("uint8", "uint16", "float32", "float64")
+
+# Pillow logs about some broken files; Python prints that to stderr unless somebody listens.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+_pillow_limit = threading.Lock()
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """RGB pixels (H, W, 3), read-only; float32 in [0, 1] only where the source held floats.
+
+    `width` and `height` are those of the upright image before it was upscaled; `notes` say in words what was done.
+    Equal pixels have equal digests, whatever file they came from.
+    """
+
+    pixels: npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+    width: int
+    height: int
+    notes: tuple[str, ...]
+    digest: str
+
+
+def read_image(source: Source, *, min_side: int = 224, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> Image:
+    """Decode an image, upright, over white, with no side below `min_side`; everything that fails is an `ImageError`.
+
+    A `max_pixels` above Pillow's limit (None: no limit) raises that limit for the whole process.
+    """
+    notes: list[str] = []
+    warned: list[str] = []
+    try:
+        with _pillow_warnings(warned):
+            pixels = _decode(source, max_pixels, notes)
+            height, width = pixels.shape[:2]
+            pixels = np.ascontiguousarray(_upscale(pixels, min_side, max_pixels, notes))
+            pixels.setflags(write=False)
+            digest = hashlib.sha256(repr(pixels.shape).encode())
+            digest.update(pixels.data)
+    except Exception as exc:
+        raise ImageError(f"{_name(source)}: {_reason(exc, warned)}") from exc
+    if warned:  # a broken table of tags may cause thousands
+        others = f" ({len(warned) - 1} more warnings)" if warned[1:] else ""
+        notes.append(f"Pillow warns: {_one_line(warned[0])}{others}")
+    return Image(pixels, width, height, tuple(notes), digest.hexdigest())
+
+
+def readable_suffixes() -> frozenset[str]:
+    """Return the lower-case suffixes, with their dot, of the files that can be read."""
+    formats = _formats()
+    return frozenset(suffix for suffix, name in PIL.Image.registered_extensions().items() if name in formats)
+
+
+def _formats() -> tuple[str, ...]:
+    # Pillow loads its plugins as it meets unknown files, and one of two threads that do so together may find none.
+    PIL.Image.init()
+    return tuple(name for name in PIL.Image.ID if name not in UNREAD_FORMATS)
+
+
+class _Listener(threading.local):
+    """A message pattern for `warnings.filters` that hears, and matches, the warnings of a thread that reads an image.
+
+    `warnings.catch_warnings` swaps a list that all threads share, so it cannot be used here; and a plain filter would
+    silence Pillow for the rest of the program. This one is looked at by every thread and matches in ours alone.
+    """
+
+    heard: list[str] | None = None
+
+    def match(self, text: str) -> bool:
+        if self.heard is None:
+            return False
+        self.heard.append(text)
+        return True
+
+
+_LISTENER = _Listener()
+_FILTERS = [("ignore", _LISTENER, kind, None, 0) for kind in (UserWarning, PIL.Image.DecompressionBombWarning)]
+
+
+@contextmanager
+def _pillow_warnings(heard: list[str]) -> Iterator[None]:
+    """Put the warnings of this thread into a list; not those about size, for which we have a limit of our own."""
+    filters = cast("list[Any]", warnings.filters)
+    if filters[: len(_FILTERS)] != _FILTERS:
+        filters[:0] = _FILTERS
+    _LISTENER.heard = heard
+    try:
+        yield
+    finally:
+        _LISTENER.heard = None
+        heard[:] = [text for text in heard if "decompression bomb" not in text]
+
+
+def _decode(source: Source, max_pixels: int | None, notes: list[str]) -> Array:
+    """Return upright RGB pixels of any size."""
+    if isinstance(source, np.ndarray):
+        return _from_array(source, max_pixels, notes)
+    if isinstance(source, PIL.Image.Image):
+        return _from_pillow(source, max_pixels, notes)
+    if max_pixels is None or max_pixels > DEFAULT_MAX_PIXELS:
+        _raise_pillow_limit(max_pixels)
+    if not isinstance(source, str | bytes | os.PathLike):
+        raise ImageError("not an image; expected a path, bytes, a Pillow image or a NumPy array")
+    # Pillow gets a file, not a name: a name it would map into memory, where a file cut short meanwhile kills us.
+    with _open(source) as file, PIL.Image.open(file, formats=_formats()) as image:
+        return _from_pillow(image, max_pixels, notes)
+
+
+def _raise_pillow_limit(max_pixels: int | None) -> None:
+    # Pillow refuses what has twice as many pixels as its limit, one variable for the whole process, before we see the
+    # size. Setting it around each call would race, so it only ever goes up, and only for a caller who asks for more
+    # than Pillow's own. The limit in force is `_check_size`, per call.
+    with _pillow_limit:
+        pillow = PIL.Image.MAX_IMAGE_PIXELS
+        PIL.Image.MAX_IMAGE_PIXELS = None if pillow is None or max_pixels is None else max(pillow, max_pixels)
+
+
+def _open(source: str | os.PathLike[str] | bytes) -> BinaryIO:
+    if isinstance(source, bytes):
+        if not source:
+            raise ImageError("no bytes at all")
+        return io.BytesIO(source)
+    path = Path(source)
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError("a folder, not an image file (and as a folder of images, either empty or not readable)")
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for whoever writes it
+        raise ImageError("a pipe, socket or device; only plain files are read")
+    if not status.st_size:
+        raise ImageError("an empty file")
+    if status.st_size > MAX_FILE_BYTES:
+        raise ImageError(f"a file of {status.st_size} bytes; at most {MAX_FILE_BYTES} are read")
+    return path.open("rb")
+
+
+def _from_pillow(image: PIL.Image.Image, max_pixels: int | None, notes: list[str]) -> Array:
+    _check_size(*image.size, max_pixels)
+    # To count frames, Pillow reads on, which it cannot in a closed file, of which the caller may have kept the pixels.
+    frames = getattr(image, "n_frames", 1) if getattr(image, "fp", None) else 1
+    if frames > 1 and image.format != "PSD":  # whose "frames" are layers; what is read is the merged picture
+        place = image.tell() + 1
+        notes.append(f"first of {frames} frames" if place == 1 else f"frame {place} of {frames}")
+    if _is_reduced_by_pillow(image):
+        notes.append(DEEP)
+    comes_upright = image.format == "TIFF" and _orientation(image, []) != 1  # Pillow turns these as it decodes them
+    image.load()
+    _check_size(*image.size, max_pixels)  # an icon may turn out larger than it says
+    # Not before, as a PNG's EXIF may follow its pixels. `ImageOps.exif_transpose` would also write all of the EXIF
+    # anew, and fail on an odd tag.
+    orientation = _orientation(image, notes)
+    if comes_upright or orientation != 1:
+        notes.append("rotated as EXIF says")
+    return _turn(_rgb(image, notes), orientation)
+
+
+def _check_size(width: int, height: int, max_pixels: int | None) -> None:
+    if max_pixels is not None and width * height > max_pixels:
+        raise ImageError(
+            f"{width}×{height} is more than {max_pixels} pixels; if it is meant to be so large, {ALLOW_MORE}"
+        )
+
+
+def _orientation(image: PIL.Image.Image, notes: list[str]) -> int:
+    """Return the EXIF orientation, 1 to 8. Damaged EXIF does not make an image unreadable."""
+    try:
+        value = image.getexif().get(274, 1)
+    except Exception:
+        notes.append("EXIF data is damaged, so not rotated")
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _turn(pixels: Array, orientation: int) -> Array:
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in {2, 3, 6, 7}:
+        pixels = pixels[:, ::-1]
+    if orientation in {3, 4, 7, 8}:
+        pixels = pixels[::-1]
+    return pixels
+
+
+def _is_reduced_by_pillow(image: PIL.Image.Image) -> bool:
+    """Whether 16-bit colour will arrive as 8 bits (the upper ones); known for PNG, TIFF, SGI and PPM."""
+    for codec, *_, options in getattr(image, "tile", ()):
+        raw_mode, *rest = options if isinstance(options, tuple) else (options,)
+        if codec.startswith("ppm"):
+            return image.mode == "RGB" and rest[0] > 255  # the largest value of the file
+        if re.fullmatch(r"(LA|RGB.?|CMYK);16[BLN]", str(raw_mode)):
+            return True
+    return False
+
+
+def _rgb(image: PIL.Image.Image, notes: list[str]) -> Array:
+    mode = image.mode
+    if mode == "F":
+        return _from_array(np.asarray(image), None, notes)
+    if mode == "I" or mode.startswith("I;16"):
+        return _from_16_bit(np.asarray(image), image.info.get("transparency"), notes)
+    if mode in MODE_NOTES:
+        notes.append(MODE_NOTES[mode])
+    elif mode not in PLAIN_MODES:
+        profile = ", its colour profile not applied" if image.info.get("icc_profile") else ""
+        notes.append(f"{mode} converted to RGB{profile}")
+    if image.has_transparency_data:
+        return _over_white(np.asarray(image.convert("RGBA")), notes)
+    return np.asarray(image if mode == "RGB" else image.convert("RGB"))
+
+
+def _from_16_bit(values: Array, transparent: object, notes: list[str]) -> Array:
+    """Return grey pixels; a PNG may name one value that is transparent."""
+    if not 0 <= values.min() <= values.max() <= 65535:
+        raise ImageError(f"values from {values.min()} to {values.max()}; expected 16-bit ones, 0 to 65535")
+    pixels = _from_array(values.astype(np.uint16), None, notes)
+    clear = values == transparent
+    if np.any(clear):
+        notes.append(BLENDED)
+        pixels[clear] = 255
+    return pixels
+
+
+def _from_array(array: Array, max_pixels: int | None, notes: list[str]) -> Array:
+    """Return RGB pixels that share no memory with the array."""
+    channels = array.shape[2] if array.ndim == 3 else 1
+    kind = array.dtype.name
+    if array.ndim not in {2, 3} or channels not in {1, 3, 4} or not array.size or kind not in ARRAY_TYPES:
+        raise ImageError(
+            f"has shape {array.shape} and type {kind}; expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), "
+            f"not empty, of type {', '.join(ARRAY_TYPES)}"
+        )
+    height, width = array.shape[:2]
+    _check_size(width, height, max_pixels)
+    if array.dtype.kind == "f":
+        if not 0 <= array.min() <= array.max() <= 1:  # nor NaN, of which nothing is true
+            raise ImageError(
+                f"floats from {array.min()} to {array.max()}; expected 0 to 1 (divide by 255, or use uint8)"
+            )
+        pixels = array.astype(np.float32)
+    elif kind == "uint16":
+        notes.append(DEEP)
+        pixels = ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)  # rounds to the nearest of 256 levels
+    else:
+        pixels = array.astype(np.uint8)
+    if channels == 4:
+        return _over_white(pixels, notes)
+    if channels == 1:
+        notes.append(GREY)
+        pixels = np.repeat(pixels.reshape(height, width, 1), 3, axis=2)
+    return pixels
+
+
+def _over_white(rgba: Array, notes: list[str]) -> Array:
+    is_float = rgba.dtype == np.float32
+    # 255 · 255 + 127 fits into 16 bits. In place, as at the limit of pixels a copy is half a gigabyte.
+    work, one = (np.float32, 1) if is_float else (np.uint16, 255)
+    colour, alpha = rgba[..., :3], rgba[..., 3:].astype(work)
+    if alpha.min() == one:
+        return colour
+    notes.append(BLENDED)
+    blended: Array = colour.astype(work)
+    blended *= alpha
+    blended += (one - alpha) * one
+    if is_float:
+        return blended
+    blended += 127
+    blended //= 255
+    return blended.astype(np.uint8)
+
+
+def _upscale(pixels: Array, min_side: int, max_pixels: int | None, notes: list[str]) -> Array:
+    """Bring the short side to `min_side` if it is below; Pillow's Lanczos works on whole numbers, the same anywhere."""
+    height, width = pixels.shape[:2]
+    short = min(height, width)
+    if short >= min_side:
+        return pixels
+    wide, high = ((side * min_side + short // 2) // short for side in (width, height))
+    if max_pixels is not None and wide * high > max_pixels:
+        raise ImageError(
+            f"{width}×{height} is too narrow: scaled until its short side has {min_side} pixels, it would be "
+            f"{wide}×{high}, more than {max_pixels} pixels; crop it"
+        )
+    notes.append(f"upscaled from {width}×{height} to {wide}×{high}")
+    lanczos = PIL.Image.Resampling.LANCZOS
+    if pixels.dtype == np.uint8:
+        return np.asarray(PIL.Image.fromarray(np.ascontiguousarray(pixels)).resize((wide, high), lanczos))
+    planes = (PIL.Image.fromarray(np.ascontiguousarray(pixels[..., c])).resize((wide, high), lanczos) for c in range(3))
+    return np.stack([np.asarray(plane) for plane in planes], axis=2).clip(0, 1)  # Lanczos overshoots at edges
+
+
+def _name(source: Source) -> str:
+    if isinstance(source, str | os.PathLike):
+        name = os.fsdecode(source)
+        return name if name.isprintable() else repr(name)  # one line, and one that can be printed
+    if isinstance(source, bytes):
+        return "bytes"
+    return "Pillow image" if isinstance(source, PIL.Image.Image) else type(source).__name__
+
+
+def _reason(exc: Exception, warned: list[str]) -> str:
+    """Say what went wrong, and what to do about it, on one line."""
+    text = _one_line(str(exc)) or type(exc).__name__
+    match exc:
+        case ImageError():
+            return str(exc)
+        case FileNotFoundError() | NotADirectoryError():
+            return "no such file"
+        case PermissionError():
+            return "may not be read; check its permissions"
+        case OSError(strerror=str(reason)):
+            return f"cannot be read: {reason}"
+        case PIL.UnidentifiedImageError():
+            return "; ".join(["not an image in any format that can be read", *map(_one_line, warned)])
+        case PIL.Image.DecompressionBombError():
+            return f"{text} If it is meant to be so large, {ALLOW_MORE}"
+        case MemoryError():
+            return "not enough memory to decode it; make it smaller"
+    return f"damaged, or not a kind that Pillow {PIL.__version__} decodes ({text}); save it again, as a PNG for example"
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())[:200]
+    return line if line.isprintable() else ascii(line)
