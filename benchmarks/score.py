@@ -1,0 +1,177 @@
+"""Scoring on the CPU: the loop's overhead, start-up, memory, a 24-megapixel JPEG, one full-size image.
+
+    python benchmarks/score.py overhead startup memory large full
+
+Each named part writes results/score-PART.json. Engines are exported as needed: the `mini` preset, `paper` for `full`.
+"""
+
+import dataclasses
+import io
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from diffiqa.export.engine import export_engine
+from diffiqa.model.checkpoint import load as load_checkpoint
+from diffiqa.model.network import build
+from diffiqa.runtime import scorer as scorer_module
+from diffiqa.runtime.host import Call
+from diffiqa.runtime.manifest import open_engine
+from diffiqa.runtime.onnx_backend import OnnxSettings
+from diffiqa.runtime.results import Options, Score
+from diffiqa.runtime.schedule import Schedule, Taps
+from diffiqa.runtime.scorer import Scorer, load, load_stages
+from PIL import Image
+from record import write
+
+STARTUP = """
+import time; start = time.perf_counter()
+import sys, diffiqa, numpy as np
+with diffiqa.load(sys.argv[1]) as scorer:
+    loaded = time.perf_counter()
+    scorer.score(np.load(sys.argv[2]))
+    print(loaded - start, time.perf_counter() - start)
+"""
+
+
+def photo(seed: int, height: int, width: int) -> np.ndarray:  # type: ignore[type-arg]
+    """Return a random picture with detail at three scales."""
+    generator = np.random.default_rng(seed)
+    picture = np.zeros((height, width, 3), np.float32)
+    for cell in (1, 8, 64):
+        coarse = generator.random((-(-height // cell), -(-width // cell), 3), np.float32)
+        picture += np.repeat(np.repeat(coarse, cell, 0), cell, 1)[:height, :width]
+    return (picture * 85).astype(np.uint8)
+
+
+def export(preset: str, folder: Path) -> Path:
+    """Export a preset with seeded weights."""
+    export_engine(load_checkpoint(None, preset=preset, seed=0), folder / preset)
+    return folder / preset
+
+
+class TimedStage:
+    """A stage whose calls add up their time."""
+
+    def __init__(self, stage: scorer_module.StageRunner, spent: list[float]) -> None:
+        self._stage, self._spent = stage, spent
+
+    def bind(self, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> Call:  # type: ignore[type-arg]
+        """Bind the wrapped stage."""
+        call = self._stage.bind(inputs, outputs)
+
+        def timed() -> None:
+            start = time.perf_counter()
+            call()
+            self._spent[0] += time.perf_counter() - start
+
+        return timed
+
+
+def overhead(engine: Path, sizes: list[tuple[int, int]], rounds: int) -> dict[str, object]:
+    """Return the share of time that is not ONNX Runtime's, over warm runs on images of several sizes."""
+    directory, spent = open_engine(engine), [0.0]
+    stages = {name: TimedStage(stage, spent) for name, stage in load_stages(directory, OnnxSettings()).items()}
+    scorer = Scorer(directory.manifest, stages, backend="timed")  # type: ignore[arg-type]
+    samples = []
+    for height, width in sizes:
+        picture = photo(height, height, width)
+        for index in range(rounds + 1):
+            spent[0], start = 0.0, time.perf_counter()
+            scorer.score(picture)
+            total = time.perf_counter() - start
+            if index:  # the first run of a size binds and warms up
+                samples.append({"size": [height, width], "seconds": total, "in_onnxruntime": spent[0]})
+    shares = [1 - s["in_onnxruntime"] / s["seconds"] for s in samples]  # type: ignore[operator]
+    return {"overhead_percent_median": round(100 * float(np.median(shares)), 2), "samples": samples}
+
+
+def part_overhead(folder: Path) -> dict[str, object]:
+    """Everything but the ONNX Runtime calls: decoding from an array, noise, sampler, crops, reduction."""
+    return overhead(export("mini", folder), [(224, 224), (384, 320)], 5)
+
+
+def part_startup(folder: Path) -> dict[str, object]:
+    """Fresh processes: import, load and check the engine, first score of a 224×224 image."""
+    engine, array = export("mini", folder), folder / "image.npy"
+    np.save(array, photo(1, 224, 224))
+    runs = []
+    for _ in range(5):
+        start = time.perf_counter()
+        command = [sys.executable, "-c", STARTUP, str(engine), str(array)]
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        runs.append({"loaded": float(out[0]), "first_score": float(out[1]), "process": time.perf_counter() - start})
+    return {"first_score_seconds_median": round(float(np.median([r["first_score"] for r in runs])), 2), "runs": runs}
+
+
+def part_memory(folder: Path) -> dict[str, object]:
+    """Resident memory over 1,000 images of five sizes, with `mini`'s networks and 3 steps instead of 50."""
+    model = build(load_checkpoint(None, preset="mini", seed=0).model.config, 0)
+    model.config = dataclasses.replace(model.config, schedule=Schedule(steps=3), taps=Taps(t1=1, t2=2))
+    loaded = dataclasses.replace(load_checkpoint(None, preset="mini", seed=0), model=model)
+    export_engine(loaded, folder / "short")
+    sizes = [(224, 224), (240, 320), (256, 256), (224, 400), (333, 250)]
+    pictures = [photo(i, *size) for i, size in enumerate(sizes)]
+    resident = []
+    with load(folder / "short") as scorer:
+        stream = (pictures[i % len(pictures)] for i in range(1000))
+        for index, result in enumerate(scorer.stream(stream, Options(crops=4))):
+            assert isinstance(result, Score)
+            if index >= 100 and index % 50 == 49:
+                resident.append(_resident_mib())
+    drift = 100 * (max(resident) / resident[0] - 1)
+    return {"images": 1000, "resident_mib": resident, "growth_percent_after_image_150": round(drift, 2)}
+
+
+def part_large(folder: Path) -> dict[str, object]:
+    """A 24-megapixel JPEG against the peak of a 224×224 image scored before it."""
+    data = io.BytesIO()
+    Image.fromarray(photo(3, 4000, 6000)).save(data, "JPEG", quality=90)
+    with load(export("mini", folder)) as scorer:
+        scorer.score(photo(1, 224, 224))
+        before = _peak_mib()
+        result = scorer.score(data.getvalue())
+    return {
+        "pixels": [6000, 4000],
+        "mode": result.mode,
+        "crops": len(result.crops),
+        "seconds": round(result.seconds, 1),
+        "peak_mib_above_a_small_image": round(_peak_mib() - before),
+    }
+
+
+def part_full(folder: Path) -> dict[str, object]:
+    """One 224×224 image through all 50 steps of the full-size network, twice, and its overhead."""
+    engine = export("paper", folder)
+    before = _peak_mib()
+    return {**overhead(engine, [(224, 224)], 1), "peak_mib": round(_peak_mib()), "peak_mib_of_export": round(before)}
+
+
+def _resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return round(pages * resource.getpagesize() / 2**20, 1)
+
+
+def _peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+PARTS: dict[str, Callable[[Path], dict[str, object]]] = {
+    name.removeprefix("part_"): function for name, function in list(globals().items()) if name.startswith("part_")
+}
+
+
+def main() -> None:
+    """Run the parts named on the command line, all by default."""
+    for name in sys.argv[1:] or list(PARTS):
+        with tempfile.TemporaryDirectory() as folder:
+            write(f"score-{name}", PARTS[name](Path(folder)))
+
+
+if __name__ == "__main__":
+    main()
