@@ -40,7 +40,7 @@ class Command(click.Command):
             _fail(ctx, str(exc), exc.exit_code, exc, debug=debug)
         except KeyboardInterrupt as exc:
             _fail(ctx, "interrupted", self.interrupt_exit_code, exc, debug=debug)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except MemoryError as exc:
             _fail(ctx, "not enough memory", 2, exc, debug=debug)

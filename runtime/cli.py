@@ -18,6 +18,13 @@ class RunCommand(Command):
 
     interrupt_exit_code = 130
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run; end quietly, as programs do, when whoever read the results has gone (`| head`)."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            ctx.exit(128 + 13)
+
 
 def provider(text: str) -> str | tuple[str, dict[str, str]]:
     """Parse `NAME` or `NAME,key=value,…` into ONNX Runtime's form."""

@@ -7,6 +7,7 @@ file is refused before anything acts on it.
 
 import dataclasses
 import enum
+import functools
 import math
 import types
 import typing
@@ -91,8 +92,13 @@ def _decode_dataclass(hint: Any, data: Any, where: str, error: Callable[[str], E
     }
     if missing := sorted(required - set(data)):
         raise error(f"{where} lacks {', '.join(map(repr, missing))}")
-    hints = typing.get_type_hints(hint)
+    hints = _type_hints(hint)
     return hint(**{name: _decode(hints[name], item, f"{where}.{name}", error) for name, item in data.items()})
+
+
+@functools.cache  # resolving annotations takes longer than checking a record against them
+def _type_hints(hint: Any) -> dict[str, Any]:
+    return typing.get_type_hints(hint)
 
 
 def _expect(ok: bool, where: str, what: str, data: Any, error: Callable[[str], Exception]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import OutputError
 from .intermediates import save_intermediates
 from .recordfile import RecordFile
-from .records import Format, Record, RecordWriter, RunSettings, Sort, Status, arrange, choose_format
+from .records import Format, Record, RecordWriter, RunSettings, Sort, Status, arrange, choose_format, emit
 from .report import ReportWriter
 from .results import Options, Score
 from .scorer import Scorer
@@ -38,8 +38,12 @@ class Outputs:
         """Whether the order of results is only known at the end."""
         return self.sort is not None or self.top is not None or self.bottom is not None
 
-    def arrange(self, records: list[Record]) -> list[Record]:
-        """Return records in the order asked for, cut to the top and bottom asked for."""
+    def order(self, records: list[Record]) -> list[Record]:
+        """Return all records in the order asked for; a file keeps them all."""
+        return arrange(records, self.sort, descending=self.descending)
+
+    def show(self, records: list[Record]) -> list[Record]:
+        """Return records as standard output shows them: in order, cut to the top and bottom asked for."""
         return arrange(records, self.sort, descending=self.descending, top=self.top, bottom=self.bottom)
 
 
@@ -63,7 +67,7 @@ def run(scorer: Scorer, names: list[str], options: Options, outputs: Outputs, *,
         earlier = [done[name] for name in names if name in done]
         streaming = None
         if file is None and form is not Format.TABLE and not outputs.arranged:
-            streaming = RecordWriter(sys.stdout.buffer, form)
+            streaming = RecordWriter(_to_stdout, form)
         report = stack.enter_context(_report(outputs.report, scorer, earlier))
         quiet = outputs.quiet or (streaming is not None and sys.stdout.isatty())
         progress = stack.enter_context(Progress(len(names), done=len(earlier), quiet=quiet))
@@ -88,7 +92,7 @@ def run(scorer: Scorer, names: list[str], options: Options, outputs: Outputs, *,
             progress.advance(record)
         seconds = time.monotonic() - start
         if file:
-            file.finish(outputs.arrange if outputs.arranged else None)
+            file.finish(outputs.order if outputs.sort else None)
         if streaming:
             streaming.close()
     _show(scorer, form, outputs, records, summary_line(records, seconds=seconds, resumed=len(earlier)))
@@ -115,14 +119,18 @@ def _report(path: Path | None, scorer: Scorer, earlier: list[Record]) -> Iterato
     writer.close()
 
 
+def _to_stdout(data: bytes) -> None:
+    emit(sys.stdout.buffer, data)
+
+
 def _show(scorer: Scorer, form: Format, outputs: Outputs, records: list[Record], summary: str) -> None:
     """Print the table, or the records that waited for their order; with a file, one line on standard error."""
     if outputs.file is None and form is Format.TABLE:
-        show_table(outputs.arrange(records), scorer.info.score, summary, sys.stdout)
+        show_table(outputs.show(records), scorer.info.score, summary, sys.stdout)
         return
     if outputs.file is None and outputs.arranged:
-        writer = RecordWriter(sys.stdout.buffer, form)
-        for record in outputs.arrange(records):
+        writer = RecordWriter(_to_stdout, form)
+        for record in outputs.show(records):
             writer.write(record)
         writer.close()
     if not outputs.quiet:

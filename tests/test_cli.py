@@ -1,0 +1,155 @@
+"""The commands: they read well, start fast, and end every error with one line and the right exit code."""
+
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from diffiqa import cli
+from diffiqa.export.engine import export_engine
+from diffiqa.model.bundle import save_bundle
+from diffiqa.model.checkpoint import Loaded
+from diffiqa.model.network import DiffV2IQA
+from diffiqa.runtime.manifest import StageName, read_manifest
+
+COMMANDS = ("export", "run", "convert")
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli.main, [str(a) for a in arguments])
+
+
+def failed(result: Result, *says: str) -> bool:
+    """Whether a command ended with exit code 2 and one line that says all this."""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert result.exit_code == 2, result.output
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return all(word in lines[0] for word in says)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_model: DiffV2IQA, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_bundle(tiny_model, path)
+    return path
+
+
+def test_every_command_is_in_the_group_and_installed_under_its_own_name() -> None:
+    project = tomllib.loads((Path(cli.__file__).parent / "pyproject.toml").read_text())
+    assert set(cli.main.commands) == set(COMMANDS)
+    scripts = {f"iqa-{name}": f"diffiqa.cli:{name}" for name in COMMANDS}
+    assert project["project"]["scripts"] == {"iqa": "diffiqa.cli:main", **scripts}
+    assert all(getattr(cli, name) is cli.main.commands[name] for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_gives_examples_and_exit_codes(command: str) -> None:
+    text = call(command, "--help").stdout
+    assert f"iqa-{command}" in text
+    assert "Exit codes: 0" in text
+    assert "--debug" in text
+
+
+@pytest.mark.parametrize("arguments", [[], ["export", "--help"], ["run", "--help"]])
+def test_help_does_not_wait_for_heavy_imports(arguments: list[str]) -> None:
+    code = (
+        "import sys; from diffiqa.cli import main\n"
+        f"try: main({arguments!r})\n"
+        "except SystemExit: pass\n"
+        "print('HEAVY', sorted({'torch', 'onnx', 'onnxruntime', 'PIL', 'rich'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "HEAVY []"
+
+
+def test_export_writes_an_engine_that_opens_and_a_table(bundle: Path, tmp_path: Path) -> None:
+    result = call("export", "--ckpt", bundle, "-o", tmp_path / "engine", "--stage", "vda", "--stage", "vit")
+    assert result.exit_code == 0, result.output
+    manifest = read_manifest(tmp_path / "engine")
+    assert [stage.name for stage in manifest.stages] == [StageName.VIT, StageName.VDA]
+    assert manifest.provenance.sources[0].name == "tiny.safetensors"
+    assert manifest.engine_id in result.stdout
+    assert "max error" in result.stdout
+
+
+def test_a_dry_run_says_what_would_be_written_and_writes_nothing(bundle: Path, tmp_path: Path) -> None:
+    result = call("export", "--ckpt", bundle, "-o", tmp_path / "engine", "--dry-run")
+    assert result.exit_code == 0
+    assert all(f"onnx/{name}.onnx" in result.stdout for name in StageName)
+    assert "nothing was written" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_convert_makes_a_bundle_that_exports_to_the_same_model(bundle: Path, tmp_path: Path) -> None:
+    result = call("convert", "--ckpt", bundle, "-o", tmp_path / "again.pt")
+    assert result.exit_code == 0, result.output
+    assert "tiny" in result.stdout
+    assert failed(call("convert", "--ckpt", bundle, "-o", tmp_path / "again.pt"), "exists", "--force")
+
+
+def test_export_errors_name_the_file_and_the_way_out(bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "engine"
+    text = tmp_path / "notes.txt"
+    text.write_text("hello")
+    short = tmp_path / "short.safetensors"
+    short.write_bytes(bundle.read_bytes()[:-100])
+    assert failed(call("export", "-o", out), "--ckpt FILE")
+    assert failed(call("export", "--ckpt", tmp_path / "none.pt", "-o", out), "none.pt")
+    assert failed(call("export", "--ckpt", text, "-o", out), "notes.txt")
+    assert failed(call("export", "--ckpt", short, "-o", out), "short.safetensors")
+    assert failed(call("export", "--ckpt", bundle, "--preset", "huge", "-o", out), "no preset 'huge'", "mini")
+    assert failed(call("export", "--ckpt", bundle, "-o", tmp_path / "a" / "b"), "make it first")
+    assert failed(call("export", "--ckpt", bundle, "-o", text), "is not a directory")
+    assert not out.exists()
+
+
+def test_a_wrong_preset_names_tensors_and_the_preset_that_would_fit(tmp_path: Path) -> None:
+    made = call("convert", "--preset", "mini", "--seed", "0", "-o", tmp_path / "mini.safetensors", "-q")
+    assert made.exit_code == 0, made.output
+    result = call("export", "--ckpt", tmp_path / "mini.safetensors", "--preset", "paper", "-o", tmp_path / "engine")
+    assert result.exit_code == 2
+    assert "unet.downs.0.weight" in result.stderr
+    assert "mini" in result.stderr
+
+
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(tmp_path: Path) -> None:
+    result = call("export", "--ckpt", tmp_path / "none.pt", "-o", tmp_path / "engine", "--debug")
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_export_leaves_the_old_engine_and_exits_with_2(
+    tiny_loaded: Loaded, tmp_path: Path, number: signal.Signals
+) -> None:
+    target = tmp_path / "engine"
+    export_engine(tiny_loaded, target, stages=(StageName.VDA,))
+    before = read_manifest(target)
+    command = [
+        sys.executable,
+        "-m",
+        "diffiqa.cli",
+        "export",
+        "--preset",
+        "mini",
+        "--seed",
+        "0",
+        "-o",
+        target,
+        "--force",
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob(".engine.partial-*")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert stderr.splitlines()[-1] == "error: interrupted"
+    assert "Traceback" not in stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["engine"]
+    assert read_manifest(target) == before
