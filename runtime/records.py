@@ -139,6 +139,28 @@ class Record:
             settings=str(settings),
         )
 
+    def result(self) -> Score | Failure:
+        """Return the result this record is of, as far as it holds it: without pictures and single crops."""
+        if self.score is None or self.mode is None or self.seed is None:
+            return Failure(self.image, self.error or "not scored")
+        return Score(
+            source=self.image,
+            score=self.score,
+            vcg=self.vcg,
+            vda=self.vda,
+            spread=self.spread,
+            width=self.width or 0,
+            height=self.height or 0,
+            mode=self.mode,
+            seeds=tuple(range(self.seed, self.seed + (self.seeds or 1))),
+            crops=(),
+            notes=self.notes,
+            digest=self.digest or "",
+            engine=self.engine,
+            backend=self.backend or "",
+            seconds=self.seconds or 0.0,
+        )
+
 
 COLUMNS = tuple(f.name for f in fields(Record))
 CSV_HEADER = (",".join(COLUMNS) + "\n").encode()

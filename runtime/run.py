@@ -68,7 +68,7 @@ def run(scorer: Scorer, names: list[str], options: Options, outputs: Outputs, *,
         streaming = None
         if file is None and form is not Format.TABLE and not outputs.arranged:
             streaming = RecordWriter(_to_stdout, form)
-        report = stack.enter_context(_report(outputs.report, scorer, earlier))
+        report = stack.enter_context(_report(outputs.report, scorer, earlier, len(names)))
         quiet = outputs.quiet or (streaming is not None and sys.stdout.isatty())
         progress = stack.enter_context(Progress(len(names), done=len(earlier), quiet=quiet))
         results = stack.enter_context(
@@ -100,15 +100,15 @@ def run(scorer: Scorer, names: list[str], options: Options, outputs: Outputs, *,
 
 
 @contextlib.contextmanager
-def _report(path: Path | None, scorer: Scorer, earlier: list[Record]) -> Iterator[ReportWriter | None]:
+def _report(path: Path | None, scorer: Scorer, earlier: list[Record], expected: int) -> Iterator[ReportWriter | None]:
     """Yield a report that is completed even when the run is interrupted: what was scored can be looked at."""
     if path is None:
         yield None
         return
-    writer = ReportWriter(path, scorer.manifest)
+    writer = ReportWriter(path, scorer.manifest, expected=expected)
     try:
         for record in earlier:
-            writer.add(record)
+            writer.add(record.result())
         yield writer
     except OutputError:
         writer.abort()

@@ -34,7 +34,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def call(engine: Path, *arguments: str | Path, stdin: str | None = None) -> Result:
-    return CliRunner().invoke(main, ["run", "--engine", str(engine), *map(str, arguments)], input=stdin)
+    wide = {"COLUMNS": "200"}
+    return CliRunner(env=wide).invoke(main, ["run", "--engine", str(engine), *map(str, arguments)], input=stdin)
 
 
 def lines(text: str) -> list[dict[str, Any]]:
