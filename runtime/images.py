@@ -76,7 +76,7 @@ def read_image(source: Source, *, min_side: int = 224, max_pixels: int | None = 
             digest = hashlib.sha256(repr(pixels.shape).encode())
             digest.update(pixels.data)
     except Exception as exc:
-        raise ImageError(f"{_name(source)}: {_reason(exc, warned)}") from exc
+        raise ImageError(f"{_name(source)}: {_reason(exc)}") from exc
     if warned:  # a broken table of tags may cause thousands
         others = f" ({len(warned) - 1} more warnings)" if warned[1:] else ""
         notes.append(f"Pillow warns: {_one_line(warned[0])}{others}")
@@ -334,7 +334,7 @@ def _name(source: Source) -> str:
     return "Pillow image" if isinstance(source, PIL.Image.Image) else type(source).__name__
 
 
-def _reason(exc: Exception, warned: list[str]) -> str:
+def _reason(exc: Exception) -> str:
     """Say what went wrong, and what to do about it, on one line."""
     text = _one_line(str(exc)) or type(exc).__name__
     match exc:
@@ -347,7 +347,7 @@ def _reason(exc: Exception, warned: list[str]) -> str:
         case OSError(strerror=str(reason)):
             return f"cannot be read: {reason}"
         case PIL.UnidentifiedImageError():
-            return "; ".join(["not an image in any format that can be read", *map(_one_line, warned)])
+            return f"not an image in any format that Pillow {PIL.__version__} reads here"
         case PIL.Image.DecompressionBombError():
             return f"{text} If it is meant to be so large, {ALLOW_MORE}"
         case MemoryError():
