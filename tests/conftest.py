@@ -4,14 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TINY, perturbed
-
 from diffiqa.export.engine import export_engine
 from diffiqa.model.checkpoint import Loaded
 from diffiqa.model.network import DiffV2IQA, build
 from diffiqa.runtime.manifest import Source
 from diffiqa.runtime.scorer import Scorer, load
 
+from .tiny import TINY, perturbed
 
 torch.set_num_threads(1)  # the models are tiny: more threads would only wait for each other
 

@@ -140,7 +140,7 @@ def test_an_interrupted_export_leaves_the_old_engine_and_exits_with_2(
         "--seed",
         "0",
         "-o",
-        target,
+        str(target),
         "--force",
     ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -21,7 +21,8 @@ from diffiqa.export.verify import reference, verify_stage
 from diffiqa.model.checkpoint import Loaded
 from diffiqa.model.network import build
 from diffiqa.runtime.manifest import Source, StageName, file_sha256, open_engine, read_manifest
-from tiny import TINY
+
+from ..tiny import TINY
 
 VDA = (StageName.VDA,)
 
@@ -170,7 +171,7 @@ def _interrupt(*_args: object) -> None:
 def test_a_disk_too_small_is_noticed_before_the_work(
     tiny_loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module.shutil, "disk_usage", lambda _path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: type("Usage", (), {"free": 1000})())
     with pytest.raises(ExportError, match="0 MB free, the engine needs"):
         export_engine(tiny_loaded, tmp_path / "engine", stages=VDA)
 

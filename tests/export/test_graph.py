@@ -12,7 +12,8 @@ from diffiqa.export.macs import count_macs
 from diffiqa.export.stages import StagePlan, stage_plans
 from diffiqa.model.network import DiffV2IQA
 from diffiqa.runtime.manifest import StageName, read_manifest
-from tiny import TINY
+
+from ..tiny import TINY
 
 STAGES = [name.value for name in StageName]
 

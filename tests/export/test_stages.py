@@ -9,8 +9,9 @@ from diffiqa.export.verify import reference
 from diffiqa.model.config import PRESETS, ModelConfig, Norm, UNetConfig
 from diffiqa.model.network import DiffV2IQA, build
 from diffiqa.runtime.manifest import StageName
-from tiny import TINY, perturbed
 from torch import nn
+
+from ..tiny import TINY, perturbed
 
 GROUPED = dataclasses.replace(
     TINY,

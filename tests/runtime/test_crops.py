@@ -1,12 +1,11 @@
 import numpy as np
 import pytest
-
 from diffiqa.runtime.crops import Crop, crop_grid, padded_size
 
 
 def sizes(seed: int) -> list[tuple[int, int, int]]:
     generator = np.random.default_rng(seed)
-    return [tuple(generator.integers([224, 224, 4], [1500, 1500, 40]).tolist()) for _ in range(50)]  # type: ignore[misc]
+    return [tuple(generator.integers([224, 224, 4], [1500, 1500, 40]).tolist()) for _ in range(50)]
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

@@ -1,5 +1,7 @@
 """The host's execution of plans: against the plain PyTorch reference, and against itself in other modes."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,20 +13,21 @@ from diffiqa.runtime.onnx_backend import OnnxSettings
 from diffiqa.runtime.plan import make_plan
 from diffiqa.runtime.results import Mode, Options
 from diffiqa.runtime.scorer import load_stages, to_plane
-from tiny import photo
+
+from ..tiny import photo
 
 
 @pytest.fixture(scope="module")
-def setup(tiny_engine):  # type: ignore[no-untyped-def]
+def setup(tiny_engine: Path) -> tuple[Manifest, HostExecutor]:
     directory = open_engine(tiny_engine)
     return directory.manifest, HostExecutor(directory.manifest, load_stages(directory, OnnxSettings(threads=1)))
 
 
 def run(
     setup: tuple[Manifest, HostExecutor],
-    pixels: np.ndarray,
+    pixels: Picture,
     seed: int = 0,
-    **options: object,  # type: ignore[type-arg]
+    **options: object,
 ) -> Outcome:
     manifest, executor = setup
     plane = to_plane(pixels)

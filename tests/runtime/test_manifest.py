@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from diffiqa.errors import EngineError
 from diffiqa.runtime.manifest import MANIFEST, open_engine, read_manifest
 
@@ -112,7 +111,7 @@ def test_refuses_a_truncated_file(engine: Path) -> None:
 
 def test_refuses_a_missing_file(engine: Path) -> None:
     (engine / "onnx" / "vcg.onnx").unlink()
-    with pytest.raises(EngineError, match="vcg.onnx is missing; export the engine again"):
+    with pytest.raises(EngineError, match=r"vcg\.onnx is missing; export the engine again"):
         open_engine(engine)
 
 

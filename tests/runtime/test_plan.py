@@ -1,21 +1,23 @@
 import dataclasses
+import itertools
+from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
-
 from diffiqa.runtime.manifest import Manifest, read_manifest
 from diffiqa.runtime.plan import OVERLAP, TILE, TILE_STEP, Plan, make_plan
 from diffiqa.runtime.results import Mode, Options
 
 
 @pytest.fixture(scope="module")
-def manifest(tiny_engine):  # type: ignore[no-untyped-def]
+def manifest(tiny_engine: Path) -> Manifest:
     """A manifest with the real crop size; plans read nothing else that depends on the model."""
     m = read_manifest(tiny_engine)
     return dataclasses.replace(m, alignment=16, crop=dataclasses.replace(m.crop, size=224))
 
 
-def coverage(plan: Plan) -> np.ndarray:  # type: ignore[type-arg]
+def coverage(plan: Plan) -> npt.NDArray[np.float64]:
     total = np.zeros(plan.padded)
     for w in plan.windows:
         weight = plan.blend_weight(w)
@@ -56,7 +58,7 @@ def test_neighbouring_tiles_overlap_enough_and_start_on_the_noise_grid(manifest:
     assert tops[0] == 0
     assert tops[-1] + TILE == plan.padded[0]
     assert all(top % TILE_STEP == 0 for top in tops)
-    assert all(a + TILE - b >= OVERLAP for a, b in zip(tops, tops[1:], strict=False))
+    assert all(a + TILE - b >= OVERLAP for a, b in itertools.pairwise(tops))
 
 
 def test_tiles_that_no_crop_reads_are_not_restored(manifest: Manifest) -> None:

@@ -17,7 +17,8 @@ from click.testing import CliRunner, Result
 from diffiqa import Scorer
 from diffiqa.cli import main
 from PIL import Image
-from tiny import photo
+
+from ..tiny import photo
 
 
 @pytest.fixture

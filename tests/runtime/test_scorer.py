@@ -4,6 +4,7 @@ import concurrent.futures
 import io
 import random
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 import diffiqa
@@ -12,13 +13,15 @@ import pytest
 from diffiqa import Failure, ImageError, Mode, Options, Score, Scorer, UsageError
 from diffiqa.errors import BackendError
 from diffiqa.runtime.onnx_backend import OnnxSettings
+from diffiqa.runtime.results import Picture
 from diffiqa.runtime.schedule import Kind
 from diffiqa.runtime.scorer import load
 from PIL import Image
-from tiny import photo
+
+from ..tiny import photo
 
 
-def saved(picture: np.ndarray, path: Path) -> Path:  # type: ignore[type-arg]
+def saved(picture: Picture, path: Path) -> Path:
     Image.fromarray(picture).save(path)
     return path
 
@@ -119,7 +122,7 @@ def test_a_bad_image_raises_when_it_was_asked_for_by_itself(scorer: Scorer, tmp_
 def test_a_stream_holds_no_more_images_than_it_was_told(scorer: Scorer) -> None:
     taken = 0
 
-    def endless():  # type: ignore[no-untyped-def]
+    def endless() -> Iterator[Picture]:
         nonlocal taken
         while True:
             taken += 1
