@@ -11,7 +11,7 @@ from diffiqa.runtime.host import Cancelled, HostExecutor, Outcome
 from diffiqa.runtime.manifest import Manifest, open_engine
 from diffiqa.runtime.onnx_backend import OnnxSettings
 from diffiqa.runtime.plan import make_plan
-from diffiqa.runtime.results import Mode, Options
+from diffiqa.runtime.results import Mode, Options, Picture
 from diffiqa.runtime.scorer import load_stages, to_plane
 
 from ..tiny import photo
