@@ -60,7 +60,7 @@ def _decode(hint: Any, data: Any, where: str, error: Callable[[str], Exception])
     if origin is dict:
         _expect(isinstance(data, dict), where, "an object", data, error)
         return {
-            _decode(args[0], key, f"{where} key", error): _decode(args[1], item, f"{where}.{key}", error)
+            _decode(args[0], key, f"{where} key", error): _decode(args[1], item, f"{where}.{shown(key)}", error)
             for key, item in data.items()
         }
     if dataclasses.is_dataclass(hint):
@@ -84,7 +84,7 @@ def _decode_dataclass(hint: Any, data: Any, where: str, error: Callable[[str], E
     _expect(isinstance(data, dict), where, "an object", data, error)
     fields = {f.name: f for f in dataclasses.fields(hint)}
     if unknown := sorted(set(data) - set(fields)):
-        raise error(f"{where} has unknown entries: {', '.join(map(repr, unknown[:8]))}")
+        raise error(f"{where} has unknown entries: {', '.join(map(shown, unknown[:8]))}")
     required = {
         name
         for name, f in fields.items()
@@ -103,5 +103,13 @@ def _type_hints(hint: Any) -> dict[str, Any]:
 
 def _expect(ok: bool, where: str, what: str, data: Any, error: Callable[[str], Exception]) -> None:
     if not ok:
-        shown = repr(data)
-        raise error(f"{where} must be {what}, not {shown[:60] + '…' if len(shown) > 60 else shown}")
+        raise error(f"{where} must be {what}, not {shown(data)}")
+
+
+def shown(value: Any) -> str:
+    """Return a value from a file as an error message may quote it: short, on one line."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        text = "a huge number"
+    return f"{text[:60]}…" if len(text) > 60 else text

@@ -17,7 +17,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import EngineError
-from .codec import decode, encode
+from .codec import decode, encode, shown
 from .schedule import Kind, Schedule, Taps
 
 SCHEMA = 1
@@ -203,7 +203,7 @@ def read_manifest(path: Path) -> Manifest:
         raise EngineError(f"{file} is damaged ({_first_line(exc)}); export the engine again") from exc
     if isinstance(data, dict) and data.get("schema") != SCHEMA:
         raise EngineError(
-            f"{file} has schema version {data.get('schema')!r}; diffiqa {__version__} reads version {SCHEMA}: "
+            f"{file} has schema version {shown(data.get('schema'))}; diffiqa {__version__} reads version {SCHEMA}: "
             f"export the engine again, or use the diffiqa that wrote it"
         )
 
@@ -230,7 +230,9 @@ def check_file(directory: Path, entry: FileEntry) -> None:
         or ":" in entry.path
         or not relative.parts
     ):
-        raise EngineError(f"{directory / MANIFEST} names {entry.path!r}, which leaves the engine directory; refused")
+        raise EngineError(
+            f"{directory / MANIFEST} names {shown(entry.path)}, which leaves the engine directory; refused"
+        )
     file = directory / relative
     try:
         inside = file.resolve(strict=True).is_relative_to(directory.resolve(strict=True))

@@ -15,7 +15,7 @@ from typing import Any, Self, overload
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import BackendError, ImageError, UsageError
+from ..errors import BackendError, EngineError, ImageError, UsageError
 from . import onnx_backend
 from .host import Branch, HostExecutor, Outcome, StageRunner, Verdict
 from .images import DEFAULT_MAX_PIXELS, Image, Source, read_image
@@ -249,17 +249,35 @@ def load(
 
 
 def load_stages(directory: EngineDirectory, settings: OnnxSettings) -> dict[StageName, StageRunner]:
-    """Load every stage of an engine into ONNX Runtime; a file whose signature is not the manifest's is refused."""
+    """Load every stage of an engine into ONNX Runtime, refusing files that are not what the manifest says they are."""
+    m = directory.manifest
+    wanted = _expected_inputs(m)
     stages: dict[StageName, StageRunner] = {}
-    for stage in directory.manifest.stages:
+    for stage in m.stages:
         path = directory.file(stage.file)
         loaded = OnnxStage(path, settings)
-        names = {spec.name for spec in stage.inputs}, {spec.name for spec in stage.outputs}
-        inputs, outputs = loaded.signature()
-        if names != (set(inputs), set(outputs)):
-            raise BackendError(f"{path} is not a {stage.name} stage: it has inputs {list(inputs)}; export again")
+        listed = tuple({spec.name: list(spec.shape) for spec in specs} for specs in (stage.inputs, stage.outputs))
+        # Shapes decide what is allocated: they are believed only where file, manifest and model agree.
+        if loaded.signature() != listed or listed[0] != wanted[stage.name]:
+            raise EngineError(
+                f"{path} is not the {stage.name} stage that the manifest describes; export the engine again"
+            )
         stages[stage.name] = loaded
     return stages
+
+
+def _expected_inputs(m: Manifest) -> dict[StageName, dict[str, list[int | str]]]:
+    """Return the input shapes that each stage of such a model must have."""
+    kinds, size = len(m.kinds), m.crop.size
+    image: list[int | str] = ["B", 3, "H", "W"]
+    vit = m.stage(StageName.VIT)
+    maps = vit.outputs[0].shape[1:] if vit and vit.outputs else ()
+    return {
+        StageName.UNET: {"y": image, "condition": image, "noise_level": ["B", 1]},
+        StageName.VIT: {"image": ["N", 3, size, size]},
+        StageName.VCG: {"maps": ["B", kinds, *maps]},
+        StageName.VDA: {"images": ["B", kinds, 3, size, size]},
+    }
 
 
 def to_plane(pixels: npt.NDArray[Any]) -> FloatArray:
