@@ -23,7 +23,7 @@ _LOW = np.uint64(0xFFFFFFFF)
 _HIGH = np.uint64(32)
 _TO_23_BITS = np.uint64(9)
 _TWO_PI = np.float32(2 * np.pi)
-_BLOCK = 8192  # counters worked on at a time: the scratch arrays of 64 KiB stay in the cache
+_BLOCK = 32768  # counters worked on at a time: scratch fits the cache, and NumPy's calls cost little beside it
 
 
 def philox4x32(counter: Sequence[WordArray | int], key: tuple[int, int]) -> list[WordArray]:
@@ -70,6 +70,8 @@ class NoiseField:
         rows, columns = window or size
         if width % 4 or columns % 4 or left % 4:
             raise ValueError(f"noise windows are aligned to 4 pixels: image {size}, window {window} at {left}")
+        if not (0 <= top <= height - rows and 0 <= left <= width - columns):
+            raise ValueError(f"the window {rows}×{columns} at ({top}, {left}) leaves the image {size}")
         if 3 * height * width // 4 > _LOW:
             raise ValueError(f"an image of {width}×{height} has more elements than the noise counter can number")
         self.shape = (3, rows, columns)
@@ -83,6 +85,8 @@ class NoiseField:
 
     def fill(self, step: int, out: FloatArray) -> None:
         """Write the standard normals of `step` into `out`, a C-contiguous float32 array of `self.shape` elements."""
+        if not out.flags.c_contiguous:
+            raise ValueError("noise is written in place: the array must be C-contiguous")
         quads = out.reshape(-1, 4)
         for start in range(0, self._blocks.size, _BLOCK):
             counter = self._blocks[start : start + _BLOCK]

@@ -3,6 +3,7 @@
 This is the reference of every other execution of the loop. Between steps it allocates nothing.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -32,13 +33,16 @@ def restore(
     z, scratch = np.empty_like(y), np.empty_like(y)
     tapped = {taps.step_of(kind): np.empty_like(y) for kind in kinds if kind is not Kind.DIS}
     field.fill(schedule.steps, y)
-    for i in reversed(range(schedule.steps)):
-        denoiser(float(table.noise_level[i]))
-        if i > 0:
-            field.fill(i, z)
-        step(table, i, y, denoiser.noise, z, scratch)
-        if i in tapped:
-            np.copyto(tapped[i], y)
+    with ThreadPoolExecutor(1, "diffiqa-noise") as pool:
+        for i in reversed(range(schedule.steps)):
+            # Noise is made while the network runs: the cores have gaps between its layers that fit it.
+            noise = pool.submit(field.fill, i, z) if i > 0 else None
+            denoiser(float(table.noise_level[i]))
+            if noise:
+                noise.result()
+            step(table, i, y, denoiser.noise, z, scratch)
+            if i in tapped:
+                np.copyto(tapped[i], y)
     return {kind: tapped[taps.step_of(kind)] for kind in kinds if kind is not Kind.DIS}
 
 
