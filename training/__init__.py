@@ -1,0 +1,1 @@
+"""Training: distorted pictures, the restoration network, the quality network, and their evaluation."""
