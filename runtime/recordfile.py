@@ -1,7 +1,7 @@
 """The file behind `-o`: records that are safe once written, and a run that can be continued after any end.
 
 JSONL and CSV grow by one whole record per write. A JSON array cannot grow, so its records wait as JSONL in
-`FILE.partial` until the run is over. `FILE.new` exists only for the moment in which a file is replaced.
+`FILE.partial` until the run is over.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import IO, Self
 
 from ..errors import OutputError, UsageError
+from .atomic import replacing
 from .codec import decode
 from .records import CSV_HEADER, Format, Record, RecordWriter, RunSettings, Status, from_line, to_line
 
@@ -209,23 +210,11 @@ def _foreign(path: Path, form: Format, number: int, problem: str) -> OutputError
 
 def _replace(path: Path, records: Iterable[Record], form: Format) -> None:
     """Put a new file in place of `path`, or leave that as it is."""
-    new = _sibling(path, ".new")
-    try:
-        new.unlink(missing_ok=True)
-        with new.open("xb") as stream:
-            writer = RecordWriter(stream.write, form)
-            for record in records:
-                writer.write(record)
-            writer.close()
-            stream.flush()
-            os.fsync(stream.fileno())
-        if path.exists():
-            new.chmod(path.stat().st_mode & 0o777)
-        new.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            new.unlink(missing_ok=True)
-        raise
+    with replacing(path) as stream:
+        writer = RecordWriter(stream.write, form)
+        for record in records:
+            writer.write(record)
+        writer.close()
 
 
 def _sibling(path: Path, suffix: str) -> Path:
