@@ -9,11 +9,16 @@ from typing import BinaryIO
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Yield a stream that takes the place of `path` when the block ends well; what was there before stays till then."""
+def replacing(path: Path, *, by_way_of: Path | None = None) -> Iterator[BinaryIO]:
+    """Yield a stream that takes the place of `path` when the block ends well; what was there before stays till then.
+
+    A killed process leaves the temporary file behind. Where only one process writes, `by_way_of` names it, and the next
+    call removes what the last one left.
+    """
     # A name of its own and not `path` with a suffix: that could be too long, or meet another run's.
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    temporary = by_way_of or path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
+        temporary.unlink(missing_ok=True)
         with temporary.open("xb") as stream:
             yield stream
             stream.flush()

@@ -210,7 +210,8 @@ def _foreign(path: Path, form: Format, number: int, problem: str) -> OutputError
 
 def _replace(path: Path, records: Iterable[Record], form: Format) -> None:
     """Put a new file in place of `path`, or leave that as it is."""
-    with replacing(path) as stream:
+    # The lock makes us the only writer: what a killed run left under this name is ours to remove.
+    with replacing(path, by_way_of=_sibling(path, ".new")) as stream:
         writer = RecordWriter(stream.write, form)
         for record in records:
             writer.write(record)
