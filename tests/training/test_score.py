@@ -1,0 +1,277 @@
+"""Training the scores: aligned crops, kept restorations, the ranking term, and the best weights by validation."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffiqa.errors import CheckpointError, ConfigError, OutputError
+from diffiqa.model.checkpoint import load
+from diffiqa.model.config import ModelConfig, SwinConfig, UNetConfig, VCGConfig, ViTConfig
+from diffiqa.model.network import build
+from diffiqa.runtime.crops import Crop
+from diffiqa.runtime.schedule import Kind, Schedule, Taps
+from diffiqa.tests.tiny import TINY, photo
+from diffiqa.training.config import Optimisation, Rates, Reporting, ScoreConfig
+from diffiqa.training.crops import Pictures
+from diffiqa.training.datasets import DatasetError
+from diffiqa.training.loop import read_checkpoint, train
+from diffiqa.training.score import (
+    Rated,
+    Restorations,
+    ScoreTask,
+    ranking_loss,
+    restoration_key,
+    run_score,
+)
+from diffiqa.training.start import weights_digest
+
+from .runs import CPU, restore_config, write_photos
+
+MODEL = dataclasses.replace(TINY, dropout=0.0)
+FEWER_KINDS = VCGConfig(
+    vit=ViTConfig(patch=8, width=16, heads=2, mlp=32),
+    selection={Kind.DIS: (0,), Kind.Y0: (1,)},
+    squeeze=(24, 16),
+    swin=SwinConfig(layers=1, heads=2, window=2, mlp=16),
+)
+PIXELS = photo(1, 36, 44)
+
+
+def score_config(**changes: Any) -> ScoreConfig:
+    base = ScoreConfig(
+        model=MODEL,
+        seed=5,
+        optimisation=Optimisation(steps=6, batch=2, learning_rate=1e-3, ema_decay=0.5),
+        validate_every=2,
+        validation_crops=2,
+        reporting=Reporting(log_every=1, checkpoint_every=2),
+    )
+    return dataclasses.replace(base, **changes)
+
+
+@pytest.fixture(scope="module")
+def rated(tmp_path_factory: pytest.TempPathFactory) -> list[Rated]:
+    paths = write_photos(tmp_path_factory.mktemp("images"), count=5, side=44)
+    return [Rated(path, index / 4) for index, path in enumerate(paths)]
+
+
+def task_of(config: ScoreConfig, rated: list[Rated], cache: Path) -> ScoreTask:
+    model = build(config.model, config.seed)
+    restorations = Restorations(model, config.restore_seed, cache / "restored")
+    sets = []
+    for part in (rated[:3], rated[3:]):
+        pictures = Pictures([r.path for r in part], cache / "pictures", min_side=config.model.crop, enlarge=True)
+        restorations.fill(pictures, CPU, lambda *_: None)
+        sets.append((pictures, [r.quality for r in part]))
+    model.unet = None
+    return ScoreTask(config, model, restorations, sets[0], sets[1])
+
+
+def key(pixels: Any = PIXELS, weights: str = "w", config: ModelConfig = MODEL, seed: int = 0) -> str:
+    return restoration_key(pixels, weights, config, seed)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"pixels": np.where(np.indices(PIXELS.shape).sum(0) == 0, 255 - PIXELS, PIXELS)},
+        {"pixels": PIXELS.reshape(44, 36, 3)},
+        {"weights": "v"},
+        {"seed": 1},
+        {"config": dataclasses.replace(MODEL, unet=UNetConfig(width=16))},
+        {"config": dataclasses.replace(MODEL, schedule=Schedule(steps=7))},
+        {"config": dataclasses.replace(MODEL, taps=Taps(t1=1, t2=4))},
+        {"config": dataclasses.replace(MODEL, vda=None, vcg=FEWER_KINDS)},
+    ],
+    ids=["one pixel", "shape", "weights", "seed", "unet", "schedule", "taps", "kinds"],
+)
+def test_the_key_of_a_restoration_changes_with(changed: dict[str, Any]) -> None:
+    assert key(**changed) != key()
+
+
+def test_the_key_does_not_depend_on_the_heads() -> None:
+    assert key(config=dataclasses.replace(MODEL, vcg_weight=0.5, dropout=0.3)) == key()
+
+
+def test_weights_digest_changes_with_a_single_value() -> None:
+    unet = build(MODEL, 1).unet
+    assert unet is not None
+    before = weights_digest(unet.state_dict())
+    assert weights_digest(build(MODEL, 1).unet.state_dict()) == before  # type: ignore[union-attr]
+    with torch.no_grad():
+        next(unet.parameters()).view(-1)[0] += 1e-6
+    assert weights_digest(unet.state_dict()) != before
+
+
+def test_crops_of_all_kinds_lie_at_the_same_place(rated: list[Rated], tmp_path: Path) -> None:
+    """Restorations replaced by copies of the image shifted in value only: all kinds must show the same window."""
+    task = task_of(score_config(), rated, tmp_path)
+    pictures = task.training[0]
+    for index in range(len(pictures)):
+        plain = pictures[index].transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
+        planes = np.stack([plain + shift for shift in (0.25, 0.5, 0.75)]).astype(np.float16)
+        np.save(task.restorations.file(pictures, index), planes)
+    for step in range(6):
+        crop = task.sample(step, 1).arrays[0]
+        assert crop.shape == (4, 3, 32, 32)
+        for kind, shift in enumerate((0.25, 0.5, 0.75), start=1):
+            assert np.allclose(crop[kind], crop[0] + shift, atol=2e-3)  # float16
+
+
+def test_restorations_are_those_that_scoring_makes(rated: list[Rated], tmp_path: Path) -> None:
+    config = score_config()
+    task = task_of(config, rated, tmp_path)
+    model = build(config.model, config.seed)
+    pixels = task.training[0][0]
+    height, width = pixels.shape[:2]
+    image = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1)[None]
+    scored = model.score(image, seed=0, crops=1).total
+    place = Crop((height - 32) // 2, (width - 32) // 2)
+    crop = torch.from_numpy(task.crop(task.training[0], 0, place))[None]
+    assert torch.allclose(model(crop).total, scored, atol=1e-3)  # float16
+
+
+def test_restorations_are_computed_once(rated: list[Rated], tmp_path: Path) -> None:
+    task_of(score_config(), rated, tmp_path)
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "restored").iterdir()}
+    assert len(files) == 5
+    task_of(score_config(), rated, tmp_path)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "restored").iterdir()} == files
+
+
+def test_processes_that_share_the_work_leave_nothing_out(rated: list[Rated], tmp_path: Path) -> None:
+    pictures = Pictures([r.path for r in rated], tmp_path / "pictures", min_side=32)
+    restorations = Restorations(build(MODEL, 1), 0, tmp_path / "restored")
+    for rank in range(2):  # the second one begins when the first has finished
+        restorations.fill(pictures, dataclasses.replace(CPU, rank=rank, world=2), lambda *_: None)
+    assert all(restorations.file(pictures, index).exists() for index in range(len(pictures)))
+
+
+def test_restorations_that_will_not_fit_are_refused_first(
+    rated: list[Rated], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: usage._replace(free=1000))
+    with pytest.raises(OutputError, match=r"0\.0 GB are free"):
+        task_of(score_config(), rated, tmp_path)
+    assert not list((tmp_path / "restored").iterdir())
+
+
+def test_ranking_term_by_hand() -> None:
+    """Short of the margin: pair (1, 0) by 0.5 − 0.5, (2, 0) by 1 − 0.2, (2, 1) by 0.5 + 0.3."""
+    labels, scores = torch.tensor([0.0, 0.5, 1.0]), torch.tensor([0.1, 0.6, 0.3])
+    assert ranking_loss(scores, labels, 1.0).item() == pytest.approx((0 + 0.8 + 0.8) / 3)
+    assert ranking_loss(scores, labels, 0.0).item() == pytest.approx((0 + 0 + 0.3) / 3)
+    assert ranking_loss(labels, labels, 1.0).item() == 0
+    assert ranking_loss(scores, torch.ones(3), 1.0).item() == 0  # no pair
+
+
+def test_every_image_is_seen_once_in_each_epoch(rated: list[Rated], tmp_path: Path) -> None:
+    task = task_of(score_config(), rated, tmp_path)
+    names = [task.sample(place // 2, place % 2).name.partition(" at ")[0] for place in range(12)]
+    epochs = [names[start : start + 3] for start in range(0, 12, 3)]
+    assert all(len(set(epoch)) == 3 for epoch in epochs)
+    assert len(set(map(tuple, epochs))) > 1
+
+
+@pytest.mark.parametrize("frozen", ["vit", "resnet"])
+def test_a_frozen_backbone_keeps_weights_and_statistics(frozen: str, rated: list[Rated], tmp_path: Path) -> None:
+    config = score_config(rates=Rates(**{frozen: 0.0}))
+    task = task_of(config, rated, tmp_path)
+    before = {name: tensor.clone() for name, tensor in task.network.state_dict().items()}
+    train(task, config, tmp_path / "run", CPU)
+    after = read_checkpoint(tmp_path / "run" / "checkpoint.pt")["network"]
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    prefix = {"vit": "vcg.vit.", "resnet": "vda.resnet."}[frozen]
+    assert not any(name.startswith(prefix) for name in moved)
+    assert any(name.startswith("vcg.swin1") for name in moved)
+
+
+def test_rates_scale_the_step_of_a_part(rated: list[Rated], tmp_path: Path) -> None:
+    task = task_of(score_config(rates=Rates(vit=0.1)), rated, tmp_path)
+    factors = {len(parameters): factor for factor, parameters in task.groups()}
+    assert sorted(factors.values()) == [0.1, 1.0, 1.0]
+    total = sum(len(parameters) for _, parameters in task.groups())
+    assert total == len(list(task.network.parameters()))
+
+
+@pytest.mark.parametrize("broken", ["training", "validation"])
+@pytest.mark.parametrize(
+    ("labels", "message"), [([1.0] * 5, "without different"), ([0, 1, np.nan, 1, np.nan], "finite")]
+)
+def test_a_part_without_useful_labels_is_refused(
+    broken: str, labels: list[float], message: str, rated: list[Rated], tmp_path: Path
+) -> None:
+    spoilt = [Rated(r.path, label) for r, label in zip(rated, labels, strict=True)]
+    parts = [*spoilt[:3], *rated[3:]] if broken == "training" else [*rated[:3], *spoilt[3:]]
+    with pytest.raises(DatasetError, match=f"the {broken} part .*{message}"):
+        task_of(score_config(), parts, tmp_path)
+
+
+def test_training_resumes_to_the_same_curve_and_the_same_best(rated: list[Rated], tmp_path: Path) -> None:
+    config = score_config(ranking_weight=0.5)
+    whole = train(task_of(config, rated, tmp_path), config, tmp_path / "whole", CPU)
+    task = task_of(config, rated, tmp_path)
+
+    class Killed(Exception):  # noqa: N818
+        pass
+
+    def progress(step: int, *_: float) -> None:
+        if step == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(task, config, tmp_path / "cut", CPU, progress=progress)
+    resumed = train(task_of(config, rated, tmp_path), config, tmp_path / "cut", CPU, resume=True)
+    assert resumed.step == whole.step
+    assert all(torch.equal(resumed.weights[name], whole.weights[name]) for name in whole.weights)
+    curves = [
+        [row.rpartition(",")[0] for row in (tmp_path / name / "log.csv").read_text().splitlines()]  # without seconds
+        for name in ("whole", "cut")
+    ]
+    assert curves[0] == curves[1]
+    logs = [(tmp_path / name / "validation.csv").read_text() for name in ("whole", "cut")]
+    assert logs[0] == logs[1]
+    assert len(logs[0].splitlines()) == 4
+
+
+def test_training_fits_a_few_images(rated: list[Rated], tmp_path: Path) -> None:
+    plan = Optimisation(steps=60, batch=3, learning_rate=3e-3, ema_decay=0.5)
+    config = score_config(optimisation=plan, flip=False, validate_every=60, reporting=Reporting(10, 100))
+    train(task_of(config, rated, tmp_path), config, tmp_path / "run", CPU)
+    losses = [float(row.split(",")[1]) for row in (tmp_path / "run" / "log.csv").read_text().splitlines()[1:]]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_a_run_leaves_a_bundle_and_keeps_the_unet_it_was_given(rated: list[Rated], tmp_path: Path) -> None:
+    from diffiqa.training.restore import run_restore
+
+    restore = restore_config(model=MODEL, validation_crops=1)
+    restore = dataclasses.replace(restore, optimisation=dataclasses.replace(restore.optimisation, steps=2))
+    run_restore(restore, [r.path for r in rated], [], tmp_path / "unet", device="cpu")
+    unet = tmp_path / "unet" / "model.safetensors"
+    said: list[str] = []
+    run_score(score_config(), rated[:3], rated[3:], tmp_path / "run", unet=unet, device="cpu", say=said.append)
+    made, given = load(tmp_path / "run" / "model.safetensors"), load(unet)
+    assert all(source.role != "seed" for source in made.sources)
+    assert weights_digest(made.model.unet.state_dict()) == weights_digest(given.model.unet.state_dict())  # type: ignore[union-attr]
+    assert any("of restorations in" in text for text in said)
+
+
+def test_a_unet_of_another_size_is_refused(rated: list[Rated], tmp_path: Path) -> None:
+    from diffiqa.model.bundle import save_bundle
+
+    other = dataclasses.replace(MODEL, unet=UNetConfig(width=16, multipliers=(1, 2), attention_levels=(1,)))
+    save_bundle(build(other, 1), tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="U-Net does not fit"):
+        run_score(score_config(), rated[:3], rated[3:], tmp_path / "run", unet=tmp_path / "other.safetensors")
+
+
+def test_freezing_everything_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="not all 0"):
+        score_config(rates=Rates(0, 0, 0))

@@ -1,0 +1,270 @@
+"""Teaching the U-Net to restore (the paper's Algorithm 1): from a distorted photograph and noise to the photograph.
+
+Symbols: x0 is the *reference*, the condition is its distorted version; level = sqrt(ᾱ) at a continuous time;
+y = level·x0 + sqrt(1 − level²)·ε; the U-Net is asked for ε.
+"""
+
+import csv
+import dataclasses
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, OutputError
+from ..model.bundle import save_bundle
+from ..model.network import DiffV2IQA
+from ..runtime.atomic import replacing
+from ..runtime.schedule import Kind, Schedule
+from .config import Loss, RestoreConfig, digest, identity
+from .crops import Pictures, to_network
+from .distortions import DISTORTIONS, LEVELS, compose
+from .loop import DATA, Machine, Result, Sample, Verdict, generator, open_machine, train
+from .start import Start, begin
+
+VALIDATION = 4  # what generators are for, beside those of the loop
+# What the project promises to improve: blur, JPEG and noise, at these levels.
+PROMISED, PROMISED_LEVELS = (1, 2, 3, 10, 11, 12, 13, 14), (3, 4, 5)
+Steps = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What restoring did to held-out crops of one distortion: mean PSNR before and after, in dB.
+
+    Number and level 0: crops that were not distorted; they, and others that distorting left as they are, have no
+    `before_db` and no gain.
+    """
+
+    number: int
+    name: str
+    level: int
+    before_db: float | None
+    after_db: float
+
+    @property
+    def gain_db(self) -> float | None:
+        """How much nearer to the reference the restored crops are."""
+        return None if self.before_db is None else self.after_db - self.before_db
+
+
+class RestoreTask:
+    """Crops of photographs, distorted on the fly, and the loss of Algorithm 1 on them."""
+
+    kind = "restore"
+
+    def __init__(
+        self, config: RestoreConfig, model: DiffV2IQA, photos: Pictures, held_out: Pictures | None = None
+    ) -> None:
+        if model.unet is None:
+            raise ConfigError(f"model {config.model.name!r} has no U-Net to train")
+        self.config, self.model, self.photos, self.held_out = config, model, photos, held_out
+        self.network: nn.Module = model.unet
+        self.gains: tuple[Gain, ...] = ()  # of the last validation
+        # sqrt(ᾱ) at the borders of the T intervals that noise levels are drawn from, from 1 down to almost 0.
+        schedule = dataclasses.replace(config.model.schedule, steps=config.diffusion_steps)
+        self._borders = level_borders(schedule)
+
+    def fingerprint(self) -> str:
+        """Return a digest of the photographs, the held-out ones included."""
+        held_out = self.held_out.fingerprint() if self.held_out else ""
+        return digest({"training": self.photos.fingerprint(), "held_out": held_out})
+
+    def groups(self) -> list[tuple[float, list[nn.Parameter]]]:
+        """Return the U-Net's parameters."""
+        return [(1.0, list(self.network.parameters()))]
+
+    def train_mode(self) -> None:
+        """Turn dropout and batch statistics on."""
+        self.network.train()
+
+    def sample(self, step: int, index: int) -> Sample:
+        """Return the condition, x0, ε (3, crop, crop) and the noise level (1,) of one element of a batch."""
+        draw = generator(self.config.seed, DATA, step, index)
+        number = int(draw.integers(len(self.photos)))
+        photo, side = self.photos[number], self.config.crop
+        top, left = (int(draw.integers(length - side + 1)) for length in photo.shape[:2])
+        steps = _draw_distortions(draw, self.config)
+        condition, reference = distorted_crop(photo, top, left, side, self.config.margin, steps, draw)
+        noise = draw.standard_normal(reference.shape, np.float32)
+        level = draw_level(draw, self._borders)
+        name = f"{self.photos.paths[number]} at row {top}, column {left}, distortions {list(steps) or 'none'}"
+        return Sample((condition, reference, noise, np.array([level], np.float32)), name)
+
+    def losses(self, network: Callable[..., Tensor], batch: Sequence[Tensor]) -> Tensor:
+        """Return for each element how far the predicted noise is from the noise that was added."""
+        condition, reference, noise, level = batch
+        share = level[:, :, None, None]
+        noisy = share * reference + (1 - share * share).sqrt() * noise
+        difference = network(noisy, condition, level).float() - noise
+        per_pixel = difference.abs() if self.config.loss is Loss.L1 else difference.square()
+        return per_pixel.mean(dim=(1, 2, 3))
+
+    def validate(self, machine: Machine) -> Verdict | None:
+        """Restore held-out crops of every distortion and level with the whole sampling loop."""
+        if self.held_out is None:
+            return None
+        self.gains = restoration_gains(self.model, self.held_out, self.config, machine.device)
+        return Verdict(_summary(self.gains))
+
+
+def level_borders(schedule: Schedule) -> npt.NDArray[np.float64]:
+    """Return sqrt(ᾱ_t) for t = 0 … T, with ᾱ_0 = 1."""
+    borders: npt.NDArray[np.float64] = np.sqrt(np.concatenate([[1.0], schedule.alpha_bar]))
+    return borders
+
+
+def draw_level(draw: np.random.Generator, borders: npt.NDArray[np.float64]) -> float:
+    """Return a continuous noise level: t uniform in 1 … T, the level uniform between sqrt(ᾱ_t) and sqrt(ᾱ_{t−1})."""
+    t = int(draw.integers(1, len(borders)))
+    return float(draw.uniform(borders[t], borders[t - 1]))
+
+
+def _draw_distortions(draw: np.random.Generator, config: RestoreConfig) -> Steps:
+    """Return none, one or two distortions with their levels."""
+    chance = draw.random()
+    count = 0 if chance < config.clean else 2 if chance < config.clean + config.composed else 1
+    numbers = draw.choice(list(DISTORTIONS), size=count, replace=False)
+    return tuple((int(number), int(draw.choice(list(LEVELS)))) for number in numbers)
+
+
+def distorted_crop(
+    photo: npt.NDArray[np.uint8],
+    top: int,
+    left: int,
+    side: int,
+    margin: int,
+    steps: Steps,
+    draw: np.random.Generator,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return a crop distorted and as it is, both (3, side, side) in [-1, 1] and on 8-bit values.
+
+    It is distorted with what lies up to `margin` pixels around it, where the photograph has that.
+    """
+    height, width = photo.shape[:2]
+    above, before = min(margin, top), min(margin, left)
+    window = photo[
+        top - above : min(height, top + side + margin),
+        left - before : min(width, left + side + margin),
+    ]
+    inside = slice(above, above + side), slice(before, before + side)
+    reference = to_network(window[inside])
+    if not steps:
+        return reference.copy(), reference
+    distorted = compose(window.astype(np.float32) / np.float32(255), steps, draw)
+    # Scoring reads files of 8 bits, so that is what the U-Net learns from.
+    return to_network(np.rint(distorted[inside] * 255).astype(np.uint8)), reference
+
+
+def restoration_gains(
+    model: DiffV2IQA, photos: Pictures, config: RestoreConfig, device: torch.device
+) -> tuple[Gain, ...]:
+    """Restore the same crops after each distortion at each level; the first row is of the crops as they are."""
+    model.to(device)
+    places = [_validation_place(photos, config, k) for k in range(config.validation_crops)]
+    cases: list[tuple[str, Steps]] = [("none", ())]
+    cases += [(kind.name, ((number, level),)) for number, kind in DISTORTIONS.items() for level in LEVELS]
+    rows = []
+    for name, steps in cases:
+        number, level = steps[0] if steps else (0, 0)
+        pairs = [
+            distorted_crop(
+                photos[index], top, left, config.crop, config.margin, steps, generator(config.seed, VALIDATION, k, 1)
+            )
+            for k, (index, top, left) in enumerate(places)
+        ]
+        conditions, references = (torch.from_numpy(np.stack(images)).to(device) for images in zip(*pairs, strict=True))
+        restored = model.restore(conditions)[Kind.Y0].clamp(-1, 1)
+        before, after = _psnr_db(conditions, references), _psnr_db(restored, references)
+        mean = float(before.mean())
+        rows.append(Gain(number, name, level, mean if math.isfinite(mean) else None, float(after.mean())))
+    return tuple(rows)
+
+
+def _validation_place(photos: Pictures, config: RestoreConfig, number: int) -> tuple[int, int, int]:
+    """Return photograph, top and left of a validation crop; they go round all photographs."""
+    draw = generator(config.seed, VALIDATION, number)
+    index = number % len(photos)
+    top, left = (int(draw.integers(length - config.crop + 1)) for length in photos[index].shape[:2])
+    return index, top, left
+
+
+def _psnr_db(images: Tensor, references: Tensor) -> Tensor:
+    """Return the PSNR of each image in [-1, 1]: infinite where equal."""
+    mean_square: Tensor = ((images - references) / 2).double().square().mean(dim=(1, 2, 3))
+    return -10 * mean_square.log10()
+
+
+def _summary(gains: Sequence[Gain]) -> dict[str, float]:
+    changed = [gain for gain in gains if gain.gain_db is not None]
+    promised = [g for g in changed if g.number in PROMISED and g.level in PROMISED_LEVELS]
+    return {
+        "mean_gain_db": _mean_gain(changed),
+        "promised_gain_db": _mean_gain(promised),
+        "pristine_db": gains[0].after_db,
+    }
+
+
+def _mean_gain(gains: Sequence[Gain]) -> float:
+    values = [gain.gain_db for gain in gains if gain.gain_db is not None]
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def write_gains(path: Path, gains: Sequence[Gain]) -> None:
+    """Write the table of gains as CSV; raises OutputError."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["number", "distortion", "level", "before_db", "after_db", "gain_db"])
+    for gain in gains:
+        figures = (gain.before_db, gain.after_db, gain.gain_db)
+        writer.writerow(
+            [gain.number, gain.name, gain.level, *("" if value is None else f"{value:.3f}" for value in figures)]
+        )
+    try:
+        with replacing(path) as stream:
+            stream.write(text.getvalue().encode())
+    except OSError as exc:
+        raise OutputError(f"cannot write {path}: {exc}") from exc
+
+
+def run_restore(
+    config: RestoreConfig,
+    photos: Sequence[Path],
+    held_out: Sequence[Path],
+    folder: Path,
+    *,
+    start: Path | None = None,
+    device: str | None = None,
+    resume: bool = False,
+    threads: int = 2,
+    progress: Callable[[int, float, float], None] | None = None,
+    say: Callable[[str], None] = lambda _text: None,
+) -> Result:
+    """Train a U-Net and write `model.safetensors` (heads untrained) and, with held-out photographs, `gains.csv`."""
+    begun: Start = begin(config.model, config.seed, {start: ("unet",)} if start else {})
+    with open_machine(device, config.optimisation.precision) as machine:
+        sets = [
+            Pictures(paths, folder / "cache", min_side=config.crop, longest_side=config.longest_side) if paths else None
+            for paths in (photos, held_out)
+        ]
+        training = sets[0] or Pictures(photos, folder / "cache", min_side=config.crop)  # raises: there are none
+        for text in (text for pictures in sets if pictures for text in pictures.skipped):
+            say(f"left out: {text}")
+        task = RestoreTask(config, begun.model, training, sets[1])
+        result = train(task, config, folder, machine, resume=resume, threads=threads, progress=progress)
+        if machine.leads:
+            unet = begun.model.unet
+            assert unet is not None  # noqa: S101 — RestoreTask has refused such a model
+            unet.load_state_dict(result.weights)
+            begun.trained("unet", f"diffiqa training, {result.step} steps, configuration {digest(identity(config))}")
+            note = f"U-Net trained for {result.step} steps on {len(training)} photographs"
+            save_bundle(begun.model.eval(), folder / "model.safetensors", sources=begun.sources, notes=[note])
+            if task.gains:
+                write_gains(folder / "gains.csv", task.gains)
+    return result

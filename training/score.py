@@ -1,0 +1,320 @@
+"""Teaching the quality network: crops at the same place of an image and of its restorations, against people's opinions.
+
+The U-Net is not trained here. What it makes of every image is computed once and kept on disk as float16.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, distributed, nn
+
+from ..errors import OutputError
+from ..model.bundle import save_bundle
+from ..model.config import ModelConfig
+from ..model.network import DiffV2IQA
+from ..model.unet import UNet
+from ..runtime.codec import encode
+from ..runtime.crops import Crop, crop_grid, padded_size
+from .config import Rates, ScoreConfig, digest, identity
+from .correlation import plcc, rmse, srcc
+from .crops import FloatArray, Pictures, Pixels, save_array, to_network
+from .datasets import DatasetError
+from .loop import DATA, ORDER, Machine, Result, Sample, Verdict, generator, open_machine, train
+from .start import begin, weights_digest
+
+KEY_SCHEMA = 1  # of restorations on disk: raised when the same ingredients would give other restorations
+
+
+@dataclass(frozen=True)
+class Rated:
+    """An image and its quality on the data set's own scale: 0 its worst image, 1 its best."""
+
+    path: Path
+    quality: float
+
+
+class Restorations:
+    """The restored kinds of whole images (kinds without `dis`, 3, H, W), float16 files named by what they depend on.
+
+    They are computed in float32 as `DiffV2IQA.score` does: on the image padded by reflection, cut back to its size.
+    """
+
+    def __init__(self, model: DiffV2IQA, seed: int, cache: Path) -> None:
+        self._model, self._seed, self._cache = model, seed, cache
+        self._files: dict[Path, Path] = {}  # of pictures seen before: hashing one takes longer than reading a crop
+        self._weights = weights_digest(model.unet.state_dict()) if model.unet else ""
+        self.kinds = len(model.config.kinds) - 1
+
+    def file(self, pictures: Pictures, index: int) -> Path:
+        """Return where the restorations of an image are, or will be."""
+        picture = pictures.files[index]
+        if picture not in self._files:
+            key = restoration_key(pictures[index], self._weights, self._model.config, self._seed)
+            self._files[picture] = self._cache / f"{key}.npy"
+        return self._files[picture]
+
+    def fill(self, pictures: Pictures, machine: Machine, progress: Callable[[int, int], None]) -> int:
+        """Compute what is missing, this process its share; return how many bytes all files have together.
+
+        Raises OutputError before anything is computed if they will not fit on the disk.
+        """
+        if not self.kinds:
+            return 0
+        self._cache.mkdir(parents=True, exist_ok=True)
+        files = [self.file(pictures, index) for index in range(len(pictures))]
+        sizes = [pictures[index].size * 2 * self.kinds + 128 for index in range(len(pictures))]
+        missing = [index for index in range(len(pictures)) if not files[index].exists()]
+        needed, free = sum(sizes[index] for index in missing), shutil.disk_usage(self._cache).free
+        if needed > free:
+            raise OutputError(
+                f"restorations of {len(missing)} images need {needed / 1e9:.1f} GB in {self._cache}, where "
+                f"{free / 1e9:.1f} GB are free; choose another place with --cache"
+            )
+        # Shares go by index and not by place among the missing, which others are making fewer meanwhile.
+        own = [index for index in missing if index % machine.world == machine.rank]
+        for count, index in enumerate(own):
+            save_array(files[index], self._restored(pictures[index], machine.device))
+            progress(count + 1, len(own))
+        return sum(sizes)
+
+    def _restored(self, pixels: Pixels, device: torch.device) -> npt.NDArray[np.float16]:
+        height, width = pixels.shape[:2]
+        unet = self._model.config.unet
+        rows, columns = padded_size(height, width, unet.alignment if unet else 1)
+        image = torch.from_numpy(to_network(pixels))[None].to(device)
+        padded = F.pad(image, (0, columns - width, 0, rows - height), mode="reflect")
+        planes = torch.cat(list(self._model.restore(padded, self._seed).values()))[:, :, :height, :width]
+        halves: npt.NDArray[np.float16] = planes.cpu().numpy().astype(np.float16)
+        return halves
+
+
+def restoration_key(pixels: Pixels, unet_digest: str, config: ModelConfig, seed: int) -> str:
+    """Return the hash of all that restorations depend on: any other ingredient gives another key."""
+    fields = {
+        "schema": KEY_SCHEMA,
+        "shape": list(pixels.shape),
+        "pixels": hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest(),
+        "unet": encode(config.unet),
+        "weights": unet_digest,
+        "schedule": encode(config.schedule),
+        "taps": encode(config.taps),
+        "kinds": [str(kind) for kind in config.kinds],
+        "seed": seed,
+    }
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+class ScoreTask:
+    """Crops of images and their restorations, and how far the network's scores are from the labels."""
+
+    kind = "score"
+
+    def __init__(
+        self,
+        config: ScoreConfig,
+        network: DiffV2IQA,
+        restorations: Restorations,
+        training: tuple[Pictures, Sequence[float]],
+        validation: tuple[Pictures, Sequence[float]],
+    ) -> None:
+        """`network` is without its U-Net; every set is pictures with as many labels, and its restorations are there."""
+        for name, (pictures, labels) in (("training", training), ("validation", validation)):
+            if len(pictures) != len(labels) or not all(map(math.isfinite, labels)):
+                raise DatasetError(f"the {name} part must have a finite label for each of its {len(pictures)} images")
+            if len(set(labels)) < 2:
+                raise DatasetError(f"the {name} part has {len(labels)} images without different labels: no use")
+        self.config, self.model, self.restorations = config, network, restorations
+        self.network: nn.Module = network
+        self.training, self.validation = training, validation
+        self._frozen = _freeze(network, config.rates)
+
+    def fingerprint(self) -> str:
+        """Return a digest of pictures, labels and the restoring U-Net."""
+        parts = [[pictures.fingerprint(), list(labels)] for pictures, labels in (self.training, self.validation)]
+        return digest({"parts": parts, "restored": self.restorations.file(self.training[0], 0).name})
+
+    def groups(self) -> list[tuple[float, list[nn.Parameter]]]:
+        """Return the backbones' and the heads' parameters with their rates; frozen ones not at all."""
+        rates, parts = self.config.rates, _parts(self.model)
+        rated = ((rates.vit, parts["vit"]), (rates.resnet, parts["resnet"]), (rates.heads, parts["heads"]))
+        return [(rate, parameters) for rate, parameters in rated if rate and parameters]
+
+    def train_mode(self) -> None:
+        """Turn dropout and batch statistics on, but not in frozen backbones."""
+        self.network.train()
+        for module in self._frozen:
+            module.eval()
+
+    def sample(self, step: int, index: int) -> Sample:
+        """Return a crop of all kinds (kinds, 3, crop, crop) and its label (1,); every image once in each epoch."""
+        config, (pictures, labels) = self.config, self.training
+        place = step * config.optimisation.batch + index
+        epoch, position = divmod(place, len(pictures))
+        number = int(_permutation(config.seed, epoch, len(pictures))[position])
+        draw = generator(config.seed, DATA, step, index)
+        size = config.model.crop
+        top, left = (int(draw.integers(length - size + 1)) for length in pictures[number].shape[:2])
+        crop = self.crop(pictures, number, Crop(top, left))
+        if config.flip and draw.random() < 0.5:
+            crop = np.ascontiguousarray(crop[..., ::-1])
+        label = np.array([labels[number]], np.float32)
+        return Sample((crop, label), f"{pictures.paths[number]} at row {top}, column {left}")
+
+    def crop(self, pictures: Pictures, number: int, place: Crop) -> FloatArray:
+        """Return the same crop of an image and its restorations, (kinds, 3, crop, crop)."""
+        size = self.config.model.crop
+        rows, columns = slice(place.top, place.top + size), slice(place.left, place.left + size)
+        pixels = pictures[number]
+        planes = [to_network(pixels[rows, columns])[None]]
+        if self.restorations.kinds:
+            restored = np.load(self.restorations.file(pictures, number), mmap_mode="r")
+            planes.append(restored[:, :, rows, columns].astype(np.float32))
+        return np.concatenate(planes)
+
+    def losses(self, network: Callable[..., object], batch: Sequence[Tensor]) -> Tensor:
+        """Return each crop's squared error; the ranking term, which belongs to the batch, is added to every one."""
+        images, labels = batch[0], batch[1][:, 0]
+        scores = network(images).total.float()  # type: ignore[attr-defined]  # Scores, maybe through DDP
+        losses: Tensor = (scores - labels).square()
+        if self.config.ranking_weight:
+            losses = losses + self.config.ranking_weight * ranking_loss(scores, labels, self.config.ranking_margin)
+        return losses
+
+    def validate(self, machine: Machine) -> Verdict:
+        """Score the validation images on the grid of crops that scoring uses; better is a higher rank correlation."""
+        pictures, labels = self.validation
+        scores = []
+        for number in range(len(pictures)):
+            height, width = pictures[number].shape[:2]
+            grid = crop_grid(height, width, self.config.model.crop, self.config.validation_crops)
+            crops = np.stack([self.crop(pictures, number, place) for place in grid])
+            with machine.autocast():
+                total = self.model(torch.from_numpy(crops).to(machine.device)).total
+            scores.append(float(total.float().mean()))
+        error = rmse(scores, labels)
+        try:
+            row = {"srcc": srcc(scores, labels), "plcc": plcc(scores, labels), "rmse": error}
+        except DatasetError:  # a young network may give all images the same score
+            row = {"srcc": math.nan, "plcc": math.nan, "rmse": error}
+        return Verdict(row, -2.0 if math.isnan(row["srcc"]) else row["srcc"])
+
+
+def ranking_loss(scores: Tensor, labels: Tensor, margin: float) -> Tensor:
+    """Return the mean over pairs with different labels of max(0, margin·(higher − lower label) − difference in scores).
+
+    With a margin up to 1 it is 0 for perfect scores, and so does not pull against the squared error.
+    """
+    differences = labels[:, None] - labels[None]
+    pairs = differences > 0
+    missing = F.relu(margin * differences - (scores[:, None] - scores[None]))
+    mean: Tensor = (missing * pairs).sum() / pairs.sum().clamp(min=1)
+    return mean
+
+
+@functools.lru_cache(maxsize=8)
+def _permutation(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
+    return generator(seed, ORDER, epoch).permutation(count)
+
+
+def _backbones(network: DiffV2IQA) -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
+    if network.vcg:
+        found["vit"] = network.vcg.vit
+    if network.vda:
+        found["resnet"] = network.vda.resnet
+    return found
+
+
+def _parts(network: DiffV2IQA) -> dict[str, list[nn.Parameter]]:
+    parts = {name: list(module.parameters()) for name, module in _backbones(network).items()}
+    known = {id(parameter) for parameter in itertools.chain.from_iterable(parts.values())}
+    heads = [parameter for parameter in network.parameters() if id(parameter) not in known]
+    return {"vit": [], "resnet": [], **parts, "heads": heads}
+
+
+def _freeze(network: DiffV2IQA, rates: Rates) -> list[nn.Module]:
+    """Stop parts with rate 0 from learning; return the modules that must also keep their statistics."""
+    for name, parameters in _parts(network).items():
+        for parameter in parameters:
+            parameter.requires_grad_(getattr(rates, name) > 0)
+    return [module for name, module in _backbones(network).items() if getattr(rates, name) == 0]
+
+
+def run_score(
+    config: ScoreConfig,
+    training: Sequence[Rated],
+    validation: Sequence[Rated],
+    folder: Path,
+    *,
+    unet: Path | None = None,
+    start: Path | None = None,
+    cache: Path | None = None,
+    device: str | None = None,
+    resume: bool = False,
+    threads: int = 2,
+    progress: Callable[[int, float, float], None] | None = None,
+    say: Callable[[str], None] = lambda _text: None,
+) -> Result:
+    """Train both branches and write `model.safetensors`: the weights that were best on the validation part.
+
+    `start` is a bundle whose trained parts are taken over, `unet` one for the U-Net alone.
+    """
+    files: dict[Path, tuple[str, ...]] = {}
+    if start:
+        files[start] = ()
+    if unet:
+        files[unet] = ("unet",)
+    begun = begin(config.model, config.seed, files)
+    model, place = begun.model, cache or folder / "cache"
+    if model.unet is not None and "unet" not in begun.known:
+        say("the U-Net is untrained: its restorations mean nothing")
+    with open_machine(device, config.optimisation.precision) as machine:
+        model.to(machine.device)
+        restorations = Restorations(model, config.restore_seed, place / "restored")
+        sets = []
+        for rated in (training, validation):
+            pictures, labels = _pictures(rated, place / "pictures", config.model.crop, say)
+            size = restorations.fill(
+                pictures, machine, lambda done, total: say(f"restored {done} of {total}") if done % 100 == 0 else None
+            )
+            say(f"{len(pictures)} images, {size / 1e9:.2f} GB of restorations in {place / 'restored'}")
+            sets.append((pictures, labels))
+        if machine.world > 1:
+            distributed.barrier()  # each process has restored its share only
+        # Scoring crops needs no U-Net: it is neither trained nor saved with each checkpoint, and comes back at the end.
+        kept: UNet | None = model.unet
+        model.unet = None
+        task = ScoreTask(config, model, restorations, sets[0], sets[1])
+        result = train(task, config, folder, machine, resume=resume, threads=threads, progress=progress)
+        if machine.leads:
+            model.load_state_dict(result.weights)
+            model.unet = kept
+            how = f"diffiqa training, {result.step} steps, configuration {digest(identity(config))}"
+            rates = {"vit": config.rates.vit, "resnet": config.rates.resnet}
+            for part in ("vit", "resnet", "tabs", "vcg", "vda"):
+                if rates.get(part, config.rates.heads):
+                    begun.trained(part, how)
+            note = f"scores trained on {len(sets[0][0])} images, the weights of step {result.step} were best"
+            save_bundle(model.eval(), folder / "model.safetensors", sources=begun.sources, notes=[note])
+    return result
+
+
+def _pictures(
+    rated: Sequence[Rated], cache: Path, crop: int, say: Callable[[str], None]
+) -> tuple[Pictures, list[float]]:
+    pictures = Pictures([r.path for r in rated], cache, min_side=crop, enlarge=True)
+    for text in pictures.skipped:
+        say(f"left out: {text}")
+    label_of = {r.path: r.quality for r in rated}
+    return pictures, [label_of[path] for path in pictures.paths]

@@ -1,0 +1,84 @@
+"""The weights a run begins with, and where those it ends with come from."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..model.checkpoint import PARTS, load, misfits, part_of
+from ..model.config import ModelConfig
+from ..model.network import DiffV2IQA, build
+from ..runtime.manifest import Source
+
+
+@dataclass
+class Start:
+    """A model, and for each of its parts that is not just seeded numbers where its weights come from."""
+
+    model: DiffV2IQA
+    seed: int
+    known: dict[str, Source] = field(default_factory=dict)
+
+    def trained(self, part: str, what: str) -> None:
+        """Note that `part` now holds weights that a run made."""
+        weights = _of_part(self.model, part)
+        if weights:
+            size = sum(tensor.nbytes for tensor in weights.values())
+            self.known[part] = Source(part, PARTS[part][1], size, weights_digest(weights), what)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """What a bundle says of its weights; a part with the role "seed" has not been trained."""
+        out = []
+        for part, (_, words) in PARTS.items():
+            weights = _of_part(self.model, part)
+            if weights and part in self.known:
+                out.append(self.known[part])
+            elif weights:
+                size = sum(tensor.nbytes for tensor in weights.values())
+                out.append(Source("seed", words, size, "", f"initial values of seed {self.seed}"))
+        return tuple(out)
+
+
+def begin(config: ModelConfig, seed: int, files: Mapping[Path, tuple[str, ...]]) -> Start:
+    """Build a model, and fill parts of it from bundles: `files` names for each which of `PARTS`, () for all it has.
+
+    Parts that a bundle says are untrained are not taken. Raises CheckpointError if a part does not fit.
+    """
+    start = Start(build(config, seed), seed)
+    for path, wanted in files.items():
+        loaded = load(path)
+        untrained = {source.name for source in loaded.sources if source.role == "seed"}
+        taken = []
+        for part in wanted or PARTS:
+            theirs, ours = _of_part(loaded.model, part), _of_part(start.model, part)
+            if not theirs or not ours or PARTS[part][1] in untrained:
+                continue
+            if problems := misfits(ours, theirs):
+                lines = "; ".join(f"{title}: {names[0]}" for title, names in problems.items())
+                raise CheckpointError(f"{path}: its {PARTS[part][1]} does not fit model {config.name!r}: {lines}")
+            start.model.load_state_dict(theirs, strict=False)
+            start.known[part] = dataclasses.replace(loaded.sources[0], role=part)
+            taken.append(part)
+        if missing := [PARTS[part][1] for part in wanted if part not in taken]:
+            raise CheckpointError(f"{path} has no trained {' or '.join(missing)} for model {config.name!r}")
+    return start
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of tensors with their names, types and shapes."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _of_part(model: nn.Module, part: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in model.state_dict().items() if part_of(name) == part}
