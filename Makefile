@@ -18,6 +18,7 @@ test: $(VENV)/ready
 	@echo "== running the tests (a few minutes; 'make slow' adds the full-size ones)"
 	@$(BIN)/python -m pytest -q
 
+# Full-size networks: about ten minutes, 8 GB of memory.
 slow: $(VENV)/ready
 	@$(BIN)/python -m pytest -q -m "slow and not gpu"
 

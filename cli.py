@@ -5,6 +5,7 @@ import click
 from . import __version__
 from .export.cli import convert, export
 from .runtime.cli import run
+from .training.cli import train
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -16,7 +17,7 @@ def main() -> None:
     """
 
 
-for command in (export, run, convert):
+for command in (export, run, convert, train):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
 """What every `iqa` command shares: how errors end it, and its common options."""
 
+import contextlib
+import os
 import signal
+import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -33,9 +38,10 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, translating whatever ends it."""
         debug = bool(ctx.meta.get(_DEBUG))
-        before = signal.signal(signal.SIGTERM, _as_interrupt)
+        _open_streams()
         try:
-            return super().invoke(ctx)
+            with _terminate_as_interrupt():
+                return super().invoke(ctx)
         except DiffiqaError as exc:
             _fail(ctx, str(exc), exc.exit_code, exc, debug=debug)
         except KeyboardInterrupt as exc:
@@ -47,8 +53,26 @@ class Command(click.Command):
         except Exception as exc:
             what = f"unexpected {type(exc).__name__}: {exc}; please report this with the output of --debug"
             _fail(ctx, what, 2, exc, debug=debug)
-        finally:
-            signal.signal(signal.SIGTERM, before)
+
+
+def _open_streams() -> None:
+    """Give commands streams where the caller closed them (`>&-`): what is written goes nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 — for the whole run
+
+
+@contextlib.contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does, cleaning up; signals belong to the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
 def _as_interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -8,7 +8,9 @@ DiffiqaError
 ├── BackendError      a runtime library that is missing or refuses a stage
 ├── ImageError        one image that cannot be scored
 ├── OutputError       a result that cannot be written
-└── UsageError        options that contradict each other
+├── UsageError        options that contradict each other
+├── DatasetError      (training/datasets.py) a data set, a split or a score table that cannot be used
+└── TrainingError     (training/loop.py) a training run that cannot go on
 """
 
 

@@ -79,6 +79,7 @@ def export_engine(
     directory stays as it is.
     """
     model = loaded.model
+    target = Path(os.path.abspath(target))  # noqa: PTH100 — `resolve` would follow a link in the target's place
     check_target(target, force=force)
     wanted = stages or plan_names(model.config)
     if absent := [name for name in wanted if name not in plan_names(model.config)]:
@@ -89,13 +90,16 @@ def export_engine(
         costs = [_export_stage(model, plan, work, progress) for plan in plans]
         manifest = _manifest(loaded, tuple(cost.stage for cost in costs))
         _write(work / MANIFEST, manifest.to_json())
-        _replace(work, target)
+        _replace(work, target, force=force)
     return manifest, costs
 
 
 def check_target(target: Path, *, force: bool) -> None:
     """Raise EngineError unless `target` can be written: it is free, or ours and `force` is given."""
+    target = Path(os.path.abspath(target))  # noqa: PTH100 — `resolve` would follow a link in the target's place
     try:
+        if Path.cwd().is_relative_to(target):
+            raise EngineError(f"{target} is the current directory or holds it; choose another place with -o")
         if not target.parent.is_dir():
             raise EngineError(f"{target.parent} is not a directory; make it first, or choose another place with -o")
         if not os.access(target.parent, os.W_OK):
@@ -183,54 +187,72 @@ def _manifest(loaded: Loaded, stages: tuple[Stage, ...]) -> Manifest:
 
 @contextlib.contextmanager
 def _beside(target: Path) -> Iterator[Path]:
-    """Yield a new directory next to `target`, removed at the end unless it was moved away."""
-    _remove_leftovers(target)
-    work = target.parent / f".{target.name}.partial-{os.getpid()}"
+    """Yield an empty directory next to `target`, ours alone, removed at the end unless it was moved away."""
+    work = target.with_name(f".{target.name}.partial")
     try:
-        work.mkdir()
-        yield work
+        work.mkdir(exist_ok=True)
+        with _locked(work, target):
+            _clear_leftovers(work, target)
+            try:
+                yield work
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
     except OSError as exc:
         raise ExportError(f"cannot write {target}: {exc.strerror or exc}; nothing was changed") from exc
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
-def _remove_leftovers(target: Path) -> None:
-    """Clear what a killed export of the same target left behind; a directory it had just moved away comes back."""
-    for left in target.parent.glob(f".{target.name}.partial-*"):
-        pid, _, old = left.name.rpartition("-")[2].partition(".")
-        if pid.isdigit() and not _is_running(int(pid)):
-            if old and not target.exists():
-                left.rename(target)
-            else:
-                shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
+@contextlib.contextmanager
+def _locked(work: Path, target: Path) -> Iterator[None]:
+    """Hold the lock on `work`; raise EngineError if another export of the same target has it."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        import fcntl
+    except ImportError:  # Windows: two exports at once are the user's to avoid
+        yield
+        return
+    descriptor = os.open(work, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = work.exists() and os.path.samestat(os.fstat(descriptor), work.stat())
+        except BlockingIOError:
+            ours = False
+        if not ours:  # it is locked, or was moved into place while we waited for it
+            raise EngineError(f"another export is writing {target}; wait for it, or choose another -o")
+        yield
+    finally:
+        os.close(descriptor)
 
 
-def _replace(work: Path, target: Path) -> None:
+def _clear_leftovers(work: Path, target: Path) -> None:
+    """Clear what a killed export left behind; a directory that it had just moved away comes back."""
+    previous = _previous(target)
+    if previous.exists() and not target.exists():
+        previous.rename(target)
+    shutil.rmtree(previous, ignore_errors=True)
+    for left in work.iterdir():
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _replace(work: Path, target: Path, *, force: bool) -> None:
     """Put `work` in the place of `target`; the old directory goes only after the new one stands."""
+    check_target(target, force=force)  # again: much may have happened there in the meantime
     for folder in (work / "onnx", work):
         _sync(folder)
-    old = work.with_name(work.name + ".old")
+    previous = _previous(target)
     if target.exists():
-        target.rename(old)
+        target.rename(previous)
     try:
         work.rename(target)
     except BaseException:
-        if old.exists():
-            old.rename(target)
+        if previous.exists() and not target.exists():
+            previous.rename(target)
         raise
     _sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _previous(target: Path) -> Path:
+    return target.with_name(f".{target.name}.previous")
 
 
 def _is_ours(directory: Path) -> bool:
@@ -247,6 +269,8 @@ def _write(path: Path, text: str) -> None:
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt":  # Windows opens no directories, and syncs only files open for writing
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

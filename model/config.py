@@ -162,8 +162,8 @@ def _common_problems(c: ModelConfig) -> list[str]:
         f"looks at {', '.join(restored)} but has no U-Net to restore them": c.unet is not None or not restored,
         "has a U-Net that no branch looks at": c.unet is None or bool(restored),
         "steps must be between 2 and 4000": 2 <= c.schedule.steps <= 4000,
-        "schedule offset and max_beta must lie between 0 and 1": 0 < c.schedule.offset < 1
-        and 0 < c.schedule.max_beta < 1,
+        "schedule offset must lie between 0 and 1, max_beta between 0.1 and 1": 0 < c.schedule.offset < 1
+        and 0.1 <= c.schedule.max_beta < 1,
         "taps must be different step indices below the number of steps, y0 at 0": (
             c.taps.y0 == 0 < c.taps.t1 < c.schedule.steps
             and 0 < c.taps.t2 < c.schedule.steps

@@ -3,12 +3,15 @@
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..command import Command
 from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from .run import Outputs
 
 _PATH = click.Path(path_type=Path)
 
@@ -44,7 +47,11 @@ def provider(text: str) -> str | tuple[str, dict[str, str]]:
     type=click.Choice(["table", "jsonl", "json", "csv"]),
     help="Default: what FILE's name says; on a terminal a table, into a pipe jsonl.",
 )
-@click.option("--resume", is_flag=True, help="Continue the run that FILE is from: its scores stay, its errors retry.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Continue the run that FILE is from: names that have a score are skipped, errors tried again.",
+)
 @click.option("--force", is_flag=True, help="Start over if FILE holds results.")
 @click.option(
     "--sort", type=click.Choice(["score", "name", "vcg", "vda", "spread", "time"]), help="Order of the results."
@@ -67,10 +74,8 @@ def provider(text: str) -> str | tuple[str, dict[str, str]]:
 @click.option(
     "--pixel-budget",
     type=click.IntRange(65536),
-    default=2**20,
-    show_default=True,
     metavar="N",
-    help="Whole images of more pixels are tiled.",
+    help="Whole images of more pixels are tiled. Default: 524288, which is 724×724.",
 )
 @click.option(
     "--max-pixels",
@@ -116,12 +121,13 @@ def run(engine: Path, images: tuple[str, ...], **given: Any) -> None:
     from .inputs import find_images
     from .onnx_backend import OnnxSettings
     from .records import Format, Sort
-    from .results import Mode, Options
+    from .results import PIXEL_BUDGET, Mode, Options
     from .run import Outputs
     from .run import run as run_images
     from .scorer import load
 
-    options = Options(given["crops"], given["seed"], given["seeds"], Mode(given["mode"]), given["pixel_budget"])
+    budget = given["pixel_budget"] or PIXEL_BUDGET
+    options = Options(given["crops"], given["seed"], given["seeds"], Mode(given["mode"]), budget)
     outputs = Outputs(
         form=Format(given["form"]) if given["form"] else None,
         sort=Sort(given["sort"]) if given["sort"] else None,
@@ -130,17 +136,40 @@ def run(engine: Path, images: tuple[str, ...], **given: Any) -> None:
             for name in ("file", "resume", "force", "descending", "top", "bottom", "report", "intermediates", "quiet")
         },
     )
-    names = [str(path) for path in find_images(_expand_stdin(images))]
+    given_names = _expand_stdin(images)
+    if not all(given_names):
+        raise UsageError("an image name is empty: an unset variable?")
+    names = [str(path) for path in find_images(given_names)]
     if not names:
         raise UsageError("no images found; give files, folders or glob patterns")
     if outputs.resume and outputs.file is None:
         raise UsageError("--resume continues a file: name it with -o")
+    if outputs.file and (outputs.top or outputs.bottom):
+        raise UsageError("--top and --bottom select what is shown; a file (-o) always gets every record")
+    if outputs.descending and not outputs.sort:
+        raise UsageError("--descending needs --sort")
+    _refuse_collisions(names, outputs)
     settings = OnnxSettings(threads=given["threads"], providers=given["providers"] or ("CPUExecutionProvider",))
     limits = {} if given["max_pixels"] is None else {"max_pixels": given["max_pixels"] or None}
     with load(engine, backend=given["backend"], onnx=settings, **limits) as scorer:
         complete = run_images(scorer, names, options, outputs, workers=given["workers"])
     if not complete:
         sys.exit(1)
+
+
+def _refuse_collisions(names: list[str], outputs: "Outputs") -> None:
+    """Raise UsageError if an output would overwrite an image or another output, or be scored by the next run."""
+    inputs = {os.path.realpath(name) for name in names}
+    targets = [os.path.realpath(path) for path in (outputs.file, outputs.report) if path]
+    for target in targets:
+        if target in inputs:
+            raise UsageError(f"{target} is one of the images; write results elsewhere")
+    if len(set(targets)) < len(targets):
+        raise UsageError(f"{targets[0]} cannot be both results and report; give two names")
+    if outputs.intermediates:
+        folder = os.path.realpath(outputs.intermediates)
+        if any(os.path.dirname(name) == folder for name in inputs):  # noqa: PTH120 — of a resolved name
+            raise UsageError(f"{folder} holds images that are scored; choose another folder for the pictures")
 
 
 def _expand_stdin(names: tuple[str, ...]) -> list[str]:

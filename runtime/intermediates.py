@@ -2,6 +2,7 @@
 
 import io
 import re
+import tempfile
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,16 @@ from .schedule import Kind
 FloatMap = npt.NDArray[np.float32]
 MID_GREY = 128  # of planes where nothing was restored
 _STEM_BYTES = 120  # file systems allow 255 for a name: room for the digest and the longest suffix
+
+
+def prepare_folder(directory: Path) -> None:
+    """Make sure that pictures can be written to `directory`. Raises OutputError: better now than after an hour."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as exc:
+        raise OutputError(f"cannot write pictures to {directory}: {exc.strerror or exc}") from exc
 
 
 def save_intermediates(result: Score, directory: Path) -> list[Path]:

@@ -272,11 +272,11 @@ def _problem(m: Manifest) -> str | None:
         or needs_unet == (StageName.UNET in names),
         "kinds must start with dis and not repeat": m.kinds[:1] == (Kind.DIS,) and len(set(m.kinds)) == len(m.kinds),
         "steps must be between 2 and 4000": 2 <= m.schedule.steps <= 4000,
-        "schedule offset and max_beta must lie between 0 and 1": 0 < m.schedule.offset < 1
-        and 0 < m.schedule.max_beta < 1,
+        "schedule offset must lie between 0 and 1, max_beta between 0.1 and 1": 0 < m.schedule.offset < 1
+        and 0.1 <= m.schedule.max_beta < 1,
         "taps must be step indices, y0 at 0": m.taps.y0 == 0 < min(m.taps.t1, m.taps.t2)
         and max(m.taps.t1, m.taps.t2) < m.schedule.steps,
-        "alignment must be 1, 4, 8 or 16": m.alignment in {1, 4, 8, 16},
+        "alignment must be 4, 8 or 16, or 1 without a U-Net": m.alignment in ({4, 8, 16} if needs_unet else {1}),
         "crop size must be a multiple of 16 between 32 and 1024": 32 <= m.crop.size <= 1024 and m.crop.size % 16 == 0,
         "crop count must be between 1 and 10000": 1 <= m.crop.count <= 10_000,
         "file sizes must not be negative": all(stage.file.bytes >= 0 for stage in m.stages),

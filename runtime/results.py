@@ -1,6 +1,7 @@
 """What scoring an image returns, and the options that it depends on. Plain data: no engine, no files."""
 
 import enum
+import operator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +12,10 @@ from .noise import MAX_SEED
 from .schedule import Kind
 
 Picture = npt.NDArray[np.uint8]
+
+# Attention at an eighth of the image's size takes memory with the square of its pixels: 0.7 GB at 720×720, 2.7 GB at
+# 1024×1024, whatever the width of the network.
+PIXEL_BUDGET = 2**19
 
 
 class Mode(enum.StrEnum):
@@ -28,15 +33,26 @@ class Options:
     crops: int | None = None  # None: the engine's own count
     seed: int = 0
     seeds: int = 1  # how many consecutive seeds are averaged
-    mode: Mode = Mode.WHOLE
-    pixel_budget: int = 2**20  # whole images above it are tiled
+    mode: Mode = Mode.WHOLE  # its text will do
+    pixel_budget: int = PIXEL_BUDGET  # whole images above it are tiled
 
     def __post_init__(self) -> None:
         """Refuse values nothing can be done with."""
+        try:
+            object.__setattr__(self, "mode", Mode(self.mode))
+            for name in ("crops", "seed", "seeds", "pixel_budget"):
+                if (value := getattr(self, name)) is not None:
+                    object.__setattr__(self, name, operator.index(value))  # NumPy's integers too
+        except ValueError:
+            raise UsageError(f"mode must be one of {', '.join(Mode)}, not {self.mode!r}") from None
+        except TypeError:
+            raise UsageError(f"{name} must be a whole number, not {value!r}") from None
         rules = {
             f"crops must be between 1 and 10000, not {self.crops}": self.crops is None or 1 <= self.crops <= 10_000,
             f"seeds must be between 1 and 1000, not {self.seeds}": 1 <= self.seeds <= 1000,
-            f"seed must be between 0 and {MAX_SEED}, not {self.seed}": 0 <= self.seed <= MAX_SEED - self.seeds + 1,
+            f"seeds run from 0 to {MAX_SEED}; {self.seeds} from {self.seed} on do not fit": (
+                0 <= self.seed <= MAX_SEED - self.seeds + 1
+            ),
             f"the pixel budget must be at least 65536 (256×256), not {self.pixel_budget}": self.pixel_budget >= 65536,
         }
         for text, ok in rules.items():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import OutputError
-from .intermediates import save_intermediates
+from .intermediates import prepare_folder, save_intermediates
 from .recordfile import RecordFile
 from .records import Format, Record, RecordWriter, RunSettings, Sort, Status, arrange, choose_format, emit
 from .report import ReportWriter
@@ -47,7 +47,7 @@ class Outputs:
         return arrange(records, self.sort, descending=self.descending, top=self.top, bottom=self.bottom)
 
 
-def run(scorer: Scorer, names: list[str], options: Options, outputs: Outputs, *, workers: int = 1) -> bool:
+def run(scorer: Scorer, names: list[str], options: Options, outputs: Outputs, *, workers: int = 1) -> bool:  # noqa: PLR0912 — a branch per output
     """Score `names` into the outputs; return whether all have a score, those of a resumed run included.
 
     Whatever ends it early, records that were written stay, and the report covers what was scored. Raises OutputError
@@ -57,58 +57,64 @@ def run(scorer: Scorer, names: list[str], options: Options, outputs: Outputs, *,
     settings = RunSettings.of(scorer.manifest, options)
     pictures = outputs.report is not None or outputs.intermediates is not None
     with contextlib.ExitStack() as stack:
+        # What may fail comes before the file: with --force, opening that gives up the results it held.
+        if outputs.intermediates:
+            prepare_folder(outputs.intermediates)
+        report = stack.enter_context(_report(outputs.report, scorer, len(names)))
         file = None
         if outputs.file:
             file = stack.enter_context(
                 RecordFile(outputs.file, form, settings, resume=outputs.resume, force=outputs.force)
             )
         done = file.done if file else {}
-        todo = [name for name in names if name not in done]
-        earlier = [done[name] for name in names if name in done]
+        records = [done[name] for name in names if name in done]
+        resumed = len(records)
+        if report:
+            for record in records:
+                report.add(record.result())
         streaming = None
         if file is None and form is not Format.TABLE and not outputs.arranged:
             streaming = RecordWriter(_to_stdout, form)
-        report = stack.enter_context(_report(outputs.report, scorer, earlier, len(names)))
         quiet = outputs.quiet or (streaming is not None and sys.stdout.isatty())
-        progress = stack.enter_context(Progress(len(names), done=len(earlier), quiet=quiet))
+        todo = [Path(name) for name in names if name not in done]
         results = stack.enter_context(
-            contextlib.closing(
-                scorer.stream([Path(name) for name in todo], options, pictures=pictures, workers=workers)
-            )
+            contextlib.closing(scorer.stream(todo, options, pictures=pictures, workers=workers))
         )
-        records = list(earlier)
         start = time.monotonic()
-        for result in results:
-            if outputs.intermediates and isinstance(result, Score):
-                save_intermediates(result, outputs.intermediates)
-            if report:
-                report.add(result)
-            record = Record.of(result, settings)
+        try:
+            with Progress(len(names), done=resumed, quiet=quiet) as progress:
+                for result in results:
+                    if outputs.intermediates and isinstance(result, Score):
+                        save_intermediates(result, outputs.intermediates)
+                    if report:
+                        report.add(result)
+                    record = Record.of(result, settings)
+                    if file:
+                        file.write(record)
+                    if streaming:
+                        streaming.write(record)
+                    records.append(record)
+                    progress.advance(record)
             if file:
-                file.write(record)
-            if streaming:
-                streaming.write(record)
-            records.append(record)
-            progress.advance(record)
-        seconds = time.monotonic() - start
-        if file:
-            file.finish(outputs.order if outputs.sort else None)
-        if streaming:
-            streaming.close()
-    _show(scorer, form, outputs, records, summary_line(records, seconds=seconds, resumed=len(earlier)))
+                file.finish(outputs.order if outputs.sort else None)
+        finally:
+            # After Ctrl-C too: what was scored is shown, unless nobody reads any more.
+            if not isinstance(sys.exception(), BrokenPipeError):
+                if streaming:
+                    streaming.close()
+                summary = summary_line(records, seconds=time.monotonic() - start, resumed=resumed)
+                _show(scorer, form, outputs, records, summary)
     return all(record.status is Status.OK for record in records)
 
 
 @contextlib.contextmanager
-def _report(path: Path | None, scorer: Scorer, earlier: list[Record], expected: int) -> Iterator[ReportWriter | None]:
+def _report(path: Path | None, scorer: Scorer, expected: int) -> Iterator[ReportWriter | None]:
     """Yield a report that is completed even when the run is interrupted: what was scored can be looked at."""
     if path is None:
         yield None
         return
     writer = ReportWriter(path, scorer.manifest, expected=expected)
     try:
-        for record in earlier:
-            writer.add(record.result())
         yield writer
     except OutputError:
         writer.abort()
@@ -135,3 +141,5 @@ def _show(scorer: Scorer, form: Format, outputs: Outputs, records: list[Record],
         writer.close()
     if not outputs.quiet:
         print(summary, file=sys.stderr)  # noqa: T201 — a command's own output
+        if not scorer.info.score.trained:
+            print(f"UNTRAINED ENGINE: {scorer.info.score.meaning}", file=sys.stderr)  # noqa: T201

@@ -1,6 +1,6 @@
 """The restoration loop on the host: noise, T steps through a U-Net, taps. NumPy holds the state.
 
-This is the reference of every other execution of the loop. Between steps it allocates nothing.
+This is the reference of every other execution of the loop. Between steps it allocates no arrays.
 """
 
 from concurrent.futures import ThreadPoolExecutor

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import os
 import statistics
 import threading
 import time
@@ -113,10 +114,13 @@ class Scorer:
     ) -> Generator[Score | Failure, None, None]:
         """Yield one result per image, in order; a bad image gives a Failure and the rest goes on.
 
-        `ahead` images are decoded in threads while others are scored, `workers` at a time; no more are ever held.
+        `ahead` images are decoded in threads while others are scored, `workers` at a time, and one result more than is
+        asked for is made; nothing else is ever held.
         """
         if workers < 1 or ahead < 1:
             raise UsageError("workers and ahead must be at least 1")
+        if isinstance(images, str | bytes | Path | np.ndarray):
+            raise UsageError("stream takes an iterable of images; for a single one use score")
         return self._stream(images, options or Options(), pictures, workers, ahead)
 
     def close(self) -> None:
@@ -156,7 +160,7 @@ class Scorer:
                 while True:
                     for index, image in itertools.islice(source, ahead - len(decoding)):
                         decoding.append((decoders.submit(self._read, image), _name(image, index)))
-                    while decoding and len(scoring) < workers:
+                    while decoding and len(scoring) <= workers:  # one waits, so that scoring never does
                         scoring.append(scorers.submit(finish, *decoding.popleft()))
                     if not scoring:
                         return
@@ -185,21 +189,22 @@ class Scorer:
             raise UsageError("this scorer is closed; load the engine again")
         start = time.perf_counter()
         m = self._manifest
-        plane = to_plane(image.pixels)
-        plan = make_plan(plane.shape[1], plane.shape[2], m, options)
+        plan = make_plan(image.pixels.shape[0], image.pixels.shape[1], m, options)
         seeds = tuple(range(options.seed, options.seed + options.seeds))
         outcomes = []
         kept: Pictures | None = None
         try:
+            plane = to_plane(image.pixels)
             for seed in seeds:
                 outcome = executor.run(plane, plan, seed, cancelled)
                 if pictures and kept is None:
                     kept = _pictures(m, plan, image, outcome)
                 outcomes.append(outcome.verdicts)
         except MemoryError as exc:
-            raise ImageError(f"{name}: not enough memory for {plan.width}×{plan.height}; lower --pixel-budget") from exc
+            raise ImageError(f"{name}: {_too_large(plan)}") from exc
         except BackendError as exc:
-            raise ImageError(f"{name}: {exc}") from exc
+            # ONNX Runtime has no exception of its own for this.
+            raise ImageError(f"{name}: {_too_large(plan) if 'allocat' in str(exc) else exc}") from exc
         per_seed = [statistics.fmean(_total(m, verdict) for verdict in verdicts) for verdicts in outcomes]
         crops = tuple(
             _crop_score(m, plan, index, [verdicts[index] for verdicts in outcomes]) for index in range(len(plan.crops))
@@ -282,18 +287,23 @@ def _expected_inputs(m: Manifest) -> dict[StageName, dict[str, list[int | str]]]
 
 def to_plane(pixels: npt.NDArray[Any]) -> FloatArray:
     """Return (H, W, 3) pixels, uint8 or float in [0, 1], as a (3, H, W) float32 plane in [-1, 1]."""
-    unit = pixels.transpose(2, 0, 1).astype(np.float32)
+    unit = np.empty((3, *pixels.shape[:2]), np.float32)
+    unit[:] = pixels.transpose(2, 0, 1)
     if pixels.dtype == np.uint8:
         unit /= np.float32(255)
     unit -= np.float32(0.5)
     unit /= np.float32(0.5)
-    return np.ascontiguousarray(unit)
+    return unit
+
+
+def _too_large(plan: Plan) -> str:
+    return f"not enough memory for {plan.width}×{plan.height} pixels in {plan.mode} mode; lower the pixel budget"
 
 
 def _name(image: Any, index: int) -> str:
     """Return what an image is called in results: its path, or its place in the list."""
-    if isinstance(image, str | Path):
-        return str(image)
+    if isinstance(image, str | os.PathLike):
+        return os.fsdecode(image)
     return str(getattr(image, "filename", "") or f"image {index}")
 
 

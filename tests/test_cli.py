@@ -41,8 +41,8 @@ def bundle(tiny_model: DiffV2IQA, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def test_every_command_is_in_the_group_and_installed_under_its_own_name() -> None:
     project = tomllib.loads((Path(cli.__file__).parent / "pyproject.toml").read_text())
-    assert set(cli.main.commands) == set(COMMANDS)
-    scripts = {f"iqa-{name}": f"diffiqa.cli:{name}" for name in COMMANDS}
+    assert set(cli.main.commands) == {*COMMANDS, "train"}
+    scripts = {f"iqa-{name}": f"diffiqa.cli:{name}" for name in (*COMMANDS, "train")}
     assert project["project"]["scripts"] == {"iqa": "diffiqa.cli:main", **scripts}
     assert all(getattr(cli, name) is cli.main.commands[name] for name in COMMANDS)
 
@@ -144,7 +144,7 @@ def test_an_interrupted_export_leaves_the_old_engine_and_exits_with_2(
         "--force",
     ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob(".engine.partial-*")) and process.poll() is None:
+    while not list(tmp_path.glob(".engine.partial/*")) and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)

@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from diffiqa.export.stages import StagePlan, stage_plans
 from diffiqa.export.verify import reference, verify_stage
 from diffiqa.model.checkpoint import Loaded
 from diffiqa.model.network import build
-from diffiqa.runtime.manifest import Source, StageName, file_sha256, open_engine, read_manifest
+from diffiqa.runtime.manifest import Manifest, Source, Stage, StageName, file_sha256, open_engine, read_manifest
 
 from ..tiny import TINY
 
@@ -143,12 +140,11 @@ def test_an_export_that_ends_early_leaves_the_old_engine_and_nothing_else(
 
 @pytest.mark.usefixtures("quick")
 def test_what_a_killed_export_left_behind_is_cleared_by_the_next(tiny_loaded: Loaded, tmp_path: Path) -> None:
-    process = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    dead = int(process.stdout)
-    (tmp_path / f".engine.partial-{dead}").mkdir()
-    (tmp_path / f".engine.partial-{os.getppid()}").mkdir()  # of a process that still runs
+    (tmp_path / ".engine.partial" / "onnx").mkdir(parents=True)
+    (tmp_path / ".engine.partial" / "onnx" / "unet.onnx").write_bytes(b"half")
     export_engine(tiny_loaded, tmp_path / "engine", stages=VDA)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f".engine.partial-{os.getppid()}", "engine"]
+    assert set(snapshot(tmp_path)) == {"engine/manifest.json", "engine/onnx/vda.onnx"}
+    assert [p.name for p in tmp_path.iterdir()] == ["engine"]
 
 
 @pytest.mark.usefixtures("quick")
@@ -157,11 +153,51 @@ def test_an_engine_that_a_killed_export_had_moved_away_comes_back(
 ) -> None:
     export_engine(tiny_loaded, tmp_path / "engine", stages=VDA)
     before = snapshot(tmp_path / "engine")
-    (tmp_path / "engine").rename(tmp_path / ".engine.partial-999999999.old")
+    (tmp_path / "engine").rename(tmp_path / ".engine.previous")
     monkeypatch.setattr(engine_module, "_export_stage", _interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_engine(tiny_loaded, tmp_path / "engine", stages=VDA)
     assert snapshot(tmp_path / "engine") == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_two_exports_to_one_target_do_not_meet(
+    tiny_loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = engine_module._manifest
+
+    def meanwhile(loaded: Loaded, stages: tuple[Stage, ...]) -> Manifest:
+        with pytest.raises(EngineError, match="another export is writing"):
+            export_engine(tiny_loaded, tmp_path / "engine", stages=VDA)
+        return finish(loaded, stages)
+
+    monkeypatch.setattr(engine_module, "_manifest", meanwhile)
+    export_engine(tiny_loaded, tmp_path / "engine", stages=VDA)
+    assert read_manifest(tmp_path / "engine").stages[0].name is StageName.VDA
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_appears_at_the_target_during_an_export_is_not_overwritten(
+    tiny_loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, finish = tmp_path / "engine", engine_module._manifest
+
+    def meanwhile(loaded: Loaded, stages: tuple[Stage, ...]) -> Manifest:
+        target.mkdir()
+        (target / "notes.txt").write_text("mine")
+        return finish(loaded, stages)
+
+    monkeypatch.setattr(engine_module, "_manifest", meanwhile)
+    with pytest.raises(EngineError, match="not an engine directory; it is left alone"):
+        export_engine(tiny_loaded, target, stages=VDA, force=True)
+    assert snapshot(tmp_path) == {"engine/notes.txt": b"mine"}
+
+
+def test_the_current_directory_is_no_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for target in (Path(), Path(".."), tmp_path.parent):
+        with pytest.raises(EngineError, match="is the current directory or holds it"):
+            check_target(target, force=True)
 
 
 def _interrupt(*_args: object) -> None:

@@ -152,6 +152,66 @@ def test_what_cannot_run_at_all_is_exit_code_2_and_one_line(tiny_engine: Path, a
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("outputs", "says"),
+    [
+        (["--report", "IMAGE"], "is one of the images"),
+        (["-o", "IMAGE", "--force", "--format", "csv"], "is one of the images"),
+        (["-o", "x.csv", "--report", "x.csv"], "cannot be both"),
+        (["--save-intermediates", "FOLDER"], "holds images that are scored"),
+        (["-o", "x.csv", "--top", "2"], "a file (-o) always gets every record"),
+        (["--descending"], "--descending needs --sort"),
+    ],
+)
+def test_outputs_never_overwrite_images_or_each_other(
+    tiny_engine: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, outputs: list[str], says: str
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    before = (folder / "a.png").read_bytes()
+    named = [{"IMAGE": "images/a.png", "FOLDER": "images"}.get(part, part) for part in outputs]
+    result = call(tiny_engine, "images/a.png", *named)
+    assert result.exit_code == 2, result.output
+    assert says in result.stderr
+    assert (folder / "a.png").read_bytes() == before
+    assert [p.name for p in folder.parent.iterdir()] == ["images"]
+
+
+def test_old_results_stay_when_the_run_cannot_start(tiny_engine: Path, folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "scores.jsonl"
+    call(tiny_engine, folder / "a.png", "-o", file, "-q")
+    before = file.read_text()
+    result = call(tiny_engine, folder / "a.png", "-o", file, "--force", "--report", tmp_path / "no" / "r.html")
+    assert result.exit_code == 2
+    assert file.read_text() == before
+
+
+@pytest.mark.parametrize("form", ["table", "json", "jsonl"])
+def test_an_interrupted_run_shows_what_it_scored(tiny_engine: Path, tmp_path: Path, form: str) -> None:
+    names = [tmp_path / f"{i:03}.png" for i in range(200)]
+    for i, name in enumerate(names):
+        Image.fromarray(photo(i % 5, 48, 48)).save(name)
+    report = tmp_path / "pictures"
+    arguments: list[str | Path] = [*names, "--format", form, "--save-intermediates", report]
+    process = subprocess.Popen(
+        command(tiny_engine, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and (not report.exists() or len(list(report.iterdir())) < 15):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130, stderr
+    if form == "json":
+        assert len(json.loads(stdout)) >= 2
+    else:
+        assert stdout.count("000.png") == stdout.count("001.png") == 1
+
+
+def test_closed_standard_output_is_no_bug_of_ours(tiny_engine: Path, folder: Path) -> None:
+    line = " ".join(f"'{part}'" for part in command(tiny_engine, folder / "a.png"))
+    result = subprocess.run(f"{line} >&-", shell=True, capture_output=True, text=True, check=False)  # noqa: S602
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_flipped_byte_in_the_engine_is_refused(tiny_engine: Path, folder: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -6,16 +6,18 @@ import random
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import diffiqa
 import numpy as np
 import pytest
 from diffiqa import Failure, ImageError, Mode, Options, Score, Scorer, UsageError
 from diffiqa.errors import BackendError
+from diffiqa.runtime import scorer as scorer_module
 from diffiqa.runtime.onnx_backend import OnnxSettings
 from diffiqa.runtime.results import Picture
 from diffiqa.runtime.schedule import Kind
-from diffiqa.runtime.scorer import load
+from diffiqa.runtime.scorer import load, to_plane
 from PIL import Image
 
 from ..tiny import photo
@@ -131,7 +133,7 @@ def test_a_stream_holds_no_more_images_than_it_was_told(scorer: Scorer) -> None:
     with_two_ahead = scorer.stream(endless(), ahead=2)
     next(with_two_ahead)
     next(with_two_ahead)
-    assert taken <= 2 + 2 + 1  # delivered, ahead, in work
+    assert taken <= 2 + 2 + 2  # delivered, ahead, in work and the next
     with_two_ahead.close()
 
 
@@ -185,14 +187,17 @@ def test_an_image_object_keeps_its_file_name(scorer: Scorer, tmp_path: Path) -> 
     [
         ({"crops": 0}, "crops must be between"),
         ({"seeds": 0}, "seeds must be between"),
-        ({"seed": -1}, "seed must be between"),
-        ({"seed": 2**64 - 1, "seeds": 2}, "seed must be between"),
+        ({"seed": -1}, "seeds run from 0 to"),
+        ({"seed": 2**64 - 1, "seeds": 2}, "seeds run from 0 to"),
+        ({"crops": 2.5}, "crops must be a whole number, not 2.5"),
+        ({"seed": "1"}, "seed must be a whole number, not '1'"),
+        ({"mode": "nonsense"}, "mode must be one of whole, tile, crop, not 'nonsense'"),
         ({"pixel_budget": 5}, "pixel budget must be at least"),
     ],
 )
-def test_options_nothing_can_be_done_with_are_refused(options: dict[str, int], says: str) -> None:
+def test_options_nothing_can_be_done_with_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        Options(**options)  # type: ignore[arg-type]
+        Options(**options)
 
 
 def test_a_provider_that_is_not_installed_is_named(tiny_engine: Path) -> None:
@@ -205,3 +210,36 @@ def test_unknown_backends_and_doubled_threads_are_refused(tiny_engine: Path) -> 
         load(tiny_engine, backend="magic")
     with pytest.raises(UsageError, match="not both"):
         load(tiny_engine, threads=1, onnx=OnnxSettings())
+
+
+def test_a_mode_may_be_given_as_text(scorer: Scorer) -> None:
+    picture = photo(9, 60, 60)
+    as_text = scorer.score(picture, Options(mode="crop"))  # type: ignore[arg-type]
+    assert as_text.mode is Mode.CROP
+    assert same(as_text, scorer.score(picture, Options(mode=Mode.CROP)))
+
+
+@pytest.mark.parametrize("settings", [{"threads": 0}, {"threads": "2"}, {"providers": []}, {"providers": "CPU"}])
+def test_settings_onnxruntime_would_misread_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        OnnxSettings(**settings)
+
+
+def test_one_image_is_no_stream(scorer: Scorer) -> None:
+    with pytest.raises(UsageError, match="use score"):
+        scorer.stream("photo.jpg")
+
+
+def test_memory_that_runs_out_costs_one_image_only(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(3))
+
+    def short_of_memory(pixels: Picture) -> Any:
+        if next(calls) == 1:
+            raise MemoryError
+        return to_plane(pixels)
+
+    monkeypatch.setattr(scorer_module, "to_plane", short_of_memory)
+    results = list(scorer.stream([photo(i, 32, 32) for i in range(3)], ahead=1))
+    assert [type(r) for r in results] == [Score, Failure, Score]
+    assert isinstance(results[1], Failure)
+    assert "not enough memory for 32×32 pixels" in results[1].error

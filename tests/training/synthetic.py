@@ -30,14 +30,17 @@ def noise(shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
 
 
 def _eight_bit(planes: npt.NDArray[Any]) -> Picture:
-    return (np.round(255 * np.clip(planes, 0, 1)) / 255).astype(np.float32)
+    rounded: Picture = (np.round(255 * np.clip(planes, 0, 1)) / 255).astype(np.float32)
+    return rounded
 
 
 DISTORTIONS: dict[str, Callable[[Picture], Picture]] = {
     "equal": lambda p: p,
     "weak noise": lambda p: _eight_bit(p + 0.05 * noise(p.shape)),
     "strong noise": lambda p: _eight_bit(p + 0.6 * noise(p.shape)),
-    "blur": lambda p: _eight_bit(sum(np.roll(p.astype(np.float64), s, axis=(0, 1)) for s in range(-3, 4)) / 7),
+    "blur": lambda p: _eight_bit(
+        np.mean([np.roll(p.astype(np.float64), s, axis=(0, 1)) for s in range(-3, 4)], axis=0)
+    ),
     "contrast": lambda p: _eight_bit(0.5 + 0.4 * (p - 0.5)),
     "grey": lambda p: _eight_bit(np.repeat(p.mean(axis=-1, keepdims=True), 3, axis=-1)),
     "negative": lambda p: _eight_bit(1 - p),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from diffiqa.training import datasets
 from diffiqa.training.datasets import PUBLISHED, Dataset, DatasetError, load, load_csv
+from diffiqa.training.distortions import DISTORTIONS
 
 from .fake_datasets import BUILDERS, LIVE_FOLDERS, touch
 
@@ -37,7 +38,7 @@ def fake(
 
 
 def every(function: object) -> object:
-    return pytest.mark.parametrize("fake", PUBLISHED, indirect=True)(function)  # type: ignore[arg-type]
+    return pytest.mark.parametrize("fake", PUBLISHED, indirect=True)(function)
 
 
 def only(name: str) -> pytest.MarkDecorator:
@@ -165,7 +166,7 @@ def test_kadid_dmos_is_better_when_higher_and_levels_are_as_published(fake: Path
     weak, strong = item(dataset, "images/I01_01_01.png"), item(dataset, "images/I01_01_05.png")
     assert (weak.quality, strong.quality) == (1, 0)
     assert (weak.level, weak.reference) == (1, "images/I01.png")
-    assert weak.distortion == datasets.DISTORTIONS[1].name
+    assert weak.distortion == DISTORTIONS[1].name
 
 
 @only("clive")
@@ -180,7 +181,8 @@ def test_clive_leaves_out_the_seven_practice_images(fake: Path) -> None:
 def test_koniq_has_official_parts_and_says_which_labels_it_took(fake: Path) -> None:
     dataset = load("koniq10k", fake)
     entry = item(dataset, "1024x768/4.jpg")
-    assert (entry.part, entry.label) == ("validation", pytest.approx(1.7))
+    assert entry.part == "validation"
+    assert entry.label == pytest.approx(1.7)
     (fake / "koniq10k_scores_and_distributions.csv").unlink()
     shutil.rmtree(fake / "1024x768")
     dataset = load("koniq10k", fake)
