@@ -17,6 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from PIL import Image
+from record import write
+
 from diffiqa.export.engine import export_engine
 from diffiqa.model.checkpoint import load as load_checkpoint
 from diffiqa.model.network import build
@@ -27,8 +30,6 @@ from diffiqa.runtime.onnx_backend import OnnxSettings, OnnxStage
 from diffiqa.runtime.results import Options, Score
 from diffiqa.runtime.schedule import Schedule, Taps
 from diffiqa.runtime.scorer import Scorer, load, load_stages
-from PIL import Image
-from record import write
 
 STARTUP = """
 import time; start = time.perf_counter()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from diffiqa.export.engine import export_engine
 from diffiqa.model.checkpoint import Loaded
 from diffiqa.model.network import DiffV2IQA, build

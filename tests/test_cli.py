@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+
 from diffiqa import cli
 from diffiqa.export.engine import export_engine
 from diffiqa.model.bundle import save_bundle

@@ -3,6 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 import torch
+
 from diffiqa.model.config import ModelConfig, SwinConfig, UNetConfig, VCGConfig, VDAConfig, ViTConfig
 from diffiqa.model.network import DiffV2IQA
 from diffiqa.runtime.schedule import Kind, Schedule, Taps

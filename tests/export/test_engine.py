@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from diffiqa.errors import DiffiqaError, EngineError, ExportError
 from diffiqa.export import engine as engine_module
 from diffiqa.export import verify

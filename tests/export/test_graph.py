@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+
 from diffiqa.errors import ExportError
 from diffiqa.export.graph import export_graph
 from diffiqa.export.macs import count_macs

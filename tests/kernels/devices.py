@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from diffiqa.kernels import compile as kernels_compile
 from diffiqa.kernels.compile import SOURCES, Unit, cubin, nvrtc_version, read_unit
 from diffiqa.kernels.launch import Launch

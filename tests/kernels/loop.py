@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from diffiqa.kernels.launch import PROGRESS, SamplerBuffers, Storage, Window, step_table, window_table
 from diffiqa.runtime.schedule import Schedule
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from diffiqa.kernels import compile as subject
 from diffiqa.kernels.compile import HEADERS, SOURCES, CubinCache, KernelError, Unit, cache_folder, cubin, read_unit
 

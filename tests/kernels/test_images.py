@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from diffiqa.kernels.launch import Storage, crop_table, gather_crops, normalise_pad, source_table
 
 from .devices import Array, Device

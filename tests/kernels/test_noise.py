@@ -3,6 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 import pytest
+
 from diffiqa.kernels.launch import Launch
 from diffiqa.runtime.noise import philox4x32
 

@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import pytest
+
 from diffiqa.kernels.compile import SOURCES, KernelError, Unit, compile_nvrtc, nvrtc_version, read_unit
 
 from .devices import probes

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from diffiqa.kernels.launch import Launch, Storage, Window, normalise_pad
 from diffiqa.kernels.load import with_cuda_core, with_pycuda
 from diffiqa.runtime.schedule import Schedule

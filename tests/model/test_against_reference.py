@@ -15,6 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
 from diffiqa.model.config import PRESETS, ModelConfig, Norm, SwinConfig, UNetConfig, VCGConfig, VDAConfig, ViTConfig
 from diffiqa.model.network import DiffV2IQA, build
 from diffiqa.model.resnet import ResNet
@@ -23,8 +26,6 @@ from diffiqa.model.vit import ViT
 from diffiqa.runtime.noise import NoiseField
 from diffiqa.runtime.sampler import restore
 from diffiqa.runtime.schedule import Kind, Schedule, Taps
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from . import reference as ref
 

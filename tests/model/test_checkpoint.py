@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from torch import Tensor
+
 from diffiqa.errors import CheckpointError, ConfigError, DiffiqaError, OutputError, UsageError
 from diffiqa.model import checkpoint
 from diffiqa.model.checkpoint import load, save_bundle
@@ -28,7 +30,6 @@ from diffiqa.model.network import DiffV2IQA, build, count_parameters
 from diffiqa.runtime.codec import encode
 from diffiqa.runtime.manifest import Source
 from diffiqa.runtime.schedule import Kind
-from torch import Tensor
 
 Weights = dict[str, Tensor]
 

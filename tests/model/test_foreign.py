@@ -4,11 +4,12 @@ The names are written down here from the published structure of each network, no
 """
 
 import torch
+from torch import Tensor
+
 from diffiqa.model import checkpoint, foreign
 from diffiqa.model.checkpoint import misfits, part_of
 from diffiqa.model.config import PRESETS, ModelConfig
 from diffiqa.model.network import DiffV2IQA, count_parameters
-from torch import Tensor
 
 Shapes = dict[str, tuple[int, ...]]
 Weights = dict[str, Tensor]

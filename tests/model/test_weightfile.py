@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
+
 from diffiqa.errors import CheckpointError
 from diffiqa.model import weightfile
 from diffiqa.model.weightfile import read
-from torch import nn
 
 SEED = 7
 

@@ -5,6 +5,8 @@ import io
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image, ImageFilter
+
 from diffiqa.runtime.crops import crop_grid
 from diffiqa.runtime.manifest import (
     CropPolicy,
@@ -18,7 +20,6 @@ from diffiqa.runtime.manifest import (
 )
 from diffiqa.runtime.results import CropScore, Mode, Pictures, Score
 from diffiqa.runtime.schedule import Kind, Schedule, Taps
-from PIL import Image, ImageFilter
 
 CROP = 224
 CELL = 8

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from diffiqa.runtime.crops import Crop, crop_grid, padded_size
 
 

@@ -5,8 +5,9 @@ import io
 import numpy as np
 import numpy.typing as npt
 import pytest
-from diffiqa.runtime.heatmap import COLOURS, NOTHING, block_mean, palette, to_heatmap, to_png
 from PIL import Image
+
+from diffiqa.runtime.heatmap import COLOURS, NOTHING, block_mean, palette, to_heatmap, to_png
 
 # Linear-light simulations of full colour blindness, Machado, Oliveira and Fernandes 2009: rows give R, G, B.
 SIGHTS = {

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+
 from diffiqa.runtime.histogram import make_histogram, strip, to_svg, to_table
 
 CASES = {

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from diffiqa.model.network import DiffV2IQA
 from diffiqa.runtime import plan as plan_module
 from diffiqa.runtime.host import Cancelled, HostExecutor, Outcome

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 import pytest
+
 from diffiqa.errors import ImageError
 from diffiqa.runtime import images
 from diffiqa.runtime.images import DEFAULT_MAX_PIXELS, Image, Source, read_image, readable_suffixes

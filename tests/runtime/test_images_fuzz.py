@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+
 from diffiqa.errors import ImageError
 from diffiqa.runtime.images import read_image
 

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from diffiqa.runtime.inputs import find_images
 
 TREE = [

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from diffiqa.errors import OutputError
 from diffiqa.runtime.intermediates import difference, file_stem, save_intermediates
 from diffiqa.runtime.results import Mode, Pictures
 from diffiqa.runtime.schedule import Kind
 from diffiqa.tests.runtime.fake_results import fake_score
-from PIL import Image
 
 DIGEST = "0123456789abcdef"
 

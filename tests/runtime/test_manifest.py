@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from diffiqa.errors import EngineError
 from diffiqa.runtime.manifest import MANIFEST, open_engine, read_manifest
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from diffiqa.errors import DiffiqaError
 from diffiqa.runtime.manifest import MANIFEST
 from diffiqa.runtime.results import Options

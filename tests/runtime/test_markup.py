@@ -3,6 +3,7 @@
 from html.parser import HTMLParser
 
 import pytest
+
 from diffiqa.runtime.markup import Html, escape, join, tag, visible
 
 HOSTILE = [

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 import pytest
+
 from diffiqa.runtime.noise import MAX_SEED, NoiseField, philox4x32, split_seed
 
 FloatArray = npt.NDArray[np.float32]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from diffiqa.errors import OutputError, UsageError
 from diffiqa.runtime import recordfile
 from diffiqa.runtime.recordfile import RecordFile, read_records

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from diffiqa.errors import UsageError
 from diffiqa.runtime.records import (
     COLUMNS,

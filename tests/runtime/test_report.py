@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from PIL import Image
+
 from diffiqa.errors import OutputError, UsageError
 from diffiqa.runtime.heatmap import COLOURS
 from diffiqa.runtime.manifest import Manifest, StageName
@@ -23,7 +25,6 @@ from diffiqa.runtime.report import ReportWriter
 from diffiqa.runtime.results import Failure, Mode, Pictures, Score
 from diffiqa.runtime.schedule import Kind
 from diffiqa.tests.runtime.fake_results import fake_manifest, fake_score
-from PIL import Image
 
 VOID = {"meta", "link", "img", "input", "br"}
 HOSTILE = [

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from diffiqa.runtime.report import ReportWriter
 from diffiqa.runtime.results import Failure, Mode
 from diffiqa.tests.runtime.fake_results import fake_manifest, fake_score

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
+
 from diffiqa import Scorer
 from diffiqa.cli import main
-from PIL import Image
 
 from ..tiny import photo
 

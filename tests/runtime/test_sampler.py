@@ -5,6 +5,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 import pytest
+
 from diffiqa.runtime.noise import NoiseField
 from diffiqa.runtime.sampler import restore, step
 from diffiqa.runtime.schedule import Kind, Schedule, Taps

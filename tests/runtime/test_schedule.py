@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from diffiqa.runtime.schedule import Kind, Schedule, Taps
 
 STEPS = [2, 6, 50, 2000]

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import diffiqa
 import numpy as np
 import pytest
+from PIL import Image
+
+import diffiqa
 from diffiqa import Failure, ImageError, Mode, Options, Score, Scorer, UsageError
 from diffiqa.errors import BackendError
 from diffiqa.runtime import scorer as scorer_module
@@ -18,7 +20,6 @@ from diffiqa.runtime.onnx_backend import OnnxSettings
 from diffiqa.runtime.results import Picture
 from diffiqa.runtime.schedule import Kind
 from diffiqa.runtime.scorer import load, to_plane
-from PIL import Image
 
 from ..tiny import photo
 

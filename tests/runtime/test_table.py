@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
+
 from diffiqa.runtime.manifest import ScoreMeaning
 from diffiqa.runtime.records import Record, Status
 from diffiqa.runtime.table import Progress, printable, rate_text, show_table, summary_line
-from rich.cells import cell_len
 
 MEANING = ScoreMeaning(0.5, 0.5, "Quality on the scale of the labels.", trained=True)
 UNTRAINED = replace(MEANING, meaning="The scores mean nothing.", trained=False)

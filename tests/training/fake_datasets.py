@@ -6,8 +6,9 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 import numpy as np
-from diffiqa.training.datasets import CSIQ_TYPES
 from scipy.io import savemat
+
+from diffiqa.training.datasets import CSIQ_TYPES
 
 
 def touch(path: Path) -> None:

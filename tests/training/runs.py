@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+
 from diffiqa.model.config import Norm, UNetConfig
 from diffiqa.tests.tiny import TINY, photo
 from diffiqa.training.config import Optimisation, Reporting, RestoreConfig
@@ -14,7 +16,6 @@ from diffiqa.training.crops import Pictures
 from diffiqa.training.loop import Machine, Result, train
 from diffiqa.training.restore import RestoreTask
 from diffiqa.training.start import begin
-from PIL import Image
 
 CPU = Machine(torch.device("cpu"))
 UNET = UNetConfig(width=8, multipliers=(1, 2), blocks=1, attention_levels=(1,), dropout=0.2)

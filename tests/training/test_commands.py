@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+
 from diffiqa.model.checkpoint import load
 from diffiqa.runtime.codec import encode
 from diffiqa.tests.tiny import TINY

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import optimize, stats
+
 from diffiqa.runtime.recordfile import RecordFile
 from diffiqa.runtime.records import Format, Record, RunSettings, Status
 from diffiqa.runtime.results import Mode
 from diffiqa.training import correlation
 from diffiqa.training.correlation import correlate, fit_logistic, gmad_pairs, krcc, per_group, plcc, rmse, srcc
 from diffiqa.training.datasets import DatasetError
-from scipy import optimize, stats
 
 Array = np.ndarray
 

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from diffiqa.training import datasets
 from diffiqa.training.datasets import PUBLISHED, Dataset, DatasetError, load, load_csv
 from diffiqa.training.distortions import DISTORTIONS

@@ -11,6 +11,8 @@ import numpy.typing as npt
 import pytest
 import scipy.fft
 import scipy.ndimage
+from PIL import Image
+
 from diffiqa.training.distortions import (
     DISTORTIONS,
     LEVELS,
@@ -24,7 +26,6 @@ from diffiqa.training.distortions import (
     compose,
     distort,
 )
-from PIL import Image
 
 Array = npt.NDArray[np.float64]
 

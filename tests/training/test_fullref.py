@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import signal
+
 from diffiqa.errors import ImageError
 from diffiqa.training import fullref
 from diffiqa.training.datasets import DatasetError
 from diffiqa.training.fullref import METRICS, PseudoScale, fit_pseudo_scale, measure, pseudo_score
-from scipy import signal
 
 from .synthetic import DISTORTIONS, SIZES, noise, picture
 

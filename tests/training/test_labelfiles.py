@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.io import savemat
+
 from diffiqa.training import labelfiles
 from diffiqa.training.labelfiles import read_csv, read_lines, read_mat, read_xlsx
-from scipy.io import savemat
 
 from .fake_datasets import write_xlsx
 

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+
 from diffiqa.errors import CheckpointError, ConfigError, OutputError, UsageError
 from diffiqa.training.config import Optimisation, Precision, Reporting, differences, digest
 from diffiqa.training.loop import (
@@ -32,7 +34,6 @@ from diffiqa.training.loop import (
     train,
 )
 from diffiqa.training.restore import RestoreTask
-from torch import Tensor, nn
 
 from .runs import CPU, SEPARABLE, restore_config, run, task_of, write_photos
 

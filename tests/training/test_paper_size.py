@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from diffiqa.model.config import preset
 from diffiqa.model.network import build
 from diffiqa.tests.tiny import photo

@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
+
 from diffiqa.errors import ConfigError
 from diffiqa.model.config import ModelConfig, preset
 from diffiqa.runtime.schedule import Schedule
@@ -23,8 +26,6 @@ from diffiqa.training.restore import (
     run_restore,
     write_gains,
 )
-from PIL import Image
-from torch import Tensor
 
 from .runs import CPU, MODEL, restore_config, run, task_of, write_photos
 

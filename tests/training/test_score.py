@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from diffiqa.errors import CheckpointError, ConfigError, OutputError
 from diffiqa.model.checkpoint import load
 from diffiqa.model.config import ModelConfig, SwinConfig, UNetConfig, VCGConfig, ViTConfig

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from diffiqa.training.datasets import Dataset, DatasetError, Item
 from diffiqa.training.splits import Split, content_of, published_split, split_by_content
 
