@@ -41,14 +41,22 @@ with diffiqa.load(sys.argv[1]) as scorer:
 
 # Exporting would leave its own, higher peak behind: what is measured runs in a process that only scores.
 LARGE = """
-import resource, sys, diffiqa, numpy as np
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+import re, sys, diffiqa, numpy as np
+# Not getrusage: a process inherits the peak of the one that started it.
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 options = diffiqa.Options(crops=4)
 with diffiqa.load(sys.argv[1]) as scorer:
     scorer.score(np.zeros((224, 224, 3), np.uint8), options)
     small = peak()
     result = scorer.score(sys.argv[2], options)
     print(small, peak(), result.mode, result.seconds)
+"""
+
+FULL = """
+import re, sys, diffiqa, numpy as np
+with diffiqa.load(sys.argv[1]) as scorer:
+    result = scorer.score(np.random.default_rng(1).integers(0, 256, (224, 224, 3)).astype(np.uint8))
+    print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1], result.seconds)
 """
 
 
@@ -187,22 +195,21 @@ def part_full(folder: Path) -> dict[str, object]:
 
 
 def part_full_memory(folder: Path) -> dict[str, object]:
-    """Peak memory of a process that scores one 224×224 image with the full-size engine, and the engine's own size."""
-    engine, array = export("paper", folder), folder / "image.npy"
-    np.save(array, photo(1, 224, 224))
-    subprocess.run([sys.executable, "-c", STARTUP, str(engine), str(array)], capture_output=True, check=True)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    """Peak memory of a process that scores one 224×224 image with the full-size engine."""
+    return full_memory(export("paper", folder))
+
+
+def full_memory(engine: Path) -> dict[str, object]:
+    """Return the peak of a scoring process beside the size of its engine's networks."""
+    command = [sys.executable, "-c", FULL, str(engine)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     size = sum(file.stat().st_size for file in engine.rglob("*.onnx")) / 2**20
-    return {"peak_mib": round(peak), "engine_mib": round(size)}
+    return {"peak_mib": round(int(out[0]) / 1024), "engine_mib": round(size), "seconds": round(float(out[1]), 1)}
 
 
 def _resident_mib() -> float:
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return round(pages * resource.getpagesize() / 2**20, 1)
-
-
-def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 PARTS: dict[str, Callable[[Path], dict[str, object]]] = {
