@@ -52,3 +52,8 @@ class OutputError(DiffiqaError):
 
 class UsageError(DiffiqaError):
     """Options that contradict each other."""
+
+
+def first_line(exc: BaseException) -> str:
+    """Return the first line of a foreign exception's message, to be quoted in ours; its type where it has none."""
+    return (str(exc).splitlines() or [type(exc).__name__])[0]

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .. import __version__
-from ..errors import EngineError
+from ..errors import EngineError, first_line
 from .codec import decode, encode, shown
 from .schedule import Kind, Schedule, Taps
 
@@ -200,7 +200,7 @@ def read_manifest(path: Path) -> Manifest:
     except OSError as exc:
         raise EngineError(f"cannot read {file}: {exc.strerror or exc}") from exc
     except (ValueError, RecursionError) as exc:
-        raise EngineError(f"{file} is damaged ({_first_line(exc)}); export the engine again") from exc
+        raise EngineError(f"{file} is damaged ({first_line(exc)}); export the engine again") from exc
     if isinstance(data, dict) and data.get("schema") != SCHEMA:
         raise EngineError(
             f"{file} has schema version {shown(data.get('schema'))}; diffiqa {__version__} reads version {SCHEMA}: "
@@ -247,7 +247,7 @@ def check_file(directory: Path, entry: FileEntry) -> None:
     except FileNotFoundError as exc:
         raise EngineError(f"{file} is missing; export the engine again") from exc
     except (OSError, RuntimeError, ValueError) as exc:  # RuntimeError: a loop of symbolic links, before Python 3.13
-        raise EngineError(f"cannot read {file}: {_first_line(exc)}") from exc
+        raise EngineError(f"cannot read {file}: {first_line(exc)}") from exc
     if digest != entry.sha256:
         raise EngineError(f"{file} was changed after export (its SHA-256 differs); export the engine again")
 
@@ -282,7 +282,3 @@ def _problem(m: Manifest) -> str | None:
         "file sizes must not be negative": all(stage.file.bytes >= 0 for stage in m.stages),
     }
     return next((text for text, ok in rules.items() if not ok), None)
-
-
-def _first_line(exc: BaseException) -> str:
-    return (str(exc).splitlines() or [type(exc).__name__])[0]

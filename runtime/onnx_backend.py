@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import BackendError, UsageError
+from ..errors import BackendError, UsageError, first_line
 from .host import Call
 
 FloatArray = npt.NDArray[np.float32]
@@ -59,7 +59,7 @@ class OnnxStage:
                 options.add_session_config_entry(key, value)
             self._session = ort.InferenceSession(path, options, providers=list(settings.providers))
         except Exception as exc:  # onnxruntime's exceptions share no base class
-            raise BackendError(f"onnxruntime cannot load {path}: {_first_line(exc)}") from exc
+            raise BackendError(f"onnxruntime cannot load {path}: {first_line(exc)}") from exc
         in_use = self._session.get_providers()
         if in_use[0] != settings.provider_names[0]:
             # onnxruntime only warns when a provider cannot start, and computes elsewhere.
@@ -86,7 +86,7 @@ class OnnxStage:
             try:
                 self._session.run_with_iobinding(binding)
             except Exception as exc:
-                raise BackendError(f"onnxruntime failed in {self._path.name}: {_first_line(exc)}") from exc
+                raise BackendError(f"onnxruntime failed in {self._path.name}: {first_line(exc)}") from exc
 
         return call
 
@@ -123,7 +123,3 @@ def _onnxruntime() -> Any:
             raise
         raise BackendError("onnxruntime is not installed; install it with: pip install 'diffiqa[cpu]'") from exc
     return onnxruntime
-
-
-def _first_line(exc: BaseException) -> str:
-    return (str(exc).splitlines() or [type(exc).__name__])[0]

@@ -23,7 +23,7 @@ from .images import DEFAULT_MAX_PIXELS, Image, Source, read_image
 from .manifest import EngineDirectory, Manifest, ScoreMeaning, StageName, open_engine
 from .onnx_backend import OnnxSettings, OnnxStage
 from .plan import Plan, make_plan
-from .results import CropScore, Failure, Options, Pictures, Score
+from .results import CropScore, Failure, Options, Picture, Pictures, Score
 from .schedule import Kind, Taps
 
 FloatArray = npt.NDArray[np.float32]
@@ -332,7 +332,8 @@ def _mean(values: Iterable[float | None]) -> float | None:
 def _pictures(m: Manifest, plan: Plan, image: Image, outcome: Outcome) -> Pictures:
     """Lay the restored planes and the heads' maps out over the image."""
     size, shape = plan.crop_size, (plan.height, plan.width)
-    planes = {Kind.DIS: _to_pixels(to_plane(image.pixels))}
+    given = image.pixels if image.pixels.dtype == np.uint8 else _to_pixels(to_plane(image.pixels))
+    planes: dict[Kind, Picture] = {Kind.DIS: given.astype(np.uint8, copy=False)}
     for row, kind in enumerate(m.kinds[1:], start=1):
         if kind in outcome.planes:
             planes[kind] = _to_pixels(outcome.planes[kind])
