@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -90,24 +90,26 @@ def split_by_content(dataset: Dataset, seed: int, ratios: Mapping[str, float] | 
     Raises DatasetError, also for a single reference, which nothing can be held out from.
     """
     ratios = DEFAULT_RATIOS if ratios is None else ratios
-    if len(ratios) < 2 or min(ratios.values()) <= 0 or abs(sum(ratios.values()) - 1) > RATIOS_TOLERANCE:
-        raise DatasetError(f"a split needs two or more positive shares that add up to 1, not {dict(ratios)}")
-    contents = sorted({content_of(item) for item in dataset.items}, key=lambda name: _draw(seed, name))
+    contents = {content_of(item) for item in dataset.items}
     if len(contents) < len(ratios):
         raise DatasetError(
             f"{dataset.name} shows {len(contents)} different reference{'s'[: len(contents) != 1]}, too few for "
             f"{len(ratios)} parts that share none: parts with the same content would measure memory, not quality"
         )
-    sizes = [max(1, math.floor(share * len(contents) + RATIOS_TOLERANCE)) for share in ratios.values()]
-    sizes[-1] = max(1, len(contents) - sum(sizes[:-1]))
-    while sum(sizes) > len(contents):  # few contents: the parts that had to get one take it from the largest
+    return Split(dataset.name, seed, shares(contents, seed, ratios))
+
+
+def shares(names: Iterable[str], seed: int, ratios: Mapping[str, float]) -> dict[str, tuple[str, ...]]:
+    """Deal different names out to parts, of which there are no more than names. Raises DatasetError."""
+    if len(ratios) < 2 or min(ratios.values()) <= 0 or abs(sum(ratios.values()) - 1) > RATIOS_TOLERANCE:
+        raise DatasetError(f"a split needs two or more positive shares that add up to 1, not {dict(ratios)}")
+    drawn = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+    sizes = [max(1, math.floor(share * len(drawn) + RATIOS_TOLERANCE)) for share in ratios.values()]
+    sizes[-1] = max(1, len(drawn) - sum(sizes[:-1]))
+    while sum(sizes) > len(drawn):  # few names: the parts that had to get one take it from the largest
         sizes[sizes.index(max(sizes))] -= 1
-    rest = iter(contents)
-    return Split(
-        dataset.name,
-        seed,
-        {part: tuple(sorted(next(rest) for _ in range(size))) for part, size in zip(ratios, sizes, strict=True)},
-    )
+    rest = iter(drawn)
+    return {part: tuple(sorted(next(rest) for _ in range(size))) for part, size in zip(ratios, sizes, strict=True)}
 
 
 def published_split(dataset: Dataset) -> Split:
@@ -120,7 +122,3 @@ def published_split(dataset: Dataset) -> Split:
     split = Split(dataset.name, None, {part: tuple(sorted(contents)) for part, contents in sorted(parts.items())})
     split._check(f"the published split of {dataset.name}")
     return split
-
-
-def _draw(seed: int, name: str) -> bytes:
-    return hashlib.sha256(f"{seed}/{name}".encode()).digest()

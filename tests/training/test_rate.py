@@ -1,0 +1,114 @@
+"""A rated set made of photographs: what is in it, that nothing of the test part shapes its labels, same on each run."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffiqa.errors import ConfigError
+from diffiqa.runtime.images import read_image
+from diffiqa.training.datasets import load_csv
+from diffiqa.training.distortions import DISTORTIONS
+from diffiqa.training.fullref import PseudoScale, measure
+from diffiqa.training.rate import Amount, rate
+from diffiqa.training.splits import Split
+
+from .synthetic import picture
+
+AMOUNTS = {"train": Amount(2, 1), "validation": Amount(1, 1), "test": Amount(1, 2)}
+
+
+def photographs(folder: Path) -> dict[str, list[Path]]:
+    """Write one photograph for each part."""
+    folder.mkdir()
+    parts = {}
+    for index, part in enumerate(AMOUNTS):
+        path = folder / f"photo_{part}.png"
+        pixels = np.roll((picture(190, 210) * 255).round().astype(np.uint8), 30 * index, axis=1)
+        Image.fromarray(pixels).save(path)
+        parts[part] = [path]
+    return parts
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rated")
+    assert rate(photographs(folder / "photos"), folder / "set", amounts=AMOUNTS, seed=4) == 12 + 6 + 11
+    return folder
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "labels.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_every_window_is_there_as_it_is_and_with_all_levels_of_its_distortions(made: Path) -> None:
+    found = rows(made / "set")
+    originals = [row for row in found if not row["distortion"]]
+    assert len(originals) == 4
+    assert all(float(row["score"]) == 1 for row in originals)
+    of_test = [row for row in found if row["reference"] == "photo_test" and row["distortion"]]
+    assert len({row["distortion"] for row in of_test}) == 2
+    assert sorted(int(row["level"]) for row in of_test) == sorted([*range(1, 6)] * 2)
+    assert {row["distortion"] for row in found} - {""} <= {kind.name for kind in DISTORTIONS.values()}
+
+
+def test_no_distortion_of_a_photograph_is_in_two_windows(made: Path) -> None:
+    found = [row for row in rows(made / "set") if row["reference"] == "photo_train" and row["distortion"]]
+    windows = {
+        row["distortion"]: {Path(r["image"]).name[0] for r in found if r["distortion"] == row["distortion"]}
+        for row in found
+    }
+    assert len(windows) == 2
+    assert all(len(places) == 1 for places in windows.values())
+
+
+def test_values_and_scores_are_those_of_the_files(made: Path) -> None:
+    scale = PseudoScale.from_json((made / "set" / "scale.json").read_text())
+    for row in rows(made / "set")[::5]:
+        image = made / "set" / row["image"]
+        original = image.with_name(f"{image.name[0]}-original.png")
+        planes = [read_image(path, min_side=1).pixels.astype(np.float32) / 255 for path in (original, image)]
+        values = measure(planes[0], planes[1])
+        stored = [float(row[name]) for name in ("haarpsi", "mdsi", "gmsd", "ms_ssim")]
+        np.testing.assert_allclose(stored, values, atol=1e-6)
+        assert float(row["score"]) == pytest.approx(scale.scores(values[None])[0], abs=1e-5)
+
+
+def test_labels_and_split_are_what_training_reads(made: Path) -> None:
+    data = load_csv(made / "set" / "labels.csv")
+    split = Split.read(made / "set" / "split.json")
+    assert {part: len(split.items(data, part)) for part in AMOUNTS} == {"train": 12, "validation": 6, "test": 11}
+    assert data.higher_is_better
+    assert {item.level for item in data.items} == {None, 1, 2, 3, 4, 5}
+
+
+def test_the_same_seed_makes_the_same_bytes_and_another_does_not(made: Path, tmp_path: Path) -> None:
+    parts = photographs(tmp_path / "photos")
+    for seed, same in ((4, True), (5, False)):
+        rate(parts, tmp_path / str(seed), amounts=AMOUNTS, seed=seed)
+        assert (
+            (tmp_path / str(seed) / "labels.csv").read_bytes() == (made / "set" / "labels.csv").read_bytes()
+        ) is same
+    for row in rows(made / "set"):
+        assert (tmp_path / "4" / row["image"]).read_bytes() == (made / "set" / row["image"]).read_bytes()
+
+
+def test_the_test_part_has_no_say_in_the_scale(made: Path, tmp_path: Path) -> None:
+    parts = photographs(tmp_path / "photos")
+    Image.fromarray(np.full((190, 210, 3), 90, np.uint8)).save(parts["test"][0])
+    rate(parts, tmp_path / "set", amounts=AMOUNTS, seed=4)
+    assert (tmp_path / "set" / "scale.json").read_bytes() == (made / "set" / "scale.json").read_bytes()
+
+
+@pytest.mark.parametrize(("windows", "distortions"), [(0, 1), (1, 0), (13, 2), (1, 26)])
+def test_amounts_that_repeat_a_distortion_are_refused(windows: int, distortions: int) -> None:
+    with pytest.raises(ConfigError, match="at most 25 per photograph"):
+        Amount(windows, distortions)
+
+
+def test_windows_too_small_for_ms_ssim_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="at least 161 pixels"):
+        rate(photographs(tmp_path / "photos"), tmp_path / "set", amounts=AMOUNTS, seed=1, side=160)

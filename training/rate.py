@@ -1,0 +1,143 @@
+"""A rated data set from photographs: windows, distorted in KADID-10k's 25 ways, rated by full-reference metrics.
+
+The rating is the pseudo-score of `fullref.PseudoScale`: no person has looked at these pictures.
+"""
+
+import csv
+import hashlib
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+
+from ..errors import ConfigError, OutputError
+from ..runtime.atomic import replacing
+from .crops import Pictures, Pixels
+from .distortions import DISTORTIONS, LEVELS, distort
+from .fullref import METRICS, MS_SSIM_SIDE, fit_pseudo_scale, measure
+from .loop import generator
+from .photos import detailed
+from .splits import Split
+
+LABELS, SPLIT, SCALE = "labels.csv", "split.json", "scale.json"
+WINDOW, ORDER, APPLY = 20, 21, 22  # what generators are for; not those of a training run
+TRIES = 8  # places of which a window takes the one with most detail
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How many windows are cut from each photograph, and how many distortions each gets, at all levels."""
+
+    windows: int
+    distortions: int
+
+    def __post_init__(self) -> None:
+        """Refuse what would rate one distortion of one photograph in two windows: levels are compared within one."""
+        if self.windows < 1 or self.distortions < 1 or self.windows * self.distortions > len(DISTORTIONS):
+            raise ConfigError(
+                f"{self.windows} windows with {self.distortions} distortions each: both must be at least 1, and "
+                f"together at most {len(DISTORTIONS)} per photograph"
+            )
+
+
+@dataclass(frozen=True)
+class _Row:
+    image: str
+    reference: str
+    part: str
+    distortion: str  # empty for the original
+    level: str
+    values: npt.NDArray[np.float64]
+
+
+def rate(
+    parts: Mapping[str, Sequence[Path]],
+    folder: Path,
+    *,
+    amounts: Mapping[str, Amount],
+    seed: int,
+    side: int = 176,
+    longest_side: int = 768,
+    progress: Callable[[int], None] = lambda _done: None,
+) -> int:
+    """Write pictures (PNG), labels.csv, split.json and scale.json; return how many pictures there are.
+
+    Every window is there as it is, too. The pseudo-score is fitted on the part "train" alone.
+    """
+    if side < MS_SSIM_SIDE:
+        raise ConfigError(f"windows must have at least {MS_SSIM_SIDE} pixels a side, which MS-SSIM needs; not {side}")
+    rows: list[_Row] = []
+    for part, paths in parts.items():
+        pictures = Pictures(paths, folder / "cache", min_side=side, longest_side=longest_side)
+        for index, path in enumerate(pictures.paths):
+            rows += _of_photograph(pictures[index], path.stem, part, folder, amounts[part], seed, side)
+            progress(len(rows))
+    scale = fit_pseudo_scale(np.array([row.values for row in rows if row.part == "train"]))
+    scores = scale.scores(np.array([row.values for row in rows]))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "score", "reference", "distortion", "level", *(metric.name for metric in METRICS)])
+    for row, score in zip(rows, scores, strict=True):
+        values = (f"{value:.6f}" for value in row.values)
+        writer.writerow([row.image, f"{score:.6f}", row.reference, row.distortion, row.level, *values])
+    contents = {part: tuple(sorted({row.reference for row in rows if row.part == part})) for part in parts}
+    _write(folder / SCALE, scale.to_json().encode())
+    Split(Path(LABELS).stem, seed, contents).write(folder / SPLIT)
+    _write(folder / LABELS, text.getvalue().encode())  # last: where it is, the set is whole
+    return len(rows)
+
+
+def _of_photograph(
+    photo: Pixels, name: str, part: str, folder: Path, amount: Amount, seed: int, side: int
+) -> list[_Row]:
+    """Write the versions of all windows of a photograph. What is drawn depends on its pixels' size and name only."""
+    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+    order = generator(seed, ORDER, key).permutation(list(DISTORTIONS))
+    rows = []
+    for window in range(amount.windows):
+        pristine = _window(photo, side, generator(seed, WINDOW, key, window))
+        reference = pristine.astype(np.float32) / np.float32(255)
+        cases = [(0, 0)] + [
+            (int(number), level)
+            for number in order[window * amount.distortions : (window + 1) * amount.distortions]
+            for level in LEVELS
+        ]
+        for number, level in cases:
+            image = pristine
+            if number:
+                distorted = distort(reference, number, level, generator(seed, APPLY, key, number * 10 + level))
+                image = np.rint(distorted * 255).astype(np.uint8)
+            path = f"{name}/{window}-{f'{number:02d}-{level}' if number else 'original'}.png"
+            _save(folder / path, image)
+            kind = DISTORTIONS[number].name if number else ""
+            values = measure(reference, image.astype(np.float32) / np.float32(255))
+            rows.append(_Row(path, name, part, kind, str(level or ""), values))
+    return rows
+
+
+def _window(photo: Pixels, side: int, draw: np.random.Generator) -> Pixels:
+    """Return the one with most detail of a few windows: where nothing is to be seen, no distortion shows either."""
+    windows = []
+    for _ in range(TRIES):
+        top, left = (int(draw.integers(length - side + 1)) for length in photo.shape[:2])
+        windows.append(np.ascontiguousarray(photo[top : top + side, left : left + side]))
+    return max(windows, key=detailed)
+
+
+def _save(path: Path, image: npt.NDArray[np.uint8]) -> None:
+    stream = io.BytesIO()
+    PIL.Image.fromarray(image).save(stream, "PNG")
+    _write(path, stream.getvalue())
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as stream:
+            stream.write(data)
+    except OSError as exc:
+        raise OutputError(f"cannot write {path}: {exc.strerror}") from exc
