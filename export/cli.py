@@ -1,4 +1,4 @@
-"""`iqa-export` and `iqa-convert`: options in, one library call, a table out."""
+"""`iqa-export`, `iqa-build` and `iqa-convert`: options in, one library call, a table out."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..command import Command
-from ..errors import OutputError, UsageError
-from ..runtime.manifest import StageName
+from ..errors import DiffiqaError, ExportError, OutputError, UsageError
+from ..runtime.manifest import Library, Precision, StageName
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..model.checkpoint import Loaded
     from ..runtime.manifest import Manifest
     from .engine import StageCost
+    from .tensorrt import BuildOptions, StageBuild
 
 F = TypeVar("F", bound=Callable[..., Any])
 _FILE = click.Path(path_type=Path, dir_okay=True)
@@ -43,6 +44,8 @@ _WEIGHTS = [
     ),
 ]
 
+_LIBRARIES = [library.value for library in Library]
+
 
 def _weight_options(command: F) -> F:
     for option in reversed(_WEIGHTS):
@@ -60,6 +63,11 @@ def _weight_options(command: F) -> F:
     multiple=True,
     help="Export only this stage (repeatable), to look at it; such a directory cannot score.",
 )
+@click.option(
+    "--target",
+    type=click.Choice([*_LIBRARIES, "none"]),
+    help="Build fp16 engines with this library too. Default: one that is installed, where there is a GPU; else none.",
+)
 @click.option("--force", is_flag=True, help="Replace an engine that is already there.")
 @click.option("--dry-run", is_flag=True, help="Read the weights, say what would be written, and stop.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
@@ -72,6 +80,7 @@ def export(
     seed: int | None,
     output: Path,
     stages: tuple[str, ...],
+    target: str | None,
     force: bool,
     dry_run: bool,
     quiet: bool,
@@ -80,7 +89,7 @@ def export(
 
     Every stage (U-Net step, ViT encoder, VCG head, VDA head) becomes a self-contained float32 ONNX file, is compared
     with PyTorch on random inputs, and is recorded with its hash in DIR/manifest.json. DIR appears when all is done,
-    or not at all.
+    or not at all. With a --target, engines are then built as iqa-build does without options.
 
     \b
     Examples:
@@ -88,7 +97,7 @@ def export(
       iqa-export --ckpt iqa_net.pt --unet I800000_E40_gen.pth -o engine/
       iqa-export --preset mini --seed 0 -o engine/        untrained, to try things out
 
-    Exit codes: 0 exported, 2 nothing was written.
+    Exit codes: 0 exported, 2 nothing was written, or ONNX stages alone because an engine could not be built.
     """
     from rich.console import Console
 
@@ -98,8 +107,9 @@ def export(
     if ckpt is None and preset is None:
         raise UsageError("give --ckpt FILE; or --preset NAME --seed N for an untrained model")
     check_target(output, force=force)
-    loaded = _load(console, ckpt, unet, vit, resnet, preset, seed)
     chosen = tuple(StageName(name) for name in stages)
+    library = _library(target, chosen)
+    loaded = _load(console, ckpt, unet, vit, resnet, preset, seed)
     if dry_run:
         _describe(loaded, output, chosen or plan_names(loaded.model.config))
         return
@@ -113,6 +123,98 @@ def export(
         )
     if not quiet:
         _summary(manifest, costs, output)
+    if library:
+        from .tensorrt import BuildOptions
+
+        try:
+            _build(console, output, BuildOptions(library), force=False, quiet=quiet)
+        except DiffiqaError as exc:
+            raise ExportError(f"{output} holds the ONNX stages, but no {library} engines: {exc}") from exc
+
+
+@click.command(cls=Command)
+@click.option("--engine", "path", type=_FILE, required=True, metavar="DIR", help="The engine directory to add to.")
+@click.option(
+    "--target",
+    type=click.Choice(_LIBRARIES),
+    help="The library. Default: tensorrt where it is installed and there is a GPU, else tensorrt-rtx.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice([precision.value for precision in Precision]),
+    default=Precision.FP16.value,
+    show_default=True,
+    help="What most nodes compute in; the plan says which stay float32.",
+)
+@click.option(
+    "--plan",
+    type=_FILE,
+    metavar="FILE",
+    help="A precision plan to follow: another build's plan.json, perhaps with more nodes kept in float32.",
+)
+@click.option(
+    "--batch",
+    "batches",
+    metavar="N,…",
+    default="",
+    help="Crops at a time: N for exactly N, as CUDA graphs like it, or MIN:OPT:MAX. Default: 1,8.",
+)
+@click.option(
+    "--sizes",
+    metavar="HxW,…",
+    default="",
+    help="Image sizes of the U-Net: HxW, or MIN:OPT:MAX, one image at a time. Default: a crop, and up to 1024x1024.",
+)
+@click.option(
+    "--compute-capability",
+    "capabilities",
+    metavar="X.Y,…",
+    default="",
+    help="tensorrt-rtx: build for these GPUs, such as 8.9. Default: portable, 8.0 and later.",
+)
+@click.option("--force", is_flag=True, help="Build again what is there already.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+def build(
+    path: Path,
+    target: str | None,
+    precision: str,
+    plan: Path | None,
+    batches: str,
+    sizes: str,
+    capabilities: str,
+    force: bool,
+    quiet: bool,
+) -> None:
+    """Build TensorRT or TensorRT-RTX engines from the ONNX stages of an engine directory.
+
+    TensorRT builds on the GPU that will run the engine. TensorRT-RTX needs no GPU to build. Every stage is cast to the
+    precision by a plan, compared with its float32 original on random inputs, and built; all of it is recorded in
+    DIR/manifest.json when all is done, or not at all. The ONNX stages stay as they are.
+
+    \b
+    Examples:
+      iqa-build --engine engine/                                           fp16, for this machine
+      iqa-build --engine engine/ --target tensorrt-rtx --compute-capability 8.9
+      iqa-build --engine engine/ --batch 1,4,16 --sizes 512x384,224x224:512x512:1024x1024
+
+    Exit codes: 0 built, or already there; 2 nothing was added.
+    """
+    from rich.console import Console
+
+    from ..runtime.tensorrt import usable_library
+    from .precision import read_plan
+    from .tensorrt import BuildOptions
+
+    library = Library(target) if target else usable_library() or Library.TENSORRT_RTX
+    options = BuildOptions(
+        library,
+        Precision(precision),
+        batches=_split(batches),
+        sizes=_split(sizes),
+        compute_capabilities=_split(capabilities),
+        plan=read_plan(plan) if plan else None,
+    )
+    _build(Console(stderr=True, quiet=quiet), path, options, force=force, quiet=quiet)
 
 
 @click.command(cls=Command)
@@ -176,6 +278,38 @@ def _load(
     return loaded
 
 
+def _library(target: str | None, stages: tuple[StageName, ...]) -> Library | None:
+    """Return the library to build with after the export, refusing early what could not work at the end."""
+    from ..runtime.tensorrt import load_library, usable_library
+
+    if target == "none" or (stages and target is None):
+        return None
+    if stages:
+        raise UsageError("engines are built of whole models; give --target or --stage, not both")
+    library = Library(target) if target else usable_library()
+    if library:
+        load_library(library)
+    return library
+
+
+def _build(console: "Console", path: Path, options: "BuildOptions", *, force: bool, quiet: bool) -> None:
+    from .tensorrt import build_engines
+
+    with console.status("") as status:
+        made, stages = build_engines(
+            path, options, force=force, progress=lambda stage, doing: status.update(f"{stage}: {doing}")
+        )
+    if quiet:
+        return
+    if stages:
+        _build_summary(stages)
+    click.echo(f"{path}: build {made.key}{'' if stages else ' is there already'}")
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.replace(",", " ").split() if part)
+
+
 def _describe(loaded: "Loaded", output: Path, stages: tuple[StageName, ...]) -> None:
     model = loaded.model
     vit = model.vcg.vit if model.vcg else None
@@ -225,6 +359,32 @@ def _summary(manifest: "Manifest", costs: "list[StageCost]", output: Path) -> No
     click.echo(f"{output}: engine {manifest.engine_id}, model {manifest.model_name}")
     if not manifest.score.trained:
         click.echo(manifest.score.meaning)
+
+
+def _build_summary(stages: "list[StageBuild]") -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    seeds = {check.seed for made in stages for check in made.stage.drift}
+    drawn = f" Inputs drawn with seed {', '.join(map(str, sorted(seeds)))}." if seeds else ""
+    table = Table(box=SIMPLE, caption=f"Drift: largest difference from float32, of the largest value.{drawn}")
+    table.add_column("stage")
+    for title in ("profiles", "size", "drift", "allowed", "cast s", "build s"):
+        table.add_column(title, justify="right")
+    for made in stages:
+        worst = max(made.stage.drift, key=lambda check: check.max_abs_error / check.tolerance, default=None)
+        scale = worst.max_abs_reference if worst else 1.0
+        table.add_row(
+            made.stage.name,
+            str(len(made.stage.profiles)),
+            _size(made.stage.file.bytes),
+            f"{worst.max_abs_error / scale:.1e}" if worst else "none",
+            f"{worst.tolerance / scale:.1e}" if worst else "",
+            f"{made.cast_seconds:.1f}",
+            f"{made.build_seconds:.1f}",
+        )
+    Console().print(table)
 
 
 def _size(count: float) -> str:

@@ -19,6 +19,7 @@ from ..errors import EngineError, ExportError
 from ..model.checkpoint import Loaded
 from ..model.config import ModelConfig
 from ..model.network import DiffV2IQA, count_parameters
+from ..runtime.atomic import locked, sync
 from ..runtime.codec import encode
 from ..runtime.manifest import (
     MANIFEST,
@@ -141,7 +142,7 @@ def _export_stage(model: DiffV2IQA, plan: StagePlan, work: Path, progress: Progr
         exported = time.perf_counter()
         progress(plan.name, "comparing with PyTorch")
         checks = verify_stage(model, plan, path, seed=SEED)
-        _sync(path)
+        sync(path)
         entry = FileEntry(relative, path.stat().st_size, file_sha256(path))
     except OSError as exc:
         raise ExportError(f"stage {plan.name}: cannot write {path.name}: {exc.strerror or exc}") from exc
@@ -191,7 +192,9 @@ def _beside(target: Path) -> Iterator[Path]:
     work = target.with_name(f".{target.name}.partial")
     try:
         work.mkdir(exist_ok=True)
-        with _locked(work, target):
+        with locked(work) as ours:
+            if not ours:
+                raise EngineError(f"another export is writing {target}; wait for it, or choose another -o")
             _clear_leftovers(work, target)
             try:
                 yield work
@@ -199,28 +202,6 @@ def _beside(target: Path) -> Iterator[Path]:
                 shutil.rmtree(work, ignore_errors=True)
     except OSError as exc:
         raise ExportError(f"cannot write {target}: {exc.strerror or exc}; nothing was changed") from exc
-
-
-@contextlib.contextmanager
-def _locked(work: Path, target: Path) -> Iterator[None]:
-    """Hold the lock on `work`; raise EngineError if another export of the same target has it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: two exports at once are the user's to avoid
-        yield
-        return
-    descriptor = os.open(work, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = work.exists() and os.path.samestat(os.fstat(descriptor), work.stat())
-        except BlockingIOError:
-            ours = False
-        if not ours:  # it is locked, or was moved into place while we waited for it
-            raise EngineError(f"another export is writing {target}; wait for it, or choose another -o")
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _clear_leftovers(work: Path, target: Path) -> None:
@@ -237,7 +218,7 @@ def _replace(work: Path, target: Path, *, force: bool) -> None:
     """Put `work` in the place of `target`; the old directory goes only after the new one stands."""
     check_target(target, force=force)  # again: much may have happened there in the meantime
     for folder in (work / "onnx", work):
-        _sync(folder)
+        sync(folder)
     previous = _previous(target)
     if target.exists():
         target.rename(previous)
@@ -247,7 +228,7 @@ def _replace(work: Path, target: Path, *, force: bool) -> None:
         if previous.exists() and not target.exists():
             previous.rename(target)
         raise
-    _sync(target.parent)
+    sync(target.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 
@@ -265,14 +246,4 @@ def _is_ours(directory: Path) -> bool:
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt":  # Windows opens no directories, and syncs only files open for writing
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and the lock of a folder that one process at a time may write."""
 
 import contextlib
 import os
@@ -30,3 +30,34 @@ def replacing(path: Path, *, by_way_of: Path | None = None) -> Iterator[BinaryIO
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Hold the lock on `folder`; yield False if another process has it, or moved the folder away meanwhile."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two writers at once are the user's to avoid
+        yield True
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat())
+        except BlockingIOError:
+            ours = False
+        yield ours
+    finally:
+        os.close(descriptor)
+
+
+def sync(path: Path) -> None:
+    """Have a file or folder reach the disk."""
+    if os.name == "nt":  # Windows opens no directories, and syncs only files open for writing
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

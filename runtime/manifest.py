@@ -2,9 +2,13 @@
 
     manifest.json                     everything below, and size and SHA-256 of every file
     onnx/{unet,vit,vcg,vda}.onnx      float32, portable, self-contained
+    tensorrt/BUILD/STAGE.engine       optional: engines made of these for one library version, GPU and precision
+    tensorrt/BUILD/plan.json          … and which nodes stayed float32, and why
+    tensorrt/BUILD/build.log          … and what parser and builder said
+    tensorrt/BUILD/timing.cache       … and, where the library has one, what its builder measured
 
-Nothing in it is pickled or executed; ONNX files are loaded only if their hash stands in the manifest. The writer is
-`export/engine.py`.
+Nothing in it is pickled or executed; ONNX files and engines are loaded only if their hash stands in the manifest. The
+writers are `export/engine.py` and, of `builds` and `tensorrt/`, `export/tensorrt.py`.
 """
 
 import enum
@@ -79,6 +83,66 @@ class Stage:
     checks: tuple[Check, ...]
 
 
+class Library(enum.StrEnum):
+    """The two libraries that build and run engines."""
+
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt-rtx"
+
+
+class Precision(enum.StrEnum):
+    """What an engine computes in, but for the nodes its plan keeps in float32."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+@dataclass(frozen=True)
+class ShapeRange:
+    """The shapes of one input: valid from minimum to maximum, fastest at the optimum. All three equal: static."""
+
+    minimum: tuple[int, ...]
+    optimum: tuple[int, ...]
+    maximum: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BuiltStage:
+    """One engine: what it was made from, its file and signature, and how far its rounding drifts."""
+
+    name: StageName
+    onnx_sha256: str  # of the float32 stage it was made from
+    file: FileEntry
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profiles: tuple[dict[str, ShapeRange], ...]  # by input, in the order of the engine's optimization profiles
+    drift: tuple[Check, ...]  # from the float32 stage, on random inputs; empty for fp32
+
+
+@dataclass(frozen=True)
+class Build:
+    """Engines of all stages for one library version, GPU and precision."""
+
+    key: str  # the name of its folder; ends in a digest of all that the engines depend on
+    library: Library
+    version: str
+    compute_capabilities: tuple[str, ...]  # such as "8.9"; empty: portable
+    precision: Precision
+    batches: tuple[str, ...]  # as given to iqa-build, so that a message can say how to build again
+    sizes: tuple[str, ...]
+    stages: tuple[BuiltStage, ...]
+    plan: FileEntry
+    log: FileEntry
+    timing_cache: FileEntry | None
+
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        """Every file of the build."""
+        cache = (self.timing_cache,) if self.timing_cache else ()
+        return (*(stage.file for stage in self.stages), self.plan, self.log, *cache)
+
+
 @dataclass(frozen=True)
 class CropPolicy:
     """Side of the square crops the heads look at, and how many per image unless told otherwise."""
@@ -136,6 +200,7 @@ class Manifest:
     stages: tuple[Stage, ...]
     complete: bool  # False if only some stages were exported, with --stage
     provenance: Provenance
+    builds: tuple[Build, ...] = ()  # the newest last
 
     @property
     def model_name(self) -> str:
@@ -220,8 +285,8 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def check_file(directory: Path, entry: FileEntry) -> None:
-    """Raise EngineError unless `entry` is the very file that was exported, inside `directory`."""
+def check_file(directory: Path, entry: FileEntry, remedy: str = "export the engine again") -> None:
+    """Raise EngineError, saying what to do, unless `entry` is the very file that was written, inside `directory`."""
     relative = PurePosixPath(entry.path)
     if (
         relative.is_absolute()
@@ -239,17 +304,17 @@ def check_file(directory: Path, entry: FileEntry) -> None:
         if not inside:
             raise EngineError(f"{file} points outside the engine directory; refused")
         if not file.is_file():
-            raise EngineError(f"{file} is not a file; export the engine again")
+            raise EngineError(f"{file} is not a file; {remedy}")
         size = file.stat().st_size
         if size != entry.bytes:
-            raise EngineError(f"{file} has {size} bytes, the manifest says {entry.bytes}; export the engine again")
+            raise EngineError(f"{file} has {size} bytes, the manifest says {entry.bytes}; {remedy}")
         digest = file_sha256(file)
     except FileNotFoundError as exc:
-        raise EngineError(f"{file} is missing; export the engine again") from exc
+        raise EngineError(f"{file} is missing; {remedy}") from exc
     except (OSError, RuntimeError, ValueError) as exc:  # RuntimeError: a loop of symbolic links, before Python 3.13
         raise EngineError(f"cannot read {file}: {first_line(exc)}") from exc
     if digest != entry.sha256:
-        raise EngineError(f"{file} was changed after export (its SHA-256 differs); export the engine again")
+        raise EngineError(f"{file} was changed after export (its SHA-256 differs); {remedy}")
 
 
 def file_sha256(path: Path) -> str:
@@ -280,5 +345,6 @@ def _problem(m: Manifest) -> str | None:
         "crop size must be a multiple of 16 between 32 and 1024": 32 <= m.crop.size <= 1024 and m.crop.size % 16 == 0,
         "crop count must be between 1 and 10000": 1 <= m.crop.count <= 10_000,
         "file sizes must not be negative": all(stage.file.bytes >= 0 for stage in m.stages),
+        "a build is listed twice": len({build.key for build in m.builds}) == len(m.builds),
     }
     return next((text for text, ok in rules.items() if not ok), None)

@@ -1,0 +1,120 @@
+"""TensorRT and TensorRT-RTX as one library: which is here, its messages, and every point in which the two differ."""
+
+import functools
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import BackendError, first_line
+from .manifest import Library
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What is true of one library and not of the other."""
+
+    module: str
+    install: str
+    # TensorRT builds for the GPU it runs on. RTX compiles kernels when it runs, so its builder needs no GPU and takes
+    # compute capabilities; it measures nothing, and says of its timing cache that operations on it are no-ops.
+    ahead_of_time: bool
+    timing_cache: bool
+
+
+TRAITS = {
+    Library.TENSORRT: Traits("tensorrt", "pip install 'diffiqa[tensorrt]'", ahead_of_time=False, timing_cache=True),
+    Library.TENSORRT_RTX: Traits("tensorrt_rtx", "pip install 'diffiqa[rtx]'", ahead_of_time=True, timing_cache=False),
+}
+
+
+@dataclass(frozen=True)
+class TensorRT:
+    """A library that is installed."""
+
+    library: Library
+    api: Any  # its module
+    version: str
+
+    @property
+    def traits(self) -> Traits:
+        """How it differs from the other."""
+        return TRAITS[self.library]
+
+    @property
+    def log(self) -> "Log":
+        """Its one logger."""
+        return _log(self.library, self.api)
+
+    def capability(self, name: str) -> Any:
+        """Return the library's constant for a compute capability such as "8.9". Raises BackendError if it has none."""
+        known = {
+            f"{digits[:-1]}.{digits[-1]}": value
+            for label, value in self.api.ComputeCapability.__members__.items()
+            if (digits := label.removeprefix("SM")).isdigit()
+        }
+        if name not in known:
+            raise BackendError(f"{self.library} {self.version} builds for compute {', '.join(known)}, not {name}")
+        return known[name]
+
+
+class Log:
+    """What a library said: (severity, message), the oldest first."""
+
+    def __init__(self, api: Any) -> None:
+        entries: list[tuple[str, str]] = []
+
+        class Collector(api.ILogger):  # type: ignore[misc] # no stubs
+            def __init__(self) -> None:
+                api.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity != api.ILogger.VERBOSE:
+                    entries.append((severity.name, message))
+
+        self.entries, self.logger = entries, Collector()
+
+    def text(self) -> str:
+        """Return the messages as lines."""
+        return "".join(f"[{severity}] {message}\n" for severity, message in self.entries)
+
+    def errors(self, since: int) -> list[str]:
+        """Return the messages that say what went wrong, from entry `since` on."""
+        return [message for severity, message in self.entries[since:] if severity in {"ERROR", "INTERNAL_ERROR"}]
+
+
+@functools.cache  # the first logger a process registers is the one all its builders and runtimes speak to
+def _log(_library: Library, api: Any) -> Log:
+    return Log(api)
+
+
+def load_library(library: Library) -> TensorRT:
+    """Import a library. Raises BackendError saying how to install it."""
+    traits = TRAITS[library]
+    try:
+        api = importlib.import_module(traits.module)
+    except ModuleNotFoundError as exc:
+        if exc.name != traits.module:
+            raise BackendError(f"{library} cannot be used: {first_line(exc)}") from exc
+        raise BackendError(f"{library} is not installed; install it with: {traits.install}") from exc
+    except (ImportError, OSError) as exc:  # its shared libraries are missing, or not for this machine
+        raise BackendError(f"{library} is installed but cannot be loaded: {first_line(exc)}") from exc
+    return TensorRT(library, api, str(api.__version__))
+
+
+def usable_library() -> Library | None:
+    """Return the library whose engines this machine can run, or None: no GPU, or none is installed."""
+    if device_capability() is None:
+        return None
+    return next((library for library in Library if importlib.util.find_spec(TRAITS[library].module)), None)
+
+
+def device_capability() -> str | None:
+    """Return the compute capability of the current GPU, such as "8.9"; None if there is no GPU or no driver."""
+    try:
+        from cuda.core import Device
+
+        major, minor = Device().compute_capability
+    except (ImportError, OSError, RuntimeError):  # cuda.core's errors, a missing driver's among them, are RuntimeErrors
+        return None
+    return f"{major}.{minor}"
