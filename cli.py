@@ -3,9 +3,9 @@
 import click
 
 from . import __version__
-from .export.cli import convert, export
+from .export.cli import build, convert, export
 from .runtime.cli import run
-from .training.cli import train
+from .training.cli import evaluate, train
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -17,7 +17,7 @@ def main() -> None:
     """
 
 
-for command in (export, run, convert, train):
+for command in (export, build, run, convert, train, evaluate):
     main.add_command(command)
 
 if __name__ == "__main__":

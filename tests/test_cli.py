@@ -17,7 +17,7 @@ from diffiqa.model.checkpoint import Loaded
 from diffiqa.model.network import DiffV2IQA
 from diffiqa.runtime.manifest import StageName, read_manifest
 
-COMMANDS = ("export", "run", "convert")
+COMMANDS = ("export", "build", "run", "convert")
 
 
 def call(*arguments: str | Path) -> Result:
@@ -42,8 +42,9 @@ def bundle(tiny_model: DiffV2IQA, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def test_every_command_is_in_the_group_and_installed_under_its_own_name() -> None:
     project = tomllib.loads((Path(cli.__file__).parent / "pyproject.toml").read_text())
-    assert set(cli.main.commands) == {*COMMANDS, "train"}
+    assert set(cli.main.commands) == {*COMMANDS, "train", "eval"}
     scripts = {f"iqa-{name}": f"diffiqa.cli:{name}" for name in (*COMMANDS, "train")}
+    scripts["iqa-eval"] = "diffiqa.cli:evaluate"  # Python has taken the name
     assert project["project"]["scripts"] == {"iqa": "diffiqa.cli:main", **scripts}
     assert all(getattr(cli, name) is cli.main.commands[name] for name in COMMANDS)
 
@@ -56,7 +57,7 @@ def test_help_gives_examples_and_exit_codes(command: str) -> None:
     assert "--debug" in text
 
 
-@pytest.mark.parametrize("arguments", [[], ["export", "--help"], ["run", "--help"]])
+@pytest.mark.parametrize("arguments", [[], ["export", "--help"], ["build", "--help"], ["run", "--help"], ["eval", "--help"]])
 def test_help_does_not_wait_for_heavy_imports(arguments: list[str]) -> None:
     code = (
         "import sys; from diffiqa.cli import main\n"

@@ -1,14 +1,20 @@
 """`iqa-train restore` and `iqa-train score`: options in, one library call, progress on stderr."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ..command import Command
 from ..errors import OutputError, UsageError
+from ..runtime.cli import RunCommand
+
+if TYPE_CHECKING:
+    from .datasets import Dataset
+    from .score import Rated
 
 F = TypeVar("F", bound=Callable[..., Any])
 _PATH = click.Path(path_type=Path)
@@ -43,7 +49,7 @@ def train() -> None:
     """Train the restoring U-Net, then the network that scores.
 
     Runs on the CPU, on a GPU, or under torchrun on several. DIR gets log.csv, validation.csv, checkpoint.pt and, at
-    the end, model.safetensors, which iqa-export takes.
+    the end, plot.png and model.safetensors, which iqa-export takes.
     """
 
 
@@ -112,6 +118,7 @@ def restore(
     help="Parts to train and validate on. Default: drawn by reference from the seed, written to DIR/split.json.",
 )
 @click.option("--unet", type=_PATH, metavar="FILE", help="The bundle with the U-Net that restores.")
+@click.option("--vit", type=_PATH, metavar="FILE", help="Begin with the ViT of this bundle.")
 @click.option("--start", type=_PATH, metavar="FILE", help="Begin with all trained parts of this bundle.")
 @click.option("--cache", type=_PATH, metavar="DIR", help="Where restorations are kept. Default: the run's folder.")
 def score(
@@ -126,6 +133,7 @@ def score(
     lower_better: bool,
     split_file: Path | None,
     unet: Path | None,
+    vit: Path | None,
     start: Path | None,
     cache: Path | None,
 ) -> None:
@@ -141,32 +149,19 @@ def score(
     Exit codes: 0 finished, 2 failed, 130 interrupted; a failed or interrupted run can be resumed.
     """
     from .config import ScoreConfig, read_config
-    from .datasets import load, load_csv
-    from .score import Rated, run_score
-    from .splits import Split, split_by_content
+    from .score import run_score
 
     config = read_config(ScoreConfig, config_file)
-    if dataset is None and data.is_dir():
-        raise UsageError(f"{data} is a folder: say with --dataset which data set it holds, or give a CSV file")
-    if dataset is not None and lower_better:
-        raise UsageError("--lower-better is for CSV files: a published data set's direction is known")
-    rated = load_csv(data, lower_is_better=lower_better) if dataset is None else load(dataset, data)
-    split = Split.read(split_file) if split_file else split_by_content(rated, config.seed)
-    if split_file is None and _leads():
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as exc:
-            raise OutputError(f"cannot make the folder {output}: {exc}") from exc
-        split.write(output / "split.json")
-    training = "training" if "training" in split.parts else "train"  # as publishers call it, or we
-    parts = [[Rated(item.path, item.quality) for item in split.items(rated, part)] for part in (training, "validation")]
+    rated = _labelled(data, dataset, lower_better=lower_better)
+    parts = _parts(rated, split_file, config.seed, output, "validation")
     say, progress = _voices(quiet, config.optimisation.steps)
     result = run_score(
         config,
-        parts[0],
-        parts[1],
+        parts["train"],
+        parts["validation"],
         output,
         unet=unet,
+        vit=vit,
         start=start,
         cache=cache,
         device=device,
@@ -176,6 +171,297 @@ def score(
         say=say,
     )
     _finish(output, result.step, result.verdict, quiet=quiet)
+
+
+@train.command(cls=Command)
+@click.argument("sources", nargs=-1, type=_PATH, metavar="[SOURCE]...")
+@click.option("-o", "--output", type=_PATH, required=True, metavar="DIR", help="A new folder for the photographs.")
+@click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Of the split into parts.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+def photos(sources: tuple[Path, ...], output: Path, seed: int, quiet: bool) -> None:
+    """Gather pristine photographs, split into train, validation and test.
+
+    SOURCE is a Debian package (.deb) or a folder of photographs. Without any, wallpaper packages are fetched with
+    apt-get download: about 50 photographs, 210 MB. What is small, has hardly any detail, or shows what another
+    picture shows is left out, and named. photographs.csv says where each comes from and under which licence.
+
+    Exit codes: 0 done, 2 failed.
+    """
+    from .photos import gather
+
+    found, left = gather(sources, output, seed=seed)
+    if not quiet:
+        for text in left:
+            click.echo(f"left out: {text}", err=True)
+        click.echo(f"{output}: {len(found)} photographs")
+
+
+@train.command(cls=Command)
+@click.option("--photos", "folder", type=_PATH, required=True, metavar="DIR", help="What `iqa-train photos` made.")
+@click.option("-o", "--output", type=_PATH, required=True, metavar="DIR", help="Folder for the pictures and labels.")
+@click.option(
+    "--train",
+    "training",
+    type=(int, int),
+    default=(2, 2),
+    show_default=True,
+    help="Windows of each photograph to train on, and distortions of each window.",
+)
+@click.option(
+    "--held-out", type=(int, int), default=(1, 5), show_default=True, help="The same for validation and test."
+)
+@click.option("--side", type=int, default=176, show_default=True, help="Of the square windows, in pixels.")
+@click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Of windows and distortions.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+def rate(
+    folder: Path,
+    output: Path,
+    training: tuple[int, int],
+    held_out: tuple[int, int],
+    side: int,
+    seed: int,
+    quiet: bool,
+) -> None:
+    """Make a rated data set from photographs: distort windows of them, let full-reference metrics rate the result.
+
+    The label is a pseudo-score between 0 and 1, the mean rank by HaarPSI, MDSI, GMSD and MS-SSIM among the training
+    part: nobody's opinion, but one that needs nobody. labels.csv and split.json are for `iqa-train score`.
+
+    \b
+    Example:
+      iqa-train photos -o photos/
+      iqa-train rate --photos photos/ -o rated/
+      iqa-train score --data rated/labels.csv --split rated/split.json …
+
+    Exit codes: 0 done, 2 failed.
+    """
+    from .photos import parts_in
+    from .rate import Amount, rate
+
+    amounts = {"train": Amount(*training), "validation": Amount(*held_out), "test": Amount(*held_out)}
+    say, _ = _voices(quiet, 0)
+    count = rate(
+        parts_in(folder),
+        output,
+        amounts=amounts,
+        seed=seed,
+        side=side,
+        progress=lambda done: say(f"{done} pictures"),
+    )
+    say(f"{output / 'labels.csv'}: {count} pictures")
+
+
+@train.command(cls=TrainCommand)
+@_shared_options
+@click.option(
+    "--recipes", type=_PATH, required=True, multiple=True, metavar="PATH", help="TOML files or folders of them."
+)
+@click.option("--data", type=_PATH, required=True, metavar="PATH", help="The data set's folder, or a CSV file.")
+@click.option("--dataset", metavar="NAME", help="Which published data set the folder holds, such as kadid10k.")
+@click.option("--lower-better", is_flag=True, help="In the CSV file, a lower score is better.")
+@click.option("--split", "split_file", type=_PATH, metavar="FILE", help="Parts train, validation and test.")
+@click.option("--unet", type=_PATH, metavar="FILE", help="The bundle with the U-Net that restores.")
+@click.option("--vit", type=_PATH, metavar="FILE", help="Begin with the ViT of this bundle.")
+@click.option("--cache", type=_PATH, metavar="DIR", help="Where restorations are kept. Default: DIR/cache, for all.")
+def ablate(
+    config_file: Path,
+    output: Path,
+    resume: bool,
+    device: str | None,
+    threads: int,
+    quiet: bool,
+    recipes: tuple[Path, ...],
+    data: Path,
+    dataset: str | None,
+    lower_better: bool,
+    split_file: Path | None,
+    unet: Path | None,
+    vit: Path | None,
+    cache: Path | None,
+) -> None:
+    """Train a network for each recipe and compare what they reach: the paper's ablations.
+
+    A recipe holds what it changes in the configuration, such as `[model] vda = false`. DIR gets a run for each, and
+    ablation.csv, which is printed, too.
+
+    \b
+    Example:
+      iqa-train ablate --config score.toml --recipes ablations/ --data rated/labels.csv --split rated/split.json
+        --unet runs/unet/model.safetensors -o runs/ablations
+
+    Exit codes: 0 finished, 1 some recipes failed (the table says why), 2 failed, 130 interrupted; --resume goes on.
+    """
+    from .ablate import COLUMNS, ablate, read_recipes
+    from .evaluate import table
+
+    configs = read_recipes(config_file, recipes)
+    rated = _labelled(data, dataset, lower_better=lower_better)
+    first = next(iter(configs.values()))
+    say, progress = _voices(quiet, first.optimisation.steps)
+    rows = ablate(
+        configs,
+        _parts(rated, split_file, first.seed, output, "validation", "test"),
+        output,
+        unet=unet,
+        vit=vit,
+        cache=cache,
+        device=device,
+        resume=resume,
+        threads=threads,
+        progress=progress,
+        say=say,
+    )
+    click.echo(table([COLUMNS, *(row.cells() for row in rows)]))
+    if any(row.problem for row in rows):
+        sys.exit(1)
+
+
+@train.command(cls=Command)
+@click.argument("runs", nargs=-1, required=True, type=_PATH, metavar="RUN...")
+@click.option("-o", "--output", type=_PATH, required=True, metavar="FILE", help="The picture, a PNG file.")
+def plot(runs: tuple[Path, ...], output: Path) -> None:
+    """Draw loss, learning rate and validation of runs, unfinished ones too, over each other.
+
+    RUN is a folder of `iqa-train restore` or `iqa-train score`; a finished run has such a picture, plot.png.
+
+    Exit codes: 0 done, 2 failed.
+    """
+    from .plot import draw_runs, save
+
+    if output.suffix.lower() != ".png":
+        raise UsageError(f"{output} is no name of a PNG file; call it {output.name or 'plot'}.png")
+    save(draw_runs(runs), output)
+
+
+@click.command("eval", cls=RunCommand)
+@click.option("--engine", type=_PATH, metavar="DIR", help="Score the images with this engine.")
+@click.option("--scores", type=_PATH, metavar="FILE", help="Take scores from iqa-run's results or a CSV image,score.")
+@click.option("--gmad", type=(_PATH, _PATH), metavar="FILE FILE", help="Let the models of two score files compete.")
+@click.option("--labels", type=_PATH, metavar="FILE", help="A CSV image,score[,reference][,distortion][,level].")
+@click.option("--lower-better", is_flag=True, help="In the CSV file, a lower score is better.")
+@click.option("--data", type=_PATH, metavar="DIR", help="The folder of a published data set.")
+@click.option("--dataset", metavar="NAME", help="Which one it is, such as kadid10k.")
+@click.option("--split", "split_file", type=_PATH, metavar="FILE", help="Evaluate a part of this split only.")
+@click.option("--part", default="test", show_default=True, metavar="NAME", help="Which one.")
+@click.option("-o", "--output", type=_PATH, metavar="DIR", help="Folder for scores and findings.")
+@click.option("--resume", is_flag=True, help="Go on with the scores in DIR.")
+@click.option("--force", is_flag=True, help="Start over if DIR holds scores.")
+@click.option("--crops", type=click.IntRange(1, 10_000), metavar="N", help="Crops per image. Default: the engine's.")
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="Of the noise.")
+@click.option("--threads", type=click.IntRange(1), metavar="N", help="Default: the CPUs this process may use.")
+@click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Images scored at a time.")
+@click.option("--levels", type=click.IntRange(1), default=2, show_default=True, help="Quality levels of --gmad.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no summary on stderr.")
+def evaluate(
+    engine: Path | None,
+    scores: Path | None,
+    gmad: tuple[Path, Path] | None,
+    labels: Path | None,
+    output: Path | None,
+    **given: Any,
+) -> None:
+    """Compare scores with people's opinions: rank and linear correlation, by branch, distortion and level.
+
+    DIR gets scores.jsonl, evaluation.json, evaluation.md (also on stdout) and scatter.png. PLCC is given raw and after
+    the 4-parameter logistic. References that a data set comes with are scored, too, to compare with. What iqa-run can
+    do beyond the options here, do with it and give --scores.
+
+    \b
+    Examples:
+      iqa-eval --engine engine/ --data kadid10k/ --dataset kadid10k --split split.json -o results/kadid
+      iqa-eval --scores scores.csv --labels labels.csv
+      iqa-eval --gmad ours.jsonl theirs.csv
+
+    Between data sets, as in the paper's Table III: once for each data set, with the engine that another one trained,
+    without --split.
+
+    Exit codes: 0 all images have a score, 1 some have none, 2 nothing to evaluate, 130 interrupted (--resume goes on).
+    """
+    from .evaluate import (
+        evaluate,
+        gmad_table,
+        pictures_of,
+        points_of,
+        read_branches,
+        score_pictures,
+        table,
+        to_csv,
+        to_text,
+        write_evaluation,
+        write_text,
+    )
+    from .splits import Split
+
+    if sum(value is not None for value in (engine, scores, gmad)) != 1:
+        raise UsageError("give one of --engine, --scores and --gmad: where do the scores come from?")
+    if gmad:
+        rows = gmad_table(*gmad, given["levels"])
+        if output:
+            write_text(output / "gmad.csv", to_csv(rows))
+        click.echo(table(rows))
+        return
+    if (labels is None) == (given["data"] is None):
+        raise UsageError("give the labels: --labels FILE, or --data DIR with --dataset NAME")
+    if engine and not output:
+        raise UsageError("name a folder with -o, so that no score is lost if scoring is interrupted")
+    dataset = _labelled(labels or given["data"], given["dataset"], lower_better=given["lower_better"], need_files=False)
+    split = Split.read(given["split_file"]) if given["split_file"] else None
+    items = split.items(dataset, given["part"]) if split else dataset.items
+    pictures = pictures_of(items)
+    if engine and output:
+        from ..runtime.results import Options
+        from ..runtime.scorer import load
+
+        with load(engine, threads=given["threads"]) as scorer:
+            branches = score_pictures(
+                scorer,
+                pictures,
+                output,
+                Options(given["crops"], given["seed"]),
+                **{name: given[name] for name in ("resume", "force", "quiet", "workers")},
+            )
+            source = f"engine {scorer.info.engine}"
+    elif scores:
+        branches, source = read_branches(scores, pictures), scores.name
+    found = evaluate(dataset, items, branches, scores=source, part=given["part"] if split else None)
+    if output:
+        write_evaluation(output, found, points_of(dataset, items, branches["score"]))
+    click.echo(to_text(found), nl=False)
+    if found.missing:
+        sys.exit(1)
+
+
+def _labelled(path: Path, name: str | None, *, lower_better: bool, need_files: bool = True) -> "Dataset":
+    """Read a published data set by its name, or a CSV file."""
+    from .datasets import load, load_csv
+
+    if name is None and path.is_dir():
+        raise UsageError(f"{path} is a folder: say with --dataset which data set it holds, or give a CSV file")
+    if name is None:
+        return load_csv(path, lower_is_better=lower_better, need_files=need_files)
+    if lower_better:
+        raise UsageError("--lower-better is for CSV files: a published data set's direction is known")
+    return load(name, path)
+
+
+def _parts(
+    rated: "Dataset", split_file: Path | None, seed: int, output: Path, *held_out: str
+) -> "dict[str, list[Rated]]":
+    """Return "train" and the held-out parts of the split in a file; without one, draw it and write it to the folder."""
+    from .score import Rated
+    from .splits import Split, split_by_content
+
+    split = Split.read(split_file) if split_file else split_by_content(rated, seed)
+    if split_file is None and _leads():
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise OutputError(f"cannot make the folder {output}: {exc}") from exc
+        split.write(output / "split.json")
+    parts = {part: part for part in ("train", *held_out)}
+    if "training" in split.parts:  # as publishers call it
+        parts["train"] = "training"
+    return {name: [Rated(item.path, item.quality) for item in split.items(rated, part)] for name, part in parts.items()}
 
 
 def _leads() -> bool:

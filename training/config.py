@@ -75,6 +75,7 @@ class RestoreConfig:
     optimisation: Optimisation
     loss: Loss = Loss.L1
     diffusion_steps: int = 50  # T of training: 50 in the paper, 2000 in the authors' code
+    drift: float = 0.0  # largest strength of the smooth error in the noise, see `drifting`; 0 in the paper
     crop: int = 128
     margin: int = 16  # pixels around a crop that are distorted with it: blur needs to see past the border
     longest_side: int = 0  # photographs are scaled down to this; 0: as they are
@@ -101,6 +102,7 @@ class RestoreConfig:
                 "clean and composed are shares: not negative, at most 1 together": (
                     min(self.clean, self.composed) >= 0 and self.clean + self.composed <= 1
                 ),
+                "drift must be between 0 and 1": 0 <= self.drift <= 1,
                 "validate_every must not be negative": self.validate_every >= 0,
                 "validation_crops must be at least 1": self.validation_crops >= 1,
             },
@@ -150,17 +152,22 @@ class ScoreConfig:
         )
 
 
-def read_config(cls: type[C], path: Path) -> C:
-    """Read a run's configuration from a TOML file; raises ConfigError that names the file and the entry."""
-    try:
-        with path.open("rb") as file:
-            data = tomllib.load(file)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as exc:
-        raise ConfigError(f"cannot read the configuration {path}: {exc}") from exc
+def read_config(cls: type[C], path: Path, changes: Path | None = None) -> C:
+    """Read a run's configuration from a TOML file; raises ConfigError that names the file and the entry.
+
+    `changes` is another file, whose entries take the place of those of the first.
+    """
+    data: dict[str, Any] = {}
+    for source in (path, changes) if changes else (path,):
+        try:
+            with source.open("rb") as file:
+                data = _merged(data, tomllib.load(file))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as exc:
+            raise ConfigError(f"cannot read the configuration {source}: {exc}") from exc
     try:
         return parse_config(cls, data)
     except ConfigError as exc:
-        raise ConfigError(f"{path}: {exc}") from exc
+        raise ConfigError(f"{changes or path}: {exc}") from exc
 
 
 def parse_config(cls: type[C], data: Mapping[str, Any]) -> C:

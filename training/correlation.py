@@ -156,17 +156,20 @@ def per_group(scores: Values, labels: Values, groups: Sequence[str]) -> tuple[Gr
     return tuple(rows)
 
 
-def read_scores(path: Path) -> dict[str, float]:
+def read_scores(path: Path, column: str = "score") -> dict[str, float]:
     """Return the scores by image of a file that `iqa-run` wrote (.jsonl, .json, .csv) or of any CSV image,score.
 
-    Images without a score (failed ones) are left out. Raises DatasetError.
+    `column` may also be one of the branches, vcg or vda. Images without a score (failed ones) are left out, and so are
+    all where the file has no such branch. Raises DatasetError.
     """
     try:
         if path.suffix.lower() == ".csv":
-            found = [(row["image"], float(row["score"])) for row in read_csv(path, "image", "score") if row["score"]]
+            rows = read_csv(path, "image", "score")
+            found = [(row["image"], float(row[column])) for row in rows if row.get(column)]
         elif path.suffix.lower() in {".jsonl", ".json"}:
             records, _ = read_records(path, Format(path.suffix.lower()[1:]))
-            found = [(record.image, record.score) for record in records if record.score is not None]
+            values = [(record.image, getattr(record, column)) for record in records]
+            found = [(image, value) for image, value in values if value is not None]
         else:
             raise DatasetError(f"the score file {path} must be called .jsonl, .json or .csv")
     except (OutputError, ValueError, OSError) as exc:

@@ -106,21 +106,21 @@ def load(name: str, root: Path) -> Dataset:
     return _dataset(name, root, content, higher_is_better=published.higher_is_better)
 
 
-def load_csv(path: Path, *, lower_is_better: bool = False) -> Dataset:
+def load_csv(path: Path, *, lower_is_better: bool = False, need_files: bool = True) -> Dataset:
     """Read a CSV file with the columns image, score and, where known, reference, distortion and level.
 
     Paths in it start at its folder. Its `reference` is a file if it ends like one (.png …), otherwise just a
-    name for the content. Raises DatasetError.
+    name for the content. Whoever has no use for the pictures themselves does not `need_files`. Raises DatasetError.
     """
     root = path.parent
     rows, images, references = [], {}, {}
     for number, cells in enumerate(_parsed(read_csv, path, "image", "score"), 1):
         where, image, reference, level = f"{path}, image {number}", _name(cells["image"]), None, cells.get("level")
-        if _is_file(root / image, where):
+        if not need_files or _is_file(root / image, where):
             images[image] = root / image
         if given := cells.get("reference"):
             reference = _name(given) if _is_image(given) else given
-            if _is_image(given) and _is_file(root / reference, where):
+            if _is_image(given) and (not need_files or _is_file(root / reference, where)):
                 references[reference] = root / reference
         rows.append(
             _Row(

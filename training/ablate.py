@@ -1,0 +1,129 @@
+"""The paper's ablations: one training run for each recipe, all on the same split, and one table of what they reach."""
+
+import csv
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from ..errors import CheckpointError, ConfigError
+from ..model.checkpoint import load
+from .config import ScoreConfig, read_config
+from .crops import Pictures
+from .evaluate import to_csv, write_text
+from .loop import VALIDATION, Machine, TrainingError, open_machine
+from .score import Rated, Restorations, ScoreTask, run_score
+
+TABLE = "ablation.csv"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the best weights of a recipe reach, by validation; or why it has none."""
+
+    recipe: str
+    step: int | None = None
+    validation_srcc: float | None = None
+    validation_plcc: float | None = None
+    test_srcc: float | None = None
+    test_plcc: float | None = None
+    problem: str | None = None
+
+    def cells(self) -> list[str]:
+        """Return the row as text."""
+        values = [getattr(self, field.name) for field in fields(self)]
+        return [f"{v:.4f}" if isinstance(v, float) else "" if v is None else str(v) for v in values]
+
+
+COLUMNS = [field.name for field in fields(Row)]
+
+
+def read_recipes(config: Path, paths: Sequence[Path]) -> dict[str, ScoreConfig]:
+    """Return the configurations that files (or the TOML files of folders) make of `config`, by the files' names.
+
+    All are read before any is run. Raises ConfigError.
+    """
+    files = [file for path in paths for file in (sorted(path.glob("*.toml")) if path.is_dir() else [path])]
+    if not files:
+        raise ConfigError(f"there are no recipes (.toml) in {', '.join(map(str, paths))}")
+    recipes: dict[str, ScoreConfig] = {}
+    for file in files:
+        if file.stem in recipes:
+            raise ConfigError(f"two recipes are called {file.stem}; rename {file}")
+        found = read_config(ScoreConfig, config, file)
+        model = dataclasses.replace(found.model, name=f"{found.model.name}-{file.stem}")
+        recipes[file.stem] = dataclasses.replace(found, model=model)
+    return recipes
+
+
+def ablate(
+    recipes: Mapping[str, ScoreConfig],
+    parts: Mapping[str, Sequence[Rated]],
+    folder: Path,
+    *,
+    unet: Path | None = None,
+    vit: Path | None = None,
+    cache: Path | None = None,
+    device: str | None = None,
+    resume: bool = False,
+    threads: int = 2,
+    progress: Callable[[int, float, float], None] | None = None,
+    say: Callable[[str], None] = lambda _text: None,
+) -> list[Row]:
+    """Train each recipe in its own folder below `folder`, and judge it on the part "test", too.
+
+    `parts` has "train", "validation" and "test". The table is written after every run. A recipe whose loss is not
+    finite, or that `unet` or `vit` do not fit, has a problem in place of figures, and the rest goes on.
+    """
+    place = cache or folder / "cache"
+    rows: list[Row] = []
+    for name, config in recipes.items():
+        say(f"recipe {name}")
+        run = folder / name
+        try:
+            result = run_score(
+                config,
+                parts["train"],
+                parts["validation"],
+                run,
+                unet=unet if config.model.unet else None,
+                vit=vit if config.model.vcg else None,
+                cache=place,
+                device=device,
+                resume=resume,
+                threads=threads,
+                progress=progress,
+                say=say,
+            )
+        except (TrainingError, CheckpointError) as exc:
+            rows.append(Row(name, problem=str(exc)))
+            say(f"recipe {name}: {exc}")
+        else:
+            validation = _validation(run, result.step)
+            with open_machine(device, config.optimisation.precision) as machine:
+                test = judge(run / "model.safetensors", config, parts["test"], place, machine)
+            figures = (validation["srcc"], validation["plcc"], test["srcc"], test["plcc"])
+            rows.append(Row(name, result.step, *figures))
+        write_text(folder / TABLE, to_csv([COLUMNS, *(row.cells() for row in rows)]))
+    return rows
+
+
+@torch.no_grad()
+def judge(bundle: Path, config: ScoreConfig, rated: Sequence[Rated], cache: Path, machine: Machine) -> dict[str, float]:
+    """Return how well a trained bundle scores images, as validation does: on the same grid of crops."""
+    model = load(bundle).model.to(machine.device).eval()
+    label_of = {r.path: r.quality for r in rated}
+    pictures = Pictures([r.path for r in rated], cache / "pictures", min_side=config.model.crop, enlarge=True)
+    restorations = Restorations(model, config.restore_seed, cache / "restored")
+    restorations.fill(pictures, machine, lambda *_: None)
+    labelled = pictures, [label_of[path] for path in pictures.paths]
+    return ScoreTask(config, model, restorations, labelled, labelled).validate(machine).row
+
+
+def _validation(run: Path, step: int) -> dict[str, float]:
+    """Return what validation found at a step."""
+    with (run / VALIDATION).open(newline="") as file:
+        (row,) = (row for row in csv.DictReader(file) if int(row["step"]) == step)
+    return {name: float(value) for name, value in row.items()}
