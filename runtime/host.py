@@ -149,7 +149,7 @@ def _paste(
     share[here] += 1 if weight is None else weight[there]
 
 
-class _BoundDenoiser:
+class BoundDenoiser:
     """The U-Net bound to buffers of one size. `y`, `condition` and `noise` are (3, H, W)."""
 
     def __init__(self, stage: StageRunner, height: int, width: int) -> None:
@@ -180,7 +180,7 @@ class _Workspace:
         self._images = np.zeros((1, kinds, 3, size, size), np.float32)
         self._calls: list[Call] = []
         self._verdicts: dict[StageName, dict[str, FloatArray]] = {}
-        self._denoiser: _BoundDenoiser | None = None
+        self._denoiser: BoundDenoiser | None = None
         if StageName.VIT in stages:
             maps = np.zeros(_sizes(manifest, StageName.VIT, "maps", kinds), np.float32)
             self._calls.append(stages[StageName.VIT].bind({"image": self._images[0]}, {"maps": maps}))
@@ -188,11 +188,11 @@ class _Workspace:
         if StageName.VDA in stages:
             self._bind_head(manifest, StageName.VDA, {"images": self._images})
 
-    def denoiser(self, height: int, width: int) -> _BoundDenoiser:
+    def denoiser(self, height: int, width: int) -> BoundDenoiser:
         """Return the U-Net bound to this size; the buffers of the size before are given up."""
         if self._denoiser is None or self._denoiser.y.shape[1:] != (height, width):
             self._denoiser = None
-            self._denoiser = _BoundDenoiser(self._stages[StageName.UNET], height, width)
+            self._denoiser = BoundDenoiser(self._stages[StageName.UNET], height, width)
         return self._denoiser
 
     def assess(self, images: FloatArray) -> Verdict:

@@ -11,7 +11,7 @@ import torch
 from diffiqa.errors import CheckpointError, ConfigError, OutputError
 from diffiqa.model.checkpoint import load
 from diffiqa.model.config import ModelConfig, SwinConfig, UNetConfig, VCGConfig, ViTConfig
-from diffiqa.model.network import build
+from diffiqa.model.network import DiffV2IQA, build
 from diffiqa.runtime.crops import Crop
 from diffiqa.runtime.schedule import Kind, Schedule, Taps
 from diffiqa.tests.tiny import TINY, photo
@@ -133,6 +133,22 @@ def test_restorations_are_those_that_scoring_makes(rated: list[Rated], tmp_path:
     place = Crop((height - 32) // 2, (width - 32) // 2)
     crop = torch.from_numpy(task.crop(task.training[0], 0, place))[None]
     assert torch.allclose(model(crop).total, scored, atol=1e-3)  # float16
+
+
+def test_many_restorations_are_computed_by_onnx_runtime_to_the_same_result(
+    rated: list[Rated], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = Pictures([r.path for r in rated], tmp_path / "pictures", min_side=32)
+    by_torch = Restorations(build(MODEL, 1), 0, tmp_path / "torch")
+    by_torch.fill(pictures, CPU, lambda *_: None)
+    monkeypatch.setattr("diffiqa.training.score.EXPORT_PAYS", 1)
+    monkeypatch.setattr(DiffV2IQA, "restore", None)
+    by_onnx = Restorations(build(MODEL, 1), 0, tmp_path / "onnx")
+    by_onnx.fill(pictures, CPU, lambda *_: None)
+    for index in range(len(pictures)):
+        a, b = (np.load(made.file(pictures, index)) for made in (by_torch, by_onnx))
+        assert a.shape == b.shape == (3, 3, *pictures[index].shape[:2])
+        assert np.abs(a.astype(float) - b).max() <= 2e-3  # float16
 
 
 def test_restorations_are_computed_once(rated: list[Rated], tmp_path: Path) -> None:
