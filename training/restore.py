@@ -132,7 +132,7 @@ def draw_level(draw: np.random.Generator, borders: npt.NDArray[np.float64]) -> f
 
 
 def drifting(side: int, strength: float, draw: np.random.Generator) -> npt.NDArray[np.float32]:
-    """Return a smooth error (3, side, side) of that standard deviation: waves as long as the crop, half and a quarter.
+    """Return a smooth error (3, side, side) of about that standard deviation: the crop's mean, its halves and quarters.
 
     White noise has nearly no long waves, so a U-Net reads those of x0 off y, even where the first steps of sampling,
     which can hardly know x0, have put them there: colours drift, and stay. Where the noise has long waves of its own,

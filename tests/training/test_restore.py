@@ -21,6 +21,7 @@ from diffiqa.training.restore import (
     Gain,
     distorted_crop,
     draw_level,
+    drifting,
     level_borders,
     restoration_gains,
     run_restore,
@@ -67,6 +68,27 @@ def test_noise_is_added_at_the_level_and_asked_for(photos: list[Path], tmp_path:
     batch = (condition, reference, noise, level)
     assert task.losses(perfect, batch).item() < 1e-6
     assert torch.equal(seen["condition"], condition)
+
+
+def test_drift_is_smooth_and_of_the_strength_asked_for() -> None:
+    draw = np.random.default_rng(1)
+    errors = np.stack([drifting(64, 0.3, draw) for _ in range(400)]).astype(float)
+    assert 0.2 < errors.std() < 0.3  # bicubic interpolation lowers what lies between its points
+    assert abs(errors.mean()) < 0.03
+    assert np.abs(np.diff(errors, axis=3)).mean() < 0.05 * errors.std()
+    assert 0.1 < errors.mean(axis=(2, 3)).std() < 0.3  # white noise: 0.3 / 64
+    assert not drifting(16, 0.0, draw).any()
+
+
+def test_drift_is_part_of_the_noise_that_is_asked_for(photos: list[Path], tmp_path: Path) -> None:
+    plain, drifts = (task_of(restore_config(drift=drift), photos, tmp_path) for drift in (0.0, 0.5))
+    *_, white, _ = plain.sample(3, 1).arrays
+    *_, noise, _ = drifts.sample(3, 1).arrays
+    difference = (noise - white).astype(float)
+    assert difference.any()
+    assert np.abs(np.diff(difference, axis=2)).max() < np.abs(np.diff(white, axis=2)).max() / 4
+    with pytest.raises(ConfigError, match="drift must be between 0 and 1"):
+        restore_config(drift=1.5)
 
 
 @pytest.mark.parametrize(("loss", "expected"), [(Loss.L1, 0.5), (Loss.L2, 0.25)])
