@@ -161,6 +161,7 @@ class BoundDenoiser:
         self._call = stage.bind(inputs, {"noise": buffers[2]})
 
     def __call__(self, noise_level: float) -> None:
+        """Predict the noise in `y`; raises Cancelled once nobody wants the result."""
         if self.cancelled():
             raise Cancelled
         self._level[0, 0] = noise_level

@@ -57,7 +57,9 @@ def test_help_gives_examples_and_exit_codes(command: str) -> None:
     assert "--debug" in text
 
 
-@pytest.mark.parametrize("arguments", [[], ["export", "--help"], ["build", "--help"], ["run", "--help"], ["eval", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["export", "--help"], ["build", "--help"], ["run", "--help"], ["eval", "--help"]]
+)
 def test_help_does_not_wait_for_heavy_imports(arguments: list[str]) -> None:
     code = (
         "import sys; from diffiqa.cli import main\n"
