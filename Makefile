@@ -7,9 +7,9 @@ OUT := out
 .PHONY: run test slow check clean
 
 run: $(VENV)/ready
-	@echo "== exporting the untrained 'mini' model to $(OUT)/engine (half a minute)"
+	@echo "== exporting models/mini to $(OUT)/engine (half a minute)"
 	@mkdir -p $(OUT)
-	@$(BIN)/iqa-export --preset mini --seed 0 -o $(OUT)/engine --force 2>$(OUT)/export.log || { cat $(OUT)/export.log; exit 1; }
+	@$(BIN)/iqa-export --ckpt models/mini/model.safetensors -o $(OUT)/engine --force 2>$(OUT)/export.log || { cat $(OUT)/export.log; exit 1; }
 	@echo "== scoring samples/ (a minute)"
 	@$(BIN)/iqa-run --engine $(OUT)/engine samples --format table --report $(OUT)/report.html
 	@echo "== look at $(OUT)/report.html"
