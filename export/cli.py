@@ -374,7 +374,7 @@ def _build_summary(stages: "list[StageBuild]") -> None:
         table.add_column(title, justify="right")
     for made in stages:
         worst = max(made.stage.drift, key=lambda check: check.max_abs_error / check.tolerance, default=None)
-        scale = worst.max_abs_reference if worst else 1.0
+        scale = worst.max_abs_reference if worst and worst.max_abs_reference else 1.0  # a head may answer 0
         table.add_row(
             made.stage.name,
             str(len(made.stage.profiles)),

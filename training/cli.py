@@ -1,4 +1,4 @@
-"""`iqa-train restore` and `iqa-train score`: options in, one library call, progress on stderr."""
+"""`iqa-train` and `iqa-eval`: options in, one library call, progress on stderr."""
 
 import os
 import sys
@@ -46,10 +46,10 @@ def _shared_options(command: F) -> F:
 
 @click.group()
 def train() -> None:
-    """Train the restoring U-Net, then the network that scores.
+    """Train the restoring U-Net, then the network that scores; make data for both.
 
-    Runs on the CPU, on a GPU, or under torchrun on several. DIR gets log.csv, validation.csv, checkpoint.pt and, at
-    the end, plot.png and model.safetensors, which iqa-export takes.
+    restore and score run on the CPU, on a GPU, or under torchrun on several. DIR gets log.csv, validation.csv,
+    checkpoint.pt and, at the end, plot.png and model.safetensors, which iqa-export takes.
     """
 
 
@@ -294,6 +294,8 @@ def ablate(
     from .ablate import COLUMNS, ablate, read_recipes
     from .evaluate import table
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("ablate is one process; under torchrun, give each recipe's configuration to iqa-train score")
     configs = read_recipes(config_file, recipes)
     rated = _labelled(data, dataset, lower_better=lower_better)
     first = next(iter(configs.values()))

@@ -5,7 +5,7 @@ import io
 import json
 import posixpath
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +27,10 @@ ORDERED = 0.9  # what the median of |Spearman| over levels must reach for a dist
 BRANCHES = {"score": "total", "vcg": "VCG alone", "vda": "VDA alone"}  # columns of score files
 
 # Facts about levels. CSV files are taken to name distortions as `iqa-train rate` and KADID-10k do.
-_SHIFT, _CONTRAST, _LAB = (DISTORTIONS[number].name for number in (18, 25, 8))
+_SHIFT, _CONTRAST, _LAB, _BLUR = (DISTORTIONS[number].name for number in (18, 25, 8, 1))
 _UNORDERED = {"tid2013": ("mean shift", "contrast"), "csiq": ()}  # levels go both ways
 _KADID_UNORDERED = (_SHIFT, _CONTRAST)
-_KADID_IDENTITIES = ((_SHIFT, 3), (_CONTRAST, 3), (_LAB, 1))  # leave the picture as it is
+_KADID_IDENTITIES = ((_SHIFT, 3), (_CONTRAST, 3), (_LAB, 1), (_BLUR, 1))  # leave the picture as it is
 
 Scores = Mapping[str, float]  # by the labels' name of the image
 
@@ -221,14 +221,21 @@ def _matched(pictures: Mapping[str, Path], names: Iterable[str], where: Path) ->
     for name in sorted(free):
         for end in _ends(name):
             by_end[end].append(name)
+    unknown = set(pictures) - set(found)
+    claims = Counter(end for image in unknown for end in _ends(image) if end in free)
     # The longest names choose first: what ends like `b/a.png` is not the picture `a.png`.
-    for image in sorted(set(pictures) - set(found), key=lambda image: (-image.count("/"), image)):
+    for image in sorted(unknown, key=lambda image: (-image.count("/"), image)):
         candidates = [name for name in by_end.get(image, []) if name in free]
         candidates = candidates or [end for end in _ends(image) if end in free][:1]
         if len(candidates) > 1:
             raise DatasetError(
                 f"{where} has {candidates[0]} and {candidates[1]}, and either could be {image}; name images in it as "
                 f"the labels do"
+            )
+        if candidates and claims[candidates[0]] > 1:
+            raise DatasetError(
+                f"{where} has {candidates[0]}, which could be {image} or another image of the labels; name images in "
+                f"it as the labels do"
             )
         if candidates:
             found[image] = candidates[0]

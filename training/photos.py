@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -98,6 +99,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 
 MAX_PACKAGE = 512 << 20  # bytes, also of what it unpacks to
 MAX_PICTURE = 128 << 20
+MAX_TERMS = 1 << 20  # of a copyright file
+MAX_MEMORY = 256 << 20  # of unpacking
 MIN_SIDE = 512  # pixels
 # Detail: at a longest side of 1024, blocks of 8×8 pixels whose luma leaves its best plane by more than DETAIL of 255.
 DETAIL_SIDE, DETAIL, MIN_DETAILED = 1024, 3.0, 0.035
@@ -144,7 +147,8 @@ def download(folder: Path) -> list[Path]:
 def gather(sources: Sequence[Path], folder: Path, *, seed: int) -> tuple[list[Photograph], list[str]]:
     """Copy photographs from packages and folders (none: PACKAGES) into `folder`/part/; return them and what was left.
 
-    Which part a photograph belongs to depends on the seed and on its name only. Raises DatasetError, OutputError.
+    The split depends on the seed and on all names: with other photographs, those that were held out may be trained on.
+    Raises DatasetError, OutputError.
     """
     if folder.exists() and any(folder.iterdir()):
         raise OutputError(f"{folder} is not empty: give a new folder")
@@ -158,7 +162,7 @@ def gather(sources: Sequence[Path], folder: Path, *, seed: int) -> tuple[list[Ph
     photographs = []
     for item in chosen:
         path = Path(part_of[item.name], item.name)
-        _write(folder / path, item.data)
+        write_file(folder / path, item.data)
         digest = hashlib.sha256(item.data).hexdigest()
         photographs.append(Photograph(path.as_posix(), item.origin, item.path, item.licence, item.holder, digest))
     photographs.sort(key=lambda photograph: photograph.file)
@@ -166,17 +170,18 @@ def gather(sources: Sequence[Path], folder: Path, *, seed: int) -> tuple[list[Ph
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([field.name for field in fields(Photograph)])
     writer.writerows(astuple(photograph) for photograph in photographs)
-    _write(folder / LIST, text.getvalue().encode())
+    write_file(folder / LIST, text.getvalue().encode())
     return photographs, left
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all, making its folder if need be. Raises OutputError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as stream:
             stream.write(data)
     except OSError as exc:
-        raise OutputError(f"cannot write {path}: {exc.strerror}") from exc
+        raise OutputError(f"cannot write {path}: {exc.strerror or exc}") from exc
 
 
 def _all(sources: Iterable[Path]) -> Iterator[_Found]:
@@ -305,21 +310,37 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
     except OSError as exc:
         raise DatasetError(f"{path} cannot be read: {exc.strerror}") from exc
     content = _section(path, data, "data.tar.xz")
-    total = 0
     try:
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:xz") as archive:
+        with tempfile.SpooledTemporaryFile(16 << 20) as unpacked:
+            _unpack(path, content, unpacked)
+            archive = tarfile.open(fileobj=unpacked, mode="r:")  # noqa: SIM115 — closed with the file
             for member in archive:
                 name = member.name.removeprefix("./")
                 picture = PurePosixPath(name).suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")
                 if not member.isfile() or not (picture or name.endswith("/copyright")):
                     continue
-                total += member.size
-                if member.size > MAX_PICTURE or total > MAX_PACKAGE:
+                if member.size > (MAX_PICTURE if picture else MAX_TERMS):
                     raise DatasetError(f"{path}: {name} unpacks to more than this reads")
                 stream = archive.extractfile(member)
                 yield name, stream.read() if stream else b""
-    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as exc:
+    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError, ValueError) as exc:
         raise DatasetError(f"{path} is damaged: {first_line(exc)}") from exc
+
+
+def _unpack(path: Path, content: bytes, into: IO[bytes]) -> None:
+    """Write what an .xz file unpacks to, in pieces: a few bytes of it can stand for any amount."""
+    decompressor, total = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_MEMORY), 0
+    piece = decompressor.decompress(content, max_length=1 << 20)
+    while True:
+        total += into.write(piece)
+        if total > MAX_PACKAGE:
+            raise DatasetError(f"{path} unpacks to more than {MAX_PACKAGE >> 20} MiB")
+        if decompressor.eof:
+            break
+        if decompressor.needs_input:
+            raise EOFError("it ends too early")
+        piece = decompressor.decompress(b"", max_length=1 << 20)
+    into.seek(0)
 
 
 def _section(path: Path, data: bytes, wanted: str) -> bytes:
@@ -360,15 +381,17 @@ def _terms(text: str) -> list[tuple[tuple[str, ...], str, str]]:
 
 def _licence(name: str, terms: Sequence[tuple[tuple[str, ...], str, str]]) -> tuple[str, str]:
     """Return licence and holder of a file: the last stanza that names it; sources lie in other folders than files."""
-    found = ("", "")
-    for by_name in (False, True):
-        for patterns, licence, holder in terms:
-            tails = [PurePosixPath(pattern).name if by_name else pattern for pattern in patterns]
-            if by_name:
-                tails = [tail for tail in tails if tail != "*"]
-            if any(fnmatchcase(name, tail) or fnmatchcase(name, f"*/{tail}") for tail in tails):
-                found = (licence, holder)
-    return found
+    everything = ("", "")
+    found: dict[bool, tuple[str, str]] = {}  # by whether only the file's own name was compared
+    for patterns, licence, holder in terms:
+        for pattern in patterns:
+            if pattern == "*":
+                everything = (licence, holder)
+            elif fnmatchcase(name, pattern) or fnmatchcase(name, f"*/{pattern}"):
+                found[False] = (licence, holder)
+            elif fnmatchcase(PurePosixPath(name).name, PurePosixPath(pattern).name):
+                found[True] = (licence, holder)
+    return found.get(False) or found.get(True) or everything
 
 
 def parts_in(folder: Path) -> Mapping[str, list[Path]]:

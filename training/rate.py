@@ -15,12 +15,12 @@ import numpy.typing as npt
 import PIL.Image
 
 from ..errors import ConfigError, OutputError
-from ..runtime.atomic import replacing
 from .crops import Pictures, Pixels
+from .datasets import DatasetError
 from .distortions import DISTORTIONS, LEVELS, distort
 from .fullref import METRICS, MS_SSIM_SIDE, fit_pseudo_scale, measure
 from .loop import generator
-from .photos import detailed
+from .photos import detailed, write_file
 from .splits import Split
 
 LABELS, SPLIT, SCALE = "labels.csv", "split.json", "scale.json"
@@ -70,6 +70,11 @@ def rate(
     """
     if side < MS_SSIM_SIDE:
         raise ConfigError(f"windows must have at least {MS_SSIM_SIDE} pixels a side, which MS-SSIM needs; not {side}")
+    if folder.exists() and any(folder.iterdir()):
+        raise OutputError(f"{folder} is not empty: give a new folder")
+    names = [path.stem for paths in parts.values() for path in paths]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DatasetError(f"two photographs are called {twice[0]}, and pictures are named after them: rename one")
     rows: list[_Row] = []
     for part, paths in parts.items():
         pictures = Pictures(paths, folder / "cache", min_side=side, longest_side=longest_side)
@@ -85,9 +90,9 @@ def rate(
         values = (f"{value:.6f}" for value in row.values)
         writer.writerow([row.image, f"{score:.6f}", row.reference, row.distortion, row.level, *values])
     contents = {part: tuple(sorted({row.reference for row in rows if row.part == part})) for part in parts}
-    _write(folder / SCALE, scale.to_json().encode())
+    write_file(folder / SCALE, scale.to_json().encode())
     Split(Path(LABELS).stem, seed, contents).write(folder / SPLIT)
-    _write(folder / LABELS, text.getvalue().encode())  # last: where it is, the set is whole
+    write_file(folder / LABELS, text.getvalue().encode())  # last: where it is, the set is whole
     return len(rows)
 
 
@@ -131,13 +136,4 @@ def _window(photo: Pixels, side: int, draw: np.random.Generator) -> Pixels:
 def _save(path: Path, image: npt.NDArray[np.uint8]) -> None:
     stream = io.BytesIO()
     PIL.Image.fromarray(image).save(stream, "PNG")
-    _write(path, stream.getvalue())
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as stream:
-            stream.write(data)
-    except OSError as exc:
-        raise OutputError(f"cannot write {path}: {exc.strerror}") from exc
+    write_file(path, stream.getvalue())

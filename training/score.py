@@ -94,8 +94,9 @@ class Restorations:
             )
         # Shares go by index and not by place among the missing, which others are making fewer meanwhile.
         own = [index for index in missing if index % machine.world == machine.rank]
-        fast = machine.device.type == "cpu" and len(own) >= EXPORT_PAYS
-        method = self._by_onnxruntime() if fast else self._by_torch(machine.device)
+        # Not by how many are missing: a run that is resumed must restore as it would have.
+        fast = machine.device.type == "cpu" and len(pictures) >= EXPORT_PAYS
+        method = self._by_onnxruntime() if fast and own else self._by_torch(machine.device)
         for count, index in enumerate(own):
             save_array(files[index], self._restored(pictures[index], method))
             progress(count + 1, len(own))

@@ -253,6 +253,24 @@ def test_onnxruntime_runs_the_fp16_stage_itself_to_much_the_same(directory: Engi
         np.testing.assert_allclose(have.astype(np.float32), want, atol=5e-3 * np.abs(want).max())
 
 
+def test_a_stage_that_answers_zero_drifts_by_nothing_and_small_rounding_errors_pass(
+    directory: EngineDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trained score head ends in a ReLU, and its worst score is 0."""
+    model, plan = made([node("Mul", "x a", "y")], {"a": np.full(1, 1 / 3, np.float32)}, (1,))
+    onnx.save(model, tmp_path / "made.onnx")
+    stage, _ = stage_of(directory, StageName.VDA)
+    outputs = (TensorSpec("y", "float32", (1,)),)
+    stage = dataclasses.replace(stage, file=FileEntry("made.onnx", 0, ""), outputs=outputs)
+    here, typed = dataclasses.replace(directory, path=tmp_path), cast(model, plan, Precision.FP16)
+    for value, reference in ((0.0, 0.0), (1e-7, 1e-7 / 3)):
+        feed = {"x": np.full(1, value, np.float32)}
+        monkeypatch.setattr(drift_module, "draw_inputs", lambda *_, feed=feed: feed)
+        (check,) = measure_drift(here, stage, typed, Precision.FP16)
+        assert check.max_abs_reference == pytest.approx(reference)
+        assert check.max_abs_error < check.tolerance == pytest.approx(5e-4)
+
+
 def test_what_overflows_is_refused_with_a_way_out(
     directory: EngineDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

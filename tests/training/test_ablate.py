@@ -124,3 +124,10 @@ def test_a_recipe_that_fails_leaves_a_reason_and_the_rest_goes_on(
         full, vcg = csv.DictReader(file)
     assert full["problem"] == "step 1: the loss is not finite"
     assert vcg["test_srcc"]
+
+
+def test_several_processes_are_refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = CliRunner().invoke(train, arguments)
+    assert result.exit_code == 2
+    assert "ablate is one process" in result.stderr

@@ -134,6 +134,13 @@ def test_scores_are_found_by_their_ends_and_never_taken_twice(tmp_path: Path) ->
         read_branches(scores, pictures)
 
 
+def test_a_name_that_several_images_end_like_is_given_to_none_of_them(tmp_path: Path) -> None:
+    pictures = {name: Path(name) for name in ("jpeg/img1.bmp", "jp2k/img1.bmp")}
+    scores = write_csv(tmp_path / "s.csv", [("image", "score"), ("img1.bmp", 1)])
+    with pytest.raises(DatasetError, match=r"has img1\.bmp, which could be jp2k/img1\.bmp or another image"):
+        read_branches(scores, pictures)
+
+
 def test_scores_of_other_images_are_refused_with_an_example(tmp_path: Path) -> None:
     made(tmp_path)
     scores = write_csv(tmp_path / "s.csv", [("image", "score"), ("x.png", 1)])

@@ -160,6 +160,24 @@ def test_a_package_that_unpacks_to_too_much_is_refused(
         gather([debian], tmp_path / "out", seed=1)
 
 
+def test_a_package_that_unpacks_without_end_is_refused_before_memory_is_gone(
+    debian: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few kilobytes of xz stand for 64 MiB of zeros, in a file that nobody would have read."""
+    monkeypatch.setattr(photos, "MAX_PACKAGE", 16 << 20)
+    package(debian, {"usr/lib/zeros": bytes(64 << 20)})
+    assert debian.stat().st_size < 100_000
+    with pytest.raises(DatasetError, match="unpacks to more than 16 MiB"):
+        gather([debian], tmp_path / "out", seed=1)
+
+
+def test_a_path_says_more_about_a_licence_than_a_name() -> None:
+    terms = [(("walls/a/*.png",), "CC0-1.0", "A"), (("icons/*.png",), "GPL-2+", "B"), (("*",), "MIT", "C")]
+    assert photos._licence("usr/share/walls/a/x.png", terms) == ("CC0-1.0", "A")
+    assert photos._licence("usr/share/other/x.png", terms) == ("GPL-2+", "B")
+    assert photos._licence("usr/share/other/x.jpg", terms) == ("MIT", "C")
+
+
 def test_a_known_package_gives_what_was_chosen_by_eye_and_nothing_else(
     debian: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffiqa.errors import ConfigError
+from diffiqa.errors import ConfigError, OutputError
 from diffiqa.runtime.images import read_image
-from diffiqa.training.datasets import load_csv
+from diffiqa.training.datasets import DatasetError, load_csv
 from diffiqa.training.distortions import DISTORTIONS
 from diffiqa.training.fullref import PseudoScale, measure
 from diffiqa.training.rate import Amount, rate
@@ -101,6 +101,18 @@ def test_the_test_part_has_no_say_in_the_scale(made: Path, tmp_path: Path) -> No
     Image.fromarray(np.full((190, 210, 3), 90, np.uint8)).save(parts["test"][0])
     rate(parts, tmp_path / "set", amounts=AMOUNTS, seed=4)
     assert (tmp_path / "set" / "scale.json").read_bytes() == (made / "set" / "scale.json").read_bytes()
+
+
+def test_a_used_folder_and_equal_names_are_refused(tmp_path: Path) -> None:
+    """Labels of an older run beside pictures of a newer one would be wrong, and nothing would show it."""
+    parts = photographs(tmp_path / "photos")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "labels.csv").touch()
+    with pytest.raises(OutputError, match="is not empty"):
+        rate(parts, tmp_path / "set", amounts=AMOUNTS, seed=4)
+    parts["test"] = [parts["train"][0].with_suffix(".jpg")]
+    with pytest.raises(DatasetError, match="two photographs are called photo_train"):
+        rate(parts, tmp_path / "other", amounts=AMOUNTS, seed=4)
 
 
 @pytest.mark.parametrize(("windows", "distortions"), [(0, 1), (1, 0), (13, 2), (1, 26)])
