@@ -12,8 +12,8 @@ from ..errors import CheckpointError, ConfigError
 from ..model.checkpoint import load
 from .config import ScoreConfig, read_config
 from .crops import Pictures
-from .evaluate import to_csv, write_text
 from .loop import VALIDATION, Machine, TrainingError, open_machine
+from .outputs import to_csv, write_file
 from .score import Rated, Restorations, ScoreTask, run_score
 
 TABLE = "ablation.csv"
@@ -106,7 +106,7 @@ def ablate(
                 test = judge(run / "model.safetensors", config, parts["test"], place, machine)
             figures = (validation["srcc"], validation["plcc"], test["srcc"], test["plcc"])
             rows.append(Row(name, result.step, *figures))
-        write_text(folder / TABLE, to_csv([COLUMNS, *(row.cells() for row in rows)]))
+        write_file(folder / TABLE, to_csv([COLUMNS, *(row.cells() for row in rows)]))
     return rows
 
 

@@ -387,11 +387,10 @@ def evaluate(
         read_branches,
         score_pictures,
         table,
-        to_csv,
         to_text,
         write_evaluation,
-        write_text,
     )
+    from .outputs import to_csv, write_file
     from .splits import Split
 
     if sum(value is not None for value in (engine, scores, gmad)) != 1:
@@ -399,7 +398,7 @@ def evaluate(
     if gmad:
         rows = gmad_table(*gmad, given["levels"])
         if output:
-            write_text(output / "gmad.csv", to_csv(rows))
+            write_file(output / "gmad.csv", to_csv(rows))
         click.echo(table(rows))
         return
     if (labels is None) == (given["data"] is None):

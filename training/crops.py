@@ -80,18 +80,31 @@ class Pictures:
         return file
 
     def _decoded(self, path: Path) -> Pixels:
-        image = read_image(path, min_side=self._min_side if self._enlarge else 1).pixels
-        scale = 1 if image.dtype == np.uint8 else 255
-        pixels: Pixels = np.rint(image * np.float32(scale)).astype(np.uint8)
-        height, width = pixels.shape[:2]
-        if 0 < self._longest_side < max(height, width):
-            scale = self._longest_side / max(height, width)
-            size = (max(1, round(width * scale)), max(1, round(height * scale)))
-            pixels = np.asarray(PIL.Image.fromarray(pixels).resize(size, PIL.Image.Resampling.LANCZOS))
+        pixels = read_pixels(path, min_side=self._min_side if self._enlarge else 1)
+        if self._longest_side:
+            pixels = reduced(pixels, self._longest_side)
         if min(pixels.shape[:2]) < self._min_side:
             width, height = pixels.shape[1], pixels.shape[0]
             raise ImageError(f"{path}: {width}×{height} is smaller than a crop of {self._min_side}×{self._min_side}")
         return pixels
+
+
+def read_pixels(path: Path, *, min_side: int = 1) -> Pixels:
+    """Return a picture as the runtime reads it, on 8-bit values. Raises ImageError."""
+    image = read_image(path, min_side=min_side).pixels
+    scale = 1 if image.dtype == np.uint8 else 255
+    pixels: Pixels = np.rint(image * np.float32(scale)).astype(np.uint8)
+    return pixels
+
+
+def reduced(pixels: Pixels, longest_side: int) -> Pixels:
+    """Return a picture scaled down to this side, or as it is if it is no larger."""
+    height, width = pixels.shape[:2]
+    if max(height, width) <= longest_side:
+        return pixels
+    scale = longest_side / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(PIL.Image.fromarray(pixels).resize(size, PIL.Image.Resampling.LANCZOS))
 
 
 def save_array(path: Path, array: npt.NDArray[np.generic]) -> None:

@@ -1,7 +1,5 @@
 """How well scores agree with labels, in one typed document: all images, each branch, each distortion, each level."""
 
-import csv
-import io
 import json
 import posixpath
 import statistics
@@ -11,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import OutputError
-from ..runtime.atomic import replacing
 from ..runtime.codec import encode
 from ..runtime.results import Options
 from ..runtime.run import Outputs, run
@@ -19,6 +16,7 @@ from ..runtime.scorer import Scorer
 from .correlation import GroupRow, gmad_pairs, per_group, read_scores, srcc
 from .datasets import Dataset, DatasetError, Item
 from .distortions import DISTORTIONS
+from .outputs import write_file
 from .plot import Points, draw_scatter, save
 
 SCHEMA_VERSION = 1
@@ -251,19 +249,9 @@ def _ends(name: str) -> list[str]:
 def write_evaluation(folder: Path, found: Evaluation, points: Points) -> None:
     """Write evaluation.json, evaluation.md and scatter.png. Raises OutputError."""
     document = json.dumps(encode(found), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_text(folder / JSON_NAME, document)
-    write_text(folder / TEXT_NAME, to_text(found))
+    write_file(folder / JSON_NAME, document)
+    write_file(folder / TEXT_NAME, to_text(found))
     save(draw_scatter(points), folder / SCATTER_NAME)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a result, whole or not at all, making its folder if need be. Raises OutputError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as stream:
-            stream.write(text.encode("utf-8", "surrogateescape"))  # names of files are bytes in the end
-    except OSError as exc:
-        raise OutputError(f"cannot write {path}: {exc.strerror or exc}") from exc
 
 
 def points_of(dataset: Dataset, items: Sequence[Item], scores: Scores) -> Points:
@@ -357,10 +345,3 @@ def gmad_table(first: Path, second: Path, levels: int) -> list[tuple[str, ...]]:
             for pair in gmad_pairs(fixed, other, levels)
         ),
     ]
-
-
-def to_csv(rows: Iterable[Sequence[object]]) -> str:
-    """Return rows as the text of a CSV file."""
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()

@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import CheckpointError, ConfigError, DiffiqaError, OutputError, UsageError
 from ..runtime.atomic import replacing
 from .config import Optimisation, Precision, RestoreConfig, ScoreConfig, differences, digest, identity
+from .outputs import write_file
 
 FORMAT = 1
 CHECKPOINT, LOG, VALIDATION = "checkpoint.pt", "log.csv", "validation.csv"
@@ -528,7 +529,7 @@ class _Log:
         except ValueError:  # empty, or not text
             header, lines = "", []
         kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step] if step else []
-        self._write("".join([header, *kept]) if kept else "")
+        write_file(self._path, "".join([header, *kept]) if kept else "")
 
     def append(self, row: Mapping[str, float]) -> None:
         """Add a row; numbers are written so that reading them gives them back exactly."""
@@ -540,13 +541,6 @@ class _Log:
         try:
             with self._path.open("a", newline="") as file:
                 file.write(text.getvalue())
-        except OSError as exc:
-            raise OutputError(f"cannot write {self._path}: {exc}") from exc
-
-    def _write(self, text: str) -> None:
-        try:
-            with replacing(self._path) as stream:
-                stream.write(text.encode())
         except OSError as exc:
             raise OutputError(f"cannot write {self._path}: {exc}") from exc
 

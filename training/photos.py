@@ -3,9 +3,7 @@
 Packages are unpacked in memory, and only pictures and copyright files are looked at; nothing in them is run.
 """
 
-import csv
 import hashlib
-import io
 import lzma
 import re
 import subprocess
@@ -22,10 +20,10 @@ import numpy.typing as npt
 import PIL.Image
 
 from ..errors import ImageError, OutputError, first_line
-from ..runtime.atomic import replacing
-from ..runtime.images import read_image
 from ..runtime.inputs import find_images
+from .crops import read_pixels, reduced
 from .datasets import DatasetError
+from .outputs import to_csv, write_file
 from .splits import DEFAULT_RATIOS, shares
 
 LIST = "photographs.csv"
@@ -153,8 +151,7 @@ def gather(sources: Sequence[Path], folder: Path, *, seed: int) -> tuple[list[Ph
     if folder.exists() and any(folder.iterdir()):
         raise OutputError(f"{folder} is not empty: give a new folder")
     with tempfile.TemporaryDirectory() as temporary:
-        found = _choose(_all(sources or download(Path(temporary))))
-        chosen, left = found
+        chosen, left = _choose(_all(sources or download(Path(temporary))))
     if len(chosen) < len(DEFAULT_RATIOS):
         raise DatasetError(f"{len(chosen)} usable photographs are too few to split; left out: {'; '.join(left) or '-'}")
     parts = shares([item.name for item in chosen], seed, DEFAULT_RATIOS)
@@ -166,22 +163,9 @@ def gather(sources: Sequence[Path], folder: Path, *, seed: int) -> tuple[list[Ph
         digest = hashlib.sha256(item.data).hexdigest()
         photographs.append(Photograph(path.as_posix(), item.origin, item.path, item.licence, item.holder, digest))
     photographs.sort(key=lambda photograph: photograph.file)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([field.name for field in fields(Photograph)])
-    writer.writerows(astuple(photograph) for photograph in photographs)
-    write_file(folder / LIST, text.getvalue().encode())
+    head = [field.name for field in fields(Photograph)]
+    write_file(folder / LIST, to_csv([head, *map(astuple, photographs)]))
     return photographs, left
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file, whole or not at all, making its folder if need be. Raises OutputError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as stream:
-            stream.write(data)
-    except OSError as exc:
-        raise OutputError(f"cannot write {path}: {exc.strerror or exc}") from exc
 
 
 def _all(sources: Iterable[Path]) -> Iterator[_Found]:
@@ -225,21 +209,14 @@ def _pixels(item: _Found) -> npt.NDArray[np.uint8]:
         file.write(item.data)
         file.flush()
         try:
-            image = read_image(Path(file.name), min_side=1).pixels
+            return read_pixels(Path(file.name))
         except ImageError as exc:
             raise ImageError(str(exc).replace(file.name, item.path)) from exc
-    scale = 1 if image.dtype == np.uint8 else 255
-    pixels: npt.NDArray[np.uint8] = np.rint(image * np.float32(scale)).astype(np.uint8)
-    return pixels
 
 
 def detailed(pixels: npt.NDArray[np.uint8]) -> float:
     """Return the share of blocks with detail: near 0 for drawings of flat colours, gradients, and what is blurred."""
-    picture = PIL.Image.fromarray(pixels)
-    scale = DETAIL_SIDE / max(picture.size)
-    if scale < 1:
-        size = (round(picture.width * scale), round(picture.height * scale))
-        picture = picture.resize(size, PIL.Image.Resampling.LANCZOS)
+    picture = PIL.Image.fromarray(reduced(pixels, DETAIL_SIDE))
     luma = np.asarray(picture.convert("L"), np.float64)
     rows, columns = luma.shape[0] // 8, luma.shape[1] // 8
     if not rows or not columns:

@@ -3,7 +3,6 @@
 The rating is the pseudo-score of `fullref.PseudoScale`: no person has looked at these pictures.
 """
 
-import csv
 import hashlib
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,8 @@ from .datasets import DatasetError
 from .distortions import DISTORTIONS, LEVELS, distort
 from .fullref import METRICS, MS_SSIM_SIDE, fit_pseudo_scale, measure
 from .loop import generator
-from .photos import detailed, write_file
+from .outputs import to_csv, write_file
+from .photos import detailed
 from .splits import Split
 
 LABELS, SPLIT, SCALE = "labels.csv", "split.json", "scale.json"
@@ -83,16 +83,17 @@ def rate(
             progress(len(rows))
     scale = fit_pseudo_scale(np.array([row.values for row in rows if row.part == "train"]))
     scores = scale.scores(np.array([row.values for row in rows]))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "score", "reference", "distortion", "level", *(metric.name for metric in METRICS)])
-    for row, score in zip(rows, scores, strict=True):
-        values = (f"{value:.6f}" for value in row.values)
-        writer.writerow([row.image, f"{score:.6f}", row.reference, row.distortion, row.level, *values])
+    table: list[list[str]] = [
+        ["image", "score", "reference", "distortion", "level", *(metric.name for metric in METRICS)],
+        *(
+            [row.image, f"{score:.6f}", row.reference, row.distortion, row.level, *(f"{v:.6f}" for v in row.values)]
+            for row, score in zip(rows, scores, strict=True)
+        ),
+    ]
     contents = {part: tuple(sorted({row.reference for row in rows if row.part == part})) for part in parts}
-    write_file(folder / SCALE, scale.to_json().encode())
+    write_file(folder / SCALE, scale.to_json())
     Split(Path(LABELS).stem, seed, contents).write(folder / SPLIT)
-    write_file(folder / LABELS, text.getvalue().encode())  # last: where it is, the set is whole
+    write_file(folder / LABELS, to_csv(table))  # last: where it is, the set is whole
     return len(rows)
 
 

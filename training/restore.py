@@ -4,9 +4,7 @@ Symbols: x0 is the *reference*, the condition is its distorted version; level = 
 y = level·x0 + sqrt(1 − level²)·ε; the U-Net is asked for ε.
 """
 
-import csv
 import dataclasses
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,15 +16,15 @@ import PIL.Image
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, OutputError
+from ..errors import ConfigError
 from ..model.bundle import save_bundle
 from ..model.network import DiffV2IQA
-from ..runtime.atomic import replacing
 from ..runtime.schedule import Kind, Schedule
 from .config import Loss, RestoreConfig, digest, identity
 from .crops import Pictures, to_network
 from .distortions import DISTORTIONS, LEVELS, compose
 from .loop import DATA, Machine, Result, Sample, Verdict, generator, open_machine, train
+from .outputs import to_csv, write_file
 from .plot import PLOT_NAME, draw_runs, save
 from .start import Start, begin
 
@@ -238,19 +236,11 @@ def _mean_gain(gains: Sequence[Gain]) -> float:
 
 def write_gains(path: Path, gains: Sequence[Gain]) -> None:
     """Write the table of gains as CSV; raises OutputError."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["number", "distortion", "level", "before_db", "after_db", "gain_db"])
+    rows: list[list[object]] = [["number", "distortion", "level", "before_db", "after_db", "gain_db"]]
     for gain in gains:
         figures = (gain.before_db, gain.after_db, gain.gain_db)
-        writer.writerow(
-            [gain.number, gain.name, gain.level, *("" if value is None else f"{value:.3f}" for value in figures)]
-        )
-    try:
-        with replacing(path) as stream:
-            stream.write(text.getvalue().encode())
-    except OSError as exc:
-        raise OutputError(f"cannot write {path}: {exc}") from exc
+        rows.append([gain.number, gain.name, gain.level, *("" if v is None else f"{v:.3f}" for v in figures)])
+    write_file(path, to_csv(rows))
 
 
 def run_restore(
