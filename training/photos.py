@@ -359,14 +359,14 @@ def _terms(text: str) -> list[tuple[tuple[str, ...], str, str]]:
 def _licence(name: str, terms: Sequence[tuple[tuple[str, ...], str, str]]) -> tuple[str, str]:
     """Return licence and holder of a file: the last stanza that names it; sources lie in other folders than files."""
     everything = ("", "")
-    found: dict[bool, tuple[str, str]] = {}  # by whether only the file's own name was compared
+    found: dict[bool, tuple[str, str]] = {}  # by whether only the file's own name was compared, wildcards left out
     for patterns, licence, holder in terms:
         for pattern in patterns:
             if pattern == "*":
                 everything = (licence, holder)
             elif fnmatchcase(name, pattern) or fnmatchcase(name, f"*/{pattern}"):
                 found[False] = (licence, holder)
-            elif fnmatchcase(PurePosixPath(name).name, PurePosixPath(pattern).name):
+            elif PurePosixPath(name).name == PurePosixPath(pattern).name:
                 found[True] = (licence, holder)
     return found.get(False) or found.get(True) or everything
 

@@ -172,10 +172,16 @@ def test_a_package_that_unpacks_without_end_is_refused_before_memory_is_gone(
 
 
 def test_a_path_says_more_about_a_licence_than_a_name() -> None:
-    terms = [(("walls/a/*.png",), "CC0-1.0", "A"), (("icons/*.png",), "GPL-2+", "B"), (("*",), "MIT", "C")]
+    terms = [(("walls/a/*.png",), "CC0-1.0", "A"), (("icons/x.png",), "GPL-2+", "B"), (("*",), "MIT", "C")]
     assert photos._licence("usr/share/walls/a/x.png", terms) == ("CC0-1.0", "A")
     assert photos._licence("usr/share/other/x.png", terms) == ("GPL-2+", "B")
     assert photos._licence("usr/share/other/x.jpg", terms) == ("MIT", "C")
+
+
+def test_a_pattern_of_another_folder_says_nothing_about_a_licence() -> None:
+    """`debian/*` is in nearly every package, and its last part matches any name."""
+    terms = [(("*",), "CC-BY-4.0", "A"), (("debian/*", "icons/*.png"), "Expat", "B")]
+    assert photos._licence("usr/share/walls/x.png", terms) == ("CC-BY-4.0", "A")
 
 
 def test_a_known_package_gives_what_was_chosen_by_eye_and_nothing_else(
