@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -36,12 +36,30 @@ _SHARED = [
     ),
     click.option("-q", "--quiet", is_flag=True, help="Print errors only."),
 ]
+_RATED = [
+    click.option("--data", type=_PATH, required=True, metavar="PATH", help="The data set's folder, or a CSV file."),
+    click.option("--dataset", metavar="NAME", help="Which published data set the folder holds, such as kadid10k."),
+    click.option("--lower-better", is_flag=True, help="In the CSV file, a lower score is better."),
+    click.option(
+        "--split",
+        "split_file",
+        type=_PATH,
+        metavar="FILE",
+        help="Its parts. Default: drawn by reference from the seed, and written to DIR/split.json.",
+    ),
+    click.option("--unet", type=_PATH, metavar="FILE", help="The bundle with the U-Net that restores."),
+    click.option("--vit", type=_PATH, metavar="FILE", help="Begin with the ViT of this bundle."),
+    click.option("--cache", type=_PATH, metavar="DIR", help="Where restorations are kept. Default: DIR/cache."),
+]
 
 
-def _shared_options(command: F) -> F:
-    for option in reversed(_SHARED):
-        command = option(command)
-    return command
+def _options(options: Sequence[Callable[[F], F]]) -> Callable[[F], F]:
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 @click.group()
@@ -54,7 +72,7 @@ def train() -> None:
 
 
 @train.command(cls=TrainCommand)
-@_shared_options
+@_options(_SHARED)
 @click.option(
     "--data", type=_PATH, required=True, multiple=True, metavar="DIR", help="Pristine photographs (repeatable)."
 )
@@ -106,21 +124,9 @@ def restore(
 
 
 @train.command(cls=TrainCommand)
-@_shared_options
-@click.option("--data", type=_PATH, required=True, metavar="PATH", help="The data set's folder, or a CSV file.")
-@click.option("--dataset", metavar="NAME", help="Which published data set the folder holds, such as kadid10k.")
-@click.option("--lower-better", is_flag=True, help="In the CSV file, a lower score is better.")
-@click.option(
-    "--split",
-    "split_file",
-    type=_PATH,
-    metavar="FILE",
-    help="Parts to train and validate on. Default: drawn by reference from the seed, written to DIR/split.json.",
-)
-@click.option("--unet", type=_PATH, metavar="FILE", help="The bundle with the U-Net that restores.")
-@click.option("--vit", type=_PATH, metavar="FILE", help="Begin with the ViT of this bundle.")
+@_options(_SHARED)
+@_options(_RATED)
 @click.option("--start", type=_PATH, metavar="FILE", help="Begin with all trained parts of this bundle.")
-@click.option("--cache", type=_PATH, metavar="DIR", help="Where restorations are kept. Default: the run's folder.")
 def score(
     config_file: Path,
     output: Path,
@@ -252,17 +258,11 @@ def rate(
 
 
 @train.command(cls=TrainCommand)
-@_shared_options
+@_options(_SHARED)
 @click.option(
     "--recipes", type=_PATH, required=True, multiple=True, metavar="PATH", help="TOML files or folders of them."
 )
-@click.option("--data", type=_PATH, required=True, metavar="PATH", help="The data set's folder, or a CSV file.")
-@click.option("--dataset", metavar="NAME", help="Which published data set the folder holds, such as kadid10k.")
-@click.option("--lower-better", is_flag=True, help="In the CSV file, a lower score is better.")
-@click.option("--split", "split_file", type=_PATH, metavar="FILE", help="Parts train, validation and test.")
-@click.option("--unet", type=_PATH, metavar="FILE", help="The bundle with the U-Net that restores.")
-@click.option("--vit", type=_PATH, metavar="FILE", help="Begin with the ViT of this bundle.")
-@click.option("--cache", type=_PATH, metavar="DIR", help="Where restorations are kept. Default: DIR/cache, for all.")
+@_options(_RATED)
 def ablate(
     config_file: Path,
     output: Path,
