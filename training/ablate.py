@@ -65,6 +65,7 @@ def ablate(
     *,
     unet: Path | None = None,
     vit: Path | None = None,
+    resnet: Path | None = None,
     cache: Path | None = None,
     device: str | None = None,
     resume: bool = False,
@@ -75,7 +76,7 @@ def ablate(
     """Train each recipe in its own folder below `folder`, and judge it on the part "test", too.
 
     `parts` has "train", "validation" and "test". The table is written after every run. A recipe whose loss is not
-    finite, or that `unet` or `vit` do not fit, has a problem in place of figures, and the rest goes on.
+    finite, or that a part does not fit, has a problem in place of figures, and the rest goes on.
     """
     place = cache or folder / "cache"
     rows: list[Row] = []
@@ -90,6 +91,7 @@ def ablate(
                 run,
                 unet=unet if config.model.unet else None,
                 vit=vit if config.model.vcg else None,
+                resnet=resnet if config.model.vda else None,
                 cache=place,
                 device=device,
                 resume=resume,

@@ -7,7 +7,7 @@
     steps = 20000
     batch = 16
 
-Every entry but `preset` is a field of `RestoreConfig` or `ScoreConfig`, where defaults are.
+Every entry but `preset` is a field of `RestoreConfig`, `PretrainConfig` or `ScoreConfig`, where defaults are.
 """
 
 import enum
@@ -23,7 +23,7 @@ from ..errors import ConfigError
 from ..model.config import ModelConfig, preset
 from ..runtime.codec import decode, encode
 
-C = TypeVar("C", "RestoreConfig", "ScoreConfig")
+C = TypeVar("C", "RestoreConfig", "PretrainConfig", "ScoreConfig")
 OPTIONAL_PARTS = ("unet", "vcg", "vda")  # TOML has no null: `false` leaves these out
 UNMERGED = ("selection",)  # a table that replaces the preset's as a whole: its keys are data, not fields
 
@@ -111,6 +111,34 @@ class RestoreConfig:
 
 
 @dataclass(frozen=True)
+class PretrainConfig:
+    """Teaching the backbones: crops of distorted pictures, their scores and how they were distorted."""
+
+    model: ModelConfig
+    seed: int
+    optimisation: Optimisation
+    vit: bool = True
+    resnet: bool = True
+    distortion_weight: float = 0.05  # of telling distortions apart, beside the squared error of the score
+    validate_every: int = 500  # steps
+    validation_crops: int = 4  # per image, on the grid that scoring uses
+    reporting: Reporting = field(default_factory=Reporting)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run, before data is read."""
+        _refuse(
+            "pretraining configuration",
+            {
+                "vit or resnet must be true": self.vit or self.resnet,
+                "distortion_weight must not be negative": self.distortion_weight >= 0,
+                "validate_every must be at least 1": self.validate_every >= 1,
+                "validation_crops must be between 1 and 1000": 1 <= self.validation_crops <= 1000,
+            },
+            self,
+        )
+
+
+@dataclass(frozen=True)
 class Rates:
     """The learning rate of each part, as a multiple of the run's; 0 freezes the part, its statistics included."""
 
@@ -152,6 +180,9 @@ class ScoreConfig:
         )
 
 
+RunConfig = RestoreConfig | PretrainConfig | ScoreConfig
+
+
 def read_config(cls: type[C], path: Path, changes: Path | None = None) -> C:
     """Read a run's configuration from a TOML file; raises ConfigError that names the file and the entry.
 
@@ -185,7 +216,7 @@ def parse_config(cls: type[C], data: Mapping[str, Any]) -> C:
     return decode(cls, entries, "configuration", ConfigError)
 
 
-def identity(config: RestoreConfig | ScoreConfig) -> dict[str, Any]:
+def identity(config: RunConfig) -> dict[str, Any]:
     """Return all that shapes the result, as plain values: what a run that is resumed must share."""
     return {name: value for name, value in encode(config).items() if name != "reporting"}
 
@@ -220,7 +251,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 40 else text[:39] + "…"
 
 
-def _refuse(what: str, rules: dict[str, bool], config: RestoreConfig | ScoreConfig) -> None:
+def _refuse(what: str, rules: dict[str, bool], config: RunConfig) -> None:
     """Raise ConfigError with the first rule that does not hold."""
     o, reporting = config.optimisation, config.reporting
     shared = {

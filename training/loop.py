@@ -10,6 +10,7 @@ A run's folder holds `checkpoint.pt` (all that resuming needs), `log.csv` and `v
 import contextlib
 import csv
 import datetime
+import functools
 import io
 import math
 import os
@@ -32,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import CheckpointError, ConfigError, DiffiqaError, OutputError, UsageError
 from ..runtime.atomic import replacing
-from .config import Optimisation, Precision, RestoreConfig, ScoreConfig, differences, digest, identity
+from .config import Optimisation, Precision, RunConfig, differences, digest, identity
 from .outputs import write_file
 
 FORMAT = 1
@@ -68,7 +69,7 @@ class Verdict(NamedTuple):
 class Task(Protocol):
     """What is trained, on what. `network` is all that is optimised, averaged and saved."""
 
-    kind: str  # "restore" or "score"
+    kind: str  # "restore", "pretrain" or "score"
     network: nn.Module
 
     def fingerprint(self) -> str:
@@ -93,6 +94,17 @@ class Task(Protocol):
 def generator(seed: int, purpose: int, step: int, index: int = 0) -> np.random.Generator:
     """Return the generator of all that is random for one purpose at one place of one step."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(purpose, step, index)))
+
+
+@functools.lru_cache(maxsize=8)
+def _permutation(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
+    return generator(seed, ORDER, epoch).permutation(count)
+
+
+def picked(seed: int, place: int, count: int) -> int:
+    """Return which of `count` elements comes at a place: each once in every epoch, in a new order."""
+    epoch, position = divmod(place, count)
+    return int(_permutation(seed, epoch, count)[position])
 
 
 @dataclass(frozen=True)
@@ -220,7 +232,7 @@ class _State:
 
 def train(
     task: Task,
-    config: RestoreConfig | ScoreConfig,
+    config: RunConfig,
     folder: Path,
     machine: Machine,
     *,
@@ -285,7 +297,7 @@ def train(
 
 def _write(
     task: Task,
-    config: RestoreConfig | ScoreConfig,
+    config: RunConfig,
     folder: Path,
     machine: Machine,
     state: _State,

@@ -28,8 +28,8 @@ from .splits import DEFAULT_RATIOS, shares
 
 LIST = "photographs.csv"
 
-# What to take from Debian's packages, chosen by eye: the others in them are drawings, renderings and logos, which no
-# rule tells from photographs reliably.
+# What to take from Debian's packages, by title or by pattern of path, chosen by eye: the others in them are drawings,
+# renderings and logos, which no rule tells from photographs reliably.
 PACKAGES: dict[str, tuple[str, ...]] = {
     "lomiri-wallpapers-16.04": (
         "Bridge_by_Sander_Klootwijk",
@@ -93,7 +93,17 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "Path",
         "summer_1am",
     ),
+    # Landscapes behind the menus of a game. Others of its pictures are rendered, or show hardly anything but sky.
+    "endless-sky-high-dpi": tuple(
+        f"land/{subject}[0-9]*@2x.jpg"
+        for subject in (
+            *("badlands", "beach", "bwerner", "canyon", "city", "desert", "dmottl", "dune", "fields", "fog", "forest"),
+            *("hills", "lava", "loc", "mfield", "mountain", "myrabella", "sea", "snow", "valley", "water"),
+        )
+    ),
 }
+# Packages that are split by themselves: they came later, and what was held out before has to stay held out.
+APART = ("endless-sky-high-dpi",)
 
 MAX_PACKAGE = 512 << 20  # bytes, also of what it unpacks to
 MAX_PICTURE = 128 << 20
@@ -145,7 +155,8 @@ def download(folder: Path) -> list[Path]:
 def gather(sources: Sequence[Path], folder: Path, *, seed: int) -> tuple[list[Photograph], list[str]]:
     """Copy photographs from packages and folders (none: PACKAGES) into `folder`/part/; return them and what was left.
 
-    The split depends on the seed and on all names: with other photographs, those that were held out may be trained on.
+    The split depends on the seed and on all names, those of the packages in APART aside: with other photographs, those
+    that were held out may be trained on.
     Raises DatasetError, OutputError.
     """
     if folder.exists() and any(folder.iterdir()):
@@ -154,8 +165,7 @@ def gather(sources: Sequence[Path], folder: Path, *, seed: int) -> tuple[list[Ph
         chosen, left = _choose(_all(sources or download(Path(temporary))))
     if len(chosen) < len(DEFAULT_RATIOS):
         raise DatasetError(f"{len(chosen)} usable photographs are too few to split; left out: {'; '.join(left) or '-'}")
-    parts = shares([item.name for item in chosen], seed, DEFAULT_RATIOS)
-    part_of = {name: part for part, names in parts.items() for name in names}
+    part_of = _dealt(chosen, seed)
     photographs = []
     for item in chosen:
         path = Path(part_of[item.name], item.name)
@@ -166,6 +176,24 @@ def gather(sources: Sequence[Path], folder: Path, *, seed: int) -> tuple[list[Ph
     head = [field.name for field in fields(Photograph)]
     write_file(folder / LIST, to_csv([head, *map(astuple, photographs)]))
     return photographs, left
+
+
+def _dealt(chosen: Sequence[_Found], seed: int) -> dict[str, str]:
+    """Return the part of each photograph by its name."""
+    groups: dict[str, list[str]] = {}
+    for item in chosen:
+        package = item.origin.split(" ")[0]
+        groups.setdefault(package if package in APART else "", []).append(item.name)
+    few = [group for group, names in groups.items() if len(names) < len(DEFAULT_RATIOS)]
+    together = [name for group in few for name in groups.pop(group)]
+    if together:
+        max(groups.values(), key=len, default=groups.setdefault("", [])).extend(together)
+    return {
+        name: part
+        for names in groups.values()
+        for part, members in shares(names, seed, DEFAULT_RATIOS).items()
+        for name in members
+    }
 
 
 def _all(sources: Iterable[Path]) -> Iterator[_Found]:
@@ -256,14 +284,19 @@ def _of_package(path: Path) -> Iterator[_Found]:
     for name, data in _members(path):
         if name == f"usr/share/doc/{package}/copyright":
             terms = _terms(data.decode(errors="replace"))
-        elif data and (wanted is None or _title(name) in wanted):
+        elif data and (wanted is None or any(_named(name, pattern) for pattern in wanted)):
             pictures.append((name, data))
-    if wanted and (missing := set(wanted) - {_title(name) for name, _ in pictures}):
+    if missing := [p for p in wanted or () if not any(_named(name, p) for name, _ in pictures)]:
         raise DatasetError(f"{path} has no {min(missing)}: it is not the version this diffiqa knows; give a folder")
     for name, data in pictures:
         licence, holder = _licence(name, terms)
         file = f"{_slug(package)}_{_slug(_title(name))}{PurePosixPath(name).suffix.lower()}"
         yield _Found(file, data, f"{package} {version.replace('%3a', ':')}", name, licence, holder)
+
+
+def _named(name: str, pattern: str) -> bool:
+    """Return whether this is a picture's title, or, with a slash in it, how its path ends."""
+    return fnmatchcase(name, f"*/{pattern}") if "/" in pattern else _title(name) == pattern
 
 
 def _title(name: str) -> str:

@@ -24,23 +24,31 @@ from .photos import detailed
 from .splits import Split
 
 LABELS, SPLIT, SCALE = "labels.csv", "split.json", "scale.json"
-WINDOW, ORDER, APPLY = 20, 21, 22  # what generators are for; not those of a training run
+WINDOW, ORDER, APPLY, LEVEL = 20, 21, 22, 23  # what generators are for; not those of a training run
+MOST_PICTURES = 10_000  # of one photograph
 TRIES = 8  # places of which a window takes the one with most detail
 
 
 @dataclass(frozen=True)
 class Amount:
-    """How many windows are cut from each photograph, and how many distortions each gets, at all levels."""
+    """How many windows are cut from each photograph, and how many distortions each gets.
+
+    At all levels, beside the window as it is; or, if `one_level`, at a level that is drawn, and the original is one of
+    the distortions: nothing but the distortion itself then tells a network what the score is, as other versions of
+    the same window would.
+    """
 
     windows: int
     distortions: int
+    one_level: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what would rate one distortion of one photograph in two windows: levels are compared within one."""
-        if self.windows < 1 or self.distortions < 1 or self.windows * self.distortions > len(DISTORTIONS):
+        most = MOST_PICTURES if self.one_level else len(DISTORTIONS)
+        if self.windows < 1 or self.distortions < 1 or self.windows * self.distortions > most:
             raise ConfigError(
                 f"{self.windows} windows with {self.distortions} distortions each: both must be at least 1, and "
-                f"together at most {len(DISTORTIONS)} per photograph"
+                f"together at most {most} per photograph"
             )
 
 
@@ -102,20 +110,16 @@ def _of_photograph(
 ) -> list[_Row]:
     """Write the versions of all windows of a photograph. What is drawn depends on its pixels' size and name only."""
     key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-    order = generator(seed, ORDER, key).permutation(list(DISTORTIONS))
     rows = []
     for window in range(amount.windows):
         pristine = _window(photo, side, generator(seed, WINDOW, key, window))
         reference = pristine.astype(np.float32) / np.float32(255)
-        cases = [(0, 0)] + [
-            (int(number), level)
-            for number in order[window * amount.distortions : (window + 1) * amount.distortions]
-            for level in LEVELS
-        ]
-        for number, level in cases:
+        for number, level in _cases(amount, window, seed, key):
             image = pristine
             if number:
-                distorted = distort(reference, number, level, generator(seed, APPLY, key, number * 10 + level))
+                distorted = distort(
+                    reference, number, level, generator(seed, APPLY, key, window * 1000 + number * 10 + level)
+                )
                 image = np.rint(distorted * 255).astype(np.uint8)
             path = f"{name}/{window}-{f'{number:02d}-{level}' if number else 'original'}.png"
             _save(folder / path, image)
@@ -123,6 +127,22 @@ def _of_photograph(
             values = measure(reference, image.astype(np.float32) / np.float32(255))
             rows.append(_Row(path, name, part, kind, str(level or ""), values))
     return rows
+
+
+def _cases(amount: Amount, window: int, seed: int, key: int) -> list[tuple[int, int]]:
+    """Return distortion and level of each version of a window; (0, 0) is the original."""
+    places = range(window * amount.distortions, (window + 1) * amount.distortions)
+    if not amount.one_level:
+        order = generator(seed, ORDER, key).permutation(list(DISTORTIONS))
+        return [(0, 0)] + [(int(order[place]), level) for place in places for level in LEVELS]
+    cases = []
+    for place in places:
+        # All kinds come once before any comes again.
+        turn, position = divmod(place, len(DISTORTIONS) + 1)
+        number = int(generator(seed, ORDER, key, turn).permutation([0, *DISTORTIONS])[position])
+        level = int(generator(seed, LEVEL, key, place).choice(LEVELS)) if number else 0
+        cases.append((number, level))
+    return cases
 
 
 def _window(photo: Pixels, side: int, draw: np.random.Generator) -> Pixels:

@@ -3,7 +3,6 @@
 The U-Net is not trained here. What it makes of every image is computed once and kept on disk as float16.
 """
 
-import functools
 import hashlib
 import itertools
 import json
@@ -38,7 +37,7 @@ from .config import Rates, ScoreConfig, digest, identity
 from .correlation import plcc, rmse, srcc
 from .crops import FloatArray, Pictures, Pixels, save_array, to_network
 from .datasets import DatasetError
-from .loop import DATA, ORDER, Machine, Result, Sample, Verdict, generator, open_machine, train
+from .loop import DATA, Machine, Result, Sample, Verdict, generator, open_machine, picked, train
 from .plot import PLOT_NAME, draw_runs, save
 from .start import begin, weights_digest
 
@@ -53,6 +52,7 @@ class Rated:
 
     path: Path
     quality: float
+    distortion: str = ""  # how it came about, where that is known; empty for an original
 
 
 class Restorations:
@@ -198,9 +198,7 @@ class ScoreTask:
     def sample(self, step: int, index: int) -> Sample:
         """Return a crop of all kinds (kinds, 3, crop, crop) and its label (1,); every image once in each epoch."""
         config, (pictures, labels) = self.config, self.training
-        place = step * config.optimisation.batch + index
-        epoch, position = divmod(place, len(pictures))
-        number = int(_permutation(config.seed, epoch, len(pictures))[position])
+        number = picked(config.seed, step * config.optimisation.batch + index, len(pictures))
         draw = generator(config.seed, DATA, step, index)
         size = config.model.crop
         top, left = (int(draw.integers(length - size + 1)) for length in pictures[number].shape[:2])
@@ -241,12 +239,17 @@ class ScoreTask:
             with machine.autocast():
                 total = self.model(torch.from_numpy(crops).to(machine.device)).total
             scores.append(float(total.float().mean()))
-        error = rmse(scores, labels)
-        try:
-            row = {"srcc": srcc(scores, labels), "plcc": plcc(scores, labels), "rmse": error}
-        except DatasetError:  # a young network may give all images the same score
-            row = {"srcc": math.nan, "plcc": math.nan, "rmse": error}
-        return Verdict(row, -2.0 if math.isnan(row["srcc"]) else row["srcc"])
+        return judged(scores, labels)
+
+
+def judged(scores: Sequence[float], labels: Sequence[float]) -> Verdict:
+    """Compare scores with labels; better is a higher rank correlation."""
+    error = rmse(scores, labels)
+    try:
+        row = {"srcc": srcc(scores, labels), "plcc": plcc(scores, labels), "rmse": error}
+    except DatasetError:  # a young network may give all images the same score
+        row = {"srcc": math.nan, "plcc": math.nan, "rmse": error}
+    return Verdict(row, -2.0 if math.isnan(row["srcc"]) else row["srcc"])
 
 
 def ranking_loss(scores: Tensor, labels: Tensor, margin: float) -> Tensor:
@@ -259,11 +262,6 @@ def ranking_loss(scores: Tensor, labels: Tensor, margin: float) -> Tensor:
     missing = F.relu(margin * differences - (scores[:, None] - scores[None]))
     mean: Tensor = (missing * pairs).sum() / pairs.sum().clamp(min=1)
     return mean
-
-
-@functools.lru_cache(maxsize=8)
-def _permutation(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
-    return generator(seed, ORDER, epoch).permutation(count)
 
 
 def _backbones(network: DiffV2IQA) -> dict[str, nn.Module]:
@@ -298,6 +296,7 @@ def run_score(
     *,
     unet: Path | None = None,
     vit: Path | None = None,
+    resnet: Path | None = None,
     start: Path | None = None,
     cache: Path | None = None,
     device: str | None = None,
@@ -308,15 +307,14 @@ def run_score(
 ) -> Result:
     """Train both branches; write `model.safetensors`, the weights that were best on the validation part, `plot.png`.
 
-    `start` is a bundle whose trained parts are taken over, `unet` and `vit` are for one part alone.
+    `start` is a bundle whose trained parts are taken over, `unet`, `vit` and `resnet` are for one part alone.
     """
     files: dict[Path, tuple[str, ...]] = {}
     if start:
         files[start] = ()
-    if vit:
-        files[vit] = ("vit",)
-    if unet:
-        files[unet] = ("unet",)
+    for part, file in (("vit", vit), ("resnet", resnet), ("unet", unet)):
+        if file:
+            files[file] = (*files.get(file, ()), part)
     begun = begin(config.model, config.seed, files)
     model, place = begun.model, cache or folder / "cache"
     if model.unet is not None and "unet" not in begun.known:
@@ -326,12 +324,12 @@ def run_score(
         restorations = Restorations(model, config.restore_seed, place / "restored")
         sets = []
         for rated in (training, validation):
-            pictures, labels = _pictures(rated, place / "pictures", config.model.crop, say)
+            pictures, items = prepared(rated, place / "pictures", config.model.crop, say)
             size = restorations.fill(
                 pictures, machine, lambda done, total: say(f"restored {done} of {total}") if done % 100 == 0 else None
             )
             say(f"{len(pictures)} images, {size / 1e9:.2f} GB of restorations in {place / 'restored'}")
-            sets.append((pictures, labels))
+            sets.append((pictures, [item.quality for item in items]))
         if machine.world > 1:
             distributed.barrier()  # each process has restored its share only
         # Scoring crops needs no U-Net: it is neither trained nor saved with each checkpoint, and comes back at the end.
@@ -353,11 +351,12 @@ def run_score(
     return result
 
 
-def _pictures(
+def prepared(
     rated: Sequence[Rated], cache: Path, crop: int, say: Callable[[str], None]
-) -> tuple[Pictures, list[float]]:
+) -> tuple[Pictures, list[Rated]]:
+    """Return the pictures that can be used, at least a crop large, and what is known of each."""
     pictures = Pictures([r.path for r in rated], cache, min_side=crop, enlarge=True)
     for text in pictures.skipped:
         say(f"left out: {text}")
-    label_of = {r.path: r.quality for r in rated}
-    return pictures, [label_of[path] for path in pictures.paths]
+    of = {r.path: r for r in rated}
+    return pictures, [of[path] for path in pictures.paths]

@@ -235,3 +235,36 @@ def test_without_apt_get_the_way_around_is_named(tmp_path: Path, monkeypatch: py
 def test_a_folder_without_parts_is_refused_with_the_command_that_makes_them(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="has no folder train: make it with `iqa-train photos"):
         parts_in(tmp_path)
+
+
+def test_a_package_that_came_later_is_split_by_itself(
+    debian: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was held out before must not be trained on because there is more now."""
+    before, _ = gather([debian], tmp_path / "before", seed=1)
+    later = package(
+        tmp_path / "later_2_all.deb",
+        {f"usr/share/land/{name}.png": png(textured(seed)) for seed, name in enumerate("efghi", 20)}
+        | {"usr/share/planet/e.png": png(textured(30))},
+    )
+    monkeypatch.setattr(photos, "APART", ("later",))
+    monkeypatch.setitem(photos.PACKAGES, "later", ("land/[a-z].png",))
+    after, left = gather([debian, later], tmp_path / "after", seed=1)
+    assert not left
+    assert {p.file for p in before} <= {p.file for p in after}
+    assert {p.name for p in after} - {p.name for p in before} == {f"usr/share/land/{name}.png" for name in "efghi"}
+    assert len({p.file.split("/")[0] for p in after if p.origin == "later 2"}) == 3
+
+
+def test_too_few_photographs_of_a_later_package_are_split_with_the_others(
+    debian: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = package(tmp_path / "later_2_all.deb", {"usr/share/land/e.png": png(textured(20))})
+    monkeypatch.setattr(photos, "APART", ("later",))
+    found, _ = gather([debian, later], tmp_path / "out", seed=1)
+    assert len(found) == 5
+    assert {part: len(paths) for part, paths in parts_in(tmp_path / "out").items()} == {
+        "train": 3,
+        "validation": 1,
+        "test": 1,
+    }

@@ -124,3 +124,26 @@ def test_amounts_that_repeat_a_distortion_are_refused(windows: int, distortions:
 def test_windows_too_small_for_ms_ssim_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="at least 161 pixels"):
         rate(photographs(tmp_path / "photos"), tmp_path / "set", amounts=AMOUNTS, seed=1, side=160)
+
+
+def test_with_one_level_every_kind_comes_once_before_any_comes_again(tmp_path: Path) -> None:
+    amounts = AMOUNTS | {"train": Amount(30, 1, one_level=True)}
+    rate(photographs(tmp_path / "photos"), tmp_path / "set", amounts=amounts, seed=4, side=161)
+    found = [row for row in rows(tmp_path / "set") if row["reference"] == "photo_train"]
+    kinds = [row["distortion"] for row in sorted(found, key=lambda row: int(Path(row["image"]).name.split("-")[0]))]
+    assert sorted(kinds[:26]) == sorted(["", *(kind.name for kind in DISTORTIONS.values())])
+    assert len(set(kinds[26:])) == 4
+    assert len({row["level"] for row in found if row["distortion"]}) > 2
+    assert all(row["level"] == "" for row in found if not row["distortion"])
+
+
+def test_noise_differs_between_windows_of_a_photograph(tmp_path: Path) -> None:
+    """The same noise in all of them would be something to recognise a distortion by."""
+    path = tmp_path / "grey.png"
+    Image.new("RGB", (200, 200), (128, 128, 128)).save(path)
+    amounts = dict.fromkeys(AMOUNTS, Amount(60, 1, one_level=True))
+    parts = {part: [path] for part in ("train",)}
+    rate(parts, tmp_path / "set", amounts=amounts, seed=1, side=161)
+    noisy = [row["image"] for row in rows(tmp_path / "set") if row["distortion"] == "white_noise"]
+    first, second = (read_image(tmp_path / "set" / name).pixels.astype(float) - 128 for name in noisy[:2])
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.05
