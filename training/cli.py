@@ -462,6 +462,7 @@ def evaluate(
 
     if sum(value is not None for value in (engine, scores, gmad)) != 1:
         raise UsageError("give one of --engine, --scores and --gmad: where do the scores come from?")
+    _refuse_idle("--gmad" if gmad else "--scores" if scores else "--engine")
     if gmad:
         rows = gmad_table(*gmad, given["levels"])
         if output:
@@ -497,6 +498,21 @@ def evaluate(
     click.echo(to_text(found), nl=False)
     if found.missing:
         sys.exit(1)
+
+
+# What iqa-eval's options are for, where not for all of its three sources.
+_SCORING = ("resume", "force", "crops", "seed", "threads", "workers", "quiet")
+_COMPARING = ("labels", "lower_better", "data", "dataset", "split_file", "part")
+_IDLE = {"--engine": ("levels",), "--scores": ("levels", *_SCORING), "--gmad": (*_SCORING, *_COMPARING)}
+
+
+def _refuse_idle(source: str) -> None:
+    """Refuse options that would change nothing: whoever gave one expects something of it."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name in _IDLE[source] and context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise UsageError(f"{parameter.opts[0]} has no effect with {source}: leave it out")
 
 
 def _labelled(path: Path, name: str | None, *, lower_better: bool, need_files: bool = True) -> "Dataset":

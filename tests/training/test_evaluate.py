@@ -254,3 +254,19 @@ def test_says_what_is_missing(
     assert result.stderr.count("\n") == 1
     assert message in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scores", "s.csv", "--labels", "x.csv", "--crops", "4"], "--crops has no effect with --scores"),
+        (["--scores", "s.csv", "--labels", "x.csv", "--levels", "2"], "--levels has no effect with --scores"),
+        (["--gmad", "a.csv", "b.csv", "--labels", "x.csv"], "--labels has no effect with --gmad"),
+        (["--engine", "e", "--labels", "x.csv", "--levels", "2"], "--levels has no effect with --engine"),
+    ],
+    ids=["scoring", "levels of scores", "labels of gmad", "levels of an engine"],
+)
+def test_refuses_options_that_would_change_nothing(arguments: list[str], message: str) -> None:
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
