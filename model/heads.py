@@ -84,7 +84,9 @@ class VDA(nn.Module):
 
     def forward(self, images: Tensor, tabs: nn.ModuleList) -> BranchScore:
         """Score images (B, kinds, 3, crop, crop); `tabs` are the stage-1 TABs shared with VCG."""
-        features = self.resnet(images.flatten(0, 1)).reshape(images.shape[0], len(self.kinds), -1)
+        features = self.resnet(images.flatten(0, 1)).reshape(images.shape[0], images.shape[1], -1)
+        if images.shape[1] == 1:  # one image stands for all kinds
+            features = features.expand(-1, len(self.kinds), -1)
         of = {kind: features[:, index] for index, kind in enumerate(self.kinds)}
         c = self.config
         x = self.rtab(features[:, 0], of[c.query], of[c.key], of[c.value])[:, None]  # (B, 1, tokens)

@@ -54,8 +54,13 @@ class DiffV2IQA(nn.Module):
         return out
 
     def forward(self, images: Tensor) -> Scores:
-        """Score crops of all kinds, (B, kinds, 3, crop, crop)."""
-        vcg = self.vcg_scores(self.vit_maps(images)).score if self.vcg else None
+        """Score crops of all kinds, (B, kinds, 3, crop, crop); (B, 1, 3, crop, crop) stands for all of them."""
+        vcg = None
+        if self.vcg:
+            maps = self.vit_maps(images)
+            if images.shape[1] == 1:
+                maps = maps.expand(-1, len(self.config.kinds), -1, -1, -1)
+            vcg = self.vcg_scores(maps).score
         vda = self.vda_scores(images).score if self.vda else None
         parts = [(self.config.vcg_weight, vcg), (self.config.vda_weight, vda)]
         total = torch.stack([weight * score for weight, score in parts if score is not None]).sum(0)

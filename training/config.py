@@ -158,6 +158,7 @@ class ScoreConfig:
     ranking_weight: float = 0.0  # of the pairwise term beside the squared error
     ranking_margin: float = 1.0  # of a pair's difference in labels that its scores must reach
     flip: bool = True  # mirror half of the crops
+    restored: bool = True  # false: the picture itself stands for its restorations, to learn from many before from few
     restore_seed: int = 0  # of the restorations' noise; scoring uses 0, too
     validate_every: int = 500  # steps
     validation_crops: int = 4  # per image, on the grid that scoring uses

@@ -209,12 +209,12 @@ class ScoreTask:
         return Sample((crop, label), f"{pictures.paths[number]} at row {top}, column {left}")
 
     def crop(self, pictures: Pictures, number: int, place: Crop) -> FloatArray:
-        """Return the same crop of an image and its restorations, (kinds, 3, crop, crop)."""
+        """Return the same crop of an image and its restorations, (kinds, 3, crop, crop), or of it alone (1, …)."""
         size = self.config.model.crop
         rows, columns = slice(place.top, place.top + size), slice(place.left, place.left + size)
         pixels = pictures[number]
         planes = [to_network(pixels[rows, columns])[None]]
-        if self.restorations.kinds:
+        if self.restorations.kinds and self.config.restored:
             restored = np.load(self.restorations.file(pictures, number), mmap_mode="r")
             planes.append(restored[:, :, rows, columns].astype(np.float32))
         return np.concatenate(planes)
@@ -317,7 +317,7 @@ def run_score(
             files[file] = (*files.get(file, ()), part)
     begun = begin(config.model, config.seed, files)
     model, place = begun.model, cache or folder / "cache"
-    if model.unet is not None and "unet" not in begun.known:
+    if config.restored and model.unet is not None and "unet" not in begun.known:
         say("the U-Net is untrained: its restorations mean nothing")
     with open_machine(device, config.optimisation.precision) as machine:
         model.to(machine.device)
@@ -325,10 +325,13 @@ def run_score(
         sets = []
         for rated in (training, validation):
             pictures, items = prepared(rated, place / "pictures", config.model.crop, say)
-            size = restorations.fill(
-                pictures, machine, lambda done, total: say(f"restored {done} of {total}") if done % 100 == 0 else None
-            )
-            say(f"{len(pictures)} images, {size / 1e9:.2f} GB of restorations in {place / 'restored'}")
+            if config.restored:
+                size = restorations.fill(
+                    pictures,
+                    machine,
+                    lambda done, total: say(f"restored {done} of {total}") if done % 100 == 0 else None,
+                )
+                say(f"{len(pictures)} images, {size / 1e9:.2f} GB of restorations in {place / 'restored'}")
             sets.append((pictures, [item.quality for item in items]))
         if machine.world > 1:
             distributed.barrier()  # each process has restored its share only

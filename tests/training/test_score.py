@@ -280,6 +280,23 @@ def test_a_run_leaves_a_bundle_and_keeps_the_unet_it_was_given(rated: list[Rated
     assert any("of restorations in" in text for text in said)
 
 
+def test_a_picture_stands_for_its_restorations_where_there_are_none(rated: list[Rated], tmp_path: Path) -> None:
+    config = score_config(restored=False)
+    task = task_of(config, rated, tmp_path)
+    assert task.sample(0, 0).arrays[0].shape == (1, 3, 32, 32)
+    images = torch.from_numpy(np.stack([task.sample(0, index).arrays[0] for index in range(2)]))
+    model = build(MODEL, 1)
+    with torch.no_grad():
+        alone, repeated = model(images), model(images.expand(-1, len(MODEL.kinds), -1, -1, -1))
+    for branch in ("total", "vcg", "vda"):
+        assert torch.allclose(getattr(alone, branch), getattr(repeated, branch), atol=1e-6)
+
+
+def test_nothing_is_restored_for_a_run_without_restorations(rated: list[Rated], tmp_path: Path) -> None:
+    run_score(score_config(restored=False), rated[:3], rated[3:], tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run" / "cache" / "restored").exists()
+
+
 def test_a_unet_of_another_size_is_refused(rated: list[Rated], tmp_path: Path) -> None:
     from diffiqa.model.bundle import save_bundle
 
