@@ -100,8 +100,9 @@ def head(width: int, last: nn.Module, dropout: float) -> nn.Sequential:
     """Return the small MLP that gives every token its score or weight."""
     out = nn.Linear(width, 1)
     if isinstance(last, nn.ReLU):
-        # A fresh score head sits inside the label range [0, 1]: below 0 its ReLU would never learn.
-        nn.init.constant_(out.bias, 0.5)
+        # Both branches together begin in the middle of the label range [0, 1]. From 0.5 each, their sum had so far to
+        # fall that one of them fell below 0, where its ReLU never learns again.
+        nn.init.constant_(out.bias, 0.25)
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout), out, last)
 
 

@@ -155,6 +155,7 @@ class ScoreConfig:
     seed: int
     optimisation: Optimisation
     rates: Rates = field(default_factory=Rates)
+    branch_weight: float = 0.0  # of each branch's own squared error: without it one may do all the work, the other die
     ranking_weight: float = 0.0  # of the pairwise term beside the squared error
     ranking_margin: float = 1.0  # of a pair's difference in labels that its scores must reach
     flip: bool = True  # mirror half of the crops
@@ -171,7 +172,8 @@ class ScoreConfig:
             "score configuration",
             {
                 "rates must not be negative, and not all 0": min(rates) >= 0 and max(rates) > 0,
-                "ranking_weight must not be negative": self.ranking_weight >= 0,
+                "branch_weight and ranking_weight must not be negative": min(self.branch_weight, self.ranking_weight)
+                >= 0,
                 "ranking_margin must be between 0 and 1": 0 <= self.ranking_margin <= 1,
                 "restore_seed must be between 0 and 2⁶³ − 1": 0 <= self.restore_seed < 2**63,
                 "validate_every must be at least 1": self.validate_every >= 1,

@@ -24,7 +24,7 @@ from ..export.graph import export_graph
 from ..export.stages import stage_plans
 from ..model.bundle import save_bundle
 from ..model.config import ModelConfig
-from ..model.network import DiffV2IQA
+from ..model.network import DiffV2IQA, Scores
 from ..model.unet import UNet
 from ..runtime.codec import encode
 from ..runtime.crops import Crop, crop_grid, padded_size
@@ -220,12 +220,18 @@ class ScoreTask:
         return np.concatenate(planes)
 
     def losses(self, network: Callable[..., object], batch: Sequence[Tensor]) -> Tensor:
-        """Return each crop's squared error; the ranking term, which belongs to the batch, is added to every one."""
-        images, labels = batch[0], batch[1][:, 0]
-        scores = network(images).total.float()  # type: ignore[attr-defined]  # Scores, maybe through DDP
-        losses: Tensor = (scores - labels).square()
-        if self.config.ranking_weight:
-            losses = losses + self.config.ranking_weight * ranking_loss(scores, labels, self.config.ranking_margin)
+        """Return each crop's squared error, that of each branch times its weight, and the ranking term of the batch."""
+        config, images, labels = self.config, batch[0], batch[1][:, 0]
+        scores: Scores = network(images)  # type: ignore[assignment]  # maybe through DDP
+        total = scores.total.float()
+        losses = (total - labels).square()
+        if config.branch_weight:
+            weighted = ((config.model.vcg_weight, scores.vcg), (config.model.vda_weight, scores.vda))
+            branches = [weight * score.float() for weight, score in weighted if score is not None]
+            for branch in branches:  # each has its even share of the label
+                losses = losses + config.branch_weight * (len(branches) * branch - labels).square()
+        if config.ranking_weight:
+            losses = losses + config.ranking_weight * ranking_loss(total, labels, config.ranking_margin)
         return losses
 
     def validate(self, machine: Machine) -> Verdict:

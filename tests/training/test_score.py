@@ -188,6 +188,34 @@ def test_ranking_term_by_hand() -> None:
     assert ranking_loss(scores, torch.ones(3), 1.0).item() == 0  # no pair
 
 
+def test_each_branch_answers_for_its_share_of_the_label(rated: list[Rated], tmp_path: Path) -> None:
+    task = task_of(score_config(branch_weight=0.5), rated, tmp_path)
+    task.network.eval()
+    samples = [task.sample(0, index).arrays for index in range(3)]
+    batch = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*samples, strict=True)]
+    with torch.no_grad():
+        losses, scores = task.losses(task.network, batch), task.model(batch[0])
+    labels = batch[1][:, 0]
+    expected = (scores.total - labels) ** 2
+    assert scores.vcg is not None
+    assert scores.vda is not None
+    for weight, score in ((MODEL.vcg_weight, scores.vcg), (MODEL.vda_weight, scores.vda)):
+        expected = expected + 0.5 * (2 * weight * score - labels) ** 2
+    assert torch.allclose(losses, expected, atol=1e-6)
+
+
+def test_both_branches_of_a_fresh_network_score_and_their_sum_is_in_the_label_range() -> None:
+    """A branch that starts too high is pushed below 0, and there its ReLU has no gradient: it is 0 from then on."""
+    images = torch.from_numpy(np.random.default_rng(5).uniform(-1, 1, (4, len(MODEL.kinds), 3, 32, 32)).astype("f"))
+    for seed in range(5):
+        with torch.no_grad():
+            scores = build(MODEL, seed)(images)
+        assert scores.vcg is not None
+        assert scores.vda is not None
+        assert min(scores.vcg.min(), scores.vda.min()) > 0
+        assert 0 < scores.total.min() < scores.total.max() < 1
+
+
 def test_every_image_is_seen_once_in_each_epoch(rated: list[Rated], tmp_path: Path) -> None:
     task = task_of(score_config(), rated, tmp_path)
     names = [task.sample(place // 2, place % 2).name.partition(" at ")[0] for place in range(12)]
