@@ -1,6 +1,7 @@
 """Which TensorRT build of an engine directory fits a machine; why not, and the command that makes one that does."""
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import EngineError
@@ -9,6 +10,21 @@ from .manifest import Build, EngineDirectory, Library, Precision, check_file
 # A build of RTX that names no compute capability is not for Turing and before; whether it runs on each later GPU, its
 # documentation of 1.7 does not say for all (9.0, 10.0): there the library itself must be asked when it loads.
 OLDEST_PORTABLE = (8, 0)
+
+
+def newest_build(directory: EngineDirectory, versions: Mapping[Library, str], compute_capability: str) -> Build:
+    """Return the build to run with the installed libraries: of the first that has one that fits.
+
+    Raises EngineError as `open_build` does: for a library that has builds here, if one has.
+    """
+    problems: dict[Library, EngineError] = {}
+    for library, version in versions.items():
+        try:
+            return open_build(directory, library=library, version=version, compute_capability=compute_capability)
+        except EngineError as exc:
+            problems[library] = exc
+    built = {build.library for build in directory.manifest.builds}
+    raise next((problem for library, problem in problems.items() if library in built), next(iter(problems.values())))
 
 
 def open_build(

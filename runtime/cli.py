@@ -87,11 +87,13 @@ def provider(text: str) -> str | tuple[str, dict[str, str]]:
 @click.option("--save-intermediates", "intermediates", type=_PATH, metavar="DIR", help="Write those pictures as PNG.")
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "onnxruntime"]),
+    type=click.Choice(["auto", "tensorrt", "onnxruntime"]),
     default="auto",
     show_default=True,
-    help="What runs the networks.",
+    help="What runs the networks. auto: TensorRT if a GPU and a build for it are there, else ONNX Runtime.",
 )
+@click.option("--device", type=click.IntRange(0), metavar="N", help="GPU for TensorRT, counted from 0.")
+@click.option("--no-cuda-graph", is_flag=True, help="Launch every kernel by itself: the same scores, more CPU time.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Default: the CPUs this process may use.")
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Images scored at a time.")
 @click.option(
@@ -150,9 +152,21 @@ def run(engine: Path, images: tuple[str, ...], **given: Any) -> None:
         raise UsageError("--descending needs --sort")
     _refuse_collisions(names, outputs)
     settings = OnnxSettings(threads=given["threads"], providers=given["providers"] or ("CPUExecutionProvider",))
-    limits = {} if given["max_pixels"] is None else {"max_pixels": given["max_pixels"] or None}
-    with load(engine, backend=given["backend"], onnx=settings, **limits) as scorer:
+    onnx = settings if given["threads"] or given["providers"] else None
+    how: dict[str, Any] = {"device": given["device"], "cuda_graph": not given["no_cuda_graph"]}
+    if given["max_pixels"] is not None:
+        how["max_pixels"] = given["max_pixels"] or None
+    with load(engine, backend=given["backend"], onnx=onnx, **how) as scorer:
+        reason = f" ({scorer.info.reason})" if scorer.info.reason else ""
+        says = f"backend: {scorer.info.backend}{reason}"
+        # Somebody at a terminal is told before the work starts, a log beside the summary: if whoever reads the results
+        # goes away, neither of the two is written.
+        watched = sys.stderr.isatty()
+        if watched and not given["quiet"]:
+            click.echo(says, err=True)
         complete = run_images(scorer, names, options, outputs, workers=given["workers"])
+        if not watched and not given["quiet"]:
+            click.echo(says, err=True)
     if not complete:
         sys.exit(1)
 

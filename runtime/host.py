@@ -50,6 +50,7 @@ class Outcome:
     verdicts: tuple[Verdict, ...]
     crops: FloatArray
     planes: dict[Kind, FloatArray]  # whole mode: the restored images (3, H, W), padding cut off
+    notes: tuple[str, ...] = ()  # what a result should say about how it came about
 
 
 class Cancelled(Exception):  # noqa: N818 — it reports a wish, not an error
@@ -109,7 +110,7 @@ class HostExecutor:
             restored = restore(denoiser, field, m.schedule, m.taps, m.kinds)
             weight = plan.blend_weight(window)
             for index in plan.readers(window):
-                _paste(crops[index], shares[index], plan, index, window, restored, weight)
+                paste(crops[index], shares[index], plan, index, window, restored, weight)
         if plan.windows[0].height * plan.windows[0].width == plan.padded[0] * plan.padded[1]:
             return {kind: plane[:, : plan.height, : plan.width] for kind, plane in restored.items()}
         np.divide(crops[:, 1:], shares[:, None, None], out=crops[:, 1:])
@@ -127,7 +128,7 @@ class HostExecutor:
             self._idle.put(work)
 
 
-def _paste(
+def paste(
     crop: FloatArray,
     share: FloatArray,
     plan: Plan,

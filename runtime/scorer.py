@@ -18,16 +18,21 @@ import numpy.typing as npt
 
 from ..errors import BackendError, EngineError, ImageError, UsageError
 from . import onnx_backend
+from .builds import build_command, newest_build
+from .device import DeviceExecutor
+from .graphs import Form
 from .host import Branch, HostExecutor, Outcome, StageRunner, Verdict
 from .images import DEFAULT_MAX_PIXELS, Image, Source, read_image
-from .manifest import EngineDirectory, Manifest, ScoreMeaning, StageName, open_engine
+from .manifest import EngineDirectory, Library, Manifest, ScoreMeaning, StageName, open_engine
 from .onnx_backend import OnnxSettings, OnnxStage
 from .plan import Plan, make_plan
 from .results import CropScore, Failure, Options, Picture, Pictures, Score
 from .schedule import Kind, Taps
+from .tensorrt import gpu_capability, installed_libraries, load_library
 
 FloatArray = npt.NDArray[np.float32]
 MID_GREY = 128
+BACKENDS = ("auto", "tensorrt", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -43,21 +48,28 @@ class Info:
     kinds: tuple[Kind, ...]
     crop_size: int
     crop_count: int
+    reason: str = ""  # why this backend, where it was chosen and not asked for
 
 
 class Scorer:
-    """A loaded engine. Safe to use from several threads; `close()` (or a `with` block) frees it."""
+    """A loaded engine. Safe to use from several threads; `close()` (or a `with` block) frees it.
+
+    It runs stages on the host, or what it is given that carries out plans on a device, which is then its to close.
+    """
 
     def __init__(
         self,
         manifest: Manifest,
-        stages: Mapping[StageName, StageRunner],
+        stages: Mapping[StageName, StageRunner] | DeviceExecutor,
         *,
         backend: str,
+        reason: str = "",
         max_pixels: int | None = DEFAULT_MAX_PIXELS,
     ) -> None:
-        self._manifest, self._backend, self._max_pixels = manifest, backend, max_pixels
-        self._executor: HostExecutor | None = HostExecutor(manifest, stages)
+        self._manifest, self._backend, self._reason, self._max_pixels = manifest, backend, reason, max_pixels
+        self._executor: HostExecutor | DeviceExecutor | None = (
+            stages if isinstance(stages, DeviceExecutor) else HostExecutor(manifest, stages)
+        )
 
     @property
     def info(self) -> Info:
@@ -73,6 +85,7 @@ class Scorer:
             m.kinds,
             m.crop.size,
             m.crop.count,
+            self._reason,
         )
 
     @property
@@ -125,7 +138,9 @@ class Scorer:
 
     def close(self) -> None:
         """Free the engine. A closed scorer refuses to score."""
-        self._executor = None
+        executor, self._executor = self._executor, None
+        if isinstance(executor, DeviceExecutor):
+            executor.close()
 
     def __enter__(self) -> Self:
         return self
@@ -192,16 +207,25 @@ class Scorer:
         plan = make_plan(image.pixels.shape[0], image.pixels.shape[1], m, options)
         seeds = tuple(range(options.seed, options.seed + options.seeds))
         outcomes = []
+        notes = list(image.notes)
         kept: Pictures | None = None
         try:
-            plane = to_plane(image.pixels)
+            on_device = isinstance(executor, DeviceExecutor)
+            given: npt.NDArray[Any] = image.pixels  # a device takes bytes as they are
+            if not on_device or given.dtype != np.uint8:
+                given = to_plane(given)
             for seed in seeds:
-                outcome = executor.run(plane, plan, seed, cancelled)
-                if pictures and kept is None:
+                wanted = pictures and kept is None
+                if isinstance(executor, DeviceExecutor):
+                    outcome = executor.run(given, plan, seed, cancelled, pictures=wanted)
+                else:
+                    outcome = executor.run(given, plan, seed, cancelled)
+                if wanted:
                     kept = _pictures(m, plan, image, outcome)
                 outcomes.append(outcome.verdicts)
+                notes += outcome.notes
         except MemoryError as exc:
-            raise ImageError(f"{name}: {_too_large(plan)}") from exc
+            raise ImageError(f"{name}: {_too_large(plan)}" + (f" ({exc})" if str(exc) else "")) from exc
         except BackendError as exc:
             # ONNX Runtime has no exception of its own for this.
             raise ImageError(f"{name}: {_too_large(plan) if 'allocat' in str(exc) else exc}") from exc
@@ -220,7 +244,7 @@ class Scorer:
             mode=plan.mode,
             seeds=seeds,
             crops=crops,
-            notes=image.notes,
+            notes=tuple(dict.fromkeys(notes)),
             digest=image.digest,
             engine=m.engine_id,
             backend=self._backend,
@@ -236,21 +260,79 @@ def load(
     threads: int | None = None,
     max_pixels: int | None = DEFAULT_MAX_PIXELS,
     onnx: OnnxSettings | None = None,
+    device: int | None = None,
+    cuda_graph: bool = True,
 ) -> Scorer:
     """Load an engine directory. Raises EngineError if it is damaged, BackendError if nothing can run it.
 
-    `backend` is "auto" or "onnxruntime", which are the same for now; `threads=2` is short for
-    `onnx=OnnxSettings(threads=2)`.
+    `backend` is "tensorrt" for a build that fits GPU number `device`, "onnxruntime", or "auto": the first where there
+    is such a build, else the second, and `Scorer.info.reason` says why. What is asked for by name runs or fails.
+    `threads=2` is short for `onnx=OnnxSettings(threads=2)`; either asks for ONNX Runtime. Without `cuda_graph` a GPU
+    gives the same scores in more of the host's time.
     """
-    if backend not in {"auto", "onnxruntime"}:
-        raise UsageError(f"there is no backend {backend!r}; choose auto or onnxruntime")
+    if backend not in BACKENDS:
+        raise UsageError(f"there is no backend {backend!r}; choose {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}")
     if onnx and threads is not None:
         raise UsageError("give threads either as threads= or in onnx=, not both")
-    settings = onnx or OnnxSettings(threads=threads)
+    set_up = onnx is not None or threads is not None
+    if backend == "tensorrt" and set_up:
+        raise UsageError("threads and providers are ONNX Runtime's; the backend tensorrt has neither")
+    if (backend == "onnxruntime" or set_up) and (device is not None or not cuda_graph):
+        raise UsageError(
+            "device and CUDA graph are of the backend tensorrt; ONNX Runtime takes a GPU as a provider, such as "
+            "CUDAExecutionProvider,device_id=1"
+        )
     directory = open_engine(Path(engine))
+    reason = ""
+    if backend == "auto" and set_up:
+        reason = "asked for by threads or providers"
+    elif backend != "onnxruntime":
+        try:
+            executor, name = _on_gpu(directory, device or 0, Form.LOOP if cuda_graph else Form.NONE)
+        except (BackendError, EngineError) as exc:
+            if backend == "tensorrt":
+                raise
+            reason = f"not TensorRT: {exc}"
+        else:
+            return Scorer(directory.manifest, executor, backend=name, max_pixels=max_pixels)
+    settings = onnx or OnnxSettings(threads=threads)
     stages = load_stages(directory, settings)
     name = f"onnxruntime {onnx_backend.version()}: {', '.join(settings.provider_names)}"
-    return Scorer(directory.manifest, stages, backend=name, max_pixels=max_pixels)
+    return Scorer(directory.manifest, stages, backend=name, reason=reason, max_pixels=max_pixels)
+
+
+def _on_gpu(directory: EngineDirectory, ordinal: int, form: Form) -> tuple[DeviceExecutor, str]:
+    """Load the build that fits a GPU, and say what runs. Raises BackendError or EngineError with the way out."""
+    from .device_layer import CudaLayer, load_engines
+
+    capability = gpu_capability(ordinal)
+    # With none installed, the one that the newest build is for is missed.
+    missed = directory.manifest.builds[-1].library if directory.manifest.builds else Library.TENSORRT
+    libraries = {name: load_library(name) for name in installed_libraries() or [missed]}
+    versions = {name: library.version for name, library in libraries.items()}
+    build = newest_build(directory, versions, capability)
+
+    def rebuild(size: str) -> str:
+        return build_command(
+            directory.path,
+            library=build.library,
+            precision=build.precision,
+            batches=build.batches,
+            sizes=(*build.sizes, size),
+            capabilities=build.compute_capabilities if build.library is Library.TENSORRT_RTX else (),
+        )
+
+    layer = CudaLayer(ordinal)
+    try:
+        stages = load_engines(layer, libraries[build.library], directory, build)
+        executor = DeviceExecutor(directory.manifest, layer, stages, form=form, rebuild=rebuild)
+    except MemoryError as exc:
+        layer.close()
+        raise BackendError(f"not enough GPU memory to load {directory.path}: {exc}") from exc
+    except BaseException:
+        layer.close()
+        raise
+    return executor, f"{build.library} {build.version} {build.precision}: {layer.name}"
 
 
 def load_stages(directory: EngineDirectory, settings: OnnxSettings) -> dict[StageName, StageRunner]:

@@ -20,11 +20,34 @@ class Traits:
     # compute capabilities; it measures nothing, and says of its timing cache that operations on it are no-ops.
     ahead_of_time: bool
     timing_cache: bool
+    # RTX knows whether an engine is for this GPU and whether a context can be captured. TensorRT has no such calls:
+    # there the manifest and the attempt must do.
+    tells_validity: bool
+    tells_capturable: bool
+    # RTX compiles kernels for a shape when it first meets it: by default in the background, running others until they
+    # are there. Scores must not depend on when that is.
+    compiles_late: bool
 
 
 TRAITS = {
-    Library.TENSORRT: Traits("tensorrt", "pip install 'diffiqa[tensorrt]'", ahead_of_time=False, timing_cache=True),
-    Library.TENSORRT_RTX: Traits("tensorrt_rtx", "pip install 'diffiqa[rtx]'", ahead_of_time=True, timing_cache=False),
+    Library.TENSORRT: Traits(
+        "tensorrt",
+        "pip install 'diffiqa[tensorrt]'",
+        ahead_of_time=False,
+        timing_cache=True,
+        tells_validity=False,
+        tells_capturable=False,
+        compiles_late=False,
+    ),
+    Library.TENSORRT_RTX: Traits(
+        "tensorrt_rtx",
+        "pip install 'diffiqa[rtx]'",
+        ahead_of_time=True,
+        timing_cache=False,
+        tells_validity=True,
+        tells_capturable=True,
+        compiles_late=True,
+    ),
 }
 
 
@@ -106,15 +129,36 @@ def usable_library() -> Library | None:
     """Return the library whose engines this machine can run, or None: no GPU, or none is installed."""
     if device_capability() is None:
         return None
-    return next((library for library in Library if importlib.util.find_spec(TRAITS[library].module)), None)
+    return next(iter(installed_libraries()), None)
+
+
+def installed_libraries() -> list[Library]:
+    """Return the libraries that are installed, TensorRT first; whether they can be loaded is another question."""
+    return [library for library in Library if importlib.util.find_spec(TRAITS[library].module)]
 
 
 def device_capability() -> str | None:
     """Return the compute capability of the current GPU, such as "8.9"; None if there is no GPU or no driver."""
     try:
-        from cuda.core import Device
-
-        major, minor = Device().compute_capability
-    except (ImportError, OSError, RuntimeError):  # cuda.core's errors, a missing driver's among them, are RuntimeErrors
+        return gpu_capability(None)
+    except BackendError:
         return None
-    return f"{major}.{minor}"
+
+
+def gpu_capability(ordinal: int | None) -> str:
+    """Return the compute capability of a GPU, None for the current one. Raises BackendError saying what is missing."""
+    try:
+        from cuda.core import Device
+        from cuda.pathfinder import DynamicLibNotFoundError
+    except ImportError as exc:
+        raise BackendError(f"cuda.core is not installed; install it with: pip install 'diffiqa[cuda]' ({exc})") from exc
+    try:
+        count = len(Device.get_all_devices())
+        capability = Device(ordinal).compute_capability if (ordinal or 0) < count else None
+    except DynamicLibNotFoundError as exc:
+        raise BackendError("no NVIDIA GPU: its driver is not installed") from exc
+    except Exception as exc:  # no GPU, a driver too old: cuda.core's errors have no public base class
+        raise BackendError(f"no usable NVIDIA GPU: {first_line(exc)}") from exc
+    if capability is None:
+        raise BackendError(f"there is no GPU {ordinal or 0}; this machine has {count}, counted from 0")
+    return f"{capability.major}.{capability.minor}"

@@ -1,0 +1,666 @@
+"""Carrying out a plan on a device: the plans, taps, noise and results of `host.py`, with the images in its memory.
+
+    pixels ─ normalise, pad ─▶ plane ─ cut windows ─▶ condition ─ noise, T × (U-Net, sampler step) ─▶ taps
+    plane, taps ─ cut crops ─▶ crops of all kinds, float32 ─ a batch at a time ─▶ ViT ─▶ VCG, VDA ─▶ scores
+
+Everything runs on one stream, so nothing is waited for before the scores, but for tiles. Memory that graphs know is
+sized by an engine's profile, the rest by the largest image so far; once both have been seen nothing is allocated.
+
+Left out: blending tiles on the device (copying and adding them on the host takes perhaps a tenth of the time of
+restoring them), and uploads on a second stream (an image's pixels take less than a thousandth of the time of its loop;
+decoding does run beside it). Both figures are estimates, not measurements.
+"""
+
+import contextlib
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import BackendError, EngineError, UsageError
+from ..kernels.launch import (
+    PROGRESS,
+    STEP,
+    WINDOW,
+    SamplerBuffers,
+    Storage,
+    Window,
+    crop_table,
+    gather_crops,
+    normalise_pad,
+    source_table,
+    step_table,
+    window_table,
+)
+from .device_layer import (
+    ITEM_BYTES,
+    Array,
+    BoundStage,
+    Bytes,
+    DeviceMemoryError,
+    Layer,
+    LoadedStage,
+    Shapes,
+    choose_profile,
+)
+from .graphs import Form, Graphs, Work
+from .host import Branch, FloatArray, Outcome, Verdict, paste
+from .manifest import Manifest, StageName, TensorSpec
+from .plan import Plan
+from .results import Mode
+from .schedule import Kind
+
+HEADS = (StageName.VIT, StageName.VCG, StageName.VDA)  # in the order they run
+MAX_LOOPS = 8  # sizes and batches of the U-Net that keep a context and a graph
+
+_FLOAT = 4  # bytes
+_CROP_ROWS = 256  # where the crops start in the table of a gather, behind its sources
+
+
+class DeviceExecutor:
+    """Runs plans on one device, one at a time; callers in other threads wait. `close()` frees the device.
+
+    `rebuild` gives the command that makes a build for a size such as "512x400" as well.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        layer: Layer,
+        stages: Mapping[StageName, LoadedStage],
+        *,
+        form: Form = Form.LOOP,
+        rebuild: Callable[[str], str] = "iqa-build --sizes {}".format,
+    ) -> None:
+        self._manifest, self._layer, self._stages, self._rebuild = manifest, layer, stages, rebuild
+        self.graphs = Graphs(layer, form)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._fixed = _Pool(layer)  # graphs hold its addresses
+        self._images = _Pool(layer)
+        self._pinned = _Pinned(layer)
+        self._bound_version = 0  # of `_fixed`, when the bindings below were made
+        self._loops: OrderedDict[tuple[int, int, int], _Loop] = OrderedDict()
+        self._heads: dict[int, _Heads] = {}
+        self._limit = max(max(self._crop_batches(name, "maximum")) for name in stages)
+        self._batch_in_use = 1
+        self._memory_note: str | None = None
+        steps = sorted({manifest.taps.step_of(kind) for kind in manifest.kinds[1:]})
+        self._slots = {kind: steps.index(manifest.taps.step_of(kind)) for kind in manifest.kinds[1:]}
+        self._steps = step_table(vars(manifest.schedule.coefficients), steps)
+        self._storage = {name: _storages(stage) for name, stage in stages.items()}
+        _check_signatures(stages)
+
+    def run(
+        self,
+        image: FloatArray | Bytes,
+        plan: Plan,
+        seed: int,
+        cancelled: Callable[[], bool] = lambda: False,
+        *,
+        pictures: bool = True,
+    ) -> Outcome:
+        """Restore and score one image: pixels (height, width, 3), or a plane (3, height, width) in [-1, 1].
+
+        Without `pictures` the outcome has verdicts alone: its crops are empty and its planes none. Raises Cancelled
+        soon after `cancelled()`, DeviceMemoryError if not even one crop at a time fits.
+        """
+        with self._lock:
+            if self._closed:
+                raise UsageError("this executor is closed")
+            self._layer.enter()
+            while True:
+                try:
+                    return self._run(image, plan, seed, cancelled, pictures)
+                except DeviceMemoryError:
+                    self._settle()
+                    self._release()
+                    if not self._shrink():
+                        raise
+                except BaseException:
+                    self._settle()
+                    raise
+
+    def close(self) -> None:
+        """Free the engines and all memory."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            with contextlib.suppress(BackendError):
+                self._layer.enter()
+            self._settle()
+            with contextlib.suppress(BackendError):
+                self._release()
+            for stage in self._stages.values():
+                stage.close()
+            self._layer.close()
+
+    def _run(
+        self, image: FloatArray | Bytes, plan: Plan, seed: int, cancelled: Callable[[], bool], pictures: bool
+    ) -> Outcome:
+        kinds, size, count = len(self._manifest.kinds), plan.crop_size, len(plan.crops)
+        padded = plan.padded[0], _up(plan.padded[1], 4)  # crop mode and models without a U-Net pad nothing
+        self._batch_in_use = 1
+        job = _Job(
+            plan,
+            seed,
+            cancelled,
+            self._bring(image, padded),
+            padded,
+            self._images.get("crops", count * kinds * 3 * size**2 * _FLOAT),
+            [self._memory_note] if self._memory_note else [],
+        )
+        planes: dict[Kind, FloatArray] = {}
+        if StageName.UNET in self._stages:
+            planes = self._restore(job, pictures)
+        else:
+            self._gather([job.plane], padded, _places(plan), 1, job.crops, size)
+        verdicts = self._assess(job)
+        crops = np.empty((0, kinds, 3, size, size), np.float32)
+        if pictures:
+            crops = self._pinned.get("crops", (count, kinds, 3, size, size), np.dtype(np.float32))
+            self._layer.download(crops, job.crops)
+        self._layer.synchronise()
+        copies = {kind: plane[:, : plan.height, : plan.width].copy() for kind, plane in planes.items()}
+        return Outcome(verdicts(), crops.copy(), copies, tuple(dict.fromkeys(job.notes)))
+
+    def _bring(self, image: FloatArray | Bytes, padded: tuple[int, int]) -> int:
+        """Return the address of the image as a plane (3, *padded), float32, padded by reflection."""
+        plane = self._images.get("plane", 3 * math.prod(padded) * _FLOAT)
+        if image.dtype == np.uint8:
+            staged = self._pinned.get("pixels", image.shape, image.dtype)
+            np.copyto(staged, image)
+            pixels, (height, width) = self._images.get("pixels", staged.nbytes), image.shape[:2]
+            self._layer.upload(pixels, staged)
+            self._layer.launch(normalise_pad(pixels, (height, width), 3 * width, plane, padded, Storage.F32))
+            return plane
+        below, right = padded[0] - image.shape[1], padded[1] - image.shape[2]
+        staged = self._pinned.get("image", (3, *padded), np.dtype(np.float32))
+        np.copyto(staged, np.pad(image, ((0, 0), (0, below), (0, right)), mode="reflect"))
+        self._layer.upload(plane, staged)
+        return plane
+
+    def _restore(self, job: "_Job", pictures: bool) -> dict[Kind, FloatArray]:
+        """Fill the crops of all kinds; return whole planes, there after `synchronise`, of an image in one window."""
+        plan, first = job.plan, job.plan.windows[0]
+        height, width, size = first.height, first.width, plan.crop_size
+        alone = height * width == math.prod(plan.padded)
+        blend = _Blend(self, job) if plan.mode is not Mode.CROP and not alone else None
+        if not any(self._unet_takes(n, height, width) for n in range(1, self._limit + 1)):
+            raise BackendError(
+                f"this build's U-Net takes no images of {width}×{height}; use tile or crop mode, or build again with: "
+                f"{self._rebuild(f'{height}x{width}')}"
+            )
+        for batch in self._batches(len(plan.windows), lambda n: self._unet_takes(n, height, width)):
+            windows = [plan.windows[i] for i in batch.members]
+            loop = self._loop(batch.size, height, width)
+            corners = [(0, window.top, window.left) for window in windows]
+            self._gather([job.plane], job.size, corners, 1, loop.condition, (height, width), loop.buffers.storage)
+            origins = [plan.noise_origin(window) for window in windows]
+            noise = [
+                Window(job.seed, plan.noise_size, *origin, lane=window.lane)
+                for origin, window in zip(origins, windows, strict=True)
+            ]
+            self._layer.upload(loop.buffers.windows, window_table(noise, (height, width)))
+            self._launch(job, loop.work)
+            if blend:
+                blend.add(batch, loop)
+            elif alone:
+                taps = [loop.tap(slot) for slot in self._slots.values()]
+                self._gather([job.plane, *taps], job.size, _places(plan), 1, job.crops, size)
+                return self._planes(loop) if pictures else {}
+            else:
+                dis = self._images.get("dis", batch.size * 3 * size**2 * _FLOAT)
+                self._gather([job.plane], job.size, corners[: batch.used], 1, dis, size)
+                self._collect(job, dis, [loop.tap(slot) for slot in self._slots.values()], batch)
+        if blend:
+            blend.finish()
+        return {}
+
+    def _planes(self, loop: "_Loop") -> dict[Kind, FloatArray]:
+        taps = self._download_taps(loop)
+        return {kind: taps[slot, 0] for kind, slot in self._slots.items()}
+
+    def _download_taps(self, loop: "_Loop") -> FloatArray:
+        """Return the taps (slots, batch, 3, height, width), there after `synchronise`."""
+        b = loop.buffers
+        shape = (len(set(self._slots.values())), b.batch, 3, b.height, b.width)
+        taps = self._pinned.get("taps", shape, np.dtype(np.float32))
+        self._layer.download(taps, b.taps)
+        return taps
+
+    def _collect(self, job: "_Job", dis: int, restored: Sequence[int], batch: "_Batch") -> None:
+        """Put crops of all kinds together: `dis` and each of `restored` (batch, 3, size, size), in order of kinds."""
+        size = job.plan.crop_size
+        out = job.crops + batch.start * len(self._manifest.kinds) * 3 * size**2 * _FLOAT
+        places = [(i, 0, 0) for i in range(batch.used)]
+        self._gather([dis, *restored], (size, size), places, batch.used, out, size)
+
+    def _assess(self, job: "_Job") -> Callable[[], tuple[Verdict, ...]]:
+        """Score all crops; the verdicts can be asked for after `synchronise`."""
+        kinds, size, count = len(self._manifest.kinds), job.plan.crop_size, len(job.plan.crops)
+        landed: dict[tuple[StageName, str], Array] = {}
+        for batch in self._batches(count, self._heads_take):
+            heads = self._heads_of(batch.size)
+            planes = [i * kinds + kind for i in batch.members for kind in range(kinds)]
+            for storage, images in heads.images.items():
+                places = [(plane, 0, 0) for plane in planes]
+                self._gather([job.crops], (size, size), places, count * kinds, images, size, storage)
+            self._launch(job, heads.work)
+            for (stage, spec), address in heads.outputs.items():
+                shape = (count, *_fixed_dims(spec))
+                all_ = self._pinned.get(f"{stage}.{spec.name}", shape, np.dtype(spec.dtype))
+                self._layer.download(all_[batch.start : batch.start + batch.used], address)
+                landed[stage, spec.name] = all_
+
+        def verdict(index: int) -> Verdict:
+            return Verdict(*(_branch(landed, name, index) for name in (StageName.VCG, StageName.VDA)))
+
+        return lambda: tuple(verdict(index) for index in range(count))
+
+    def _launch(self, job: "_Job", work: Work) -> None:
+        note = self.graphs.run(work, job.cancelled)
+        if note:
+            job.notes.append(note)
+
+    def _gather(
+        self,
+        sources: Sequence[int],
+        size: tuple[int, int],
+        places: Sequence[tuple[int, int, int]],
+        images: int,
+        out: int,
+        crop_size: int | tuple[int, int],
+        storage: Storage = Storage.F32,
+    ) -> None:
+        """Cut crops out of float32 sources (images, 3, *size), at places (image, top, left)."""
+        crop = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
+        rows = crop_table(places, images, size, crop)
+        # One table for all gathers: the stream reads it before the next one is copied over it.
+        table = self._images.get("table", _up(_CROP_ROWS + rows.nbytes, 4096))
+        self._layer.upload(table, source_table([(address, Storage.F32) for address in sources]))
+        self._layer.upload(table + _CROP_ROWS, rows)
+        self._layer.launch(gather_crops(table, len(sources), size, table + _CROP_ROWS, len(places), out, crop, storage))
+
+    def _batches(self, count: int, takes: Callable[[int], bool]) -> list["_Batch"]:
+        """Split `count` into batches that engines take: the largest that is full, else the smallest with room."""
+        batches, start = [], 0
+        while start < count:
+            left = count - start
+            sizes = [*range(min(left, self._limit), 0, -1), *range(left + 1, self._limit + 1)]
+            size = next((n for n in sizes if takes(n)), None)
+            if size is None:
+                raise BackendError(f"no profile of this build takes a batch of {self._limit} or less")
+            batches.append(_Batch(start, min(size, left), size))
+            start += batches[-1].used
+            self._batch_in_use = max(self._batch_in_use, size)
+        return batches
+
+    def _unet_takes(self, batch: int, height: int, width: int) -> bool:
+        profiles = self._stages[StageName.UNET].built.profiles
+        return choose_profile(profiles, _unet_shapes(batch, height, width)) is not None
+
+    def _heads_take(self, batch: int) -> bool:
+        return all(
+            choose_profile(self._stages[name].built.profiles, self._head_shapes(name, batch)) is not None
+            for name in HEADS
+            if name in self._stages
+        )
+
+    def _crop_batches(self, name: StageName, bound: str) -> list[int]:
+        """Return the "minimum" or "maximum" batch of every profile of a stage, in crops."""
+        images = len(self._manifest.kinds) if name is StageName.VIT else 1  # per crop
+        spans = [next(iter(profile.values())) for profile in self._stages[name].built.profiles]
+        return [getattr(span, bound)[0] // images for span in spans]
+
+    def _head_shapes(self, name: StageName, batch: int) -> Shapes:
+        dims = {"B": batch, "N": batch * len(self._manifest.kinds)}
+        inputs = self._stages[name].built.inputs
+        return {spec.name: tuple(dims[n] if isinstance(n, str) else n for n in spec.shape) for spec in inputs}
+
+    def _loop(self, batch: int, height: int, width: int) -> "_Loop":
+        """Return the loop for a batch of windows of one size, bound and ready to run."""
+        key = batch, height, width
+        self._unbind_stale()
+        if key in self._loops:
+            self._loops.move_to_end(key)
+            return self._loops[key]
+        if len(self._loops) >= MAX_LOOPS:
+            self._layer.synchronise()
+            oldest, loop = self._loops.popitem(last=False)
+            self.graphs.forget(oldest)
+            loop.stage.close()
+        stage, storage = self._stages[StageName.UNET], self._storage[StageName.UNET]["y"]
+        shapes = _unet_shapes(batch, height, width)
+        profile = choose_profile(stage.built.profiles, shapes)
+        assert profile is not None  # noqa: S101 — `_batches` has asked
+        largest = stage.built.profiles[profile]["y"].maximum
+        pixels, get = math.prod(largest), self._fixed.get
+        state = get("state", pixels * _FLOAT)
+        size = pixels * storage.dtype.itemsize
+        buffers = SamplerBuffers(
+            storage,
+            *(batch, height, width, len(self._steps)),
+            state=state,
+            y=state if storage is Storage.F32 else get("y", size),
+            noise=get("noise", size),
+            noise_level=get("noise_level", largest[0] * _FLOAT),
+            taps=get("taps", len(set(self._slots.values())) * pixels * _FLOAT),
+            windows=get("windows", largest[0] * WINDOW.itemsize),
+            table=get("steps", len(self._steps) * STEP.itemsize),
+            progress=get("progress", PROGRESS.itemsize),
+        )
+        self._layer.upload(buffers.table, self._steps)
+        condition = get("condition", size)
+        addresses = {
+            "y": buffers.y,
+            "condition": condition,
+            "noise_level": buffers.noise_level,
+            "noise": buffers.noise,
+        }
+        (bound,) = self._bind([(stage, profile, shapes, addresses)])
+        begin, step, launch = buffers.begin(), buffers.step(), self._layer.launch
+
+        def advance() -> None:
+            bound.enqueue()
+            launch(step)
+
+        # Steps and taps are the manifest's: one executor has one of each, so the key need not say them.
+        work = Work(key, advance, buffers.steps, lambda: launch(begin), bound.capture_problem)
+        self._loops[key] = _Loop(bound, buffers, condition, work)
+        return self._loops[key]
+
+    def _heads_of(self, batch: int) -> "_Heads":
+        """Return the heads for a batch of crops, bound and ready to run."""
+        self._unbind_stale()
+        if batch in self._heads:
+            return self._heads[batch]
+        names = [name for name in HEADS if name in self._stages]
+        profiles: dict[StageName, int] = {}
+        for name in names:
+            built = self._stages[name].built
+            profile = choose_profile(built.profiles, self._head_shapes(name, batch))
+            assert profile is not None  # noqa: S101 — `_batches` has asked
+            profiles[name] = profile
+            rows = next(iter(built.profiles[profile].values())).maximum[0]
+            for spec in (*built.inputs, *built.outputs):
+                self._fixed.get(_slot(name, spec), rows * math.prod(_fixed_dims(spec)) * ITEM_BYTES[spec.dtype])
+        # Not before all have asked: a slot that two stages share moves when the second needs a larger one.
+        addresses: dict[StageName, dict[str, int]] = {}
+        images: dict[Storage, int] = {}
+        outputs: dict[tuple[StageName, TensorSpec], int] = {}
+        for name in names:
+            built = self._stages[name].built
+            specs = (*built.inputs, *built.outputs)
+            mine = addresses[name] = {spec.name: self._fixed.get(_slot(name, spec), 0) for spec in specs}
+            images |= {storage: mine[spec] for spec, storage in self._storage[name].items()}
+            if name is not StageName.VIT:
+                outputs |= {(name, spec): mine[spec.name] for spec in built.outputs}
+        bound = self._bind(
+            [(self._stages[name], profiles[name], self._head_shapes(name, batch), addresses[name]) for name in names]
+        )
+
+        def score() -> None:
+            for stage in bound:
+                stage.enqueue()
+
+        def problem() -> str | None:
+            return next((found for stage in bound if (found := stage.capture_problem())), None)
+
+        self._heads[batch] = _Heads(bound, images, outputs, Work(("heads", batch), score, problem=problem))
+        return self._heads[batch]
+
+    def _bind(self, wanted: Sequence[tuple[LoadedStage, int, Shapes, Mapping[str, int]]]) -> list[BoundStage]:
+        """Bind stages and give them the one scratch memory that all share; older bindings go if it had to move."""
+        with contextlib.ExitStack() as undo:
+            bound = []
+            for engine, profile, shapes, addresses in wanted:
+                bound.append(engine.bind(profile, shapes, addresses))
+                undo.callback(bound[-1].close)
+            size = max(stage.activation_bytes for stage in bound)
+            address = self._fixed.get("activation", size) if size else 0
+            self._unbind_stale()
+            for stage in bound:
+                if size:
+                    stage.use_activation(address, size)
+            undo.pop_all()
+        return bound
+
+    def _unbind_stale(self) -> None:
+        """Give up contexts and graphs made for addresses that are no more; the pool has waited for their work."""
+        if self._bound_version != self._fixed.version:
+            self._unbind()
+
+    def _unbind(self) -> None:
+        self.graphs.clear()
+        bound = [loop.stage for loop in self._loops.values()]
+        bound += [stage for heads in self._heads.values() for stage in heads.stages]
+        self._loops.clear()
+        self._heads.clear()
+        for stage in bound:
+            stage.close()
+        self._bound_version = self._fixed.version
+
+    def _settle(self) -> None:
+        """After an interruption: no capture under way, nothing running that reads or writes our memory."""
+        self._layer.abandon_capture()
+        with contextlib.suppress(BackendError, MemoryError):  # whatever it is, the next call tells it again
+            self._layer.synchronise()
+
+    def _release(self) -> None:
+        self._unbind()
+        for pool in (self._fixed, self._images, self._pinned):
+            pool.release()
+
+    def _shrink(self) -> bool:
+        """Allow half the batch that was too large; return False if there is no smaller one."""
+        used = self._batch_in_use
+        smallest = max(min(self._crop_batches(name, "minimum")) for name in self._stages)
+        if used // 2 < smallest:
+            return False
+        self._limit = used // 2
+        self._memory_note = (
+            f"{self._layer.name} has no memory for {used} crops at a time: at most {self._limit} ran at once"
+        )
+        return True
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """`size` places for the `used` items from `start` on; what is left over repeats the last."""
+
+    start: int
+    used: int
+    size: int
+
+    @property
+    def members(self) -> list[int]:
+        return [self.start + min(i, self.used - 1) for i in range(self.size)]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One image on its way: `plane` (3, *size) and `crops` (crops, kinds, 3, crop, crop) are float32 on the device."""
+
+    plan: Plan
+    seed: int
+    cancelled: Callable[[], bool]
+    plane: int
+    size: tuple[int, int]
+    crops: int
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """The U-Net and the sampler on buffers of one size."""
+
+    stage: BoundStage
+    buffers: SamplerBuffers
+    condition: int
+    work: Work
+
+    def tap(self, slot: int) -> int:
+        """Return the address of a slot of the taps (batch, 3, height, width)."""
+        b = self.buffers
+        return b.taps + slot * b.batch * 3 * b.height * b.width * _FLOAT
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """ViT and heads on buffers for one batch of crops."""
+
+    stages: list[BoundStage]
+    images: dict[Storage, int]  # (batch, kinds, 3, crop, crop), in each storage that a stage reads
+    outputs: dict[tuple[StageName, TensorSpec], int]
+    work: Work
+
+
+class _Blend:
+    """Overlapping tiles on their way into crops. They are blended on the host, by the code that `host.py` uses."""
+
+    def __init__(self, executor: DeviceExecutor, job: _Job) -> None:
+        self._executor, self._job = executor, job
+        count, size = len(job.plan.crops), job.plan.crop_size
+        self._crops = np.zeros((count, len(executor._manifest.kinds), 3, size, size), np.float32)
+        self._shares = np.zeros((count, size, size), np.float32)
+
+    def add(self, batch: _Batch, loop: _Loop) -> None:
+        """Wait for the taps of some tiles and add them to the crops that read them."""
+        executor, plan = self._executor, self._job.plan
+        taps = executor._download_taps(loop)
+        executor._layer.synchronise()
+        for place, number in enumerate(batch.members[: batch.used]):
+            window = plan.windows[number]
+            restored = {kind: taps[slot, place] for kind, slot in executor._slots.items()}
+            for index in plan.readers(window):
+                at = self._crops[index], self._shares[index]
+                paste(*at, plan, index, window, restored, plan.blend_weight(window))
+
+    def finish(self) -> None:
+        """Bring the blended crops to the device."""
+        executor, job, (count, kinds, _, size, _) = self._executor, self._job, self._crops.shape
+        np.divide(self._crops[:, 1:], self._shares[:, None, None], out=self._crops[:, 1:])
+        pieces = executor._pinned.get("pieces", (kinds - 1, count, 3, size, size), np.dtype(np.float32))
+        np.copyto(pieces, np.moveaxis(self._crops[:, 1:], 1, 0))
+        address = executor._images.get("pieces", pieces.nbytes)
+        executor._layer.upload(address, pieces)
+        dis = executor._images.get("dis", count * 3 * size**2 * _FLOAT)
+        executor._gather([job.plane], job.size, _places(job.plan), 1, dis, size)
+        restored = [address + kind * pieces[0].nbytes for kind in range(kinds - 1)]
+        executor._collect(job, dis, restored, _Batch(0, count, count))
+
+
+class _Pool:
+    """Named pieces of device memory that only grow. `version` counts how often an address has become invalid."""
+
+    def __init__(self, layer: Layer) -> None:
+        self._layer = layer
+        self._held: dict[str, tuple[int, int]] = {}
+        self.version = 0
+
+    def get(self, name: str, size: int) -> int:
+        """Return the address of at least `size` bytes; what was in them is lost if they had to move."""
+        address, held = self._held.get(name, (0, 0))
+        if held < size:
+            if held:
+                self._layer.synchronise()
+                del self._held[name]
+                self.version += 1
+                self._layer.free(address)
+            address = self._layer.allocate(size)
+            self._held[name] = address, size
+        return address
+
+    def release(self) -> None:
+        """Free everything."""
+        self.version += 1
+        while self._held:
+            self._layer.free(self._held.popitem()[1][0])
+
+
+class _Pinned:
+    """Named pieces of page-locked host memory that only grow; no copy may be under way when one does."""
+
+    def __init__(self, layer: Layer) -> None:
+        self._layer = layer
+        self._held: dict[str, Bytes] = {}
+
+    def get(self, name: str, shape: Sequence[int], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """Return an array in that memory, its contents arbitrary."""
+        size = math.prod(shape) * dtype.itemsize
+        if name not in self._held or self._held[name].nbytes < size:
+            if name in self._held:
+                self._layer.free_pinned(self._held.pop(name))
+            self._held[name] = self._layer.allocate_pinned(size)
+        return self._held[name][:size].view(dtype).reshape(shape)
+
+    def release(self) -> None:
+        """Free everything."""
+        while self._held:
+            self._layer.free_pinned(self._held.popitem()[1])
+
+
+def _check_signatures(stages: Mapping[StageName, LoadedStage]) -> None:
+    """Raise EngineError unless the engines can work on each other's memory and on that of the kernels."""
+    dtypes = {
+        (name, spec.name): spec.dtype
+        for name, stage in stages.items()
+        for spec in (*stage.built.inputs, *stage.built.outputs)
+    }
+    unet = {dtypes[StageName.UNET, name] for name in ("y", "condition", "noise")} if StageName.UNET in stages else {""}
+    maps = {dtype for (_, name), dtype in dtypes.items() if name == "maps"}
+    results = {dtype for (_, name), dtype in dtypes.items() if name in {"score", "score_map", "weight_map"}}
+    if len(unet) > 1 or len(maps) > 1 or dtypes.get((StageName.UNET, "noise_level"), "float32") != "float32":
+        raise EngineError("the stages of this build do not agree on their types; build it again without --plan")
+    if not results <= {"float32", "float16"}:
+        raise EngineError(f"this build gives scores as {', '.join(results)}; build it again without --plan")
+
+
+def _storages(stage: LoadedStage) -> dict[str, Storage]:
+    """Return how the kernels store what a stage reads and writes of images; the rest they never touch."""
+    known = {"float32": Storage.F32, "float16": Storage.F16}
+    specs = [spec for spec in (*stage.built.inputs, *stage.built.outputs) if spec.name in _IMAGES]
+    if wrong := [spec for spec in specs if spec.dtype not in known]:
+        raise EngineError(f"{wrong[0].name} of this build is {wrong[0].dtype}; build it again without --plan")
+    return {spec.name: known[spec.dtype] for spec in specs}
+
+
+_IMAGES = {"y", "condition", "noise", "image", "images"}
+
+
+def _slot(name: StageName, spec: TensorSpec) -> str:
+    """Return the memory of a head's tensor: its maps and images are one for all stages."""
+    if spec.name in _IMAGES:
+        return f"images {spec.dtype}"
+    return spec.name if spec.name == "maps" else f"{name}.{spec.name}"
+
+
+def _unet_shapes(batch: int, height: int, width: int) -> Shapes:
+    image = batch, 3, height, width
+    return {"y": image, "condition": image, "noise_level": (batch, 1)}
+
+
+def _fixed_dims(spec: TensorSpec) -> tuple[int, ...]:
+    return tuple(n for n in spec.shape if isinstance(n, int))
+
+
+def _places(plan: Plan) -> list[tuple[int, int, int]]:
+    return [(0, crop.top, crop.left) for crop in plan.crops]
+
+
+def _branch(landed: Mapping[tuple[StageName, str], Array], name: StageName, index: int) -> Branch | None:
+    if (name, "score") not in landed:
+        return None
+    score, *maps = (landed[name, output][index] for output in ("score", "score_map", "weight_map"))
+    return Branch(float(score), *(plane.astype(np.float32) for plane in maps))
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,409 @@
+"""A GPU as plans need it, in a dozen calls; and the one real implementation, on cuda.core and TensorRT.
+
+`Layer` is narrow so that the tests can put another in its place: NumPy arrays for memory, the same kernels compiled by
+a C++ compiler, ONNX Runtime for engines. What only a GPU can show is in `CudaLayer`, `_Engine` and `_Context`, which
+have not run on one yet: the names they call are those of cuda.core 1.2 and tensorrt-rtx 1.7, not what these do.
+"""
+
+import contextlib
+import ctypes
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import BackendError, DiffiqaError, EngineError, first_line
+from ..kernels.compile import KernelError
+from ..kernels.launch import Launch
+from .builds import rebuild_command
+from .graphs import Graph
+from .manifest import Build, BuiltStage, EngineDirectory, ShapeRange, StageName, TensorSpec
+from .tensorrt import TensorRT, gpu_capability
+
+Array = npt.NDArray[Any]
+Bytes = npt.NDArray[np.uint8]
+Shapes = Mapping[str, tuple[int, ...]]
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class DeviceMemoryError(MemoryError):
+    """Device memory that is not to be had; the message says how much was asked for, and where."""
+
+
+class BoundStage(Protocol):
+    """An engine with its shapes and addresses set: what a graph may be captured of, as long as they stay."""
+
+    activation_bytes: int  # scratch memory it needs while it runs; stages that run one after the other share theirs
+
+    def use_activation(self, address: int, size: int) -> None:
+        """Set its scratch memory, before the first `enqueue` and never again."""
+
+    def enqueue(self) -> None:
+        """Run on the layer's stream, or become part of what is being captured."""
+
+    def capture_problem(self) -> str | None:
+        """Return why it cannot be captured, if it knows."""
+
+    def close(self) -> None:
+        """Free its context."""
+
+
+class LoadedStage(Protocol):
+    """An engine on the device."""
+
+    @property
+    def built(self) -> BuiltStage:
+        """Its signature and profiles."""
+
+    def bind(self, profile: int, shapes: Shapes, addresses: Mapping[str, int]) -> BoundStage:
+        """Set input shapes, and the address of every input and output, in a context of its own."""
+
+    def close(self) -> None:
+        """Free it."""
+
+
+class Layer(Protocol):
+    """One device and one stream: all calls take effect in order. Device addresses are multiples of 256.
+
+    Raises DeviceMemoryError, or BackendError for whatever else the device refuses.
+    """
+
+    name: str
+
+    def enter(self) -> None:
+        """Make the device the calling thread's; before any other call in a thread."""
+
+    def allocate(self, size: int) -> int:
+        """Return the address of new device memory, its contents arbitrary."""
+
+    def free(self, address: int) -> None:
+        """Give back device memory, after what has been launched."""
+
+    def allocate_pinned(self, size: int) -> Bytes:
+        """Return host memory that the device copies from and to by itself."""
+
+    def free_pinned(self, memory: Bytes) -> None:
+        """Give it back; no copy from or to it may be under way."""
+
+    def upload(self, address: int, values: Array) -> None:
+        """Copy to the device. Pinned `values` must stay as they are until `synchronise`; others are taken at once."""
+
+    def download(self, values: Array, address: int) -> None:
+        """Copy from the device; pinned `values` are there after `synchronise`."""
+
+    def launch(self, launch: Launch) -> None:
+        """Launch a kernel, or make it part of what is being captured."""
+
+    def synchronise(self) -> None:
+        """Wait for all that was launched and copied."""
+
+    def begin_capture(self) -> None:
+        """From now on launches of this thread are recorded, not run."""
+
+    def end_capture(self) -> Graph:
+        """Return what was recorded, ready to run."""
+
+    def abandon_capture(self) -> None:
+        """Drop what is being recorded, if anything is; never raises."""
+
+    def close(self) -> None:
+        """Free the device's stream and all memory; never raises."""
+
+
+def choose_profile(profiles: tuple[dict[str, ShapeRange], ...], shapes: Shapes) -> int | None:
+    """Return the profile that takes these input shapes and spans least, so a static one if there is one; or None."""
+
+    def takes(profile: Mapping[str, ShapeRange]) -> bool:
+        return all(
+            len(shape) == len(profile[name].minimum)
+            and all(
+                low <= n <= high
+                for low, n, high in zip(profile[name].minimum, shape, profile[name].maximum, strict=True)
+            )
+            for name, shape in shapes.items()
+        )
+
+    def largest(index: int) -> int:
+        return sum(math.prod(span.maximum) for span in profiles[index].values())
+
+    fitting = [index for index, profile in enumerate(profiles) if takes(profile)]
+    return min(fitting, key=largest, default=None)
+
+
+class CudaLayer:
+    """A GPU through cuda.core. One thread at a time, after `enter`."""
+
+    def __init__(self, ordinal: int) -> None:
+        gpu_capability(ordinal)  # raises saying what is missing
+        from cuda.bindings import driver
+        from cuda.core import Device, LegacyPinnedMemoryResource
+
+        from ..kernels.load import compiled, device_arch, with_cuda_core
+
+        self.name = f"GPU {ordinal}"
+        self._driver, self._ordinal = driver, ordinal
+        self._builder: Any = None
+        self._buffers: dict[int, Any] = {}
+        with self._speaking("cannot be used"):
+            self._device = Device(ordinal)
+            self._device.set_current()
+            self.name = str(self._device.name)
+            self._stream = self._device.create_stream()
+            self._pinned = LegacyPinnedMemoryResource()
+            self._enqueue = with_cuda_core(compiled(device_arch()))
+
+    @property
+    def stream(self) -> int:
+        """The handle of the stream, for a library that launches on it. Never the default stream."""
+        return int(self._stream.handle)
+
+    def enter(self) -> None:
+        """Make the device the calling thread's."""
+        with self._speaking("cannot be used"):
+            self._device.set_current()
+
+    def allocate(self, size: int) -> int:
+        """Return the address of new device memory."""
+        with self._speaking(f"has no {_mebibytes(size)} left"):
+            buffer = self._device.allocate(size, stream=self._stream)
+        address = int(buffer.handle)
+        self._buffers[address] = buffer
+        return address
+
+    def free(self, address: int) -> None:
+        """Give back device memory, in stream order."""
+        with self._speaking("does not free memory"):
+            self._buffers.pop(address).close()
+
+    def allocate_pinned(self, size: int) -> Bytes:
+        """Return page-locked host memory."""
+        with self._speaking(f"cannot lock {_mebibytes(size)} of host memory"):
+            buffer = self._pinned.allocate(size)
+        address = int(buffer.handle)
+        self._buffers[address] = buffer
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
+    def free_pinned(self, memory: Bytes) -> None:
+        """Give back page-locked memory."""
+        self.free(memory.ctypes.data)
+
+    def upload(self, address: int, values: Array) -> None:
+        """Copy host to device. From pageable memory the driver returns once it has the values, says its manual."""
+        with self._speaking("does not take data"):
+            self._ok(self._driver.cuMemcpyHtoDAsync(address, values.ctypes.data, values.nbytes, self._stream.handle))
+
+    def download(self, values: Array, address: int) -> None:
+        """Copy device to host."""
+        with self._speaking("does not give data"):
+            self._ok(self._driver.cuMemcpyDtoHAsync(values.ctypes.data, address, values.nbytes, self._stream.handle))
+
+    def launch(self, launch: Launch) -> None:
+        """Launch one of our kernels."""
+        with self._speaking(f"does not run {launch.kernel}"):
+            self._enqueue(launch, self._builder or self._stream)
+
+    def synchronise(self) -> None:
+        """Wait for the stream; errors of what ran on it come out here."""
+        with self._speaking("failed"):
+            self._stream.sync()
+
+    def begin_capture(self) -> None:
+        """Capture this stream, forbidding unsafe calls to this thread alone: others may allocate meanwhile."""
+        with self._speaking("cannot capture"):
+            self._builder = self._stream.create_graph_builder()
+            self._builder.begin_building("thread_local")
+
+    def end_capture(self) -> "_CudaGraph":
+        """Instantiate what was captured."""
+        builder, self._builder = self._builder, None
+        try:
+            with self._speaking("could not capture"):
+                return _CudaGraph(self, builder.end_building().complete())
+        finally:
+            builder.close()
+
+    def abandon_capture(self) -> None:
+        """End the capture and clear the error it has left with the CUDA runtime, which TensorRT would find."""
+        builder, self._builder = self._builder, None
+        if builder is None:
+            return
+        with contextlib.suppress(Exception):
+            builder.close()  # ends the capture too
+        with contextlib.suppress(Exception):
+            from cuda.bindings import runtime
+
+            runtime.cudaGetLastError()
+
+    def close(self) -> None:
+        """Free everything that was allocated, and the stream."""
+        with contextlib.suppress(Exception):
+            self.enter()
+            self._stream.sync()
+        while self._buffers:
+            with contextlib.suppress(Exception):
+                self._buffers.popitem()[1].close()
+        with contextlib.suppress(Exception):
+            self._stream.close()
+
+    @contextlib.contextmanager
+    def _speaking(self, what: str) -> Iterator[None]:
+        """Translate cuda.core's errors, which have no public base class, into ours."""
+        try:
+            yield
+        except (DiffiqaError, MemoryError):
+            raise
+        except KernelError as exc:
+            raise BackendError(f"{self.name}: {exc}") from exc
+        except Exception as exc:
+            text = f"{self.name} {what}: {first_line(exc)}"
+            if "OUT_OF_MEMORY" in str(exc):
+                raise DeviceMemoryError(text) from exc
+            raise BackendError(text) from exc
+
+    @staticmethod
+    def _ok(answer: tuple[Any, ...]) -> None:
+        if int(answer[0]):
+            raise RuntimeError(str(answer[0]))
+
+
+class _CudaGraph:
+    """An instantiated graph; the memory it works on is kept alive by its executor, not by it."""
+
+    def __init__(self, layer: CudaLayer, graph: Any) -> None:
+        self._layer, self._graph = layer, graph
+
+    def launch(self) -> None:
+        """Run it on the layer's stream."""
+        with self._layer._speaking("does not launch a graph"):
+            self._graph.launch(self._layer._stream)
+
+    def close(self) -> None:
+        """Free it."""
+        self._graph.close()
+
+
+def load_engines(
+    layer: CudaLayer, library: TensorRT, directory: EngineDirectory, build: Build
+) -> dict[StageName, LoadedStage]:
+    """Load every engine of a build whose files have been checked; errors name the way out."""
+    command = rebuild_command(directory.path, build, gpu_capability(layer._ordinal), force=True)
+    stages: dict[StageName, LoadedStage] = {}
+    try:
+        for built in build.stages:
+            data = (directory.path / built.file.path).read_bytes()
+            stages[built.name] = _Engine(layer, library, built, data, f"build it again with: {command}")
+    except BaseException:
+        for stage in stages.values():
+            stage.close()
+        raise
+    return stages
+
+
+class _Engine:
+    """A deserialised engine."""
+
+    def __init__(self, layer: CudaLayer, library: TensorRT, built: BuiltStage, data: bytes, remedy: str) -> None:
+        self.built = built
+        self._layer, self.library = layer, library
+        api, log = library.api, library.log
+        heard = len(log.entries)
+        self._runtime = api.Runtime(log.logger)
+        if library.traits.tells_validity:
+            verdict, _ = self._runtime.get_engine_validity(data)
+            if verdict == api.EngineValidity.INVALID:
+                raise EngineError(f"{library.library} says that {built.name}.engine is not for {layer.name}; {remedy}")
+        self.engine = self._runtime.deserialize_cuda_engine(data)
+        if self.engine is None:
+            raise said(log, heard, f"{library.library} cannot load {built.name}.engine; {remedy}")
+        listed = {spec.name: spec for spec in (*built.inputs, *built.outputs)}
+        names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        if set(names) != set(listed) or any(not self._agrees(listed[name]) for name in names):
+            raise EngineError(f"{built.name}.engine has other tensors than the manifest says; {remedy}")
+
+    def bind(self, profile: int, shapes: Shapes, addresses: Mapping[str, int]) -> "_Context":
+        """Return a context of its own: a graph captured of one whose shapes change later is not valid."""
+        return _Context(self._layer, self, profile, shapes, addresses)
+
+    def create_context(self) -> Any:
+        """Return an execution context without scratch memory of its own; None if the library cannot."""
+        api = self.library.api
+        own = api.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not self.library.traits.compiles_late:
+            return self.engine.create_execution_context(own)
+        config = self.engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(own)
+        config.dynamic_shapes_kernel_specialization_strategy = api.DynamicShapesKernelSpecializationStrategy.EAGER
+        config.cuda_graph_strategy = api.CudaGraphStrategy.DISABLED  # graphs are ours
+        return self.engine.create_execution_context(config)
+
+    def close(self) -> None:
+        """Let go of the engine; the bindings free it with its last reference."""
+        self.engine = self._runtime = None
+
+    def _agrees(self, spec: TensorSpec) -> bool:
+        """Whether the engine's tensor has the item size and dimensions the manifest lists."""
+        shape = tuple(-1 if isinstance(n, str) else n for n in spec.shape)
+        size = self.engine.get_tensor_bytes_per_component(spec.name)
+        dtype = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}.get(
+            self.engine.get_tensor_dtype(spec.name).name
+        )
+        # A static profile may leave the network's free dimension fixed in the engine.
+        known = tuple(self.engine.get_tensor_shape(spec.name))
+        fits = len(known) == len(shape) and all(a in {b, -1} or b == -1 for a, b in zip(known, shape, strict=True))
+        return dtype == spec.dtype and size in {-1, ITEM_BYTES[spec.dtype]} and fits
+
+
+class _Context:
+    """An execution context whose shapes and addresses never change."""
+
+    def __init__(
+        self, layer: CudaLayer, stage: _Engine, profile: int, shapes: Shapes, addresses: Mapping[str, int]
+    ) -> None:
+        self._layer, self._name, self._log = layer, stage.built.name, stage.library.log
+        self._asks_capturable = stage.library.traits.tells_capturable
+        heard = len(self._log.entries)
+        self._context = stage.create_context()
+        done = self._context is not None and self._context.set_optimization_profile_async(profile, layer.stream)
+        done = done and all(self._context.set_input_shape(name, tuple(shape)) for name, shape in shapes.items())
+        done = done and not self._context.infer_shapes()
+        done = done and all(self._context.set_tensor_address(name, address) for name, address in addresses.items())
+        if not done:
+            raise said(self._log, heard, f"{layer.name}: engine {self._name} does not take {dict(shapes)}")
+        # Of the whole profile, not of these shapes: the shared memory then grows once per profile, not per image.
+        self.activation_bytes = int(stage.engine.get_device_memory_size_for_profile_v2(profile))
+
+    def use_activation(self, address: int, size: int) -> None:
+        """Set the scratch memory."""
+        self._context.set_device_memory(address, size)
+
+    def enqueue(self) -> None:
+        """Enqueue, and look at the answer: False is how TensorRT reports a failure, in a capture too."""
+        heard = len(self._log.entries)
+        if not self._context.execute_async_v3(self._layer.stream):
+            raise said(self._log, heard, f"{self._layer.name}: engine {self._name} failed")
+
+    def capture_problem(self) -> str | None:
+        """Ask the library, where it can tell."""
+        if self._asks_capturable and not self._context.is_stream_capturable(self._layer.stream):
+            return f"engine {self._name} says that it cannot be captured"
+        return None
+
+    def close(self) -> None:
+        """Let go of the context; the bindings free it with its last reference."""
+        self._context = None
+
+
+def said(log: Any, heard: int, what: str) -> Exception:
+    """Return the error for a failure of the library, with its own words from entry `heard` of its log on."""
+    messages = log.errors(since=heard)
+    text = f"{what}: {messages[0]}" if messages else what
+    if any("out of memory" in message.lower() or "outofmemory" in message.lower() for message in messages):
+        return DeviceMemoryError(text)
+    return BackendError(text)
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"

@@ -1,0 +1,268 @@
+"""A device without a GPU: NumPy memory, the kernels' own sources compiled by g++, ONNX Runtime in place of engines.
+
+It is stricter than a GPU. Fresh memory is NaN and lies between guard bands; engines look whether the memory they were
+given still is theirs, and spoil the scratch memory they share; nothing but launches is allowed while capturing.
+"""
+
+import ctypes
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from diffiqa.errors import BackendError
+from diffiqa.export.profiles import stage_profiles
+from diffiqa.kernels.launch import Launch
+from diffiqa.runtime.device_layer import Array, Bytes, DeviceMemoryError, LoadedStage, Shapes, choose_profile
+from diffiqa.runtime.manifest import BuiltStage, EngineDirectory, FileEntry, Manifest, Precision, Stage, StageName
+from diffiqa.runtime.onnx_backend import OnnxSettings, OnnxStage
+
+from .kernels.devices import Host
+
+BAND = 256  # bytes before and after every piece of memory
+NOTHING = FileEntry("", 0, "")
+
+
+class FakeLayer:
+    """A `Layer` whose calls take effect at once. `log` names every launch; `alive` counts what was not freed."""
+
+    def __init__(self, library: ctypes.CDLL, *, capacity: int = 2**40) -> None:
+        self.name = "fake GPU"
+        self.capacity = capacity  # bytes of device memory
+        self.log: list[str] = []
+        self.allocations = 0
+        self.graphs: list[FakeGraph] = []
+        self.contexts = 0
+        self.closed = False
+        self.capture_fails: Callable[[int], bool] = lambda launches: False  # asked with the length of a capture
+        self.watch: Callable[[int], None] = lambda launches: None  # called before every launch with their number
+        self._kernels = Host(library)
+        self._memory: dict[int, tuple[Bytes, int]] = {}
+        self._pinned: dict[int, Bytes] = {}
+        self._capture: list[Callable[[], None]] | None = None
+
+    @property
+    def alive(self) -> int:
+        """Pieces of memory, graphs and contexts that have not been freed."""
+        return len(self._memory) + len(self._pinned) + self.contexts + sum(not graph.closed for graph in self.graphs)
+
+    @property
+    def held(self) -> int:
+        """Bytes of device memory in use."""
+        return sum(size for _, size in self._memory.values())
+
+    def enter(self) -> None:
+        assert not self.closed
+
+    def allocate(self, size: int) -> int:
+        self._not_capturing()
+        assert size > 0
+        if self.held + size > self.capacity:
+            raise DeviceMemoryError(f"{self.name} has no {size} bytes left")
+        raw = np.full(size + 2 * BAND + 256, 255, np.uint8)
+        address = -(-(raw.ctypes.data + BAND) // 256) * 256
+        self._memory[address] = raw, size
+        self.allocations += 1
+        return int(address)
+
+    def free(self, address: int) -> None:
+        self._not_capturing()
+        raw, size = self._memory.pop(address)
+        start = address - raw.ctypes.data
+        assert (raw[:start] == 255).all(), "something wrote before the memory"
+        assert (raw[start + size :] == 255).all(), "something wrote past the memory"
+
+    def allocate_pinned(self, size: int) -> Bytes:
+        memory = np.full(size, 255, np.uint8)
+        self._pinned[memory.ctypes.data] = memory
+        self.allocations += 1
+        return memory
+
+    def free_pinned(self, memory: Bytes) -> None:
+        del self._pinned[memory.ctypes.data]
+
+    def upload(self, address: int, values: Array) -> None:
+        self._not_capturing()
+        assert values.flags.c_contiguous
+        self.owned(address, values.nbytes)[:] = values.reshape(-1).view(np.uint8)
+
+    def download(self, values: Array, address: int) -> None:
+        self._not_capturing()
+        assert values.flags.c_contiguous
+        values.reshape(-1).view(np.uint8)[:] = self.owned(address, values.nbytes)
+
+    def launch(self, launch: Launch) -> None:
+        self.do(launch.kernel, lambda: self._kernels.run(launch))
+
+    def synchronise(self) -> None:
+        self._not_capturing()
+
+    def begin_capture(self) -> None:
+        self._not_capturing()
+        self._capture = []
+
+    def end_capture(self) -> "FakeGraph":
+        assert self._capture is not None
+        if self.capture_fails(len(self._capture)):
+            raise BackendError("the fake GPU captures nothing today")
+        graph, self._capture = FakeGraph(self, self._capture), None
+        self.graphs.append(graph)
+        return graph
+
+    def abandon_capture(self) -> None:
+        self._capture = None
+
+    def close(self) -> None:
+        self.closed = True
+        self._memory.clear()
+        self._pinned.clear()
+
+    def do(self, name: str, work: Callable[[], None]) -> None:
+        """Run `work`, or record it if a capture is under way."""
+        self.watch(len(self.log))
+        if self._capture is not None:
+            self._capture.append(work)
+            return
+        self.log.append(name)
+        work()
+
+    def owned(self, address: int, size: int) -> Bytes:
+        """Return the bytes at an address, all of one piece of memory that has not been freed."""
+        for start, (raw, held) in self._memory.items():
+            if start <= address and address + size <= start + held:
+                return raw[address - raw.ctypes.data :][:size]
+        raise AssertionError(f"{size} bytes at {address:#x} are not memory in use")
+
+    def _not_capturing(self) -> None:
+        assert self._capture is None, "not allowed while capturing"
+
+
+class FakeGraph:
+    """Recorded launches."""
+
+    def __init__(self, layer: FakeLayer, work: list[Callable[[], None]]) -> None:
+        self.layer, self.work, self.closed = layer, work, False
+
+    def launch(self) -> None:
+        assert not self.closed
+        self.layer.do("graph", self._run)
+
+    def close(self) -> None:
+        assert not self.closed
+        self.closed = True
+
+    def _run(self) -> None:
+        for work in self.work:
+            work()
+
+
+class FakeStage:
+    """An ONNX file as an engine with profiles. Types that are not float32 are converted on the way in and out."""
+
+    def __init__(self, layer: FakeLayer, path: Path, built: BuiltStage) -> None:
+        self.built, self.layer, self.session = built, layer, _session(path)
+
+    def bind(self, profile: int, shapes: Shapes, addresses: Mapping[str, int]) -> "FakeContext":
+        assert choose_profile((self.built.profiles[profile],), shapes) == 0, "shapes outside the profile"
+        return FakeContext(self, profile, shapes, addresses)
+
+    def close(self) -> None: ...
+
+
+class FakeContext:
+    """A stage on fixed memory."""
+
+    def __init__(self, stage: FakeStage, profile: int, shapes: Shapes, addresses: Mapping[str, int]) -> None:
+        self._layer, built = stage.layer, stage.built
+        self._layer.contexts += 1
+        dims = {
+            name: size
+            for spec in built.inputs
+            for name, size in zip(spec.shape, shapes[spec.name], strict=True)
+            if isinstance(name, str)
+        }
+        self._copies: list[tuple[int, npt.NDArray[Any], np.dtype[Any], bool]] = []
+        sides: list[dict[str, npt.NDArray[np.float32]]] = []
+        for specs, comes_in in ((built.inputs, True), (built.outputs, False)):
+            side = {}
+            for spec in specs:
+                shape = tuple(dims[n] if isinstance(n, str) else n for n in spec.shape)
+                side[spec.name] = np.zeros(shape, np.float32)
+                self._copies.append((addresses[spec.name], side[spec.name], np.dtype(spec.dtype), comes_in))
+            sides.append(side)
+        assert set(addresses) == {spec.name for spec in (*built.inputs, *built.outputs)}
+        assert all(address % 256 == 0 for address in addresses.values())
+        self._call = stage.session.bind(*sides)
+        self._name = built.name
+        self.activation_bytes = 64 * math.prod(next(iter(built.profiles[profile].values())).maximum)
+        self._activation: tuple[int, int] | None = None
+        self._closed = False
+        self.problem: str | None = None
+
+    def use_activation(self, address: int, size: int) -> None:
+        assert self._activation is None, "set once: graphs hold it"
+        assert size >= self.activation_bytes
+        self._activation = address, size
+
+    def enqueue(self) -> None:
+        self._layer.do(self._name, self._run)
+
+    def capture_problem(self) -> str | None:
+        return self.problem
+
+    def close(self) -> None:
+        assert not self._closed
+        self._closed = True
+        self._layer.contexts -= 1
+
+    def _run(self) -> None:
+        assert not self._closed, "the context is gone"
+        assert self._activation is not None
+        self._layer.owned(*self._activation)[:] = 255
+        for address, array, dtype, comes_in in self._copies:
+            memory = self._layer.owned(address, array.size * dtype.itemsize).view(dtype).reshape(array.shape)
+            if comes_in:
+                array[...] = memory
+        self._call()
+        for address, array, dtype, comes_in in self._copies:
+            if not comes_in:
+                memory = self._layer.owned(address, array.size * dtype.itemsize).view(dtype).reshape(array.shape)
+                memory[...] = array
+
+
+@functools.cache  # loading takes longer than running the tiny model; a session holds nothing of a run
+def _session(path: Path) -> OnnxStage:
+    return OnnxStage(path, OnnxSettings(threads=1))
+
+
+def fake_stages(
+    layer: FakeLayer,
+    directory: EngineDirectory,
+    *,
+    batches: tuple[str, ...] = ("1:2:4",),
+    sizes: tuple[str, ...] = ("32x32", "32x32:64x64:128x128"),
+    precision: Precision = Precision.FP32,
+) -> dict[StageName, LoadedStage]:
+    """Return every stage of an engine directory as iqa-build would make it with these options."""
+    m = directory.manifest
+    return {
+        stage.name: FakeStage(layer, directory.file(stage.file), _built(m, stage, batches, sizes, precision))
+        for stage in m.stages
+    }
+
+
+def _built(
+    m: Manifest, stage: Stage, batches: tuple[str, ...], sizes: tuple[str, ...], precision: Precision
+) -> BuiltStage:
+    low = {"y", "condition", "noise", "image", "images", "maps"} if precision is Precision.FP16 else set()
+    inputs, outputs = (
+        tuple(dataclasses.replace(s, dtype="float16") if s.name in low else s for s in specs)
+        for specs in (stage.inputs, stage.outputs)
+    )
+    profiles = stage_profiles(m, stage, batches, sizes)
+    return BuiltStage(stage.name, stage.file.sha256, NOTHING, inputs, outputs, profiles, ())
