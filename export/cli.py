@@ -68,6 +68,14 @@ def _weight_options(command: F) -> F:
     type=click.Choice([*_LIBRARIES, "none"]),
     help="Build fp16 engines with this library too. Default: one that is installed, where there is a GPU; else none.",
 )
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "int8", "fp8"]),
+    default="fp32",
+    show_default=True,
+    help="What the ONNX stages compute in: as iqa-quantise makes them, from --calib. fp8 is for TensorRT only.",
+)
+@click.option("--calib", multiple=True, metavar="IMAGES", help="Calibration images for int8 and fp8 (repeatable).")
 @click.option("--force", is_flag=True, help="Replace an engine that is already there.")
 @click.option("--dry-run", is_flag=True, help="Read the weights, say what would be written, and stop.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
@@ -81,6 +89,8 @@ def export(
     output: Path,
     stages: tuple[str, ...],
     target: str | None,
+    precision: str,
+    calib: tuple[str, ...],
     force: bool,
     dry_run: bool,
     quiet: bool,
@@ -106,12 +116,19 @@ def export(
     console = Console(stderr=True, quiet=quiet)
     if ckpt is None and preset is None:
         raise UsageError("give --ckpt FILE; or --preset NAME --seed N for an untrained model")
+    if precision == "fp32" and calib:
+        raise UsageError("--calib is for --precision int8 or fp8; float32 stages need no calibration")
+    if precision != "fp32" and (stages or not calib or target not in {None, "none"}):
+        raise UsageError(f"--precision {precision} needs --calib IMAGES and whole models: no --stage, no --target")
     check_target(output, force=force)
     chosen = tuple(StageName(name) for name in stages)
-    library = _library(target, chosen)
+    library = _library("none" if precision != "fp32" else target, chosen)
     loaded = _load(console, ckpt, unet, vit, resnet, preset, seed)
     if dry_run:
         _describe(loaded, output, chosen or plan_names(loaded.model.config))
+        return
+    if precision != "fp32":
+        _export_quantised(console, loaded, output, precision, calib, force=force, quiet=quiet)
         return
     with console.status("") as status:
         manifest, costs = export_engine(
@@ -276,6 +293,32 @@ def _load(
     for note in loaded.notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     return loaded
+
+
+def _export_quantised(
+    console: "Console",
+    loaded: "Loaded",
+    output: Path,
+    precision: str,
+    calib: tuple[str, ...],
+    *,
+    force: bool,
+    quiet: bool,
+) -> None:
+    """Export float32 stages beside `output`, calibrate on them, and write `output` quantised."""
+    import tempfile
+
+    from ..calibration.cli import collect_statistics, quantise_into
+    from ..calibration.quantise import Recipe
+    from .engine import export_engine
+
+    recipe = Recipe.of(precision)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.float32.") as folder:
+        engine, statistics = Path(folder, "engine"), Path(folder, "statistics")
+        with console.status("") as status:
+            export_engine(loaded, engine, progress=lambda stage, doing: status.update(f"{stage}: {doing}"))
+        collect_statistics(console, engine, calib, statistics)
+        quantise_into(console, engine, output, statistics, recipe, force=force, quiet=quiet)
 
 
 def _library(target: str | None, stages: tuple[StageName, ...]) -> Library | None:

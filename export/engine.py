@@ -80,19 +80,29 @@ def export_engine(
     directory stays as it is.
     """
     model = loaded.model
-    target = Path(os.path.abspath(target))  # noqa: PTH100 — `resolve` would follow a link in the target's place
-    check_target(target, force=force)
     wanted = stages or plan_names(model.config)
     if absent := [name for name in wanted if name not in plan_names(model.config)]:
         raise ExportError(f"model {model.config.name!r} has no stage {', '.join(absent)}")
-    check_space(target, model)
-    with _beside(target) as work:
+    with writing(target, force=force) as work:
+        check_space(work, model)
         plans = (plan for plan in stage_plans(model) if plan.name in wanted)
         costs = [_export_stage(model, plan, work, progress) for plan in plans]
         manifest = _manifest(loaded, tuple(cost.stage for cost in costs))
         _write(work / MANIFEST, manifest.to_json())
-        _replace(work, target, force=force)
     return manifest, costs
+
+
+@contextlib.contextmanager
+def writing(target: Path, *, force: bool) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of the engine directory `target` when the block ends well.
+
+    Raises EngineError if `target` must not be replaced.
+    """
+    target = Path(os.path.abspath(target))  # noqa: PTH100 — `resolve` would follow a link in the target's place
+    check_target(target, force=force)
+    with _beside(target) as work:
+        yield work
+        _replace(work, target, force=force)
 
 
 def check_target(target: Path, *, force: bool) -> None:

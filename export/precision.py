@@ -26,7 +26,7 @@ _NAMES: dict[int, str] = {
 _DTYPES = {name: value for value, name in _NAMES.items()}
 
 # Operators that only move values: rounding what they return again would change nothing.
-_MOVES = {
+MOVES = {
     "Concat", "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Pad", "Relu", "Reshape", "Resize", "Slice",
     "Split", "Squeeze", "Transpose", "Unsqueeze",
 }  # fmt: skip
@@ -306,7 +306,7 @@ def rounded(typed: onnx.ModelProto) -> onnx.ModelProto:
         if node.op_type == "Cast" and node.input[0] in low:
             node.attribute[0].i = TensorProto.FLOAT  # of what is float32 here already
         for i, name in enumerate(node.output):
-            if name not in low or node.op_type in _MOVES:
+            if name not in low or node.op_type in MOVES:
                 continue
             node.output[i] = f"{name}.rounded" if node.op_type == "Cast" else f"{name}.exact"
             if node.op_type != "Cast":

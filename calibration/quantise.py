@@ -1,0 +1,492 @@
+"""float32 ONNX stages → 8-bit ones in an engine directory: explicit QuantizeLinear/DequantizeLinear by measured ranges.
+
+ONNX Runtime's CPU kernels want uint8 activations, int32 biases and quantised results around a convolution, and then
+compute in 8 bits throughout; TensorRT wants signed numbers around zero and float biases, and chooses itself.
+"""
+
+import dataclasses
+import enum
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+from onnx import TensorProto, checker, helper, numpy_helper, shape_inference
+
+from ..errors import EngineError, ExportError, UsageError, first_line
+from ..export.drift import draw_inputs
+from ..export.engine import writing
+from ..export.precision import Kept
+from ..runtime.atomic import sync
+from ..runtime.codec import encode
+from ..runtime.manifest import (
+    MANIFEST,
+    Check,
+    EngineDirectory,
+    FileEntry,
+    Manifest,
+    Source,
+    Stage,
+    StageName,
+    file_sha256,
+    open_engine,
+)
+from .ranges import Method, choose_range
+from .statistics import NAME, StageStatistics, Statistics, check_engine, read
+
+FloatArray = npt.NDArray[np.float32]
+SEED = 20260102  # of the inputs that drift is measured on
+TOLERANCE = 0.5  # of the largest value: beyond it, what is wrong is not rounding
+SMALLEST = 0.01
+FP8_LARGEST = 448.0
+_FP8: Any = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
+_BIAS_LIMIT = 2.0**30
+
+Progress = Callable[[StageName, str], None]  # (stage, what is being done to it)
+
+
+class Number(enum.StrEnum):
+    """What is computed in."""
+
+    INT8 = "int8"
+    FP8 = "fp8"
+
+
+class Target(enum.StrEnum):
+    """Whose form of Q/DQ is written."""
+
+    ONNXRUNTIME = "onnxruntime"
+    TENSORRT = "tensorrt"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How stages become 8-bit."""
+
+    number: Number = Number.INT8
+    target: Target = Target.ONNXRUNTIME
+    # Measured on the trained `mini`, whose values burst in a few steps: every other method widens for those.
+    method: Method = Method.PERCENTILE
+    percentile: float = 99.9
+
+    @staticmethod
+    def of(number: str, target: str | None = None, **choices: Any) -> "Recipe":
+        """Return the recipe for a precision by name, in the form of Q/DQ that can run it unless one is named."""
+        default = Target.ONNXRUNTIME if number == Number.INT8 else Target.TENSORRT
+        return Recipe(Number(number), Target(target) if target else default, **choices)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot run."""
+        if self.number is Number.FP8 and self.target is Target.ONNXRUNTIME:
+            raise UsageError("ONNX Runtime's CPU kernels do not compute in fp8; fp8 is for --target tensorrt")
+        if not 50 < self.percentile <= 100:
+            raise UsageError(f"percentile must be above 50 and at most 100, not {self.percentile}")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The numbers that a tensor is rounded to: `scale · (integer − zero_point)`."""
+
+    tensor: str
+    scale: float
+    zero_point: int
+
+
+@dataclass(frozen=True)
+class StageQuantisation:
+    """What was done to a stage: the activations' grids, and the weight layers that stay float32."""
+
+    name: StageName
+    onnx_sha256: str  # of the float32 file
+    quantised: tuple[str, ...]  # nodes
+    grids: tuple[Grid, ...]
+    float32: tuple[Kept, ...]
+
+
+@dataclass(frozen=True)
+class QuantisedStage:
+    """A finished stage, before and after."""
+
+    stage: Stage
+    float_bytes: int
+    report: StageQuantisation
+
+
+def quantise_engine(
+    path: Path,
+    target: Path,
+    calibration: Path,
+    recipe: Recipe,
+    *,
+    force: bool = False,
+    progress: Progress = lambda stage, doing: None,
+) -> tuple[Manifest, list[QuantisedStage]]:
+    """Write the engine of `path` with 8-bit stages to `target`, by the statistics in the folder `calibration`.
+
+    `path` and `target` may be the same place, with `force`.
+
+    Raises EngineError if the statistics are of another engine or `target` must not be replaced, ExportError if a
+    quantised stage is wrong. Until everything is done, `target` stays as it is.
+    """
+    directory = open_engine(path)
+    statistics = read(calibration)
+    check_engine(directory, statistics)
+    source = _source(calibration, statistics)
+    if any(source.role == NAME for source in directory.manifest.provenance.sources):
+        raise EngineError(f"{path} is quantised already; start from the float32 engine")
+    done = []
+    with writing(target, force=force) as work:
+        for stage in directory.manifest.stages:
+            progress(stage.name, f"quantising to {recipe.number}")
+            model = onnx.load(directory.file(stage.file))
+            quantised, report = quantise_stage(model, stage, statistics.stages[stage.name], recipe)
+            file = work / stage.file.path
+            file.parent.mkdir(exist_ok=True)
+            onnx.save_model(quantised, file)
+            sync(file)
+            progress(stage.name, "comparing with float32")
+            checks = _drift(directory, stage, file) if recipe.number is Number.INT8 else ()
+            entry = FileEntry(stage.file.path, file.stat().st_size, file_sha256(file))
+            made = dataclasses.replace(stage, file=entry, checks=checks)
+            done.append(QuantisedStage(made, stage.file.bytes, report))
+        manifest = _manifest(directory.manifest, statistics, source, recipe, done)
+        folder = work / "calibration"
+        folder.mkdir()
+        reports = {"recipe": recipe, "statistics": statistics.digest, "stages": [made.report for made in done]}
+        (folder / "quantisation.json").write_text(json.dumps(encode(reports), indent=1) + "\n", encoding="utf-8")
+        (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        sync(work / MANIFEST)
+    return manifest, done
+
+
+def quantise_stage(
+    model: onnx.ModelProto, stage: Stage, statistics: StageStatistics, recipe: Recipe
+) -> tuple[onnx.ModelProto, StageQuantisation]:
+    """Return the 8-bit form of a stage and what was done. Raises ExportError if it is not valid ONNX."""
+    quantised = onnx.ModelProto()
+    quantised.CopyFrom(model)
+    kept = _kept(quantised.graph, statistics)
+    work = _Quantiser(quantised, statistics, recipe, {entry.node for entry in kept})
+    work.run()
+    try:
+        checker.check_model(quantised, full_check=True)
+    except (checker.ValidationError, shape_inference.InferenceError) as exc:
+        raise ExportError(f"stage {stage.name}: the quantised graph is not valid ONNX: {first_line(exc)}") from exc
+    report = StageQuantisation(stage.name, stage.file.sha256, tuple(work.done), tuple(work.grids.values()), kept)
+    return quantised, report
+
+
+def _kept(graph: onnx.GraphProto, statistics: StageStatistics) -> tuple[Kept, ...]:
+    """Return the weight layers that stay float32, and why."""
+    layers = _weight_layers(graph)
+    level = _reached(graph, {"noise_level"}, through_all=True)
+    before = _reached(graph, {value.name for value in graph.input}, stop=layers)
+    unwell = {t for row, t in enumerate(statistics.tensors) if statistics.nonfinite[row].any()}
+    followed = _followed(graph, layers)
+    kept = []
+    for node in graph.node:
+        if node.name not in layers:
+            continue
+        why = None
+        if node.input[0] in level:
+            why = "noise embedding: it must tell levels near 1 apart"
+        elif node.op_type == "Conv" and node.input[0] in before:
+            why = "first convolution: it reads the image"
+        elif node.name not in followed:
+            why = "last layer: nothing after it evens its error out"
+        elif unwell & {node.input[0], node.output[0]}:
+            why = "values that are not finite were seen here"
+        elif node.op_type == "Gemm" and any(a.name in {"alpha", "beta"} and a.f != 1 for a in node.attribute):
+            why = "a scaled product"
+        if why:
+            kept.append(Kept(node.name, node.op_type, why))
+    return tuple(kept)
+
+
+def _weight_layers(graph: onnx.GraphProto) -> set[str]:
+    """Return the nodes that multiply an activation with stored weights."""
+    weights = {tensor.name: len(tensor.dims) for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
+    return {
+        node.name
+        for node in graph.node
+        if (node.op_type in {"Conv", "Gemm"} or (node.op_type == "MatMul" and weights.get(node.input[1]) == 2))
+        and node.input[1] in weights
+        and node.input[0] not in weights
+    }
+
+
+def _reached(
+    graph: onnx.GraphProto, start: set[str], *, stop: set[str] | None = None, through_all: bool = False
+) -> set[str]:
+    """Return the tensors that depend on the values of `start`: on them alone, or without the nodes `stop` between."""
+    constants = {tensor.name for tensor in graph.initializer} | {""}
+    known = set(start)
+    for node in graph.node:
+        if node.op_type == "Shape":
+            continue  # sizes are no values
+        read = set(node.input) - constants
+        if node.name not in (stop or ()) and (read and read <= known if through_all else read & known):
+            known |= set(node.output)
+    return known
+
+
+def _followed(graph: onnx.GraphProto, layers: set[str]) -> set[str]:
+    """Return the nodes whose results another weight layer reads, at whatever distance."""
+    read: set[str] = set()
+    followed = set()
+    for node in reversed(graph.node):
+        if set(node.output) & read:
+            followed.add(node.name)
+            read |= set(node.input)
+        if node.name in layers:
+            read.add(node.input[0])
+    return followed
+
+
+class _Quantiser:
+    """One pass over a graph in order; knows which tensors it has rounded to which grid."""
+
+    def __init__(self, model: onnx.ModelProto, statistics: StageStatistics, recipe: Recipe, kept: set[str]) -> None:
+        self.graph, self.statistics, self.recipe = model.graph, statistics, recipe
+        self.layers = _weight_layers(model.graph) - kept
+        self.weights = {tensor.name: tensor for tensor in self.graph.initializer}
+        self.producers = {name: node for node in self.graph.node for name in node.output}
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in self.graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+        inferred = shape_inference.infer_shapes(model, strict_mode=True).graph
+        self.dims = {v.name: v.type.tensor_type.shape.dim for v in (*inferred.value_info, *inferred.input)}
+        self.grids: dict[str, Grid] = {}  # of the tensors that are rounded
+        self.rounded: dict[str, str] = {}  # what holds them, rounded
+        self.centred = {
+            name for node in self.graph.node if node.name in self.layers for name in self._halves(node.input[0])
+        }
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[TensorProto] = []
+        self.done: list[str] = []
+
+    def run(self) -> None:
+        for node in self.graph.node:
+            if node.name in self.layers:
+                self._layer(node)
+                self.done.append(node.name)
+            else:
+                self.nodes.append(node)
+            if self.recipe.target is Target.ONNXRUNTIME:
+                self._round_result(node)
+        used = {name for node in self.nodes for name in node.input}
+        constants = [tensor for tensor in self.graph.initializer if tensor.name in used]
+        del self.graph.node[:], self.graph.initializer[:], self.graph.value_info[:]
+        self.graph.node.extend(self.nodes)
+        self.graph.initializer.extend([*constants, *self.constants])
+
+    def _layer(self, node: onnx.NodeProto) -> None:
+        """Write a convolution or product on rounded input and weights."""
+        weight = numpy_helper.to_array(self.weights[node.input[1]])
+        x, halves = node.input[0], self._halves(node.input[0])
+        if halves:
+            node.input[0], grid, factors = self._joined(x, halves)
+            weight = weight * factors.reshape(-1, *[1] * (weight.ndim - 2))  # of (outputs, inputs, …)
+        else:
+            node.input[0], grid = self._rounded(x)
+        transposed = any(a.name == "transB" and a.i for a in node.attribute)
+        axis = 0 if node.op_type == "Conv" or transposed else 1
+        bias = self.weights[node.input[2]] if len(node.input) > 2 and node.input[2] else None
+        has_whole_bias = bias is not None and self.recipe.target is Target.ONNXRUNTIME
+        offsets = numpy_helper.to_array(bias) if bias is not None else np.zeros(1, np.float32)
+        scales = np.abs(weight).max(axis=tuple(i for i in range(weight.ndim) if i != axis)) / self._limit
+        if has_whole_bias:
+            # A channel of hardly any weight would make its bias too large a number for 32 bits.
+            scales = np.maximum(scales, np.abs(offsets) / (grid.scale * _BIAS_LIMIT))
+        scales = np.where(scales > 0, scales, 1.0).astype(np.float32)
+        shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
+        node.input[1] = self._dequantised(
+            f"{node.name}.weight", self._numbers(weight / scales.reshape(shape)), scales, axis
+        )
+        if has_whole_bias:
+            whole = np.rint(offsets / (grid.scale * scales.astype(np.float64))).astype(np.int32)
+            node.input[2] = self._dequantised(
+                f"{node.name}.bias", whole, (grid.scale * scales.astype(np.float64)).astype(np.float32), 0
+            )
+        self.nodes.append(node)
+
+    def _round_result(self, node: onnx.NodeProto) -> None:
+        """Round what a convolution returns, after its ReLU where it has one: only then does ONNX Runtime run it whole.
+
+        Matrix products return float32 there without a detour.
+        """
+        source = self.producers.get(node.input[0]) if node.op_type == "Relu" else None
+        if source is not None and source.name in self.layers and source.op_type == "Conv" and self._sole_relu(source):
+            self._round_in_place(node, source.output[0])
+        elif node.op_type == "Conv" and node.name in self.layers and not self._sole_relu(node):
+            self._round_in_place(node, node.output[0])
+
+    def _sole_relu(self, node: onnx.NodeProto) -> bool:
+        readers = self.readers.get(node.output[0], [])
+        return len(readers) == 1 and readers[0].op_type == "Relu"
+
+    def _round_in_place(self, node: onnx.NodeProto, measured: str) -> None:
+        """Make a node's result go through Q/DQ under its own name."""
+        name = node.output[0]
+        grid = self._grid(name, measured, positive=node.op_type == "Relu")
+        node.output[0] = f"{name}.unquantised"
+        self._pair(f"{name}.unquantised", name, grid)
+
+    def _halves(self, name: str) -> list[str]:
+        """Return the parts of a skip concatenation that a layer reads as it is, or nothing.
+
+        Their ranges differ by the depth of the network between them, so each has a scale of its own.
+        """
+        node = self.producers.get(name)
+        if node is None or node.op_type != "Concat" or self.recipe.number is Number.FP8:
+            return []  # fp8 cannot be concatenated, and its exponent bridges such differences
+        parts = list(node.input)
+        axis = next(a.i for a in node.attribute if a.name == "axis")
+        known = all(part in self.statistics.tensors and self._channels(part) for part in parts)
+        image = len(self.dims.get(name, ())) == 4
+        return parts if image and axis in {1, -3} and len(parts) > 1 and known else []
+
+    def _channels(self, name: str) -> int:
+        dims = self.dims.get(name, ())
+        return int(dims[1].dim_value) if len(dims) == 4 else 0
+
+    def _joined(self, name: str, parts: list[str]) -> tuple[str, Grid, FloatArray]:
+        """Concatenate parts that are rounded each to its own scale, as the integers they are.
+
+        The layer reads them as if all had the largest scale; the factors, one per channel, make its weights undo that.
+        """
+        grids = [self._rounded(part)[1] for part in parts]
+        common = dataclasses.replace(max(grids, key=lambda grid: grid.scale), tensor=name)
+        factors = [
+            np.full(self._channels(part), grid.scale / common.scale, np.float32)
+            for part, grid in zip(parts, grids, strict=True)
+        ]
+        if name not in self.grids:
+            self.grids[name] = common
+            whole, scale, zero = f"{name}.joined", *self._grid_names(name, common)
+            self.nodes += [
+                helper.make_node("Concat", [f"{p}.quantised" for p in parts], [whole], f"{whole}.concat", axis=1),
+                helper.make_node("DequantizeLinear", [whole, scale, zero], [f"{whole}.back"], f"{whole}.dequantise"),
+            ]
+        return f"{name}.joined.back", common, np.concatenate(factors)
+
+    def _rounded(self, name: str) -> tuple[str, Grid]:
+        """Return the rounded form of a tensor; a result that was rounded in place is that already."""
+        if name not in self.rounded:
+            self._pair(name, f"{name}.dequantised", self._grid(name, name))
+        return self.rounded[name], self.grids[name]
+
+    def _pair(self, source: str, target: str, grid: Grid) -> None:
+        base = grid.tensor
+        self.rounded[base] = target
+        scale, zero = self._grid_names(base, grid)
+        self.nodes += [
+            helper.make_node("QuantizeLinear", [source, scale, zero], [f"{base}.quantised"], f"{base}.quantise"),
+            helper.make_node("DequantizeLinear", [f"{base}.quantised", scale, zero], [target], f"{base}.dequantise"),
+        ]
+
+    def _grid(self, name: str, measured: str, *, positive: bool = False) -> Grid:
+        """Choose the grid of a tensor from what was measured of it, or of its values before a ReLU."""
+        weights, low, high = self.statistics.distribution(measured, by_power=self.recipe.method is Method.MSE)
+        if positive:
+            weights, low = weights.copy(), 0.0
+            weights[: len(weights) // 2] = 0
+        found = choose_range(weights, low, high, self.recipe.method, self.recipe.percentile)
+        signed = self.recipe.target is Target.TENSORRT
+        if signed or name in self.centred:
+            scale, zero = found.largest / self._limit, 0 if signed else 128
+        else:
+            scale = (found.high - found.low) / 255
+            zero = round(-found.low / scale) if scale > 0 else 0
+        scale = float(np.float32(scale)) or 1.0
+        self.grids[name] = Grid(name, scale, zero)
+        return self.grids[name]
+
+    def _grid_names(self, name: str, grid: Grid) -> tuple[str, str]:
+        dtype = _FP8
+        if self.recipe.number is Number.INT8:
+            dtype = np.int8 if self.recipe.target is Target.TENSORRT else np.uint8
+        names = f"{name}.scale", f"{name}.zero_point"
+        values = np.float32(grid.scale), np.asarray(grid.zero_point).astype(dtype)
+        self.constants += [numpy_helper.from_array(np.asarray(v), n) for n, v in zip(names, values, strict=True)]
+        return names
+
+    def _dequantised(self, name: str, numbers: npt.NDArray[Any], scales: FloatArray, axis: int) -> str:
+        """Store numbers and their scales, one per channel, and return the name of the floats they stand for."""
+        zeros = np.zeros(scales.shape, numbers.dtype)
+        parts = (numbers, scales, zeros)
+        names = [f"{name}.{part}" for part in ("quantised", "scale", "zero_point")]
+        self.constants += [numpy_helper.from_array(value, n) for n, value in zip(names, parts, strict=True)]
+        self.nodes.append(helper.make_node("DequantizeLinear", names, [name], f"{name}.dequantise", axis=axis))
+        return name
+
+    @property
+    def _limit(self) -> float:
+        return 127.0 if self.recipe.number is Number.INT8 else FP8_LARGEST
+
+    def _numbers(self, values: FloatArray) -> npt.NDArray[Any]:
+        """Round weights to 8 bits, symmetrically."""
+        clipped = np.clip(values, -self._limit, self._limit)
+        if self.recipe.number is Number.FP8:
+            return np.asarray(clipped.astype(_FP8))
+        return np.rint(clipped).astype(np.int8)
+
+
+def _drift(directory: EngineDirectory, stage: Stage, file: Path) -> tuple[Check, ...]:
+    """Compare a quantised stage with its float32 original on random inputs. Raises ExportError if it is no likeness."""
+    feed = draw_inputs(directory, stage, SEED)
+    names = [spec.name for spec in stage.outputs]
+    expected, got = (_run(path, names, feed) for path in (directory.file(stage.file), file))
+    checks = []
+    for name, want, have in zip(names, expected, got, strict=True):
+        error = np.abs(have.astype(np.float64) - want)
+        largest = float(np.abs(want).max())
+        tolerance = TOLERANCE * max(largest, SMALLEST)
+        shapes = {key: value.shape for key, value in feed.items()}
+        check = Check(name, shapes, SEED, float(error.max()), float(error.mean()), largest, tolerance)
+        if not check.max_abs_error <= tolerance:  # written so that NaN fails
+            raise ExportError(
+                f"stage {stage.name}: quantised, output {name} is off by {check.max_abs_error:.3g} of {largest:.3g} "
+                f"(seed {SEED}); calibrate with more images, or choose ranges by another method"
+            )
+        checks.append(check)
+    return tuple(checks)
+
+
+def _run(path: Path, outputs: list[str], feed: dict[str, FloatArray]) -> list[FloatArray]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        results: list[FloatArray] = session.run(outputs, feed)
+    except Exception as exc:  # onnxruntime's exceptions share no base class
+        raise ExportError(f"onnxruntime cannot run {path.name}: {first_line(exc)}") from exc
+    return results
+
+
+def _source(calibration: Path, statistics: Statistics) -> Source:
+    file = calibration / f"{NAME}.npz"
+    return Source(NAME, file.name, file.stat().st_size, file_sha256(file), f"diffiqa {NAME} {statistics.digest}")
+
+
+def _manifest(
+    m: Manifest, statistics: Statistics, source: Source, recipe: Recipe, done: list[QuantisedStage]
+) -> Manifest:
+    """Return the manifest of the quantised engine: provenance says from what, and by what."""
+    how = recipe.method + (f" {recipe.percentile}" if recipe.method is Method.PERCENTILE else "")
+    note = (
+        f"{recipe.number} for {recipe.target}: engine {m.engine_id} quantised with {how} ranges of "
+        f"{len(statistics.samples)} images over all steps; checks compare with its float32 stages"
+    )
+    provenance = dataclasses.replace(
+        m.provenance,
+        sources=(*m.provenance.sources, source),
+        notes=(*m.provenance.notes, note),
+    )
+    return dataclasses.replace(m, stages=tuple(made.stage for made in done), provenance=provenance, builds=())
