@@ -1,0 +1,100 @@
+"""What this machine can do at most, measured in the same run: a matrix product, and a copy of memory."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..runtime.onnx_backend import OnnxSettings
+
+Clock = Callable[[], float]
+
+SIDE = 1536  # of the matrices: large enough for the full rate, small enough for 20 products a second on two cores
+COPY_BYTES = 2**27  # in each direction: more than any last-level cache holds of it
+
+
+@dataclass
+class Ceilings:
+    """Rates of single products and copies, in the order measured: GFLOP/s in float32, GB/s read and written."""
+
+    matmul_gflops: list[float] = field(default_factory=list)
+    copy_gbs: list[float] = field(default_factory=list)
+
+
+class Probe:
+    """Measures the ceilings a little at a time, between what they are compared with, so that both see one machine."""
+
+    def __init__(self, threads: int, *, side: int = SIDE, copy_bytes: int = COPY_BYTES) -> None:
+        self.found = Ceilings()
+        self._threads, self._side = threads, side
+        generator = np.random.default_rng(0)
+        self._a, self._b = generator.standard_normal((2, side, side), np.float32)
+        self._product = np.empty((side, side), np.float32)
+        self._source, self._target = np.ones((2, copy_bytes // 4), np.float32)
+        self._multiply = self._bind()
+        self._multiply()  # the first call allocates
+
+    def sample(self, clock: Clock = time.perf_counter) -> None:
+        """Measure either once more."""
+        start = clock()
+        self._multiply()
+        self.found.matmul_gflops.append(2 * self._side**3 / max(clock() - start, 1e-9) / 1e9)
+        pieces = list(zip(*(np.array_split(a, self._threads) for a in (self._target, self._source)), strict=True))
+        with ThreadPoolExecutor(self._threads) as pool:  # NumPy lets go of the interpreter's lock while it copies
+            start = clock()
+            list(pool.map(lambda piece: np.copyto(*piece), pieces))
+            seconds = clock() - start
+        self.found.copy_gbs.append(2 * self._source.nbytes / max(seconds, 1e-9) / 1e9)
+
+    def _bind(self) -> Callable[[], None]:
+        # Not an `OnnxStage`, which loads a file of an engine: this network is made here.
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 4
+        session = onnxruntime.InferenceSession(
+            matmul_model(self._side), options, providers=list(OnnxSettings().providers)
+        )
+        binding = session.io_binding()
+        for name, array in (("a", self._a), ("b", self._b)):
+            binding.bind_input(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+        out = self._product
+        binding.bind_output("c", "cpu", 0, np.float32, out.shape, out.ctypes.data)
+        return lambda: session.run_with_iobinding(binding)
+
+
+def matmul_model(side: int) -> bytes:
+    """Return the ONNX file of `c = a @ b` for square matrices.
+
+    Written out by hand, a dozen fields of protocol buffers: a machine that only scores has no onnx package.
+    """
+
+    def value(name: str) -> bytes:
+        dimension = _bytes(1, _number(1, side))
+        tensor = _number(1, 1) + _bytes(2, dimension + dimension)  # 1 is float32
+        return _bytes(1, name) + _bytes(2, _bytes(1, tensor))
+
+    node = _bytes(1, "a") + _bytes(1, "b") + _bytes(2, "c") + _bytes(4, "MatMul")
+    graph = _bytes(1, node) + _bytes(2, "matmul") + b"".join(_bytes(f, value(n)) for f, n in ((11, "a"), (11, "b")))
+    return _number(1, 8) + _bytes(7, graph + _bytes(12, value("c"))) + _bytes(8, _number(2, 17))
+
+
+def _number(field_number: int, value: int) -> bytes:
+    return _varint(field_number << 3) + _varint(value)
+
+
+def _bytes(field_number: int, data: bytes | str) -> bytes:
+    content = data.encode() if isinstance(data, str) else data
+    return _varint(field_number << 3 | 2) + _varint(len(content)) + content
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)

@@ -1,0 +1,151 @@
+"""`iqa-bench`: options in, one benchmark, a Markdown report out."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..command import Command
+from ..errors import DiffiqaError, OutputError, UsageError
+
+_PATH = click.Path(path_type=Path)
+
+
+class BenchCommand(Command):
+    """Interrupted benchmarks end with 130: unlike a failed start, they have left figures."""
+
+    interrupt_exit_code = 130
+
+
+class Sizes(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """`WIDTHxHEIGHT`, several with commas between, as (height, width) pairs."""
+
+    name = "sizes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse a text."""
+        sizes = []
+        for part in value.split(",") if isinstance(value, str) else ():
+            width, cross, height = part.strip().partition("x")
+            if not (cross and width.isdecimal() and height.isdecimal() and min(int(width), int(height)) >= 16):
+                self.fail(f"{part!r} is not WIDTHxHEIGHT, such as 224x224", param, ctx)
+            sizes.append((int(height), int(width)))
+        return tuple(dict.fromkeys(sizes))
+
+
+class Counts(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """Whole numbers from 1 on, with commas between."""
+
+    name = "counts"
+
+    def __init__(self, maximum: int) -> None:
+        self._maximum = maximum
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse a text."""
+        if not isinstance(value, str):
+            return value
+        parts = [part.strip() for part in value.split(",")]
+        if not all(part.isdecimal() and 1 <= int(part) <= self._maximum for part in parts):
+            self.fail(f"{value!r} is not whole numbers from 1 to {self._maximum} with commas between", param, ctx)
+        return tuple(dict.fromkeys(map(int, parts)))
+
+
+@click.command(cls=BenchCommand)
+@click.option("--engine", type=_PATH, required=True, metavar="DIR", help="The engine directory, from iqa-export.")
+@click.argument("images", nargs=-1)
+@click.option("--size", "sizes", type=Sizes(), metavar="WxH[,…]", help="Of generated images. Default: 224x224.")
+@click.option("--count", type=click.IntRange(1, 1000), metavar="N", help="Generated images of each size. Default: 2.")
+@click.option("--crops", type=Counts(10_000), metavar="N[,…]", help="Crops per image. Default: the engine's.")
+@click.option("--steps", type=Counts(4000), metavar="N[,…]", help="Sampling steps. Default: the engine's.")
+@click.option("--workers", type=Counts(64), default="1", show_default=True, metavar="N[,…]", help="Images at a time.")
+@click.option("--rounds", type=click.IntRange(1, 100_000), default=10, show_default=True, help="Samples of each case.")
+@click.option(
+    "--starts", type=click.IntRange(0, 100), default=3, show_default=True, help="Fresh processes for the start-up."
+)
+@click.option("--soak", type=click.IntRange(0), default=0, metavar="N", help="Then score N images in a row.")
+@click.option("--seed", type=click.IntRange(0, 2**63), default=0, show_default=True, help="Of images and noise.")
+@click.option("--threads", type=click.IntRange(1), metavar="N", help="Default: the CPUs this process may use.")
+@click.option("--peers", is_flag=True, help="Measure all peers too: ONNX Runtime's defaults, OpenVINO, PyTorch, …")
+@click.option("--peer", "chosen", multiple=True, metavar="NAME", help="Only this peer (repeatable).")
+@click.option("--ckpt", type=_PATH, metavar="FILE", help="The weights the engine was exported from, for PyTorch.")
+@click.option(
+    "--peer-timeout",
+    type=click.FloatRange(1),
+    default=900,
+    show_default=True,
+    metavar="S",
+    help="Give a peer up that has not answered for so many seconds.",
+)
+@click.option("--json", "json_file", type=_PATH, metavar="FILE", help="Write everything, raw samples included.")
+@click.option("--html", "html_file", type=_PATH, metavar="FILE", help="Write the report as a page with plots.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+def bench(engine: Path, images: tuple[str, ...], **given: Any) -> None:
+    """Measure how fast this machine scores images, and how fast it could by other means.
+
+    IMAGES are files, folders or glob patterns; without any, seeded pictures are made. Options with commas are swept:
+    every combination is a case. All cases take turns, and a verdict says whether the figures can be trusted.
+
+    \b
+    Examples:
+      iqa-bench --engine engine/
+      iqa-bench --engine engine/ --size 224x224,384x320 --crops 1,9 --json bench.json --html bench.html
+      iqa-bench --engine engine/ --peers --ckpt model.safetensors photos/
+
+    Exit codes: 0 measured, 1 measured, but not stable, an image could not be read, or a peer failed or disagrees (one
+    that is not installed is skipped), 2 nothing could be measured, 130 interrupted (what was measured is written).
+    """
+    from . import results as results_module
+    from .page import to_page
+    from .report import to_markdown
+    from .run import Run, Wanted
+    from .verdict import judge_results
+
+    if images and (given["sizes"] or given["count"]):
+        raise UsageError("--size and --count are of generated images; leave them out, or the images")
+    if not all(images):
+        raise UsageError("an image name is empty: an unset variable?")
+    if given["ckpt"] and not given["ckpt"].is_file():
+        raise UsageError(f"--ckpt {given['ckpt']} is not a file")
+    for file in (given["json_file"], given["html_file"]):
+        if file and not file.resolve().parent.is_dir():
+            raise OutputError(f"cannot write {file}: there is no folder {file.parent}; create it first")
+    optional = {key: given[key] for key in ("sizes", "count", "crops", "steps") if given[key]}
+    same = {key: given[key] for key in ("workers", "rounds", "starts", "soak", "seed", "threads", "ckpt")}
+    contenders = _contenders(given["chosen"], all_of_them=given["peers"])
+    wanted = Wanted(engine, images, contenders=contenders, timeout=given["peer_timeout"], **optional, **same)
+    options = {key: str(value) for key, value in given.items() if value not in {None, (), False}}
+
+    def say(text: str) -> None:
+        if not given["quiet"]:
+            click.echo(f"{text} …", err=True)
+
+    run = Run(wanted, options, progress=say)
+    ended: BaseException | None = None
+    try:
+        run.run()
+    except (KeyboardInterrupt, DiffiqaError) as exc:
+        ended = exc
+    results = run.results(interrupted=ended is not None)
+    if isinstance(ended, DiffiqaError) and not results.measured:
+        raise ended
+    if given["json_file"]:
+        results_module.write(results, given["json_file"])
+    if given["html_file"]:
+        to_page(results, given["html_file"])
+    click.echo(to_markdown(results), nl=False)
+    if ended:
+        raise ended
+    failed = any(peer.problem and not peer.skipped for peer in results.peers)
+    if failed or results.left_out or judge_results(results).problems:
+        sys.exit(1)
+
+
+def _contenders(chosen: tuple[str, ...], *, all_of_them: bool) -> tuple[Any, ...]:
+    from .contenders import PEERS
+
+    by_name = {peer.name: peer for peer in PEERS}
+    if unknown := [name for name in chosen if name not in by_name]:
+        raise UsageError(f"there is no peer {unknown[0]!r}; choose from: {'; '.join(by_name)}")
+    return tuple(by_name[name] for name in chosen) if chosen else PEERS if all_of_them else ()

@@ -1,0 +1,241 @@
+"""Peers beside ours: one process each, the same images in turn, scores compared before a time counts."""
+
+import contextlib
+import multiprocessing
+import signal
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from ..errors import BackendError
+from .contenders import Ask, Contender, Ground
+from .measure import Setting
+from .peer_process import Answer, Ready, Refused, serve
+from .results import Peer, PeerCase
+
+EXACT = 1e-4  # mean difference of scores near 1 that another order of sums can explain
+SEEDS = 3  # of ours, whose spread is what reduced precision may change a score by
+_SETTLE = 0.05  # seconds between two contenders: thread pools spin on for some milliseconds after their work
+
+Progress = Callable[[str], None]
+
+
+class Out(Exception):  # noqa: N818 — the contender is out, which the results say
+    """Raised when a contender cannot go on."""
+
+
+@dataclass
+class _Samples:
+    case: str
+    scores: list[float] = field(default_factory=list)  # of every image, before timing
+    spread: list[float] = field(default_factory=list)  # over seeds, of every image
+    seconds: list[float] = field(default_factory=list)
+    drift: float | None = None
+    allowed: float | None = None
+
+
+class Entrant:
+    """A contender, its process, and what it has shown so far."""
+
+    def __init__(self, contender: Contender, folder: Path, timeout: float) -> None:
+        self.contender, self.timeout = contender, timeout  # seconds
+        self.problem: str | None = None
+        self.skipped = self.gone = False
+        self.samples: list[_Samples] = []
+        self._version: str | None = None
+        self._ready: float | None = None
+        self._peak: float | None = None
+        self._log = folder / "log"
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._pipe: Connection[Ask, Ready | Refused | Answer] | None = None
+
+    def start(self, ground: Ground) -> None:
+        """Start the process and wait until it can be asked."""
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        arguments = (theirs, self.contender.make, ground, self._log)
+        self._process = context.Process(target=serve, args=arguments, daemon=True)
+        start = time.perf_counter()
+        with _ignoring_interrupts():  # until the process has said so itself
+            self._process.start()
+        theirs.close()
+        answer = self._receive()
+        assert isinstance(answer, Ready)  # noqa: S101 — what a process says first
+        self._ready, self._version = time.perf_counter() - start, answer.version
+
+    def ask(self, ask: Ask) -> Answer:
+        """Have an image scored."""
+        assert self._pipe  # noqa: S101 — started
+        try:
+            self._pipe.send(ask)
+        except OSError:
+            raise Out(self._died()) from None
+        answer = self._receive()
+        assert isinstance(answer, Answer)  # noqa: S101
+        self._peak = answer.peak_mib
+        return answer
+
+    def leave(self, problem: str | None = None) -> None:
+        """End the process; `problem` says why its times do not count."""
+        self.problem = self.problem or problem
+        self.gone = True
+        if self._pipe:
+            self._pipe.close()
+        if self._process and self._process.pid:
+            self._process.join(1)
+            if self._process.is_alive():
+                self._process.kill()
+                self._process.join()
+
+    @property
+    def found(self) -> Peer:
+        """What became of it."""
+        return Peer(
+            name=self.contender.name,
+            precision=self.contender.precision,
+            version=self._version,
+            problem=self.problem,
+            skipped=self.skipped,
+            ready_seconds=self._ready,
+            peak_mib=self._peak,
+            cases=tuple(PeerCase(s.case, tuple(s.seconds), s.drift, s.allowed) for s in self.samples),
+        )
+
+    def _receive(self) -> Ready | Answer:
+        assert self._pipe  # noqa: S101 — started
+        try:
+            if not self._pipe.poll(self.timeout):
+                raise Out(f"no answer within {self.timeout:g} seconds")
+            answer = self._pipe.recv()
+        except (EOFError, OSError):
+            raise Out(self._died()) from None
+        if isinstance(answer, Refused):
+            self.skipped = answer.missing
+            raise Out(answer.reason)
+        return answer
+
+    def _died(self) -> str:
+        assert self._process  # noqa: S101 — started
+        self._process.join(5)
+        lines = self._log.read_text(encoding="utf-8", errors="replace").split("\n") if self._log.exists() else []
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f"its process died with exit code {self._process.exitcode}{f': {last[:200]}' if last else ''}"
+
+
+class Contest:
+    """Contenders on the same cases; the first is the one that scores and times are compared with."""
+
+    def __init__(
+        self,
+        contenders: Sequence[Contender],
+        ground: Ground,
+        settings: Sequence[tuple[str, Setting]],  # with the name of the case
+        *,
+        rounds: int,
+        timeout: float,
+        progress: Progress = lambda _text: None,
+    ) -> None:
+        self._contenders, self._ground, self._settings = contenders, ground, settings
+        self._rounds, self._timeout, self._progress = rounds, timeout, progress
+        self._entrants: list[Entrant] = []
+
+    def run(self) -> None:
+        """Start every contender and measure every case. Raises BackendError if ours cannot be compared with."""
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                for index, contender in enumerate(self._contenders):
+                    place = Path(folder, str(index))
+                    place.mkdir()
+                    self._entrants.append(Entrant(contender, place, self._timeout))
+                for entrant in self._entrants:  # one by one: another's compiler would slow this one's start
+                    self._progress(f"starting {entrant.contender.name}")
+                    self._try(entrant, partial(entrant.start, self._ground))
+                for name, setting in self._settings:
+                    self._case(name, setting)
+            finally:
+                for entrant in self._entrants:
+                    entrant.leave()
+
+    @property
+    def found(self) -> tuple[Peer, ...]:
+        """What became of every contender so far."""
+        return tuple(entrant.found for entrant in self._entrants)
+
+    def _case(self, name: str, setting: Setting) -> None:
+        for entrant in self._running():
+            entrant.samples.append(_Samples(name))
+            self._progress(f"{name}: {entrant.contender.name} scores")
+            self._try(entrant, partial(self._score, entrant, setting))
+        first = self._entrants[0].samples[-1]
+        for entrant in self._running():
+            self._compare(entrant, first)
+        for turn in range(self._rounds):
+            self._progress(f"{name}: peers, round {turn + 1} of {self._rounds}")
+            for index, image in enumerate(setting.images):
+                running = self._running()
+                # Each goes first in turn: nobody always follows the same neighbour.
+                for entrant in running[turn % len(running) :] + running[: turn % len(running)]:
+                    time.sleep(_SETTLE)
+                    self._try(entrant, partial(self._time, entrant, setting, index, image))
+
+    def _score(self, entrant: Entrant, setting: Setting) -> None:
+        """Score every image once, ours with more seeds for the spread between them."""
+        samples = entrant.samples[-1]
+        # One score more than the comparison needs: compilers may compile again at the second call of a shape.
+        entrant.ask(Ask(setting.images[0], setting.crops, setting.seed, setting.steps))
+        seeds = SEEDS if entrant is self._entrants[0] and not all(c.exact for c in self._contenders) else 1
+        for image in setting.images:
+            asks = [Ask(image, setting.crops, setting.seed + seed, setting.steps) for seed in range(seeds)]
+            scores = [entrant.ask(ask).score for ask in asks]
+            samples.scores.append(scores[0])
+            samples.spread.append(statistics.stdev(scores) if seeds > 1 else 0.0)
+
+    def _compare(self, entrant: Entrant, ours: _Samples) -> None:
+        samples = entrant.samples[-1]
+        samples.drift = statistics.fmean(abs(a - b) for a, b in zip(samples.scores, ours.scores, strict=True))
+        scale = max(1.0, *map(abs, ours.scores))
+        samples.allowed = EXACT * scale if entrant.contender.exact else statistics.fmean(ours.spread)
+        if not samples.drift <= samples.allowed:  # what is no number differs too
+            entrant.problem = f"its scores differ from ours by {samples.drift:.1e}, {samples.allowed:.1e} is allowed"
+            # What rounds differently on purpose is timed all the same, for those who would accept such scores.
+            if entrant.contender.exact:
+                hint = "; is --ckpt what the engine was exported from?" if entrant.contender.weights else ""
+                entrant.leave()
+                entrant.problem += hint
+
+    def _time(self, entrant: Entrant, setting: Setting, index: int, image: Path) -> None:
+        samples = entrant.samples[-1]
+        answer = entrant.ask(Ask(image, setting.crops, setting.seed, setting.steps))
+        apart = abs(answer.score - samples.scores[index])
+        if not apart <= EXACT * max(1.0, abs(answer.score)):
+            raise Out(f"it scored {image.name} twice, {apart:.1e} apart")
+        samples.seconds.append(answer.seconds)
+
+    def _running(self) -> list[Entrant]:
+        return [entrant for entrant in self._entrants if not entrant.gone]
+
+    def _try(self, entrant: Entrant, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Out as exc:
+            entrant.leave(str(exc))
+            if entrant is self._entrants[0]:
+                raise BackendError(f"there is nothing to compare peers with: {exc}") from None
+
+
+@contextlib.contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

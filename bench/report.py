@@ -1,0 +1,240 @@
+"""The tables of a benchmark as Markdown: what `iqa-bench` prints, and what the README shows."""
+
+import re
+import statistics
+from collections.abc import Callable, Sequence
+
+from .results import Results, plural
+from .stats import summarise
+from .verdict import judge_results, ratios
+
+NONE = "–"
+_NUMBER = re.compile(rf"[+-]?[\d.,]+(e-?\d+)?%?|{NONE}|")
+
+
+def to_markdown(results: Results) -> str:
+    """Return the whole report."""
+    verdict = "\n".join(f"- {line}" for line in judge_results(results).lines)
+    parts = [f"## {results.engine.model} on {results.machine.cpu}", _facts(results), f"**Verdict**\n\n{verdict}"]
+    for title, make in TABLES.items():
+        if table := make(results):
+            parts.append(f"### {title[:1].upper()}{title[1:]}\n\n{table}")
+    missing = "\n".join(f"- {figure}: {why}" for figure, why in results.not_measured.items())
+    if missing:
+        parts.append(f"### Not measured here\n\n{missing}")
+    return "\n\n".join(parts) + "\n"
+
+
+def throughput(results: Results) -> str:
+    """Return a row per case: what a newcomer asks for."""
+    head = ["image", "crops", "steps", "workers", "images/s", "crops/s", "seconds per image", "GFLOP/s", "of peak"]
+    rows = []
+    for case in results.measured:
+        seconds = statistics.median(case.end_to_end)
+        rate = case.gflops()
+        rows.append(
+            [
+                f"{case.width}×{case.height}",
+                str(case.crops),
+                str(case.steps),
+                str(case.workers),
+                number(1 / seconds),
+                number(case.crops / seconds),
+                number(seconds),
+                number(rate),
+                percent(results.mfu(rate)),
+            ]
+        )
+    return table(head, rows)
+
+
+def latency(results: Results) -> str:
+    """Return a row per case and kind of sample, in milliseconds."""
+    head = ["case", "ms per image", "samples", "min", "mean", "median", "p90", "p95", "p99", "CV", "later half"]
+    rows = []
+    for case in results.measured:
+        for name, summary in (("files in, scores out", case.end_to_end_summary), ("compute", case.compute_summary)):
+            fields = (summary.minimum, summary.mean, summary.median, summary.p90, summary.p95, summary.p99)
+            drift = f"{case.stability.drift:+.1%}" if name == "compute" else NONE
+            cells = [
+                case.name,
+                name,
+                str(summary.count),
+                *(number(1e3 * f) for f in fields),
+                percent(summary.cv),
+                drift,
+            ]
+            rows.append(cells)
+    return table(head, rows)
+
+
+def stages(results: Results) -> str:
+    """Return a row per stage of every case, and one for what no network takes."""
+    head = ["case", "stage", "calls", "ms per image", "ms per call", "share", "GFLOP/s", "of peak", "CV"]
+    rows = []
+    for case in results.measured:
+        whole = statistics.median(case.compute)
+        for name, samples in case.stages.items():
+            summary = summarise(samples)
+            work, rate = case.work.get(name), case.gflops(name)
+            rows.append(
+                [
+                    case.name,
+                    name,
+                    str(work.calls) if work else NONE,
+                    number(1e3 * summary.median),
+                    number(1e3 * summary.median / work.calls) if work else NONE,
+                    percent(summary.median / whole),
+                    number(rate),
+                    percent(results.mfu(rate)),
+                    percent(summary.cv),
+                ]
+            )
+        outside = case.outside
+        rows.append(
+            [
+                case.name,
+                "outside networks",
+                NONE,
+                number(1e3 * outside * whole),
+                NONE,
+                percent(outside),
+                NONE,
+                NONE,
+                NONE,
+            ]
+        )
+    return table(head, rows)
+
+
+def step_times(results: Results) -> str:
+    """Return a row per case: a U-Net call in milliseconds, over the schedule."""
+    rows = []
+    for case in results.measured:
+        if case.step_seconds:
+            steps = summarise([1e3 * statistics.median(samples) for samples in case.step_seconds])
+            first = 1e3 * statistics.median(case.step_seconds[0])
+            cells = [case.step_ms, steps.minimum, steps.median, steps.p90, steps.p99, first]
+            rows.append([case.name, *map(number, cells)])
+    return table(["case", "ms/step", "fastest step", "median step", "p90", "p99", "first step"], rows)
+
+
+def startup(results: Results) -> str:
+    """Return a row per part of a fresh process's start: medians."""
+    if not results.starts:
+        return ""
+    parts: dict[str, Callable[[int], float]] = {
+        "interpreter": lambda i: results.starts[i].interpreter,
+        "imports": lambda i: results.starts[i].imports,
+        "check of the engine's files": lambda i: results.starts[i].check,
+        "loading the networks": lambda i: results.starts[i].load,
+        "first score": lambda i: results.starts[i].first_score,
+        "a later score": lambda i: results.starts[i].later_score,
+    }
+    indices = range(len(results.starts))
+    rows = [[name, number(1e3 * statistics.median(map(get, indices)))] for name, get in parts.items()]
+    peaks = [start.peak_mib for start in results.starts if start.peak_mib is not None]
+    if peaks:
+        rows.append(["peak memory after the first score, MiB", number(statistics.median(peaks))])
+    return table([f"start of a fresh process, median of {len(results.starts)}", "ms"], rows)
+
+
+def soak(results: Results) -> str:
+    """Return how latency and memory went over many images."""
+    if not results.soak or len(results.soak.seconds) < 2:
+        return ""
+    seconds, resident = results.soak.seconds, results.soak.resident_mib
+    half = len(seconds) // 2
+    drift = statistics.median(seconds[half:]) / statistics.median(seconds[:half]) - 1
+    rows = [["images", str(len(seconds))], ["later half of them took", f"{drift:+.1%}"]]
+    if len(resident) > 1:
+        rows.append(["resident memory, first and last reading, MiB", f"{number(resident[0])}, {number(resident[-1])}"])
+    return table(["soak", ""], rows)
+
+
+def peers(results: Results) -> str:
+    """Return a row per contender and case; a time is shown only where the scores agree."""
+    head = ["who", "precision", "case", "ms per image", "CV", "time, ours = 1", "mean score difference", "ready in s"]
+    head.append("peak MiB")
+    found = {(ratio.peer, ratio.case): ratio.times for ratio in ratios(results)}
+    rows = []
+    for index, peer in enumerate(results.peers):
+        who = f"{peer.name} ({peer.version})" if peer.version else peer.name
+        what = f"{'skipped' if peer.skipped else 'does not count'}: {peer.problem}" if peer.problem else None
+        if not any(case.seconds for case in peer.cases):
+            cells = [what or "not reached", *[NONE] * 4]
+            rows.append([who, peer.precision, *cells, number(peer.ready_seconds), number(peer.peak_mib)])
+        for case in peer.cases:
+            if not case.seconds:
+                continue
+            summary = summarise(case.seconds)
+            ratio = 1.0 if index == 0 else found.get((peer.name, case.case))
+            drift = "0" if index == 0 else f"{case.drift:.1e}" if case.drift is not None else NONE
+            cells = [number(1e3 * summary.median), percent(summary.cv), f"{ratio:.2f}" if ratio else NONE, drift]
+            name = f"{case.case}; {what}" if what else case.case
+            rows.append([who, peer.precision, name, *cells, number(peer.ready_seconds), number(peer.peak_mib)])
+    return table(head, rows)
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "throughput": throughput,
+    "latency": latency,
+    "stages": stages,
+    "steps": step_times,
+    "startup": startup,
+    "soak": soak,
+    "peers": peers,
+}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table; nothing if it would have no rows. Columns of numbers align right."""
+    if not rows:
+        return ""
+    right = [all(_NUMBER.fullmatch(row[column]) for row in rows) for column in range(len(head))]
+    lines = [head, ["--:" if r else "---" for r in right], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
+    )
+
+
+def number(value: float | None) -> str:
+    """Return three digits that count, without an exponent."""
+    if value is None:
+        return NONE
+    if value == 0:
+        return "0"
+    digits = max(0, 2 - int(f"{value:e}".split("e")[1]))
+    return f"{value:,.{min(digits, 6)}f}"
+
+
+def percent(share: float | None) -> str:
+    """Return a share in percent, with a decimal where it is small."""
+    if share is None:
+        return NONE
+    return f"{share:.1%}" if abs(share) < 0.1 else f"{share:.0%}"
+
+
+def _facts(results: Results) -> str:
+    m, ceilings = results.machine, results.ceilings
+    packages = ", ".join(f"{name} {text}" for name, text in m.packages.items())
+    facts = [
+        f"{plural(m.threads, 'thread')} on {plural(m.cpus, 'CPU')} ({', '.join(m.features) or 'features unknown'})",
+        f"{results.engine.backend}; {packages}; Python {m.python}, {m.system}",
+        f"engine {results.engine.id}, {results.created}" + (f", commit {m.commit}" if m.commit else ""),
+    ]
+    if results.peak_gflops and results.peak_gbs:
+        count = len(ceilings.matmul_gflops)
+        facts.append(
+            f"ceilings measured in this run, medians of {count}: matrix product {number(results.peak_gflops)} GFLOP/s "
+            f"in float32, copy {number(results.peak_gbs)} GB/s"
+        )
+    busy = f"others used {results.load.others:.0%} of the CPUs" if results.load.others is not None else ""
+    load = (
+        f"load {results.load.load_before} before, {results.load.load_after} after" if results.load.load_before else ""
+    )
+    facts += ["; ".join(filter(None, (busy, load)))] if busy or load else []
+    if results.overhead is not None:
+        facts.append(f"the benchmark's own clocks took {results.overhead:.3%} of computing")
+    facts += [f"left out: {text}" for text in results.left_out]
+    return "\n".join(f"- {fact}" for fact in facts)

@@ -1,0 +1,198 @@
+"""A whole benchmark: images, ceilings, start-up, our cases, a soak, peers; what was measured survives any end."""
+
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ..errors import UsageError
+from ..runtime import onnx_backend
+from ..runtime.inputs import find_images
+from ..runtime.manifest import open_engine
+from ..runtime.onnx_backend import OnnxSettings, available_cpus
+from ..runtime.scorer import load_stages
+from .ceilings import Probe
+from .contenders import OURS, Contender, Ground
+from .fresh import measure_start
+from .machine import Watch, describe
+from .measure import Bench, Setting, SoakRun
+from .peers import Contest
+from .pictures import Images, Size, generate, sort_by_size
+from .results import SCHEMA, Ceilings, Engine, Results, Start
+from .timing import Clock, clock_cost
+
+NOT_MEASURED = {
+    "GPU (transfers, enqueue, idle share, energy, capture)": "networks run on the CPU only, for now",
+    "batches of crops": "on the CPU crops run one at a time, so that a score never depends on its neighbours",
+}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to measure."""
+
+    engine: Path
+    images: tuple[str, ...] = ()  # none: generated ones
+    sizes: tuple[Size, ...] = ((224, 224),)  # of generated images: height, width
+    count: int = 2  # of generated images, of every size
+    crops: tuple[int, ...] = ()  # none: the engine's own count
+    steps: tuple[int, ...] = ()
+    workers: tuple[int, ...] = (1,)
+    rounds: int = 10
+    starts: int = 3
+    soak: int = 0
+    seed: int = 0
+    threads: int | None = None
+    contenders: tuple[Contender, ...] = ()
+    ckpt: Path | None = None
+    timeout: float = 900.0  # seconds until a peer is given up that does not answer
+
+
+class Run:
+    """One benchmark. `results` may be asked for at any time, after an interruption too."""
+
+    def __init__(
+        self,
+        wanted: Wanted,
+        options: dict[str, str],
+        *,
+        progress: Callable[[str], None] = lambda _text: None,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self._wanted, self._options, self._progress, self._clock = wanted, options, progress, clock
+        self._created = datetime.now(UTC).isoformat(timespec="seconds")
+        self._threads = wanted.threads or available_cpus()
+        self._directory = open_engine(wanted.engine)
+        self._stages = load_stages(self._directory, OnnxSettings(threads=self._threads))
+        self._watch = Watch()
+        self._images = Images({}, ())
+        self._benches: list[Bench] = []
+        self._probe: Probe | None = None
+        self._starts: list[Start] = []
+        self._soak: SoakRun | None = None
+        self._contest: Contest | None = None
+        self._not_measured = dict(NOT_MEASURED)
+
+    def run(self) -> None:
+        """Measure everything. Raises UsageError where nothing can be measured."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._images = self._find_images(Path(folder))
+            settings = self._settings()
+            self._progress("counting work")
+            self._benches = [Bench(self._directory, self._stages, setting, self._clock) for setting in settings]
+            self._probe = Probe(self._threads)
+            self._measure_starts(settings[0])
+            for number, bench in enumerate(self._benches, start=1):
+                self._progress(f"warming up case {number} of {len(self._benches)}")
+                bench.warm_up()
+            self._measure_rounds(self._probe)
+            if self._wanted.soak:
+                self._progress(f"scoring {self._wanted.soak} images in a row")
+                self._soak = self._benches[0].soak(self._wanted.soak)
+                self._soak.run()
+            if self._wanted.contenders:
+                self._measure_peers(settings)
+
+    def results(self, *, interrupted: bool = False) -> Results:
+        """Return what was measured so far."""
+        m = self._directory.manifest
+        cases = tuple(bench.case() for bench in self._benches)
+        why = {case.uncounted for case in cases if case.uncounted}
+        found = self._probe.found if self._probe else None
+        return Results(
+            schema=SCHEMA,
+            created=self._created,
+            options=self._options,
+            interrupted=interrupted,
+            machine=describe(self._threads),
+            load=self._watch.found,
+            engine=Engine(
+                m.engine_id,
+                m.model_name,
+                m.score.trained,
+                f"onnxruntime {onnx_backend.version()}: CPUExecutionProvider",
+                {stage.name.value: stage.file.sha256 for stage in m.stages},
+            ),
+            ceilings=Ceilings(*map(tuple, (found.matmul_gflops, found.copy_gbs))) if found else Ceilings((), ()),
+            cases=cases,
+            starts=tuple(self._starts),
+            peers=self._contest.found if self._contest else (),
+            soak=self._soak.found if self._soak else None,
+            overhead=self._overhead(),
+            left_out=self._images.left_out,
+            not_measured={**self._not_measured, **({"FLOPs": "; ".join(sorted(why))} if why else {})},
+        )
+
+    def _find_images(self, folder: Path) -> Images:
+        size = self._directory.manifest.crop.size
+        if self._wanted.images:
+            self._progress("reading images")
+            return sort_by_size(find_images(self._wanted.images), size)
+        for height, width in self._wanted.sizes:
+            if min(height, width) < size:
+                raise UsageError(f"images of {width}×{height} are smaller than a crop of this engine, {size}×{size}")
+        return generate(folder, self._wanted.sizes, self._wanted.count, self._wanted.seed)
+
+    def _settings(self) -> list[Setting]:
+        m = self._directory.manifest
+        return [
+            Setting(tuple(paths), height, width, crops, steps, workers, self._wanted.seed)
+            for (height, width), paths in self._images.by_size.items()
+            for crops in self._wanted.crops or (m.crop.count,)
+            for steps in self._wanted.steps or (m.schedule.steps,)
+            for workers in self._wanted.workers
+        ]
+
+    def _measure_starts(self, setting: Setting) -> None:
+        for number in range(self._wanted.starts):
+            self._progress(f"fresh process {number + 1} of {self._wanted.starts}")
+            try:
+                start = measure_start(
+                    self._directory.path,
+                    setting.images[0],
+                    threads=self._threads,
+                    crops=setting.crops,
+                    seed=setting.seed,
+                )
+            except (subprocess.CalledProcessError, OSError, ValueError) as exc:
+                said = getattr(exc, "stderr", None) or str(exc)
+                self._not_measured["start-up"] = f"the process failed: {said.strip().splitlines()[-1]}"
+                return
+            self._starts.append(start)
+
+    def _measure_rounds(self, probe: Probe) -> None:
+        for number in range(self._wanted.rounds):
+            self._progress(f"round {number + 1} of {self._wanted.rounds}")
+            probe.sample()
+            with self._watch:
+                for bench in self._benches:
+                    bench.round()
+
+    def _measure_peers(self, settings: Sequence[Setting]) -> None:
+        ground = Ground(self._directory.path.resolve(), self._wanted.ckpt, self._threads)
+        # Peers score one image at a time: cases that differ in workers alone would be the same.
+        cases = {
+            bench.case().name: setting
+            for bench, setting in zip(self._benches, settings, strict=True)
+            if setting.workers == settings[0].workers
+        }
+        self._contest = Contest(
+            (OURS, *self._wanted.contenders),
+            ground,
+            list(cases.items()),
+            rounds=self._wanted.rounds,
+            timeout=self._wanted.timeout,
+            progress=self._progress,
+        )
+        self._contest.run()
+
+    def _overhead(self) -> float | None:
+        calls = [bench.timed_calls for bench in self._benches]
+        medians = [statistics.median(bench.case().compute) for bench in self._benches if bench.case().compute]
+        if not medians or len(medians) < len(calls):
+            return None
+        return clock_cost() * sum(calls) / sum(medians)

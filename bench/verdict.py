@@ -1,0 +1,119 @@
+"""What the figures say in words: whether they can be trusted, what bounds the speed, and who is faster."""
+
+import statistics
+from dataclasses import dataclass
+
+from .results import Case, Peer, Results
+from .stats import judge
+
+OTHERS_LIMIT = 0.05  # of all CPU time: above it, figures are of a shared machine
+OUTSIDE_LIMIT = 0.01  # of a score's time, which may pass outside the networks
+OVERHEAD_LIMIT = 0.005  # of computing, which the benchmark's own clocks may take
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`problems` is empty if the figures are stable; `remarks` hold either way."""
+
+    problems: tuple[str, ...]
+    remarks: tuple[str, ...]
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The verdict, a sentence a line."""
+        head = "Stable." if not self.problems else "NOT STABLE: do not quote these figures."
+        return (head, *self.problems, *self.remarks)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How much longer a peer takes than we do on a case, when their scores agree."""
+
+    peer: str
+    case: str
+    samples: tuple[float, ...]  # of neighbouring scores of the same image
+
+    @property
+    def times(self) -> float:
+        """The median."""
+        return statistics.median(self.samples)
+
+
+def judge_results(results: Results) -> Verdict:
+    """Return the verdict on all that was measured."""
+    problems = [] if results.measured else ["Nothing was measured."]
+    for case in results.measured:
+        kinds = {"computing": case.stability, "files in, scores out": judge(case.end_to_end)}
+        problems += [f"{case.name}, {kind}: {text}." for kind, found in kinds.items() for text in found.problems]
+    for ratio in ratios(results):
+        stability = judge(ratio.samples)
+        problems += [f"{ratio.case}, {ratio.peer} over ours: {text}." for text in stability.problems]
+    load = results.load
+    if load.others is not None and load.others > OTHERS_LIMIT:
+        problems.append(f"Others used {load.others:.0%} of the CPUs meanwhile: stop them, or choose a quieter machine.")
+    if load.throttled:
+        problems.append(f"A thermal limit or a CPU quota held the CPUs back {load.throttled} times.")
+    if results.overhead is not None and results.overhead > OVERHEAD_LIMIT:
+        problems.append(f"The benchmark's own clocks took {results.overhead:.1%} of computing: use larger images.")
+    if results.interrupted:
+        problems.append("The benchmark was interrupted: this is what it had measured.")
+    return Verdict(tuple(problems), tuple(_remarks(results)))
+
+
+def ratios(results: Results) -> list[Ratio]:
+    """Return the ratios of all peers whose scores agree; the first peer is ours."""
+    if not results.peers:
+        return []
+    ours, *peers = results.peers
+    samples = {case.case: case.seconds for case in ours.cases}
+    return [
+        Ratio(peer.name, case.case, tuple(b / a for a, b in pairs))
+        for peer in peers
+        if peer.problem is None
+        for case in peer.cases
+        if (pairs := list(zip(samples.get(case.case, ()), case.seconds, strict=False)))
+    ]
+
+
+def _remarks(results: Results) -> list[str]:
+    remarks = []
+    if results.measured:
+        case = results.measured[0]
+        if not case.stability.problems:
+            remarks.append(
+                f"Medians of two such runs should differ by less than {max(case.stability.repeat, 1e-3):.1%}."
+            )
+        remarks += _of_case(results, case)
+    if found := ratios(results):
+        remarks.append(_of_peers(results.peers, found))
+    if not results.engine.trained:
+        remarks.append("The engine is not trained: its times are real, its scores mean nothing.")
+    return remarks
+
+
+def _of_case(results: Results, case: Case) -> list[str]:
+    remarks = []
+    whole = statistics.median(case.compute)
+    name, seconds = max(case.stages.items(), key=lambda item: statistics.median(item[1]))
+    text = f"{name} takes {statistics.median(seconds) / whole:.0%} of a score"
+    rate = case.gflops(name)
+    if rate is not None and results.peak_gflops and results.peak_gbs:
+        ridge = results.peak_gflops / results.peak_gbs
+        bound = "arithmetic" if case.work[name].intensity > ridge else "memory"
+        text += f" and runs at {rate / results.peak_gflops:.0%} of the matrix product's rate; {bound} bounds it"
+    remarks.append(f"{text}.")
+    if (outside := case.outside) > OUTSIDE_LIMIT:
+        remarks.append(f"Host-bound in part: {outside:.1%} of a score passes outside the networks.")
+    if (more := statistics.median(case.end_to_end) / whole - 1) > OUTSIDE_LIMIT:
+        remarks.append(f"Reading files shows: end to end takes {more:.1%} longer than computing.")
+    return remarks
+
+
+def _of_peers(peers: tuple[Peer, ...], found: list[Ratio]) -> str:
+    precise = {peer.name for peer in peers if peer.precision == peers[0].precision}
+    best = min((r for r in found if r.peer in precise), key=lambda r: r.times, default=None)
+    if best is None:
+        return "No peer of equal precision agrees with our scores."
+    if best.times >= 1:
+        return f"No peer of equal precision is faster; the best, {best.peer}, takes {best.times:.2f} times as long."
+    return f"{best.peer} is faster at equal precision: it takes {best.times:.2f} of our time ({best.case})."

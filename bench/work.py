@@ -1,0 +1,54 @@
+"""What an image costs: FLOPs counted from the ONNX graphs, and the bytes that must at least be moved for them."""
+
+import math
+from functools import lru_cache
+from pathlib import Path
+
+from ..errors import DiffiqaError, first_line
+from ..runtime.manifest import EngineDirectory, Stage, StageName
+from ..runtime.plan import Plan
+from .results import Work
+
+_FLOAT = 4  # bytes
+
+
+def count_work(directory: EngineDirectory, plan: Plan) -> tuple[dict[str, Work], str | None]:
+    """Return what each stage does for one image under a plan; or nothing, and why."""
+    kinds = len(directory.manifest.kinds)
+    window = plan.windows[0]  # all are of one size
+    try:
+        found = {}
+        for stage in directory.manifest.stages:
+            name, size = stage.name, (plan.crop_size, plan.crop_size)
+            calls, batch, macs = len(plan.crops), 1, stage.macs
+            if name is StageName.UNET:
+                calls, size = len(plan.windows) * directory.manifest.schedule.steps, (window.height, window.width)
+                if size != (plan.crop_size, plan.crop_size):
+                    macs = _unet_macs(directory.file(stage.file), *size)
+            elif name is StageName.VIT:
+                batch = kinds  # in one call
+            flop = 2 * macs * batch
+            moved = stage.file.bytes + _bytes(stage, batch, size)
+            found[name.value] = Work(calls, calls * flop / 1e9, flop / moved)
+    except ModuleNotFoundError as exc:
+        return {}, f"{exc.name} is not installed: pip install 'diffiqa[export]'"
+    except (DiffiqaError, OSError) as exc:
+        return {}, first_line(exc)
+    return found, None
+
+
+@lru_cache(maxsize=32)
+def _unet_macs(path: Path, height: int, width: int) -> int:
+    """Count the MACs at a size; the manifest has them for crops alone, and attention grows with the square."""
+    import onnx
+
+    from ..export.macs import count_macs
+
+    image = (1, 3, height, width)
+    return count_macs(onnx.load(path), {"y": image, "condition": image, "noise_level": (1, 1)})
+
+
+def _bytes(stage: Stage, batch: int, size: tuple[int, int]) -> int:
+    sizes = {"B": batch, "N": batch, "H": size[0], "W": size[1]}
+    shapes = [spec.shape for spec in (*stage.inputs, *stage.outputs)]
+    return sum(_FLOAT * math.prod(sizes[d] if isinstance(d, str) else d for d in shape) for shape in shapes)

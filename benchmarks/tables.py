@@ -1,0 +1,132 @@
+"""The README's tables of figures, made from `results/*.json`: rewrites them in place, or with `--check` compares.
+
+    python benchmarks/tables.py [--check] [--readme FILE]
+
+A table stands between two comments in the README. The first names what makes it:
+
+    <!-- table: figures -->                     the table of single figures, from the JSON of the scripts here
+    <!-- table: peers from bench-mini.json -->  a table of `iqa-bench`, from what its --json wrote
+    <!-- end of table -->
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from diffiqa.bench import report
+from diffiqa.bench.results import read
+from diffiqa.errors import DiffiqaError
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+_BLOCK = re.compile(
+    r"(?P<head><!-- table: (?P<name>\w+)(?: from (?P<file>[\w.-]+))? -->\n)"
+    r"(?P<body>.*?)(?P<tail><!-- end of table -->)",
+    re.DOTALL,
+)
+
+
+def main() -> None:
+    """Rewrite or check; exits with 1 where a table differs or cannot be made."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    text = given.readme.read_text(encoding="utf-8")
+    try:
+        made, changed = remake(text, given.results)
+    except (OSError, KeyError, ValueError, DiffiqaError) as exc:
+        sys.exit(f"{given.readme}: a table cannot be made: {type(exc).__name__}: {exc}")
+    if given.check and changed:
+        sys.exit(f"{given.readme} differs from {given.results}: {', '.join(changed)}; run python benchmarks/tables.py")
+    if not given.check:
+        given.readme.write_text(made, encoding="utf-8")
+
+
+def remake(text: str, results: Path) -> tuple[str, list[str]]:
+    """Return a document with its tables made anew, and the heads of those that changed."""
+    changed = []
+
+    def block(match: re.Match[str]) -> str:
+        body = make(match["name"], match["file"], results)
+        if body != match["body"]:
+            changed.append(match["head"].strip())
+        return match["head"] + body + match["tail"]
+
+    if text.count("<!-- table: ") != len(_BLOCK.findall(text)):
+        raise ValueError("a <!-- table: … --> comment is not well formed, or has no <!-- end of table -->")
+    return _BLOCK.sub(block, text), changed
+
+
+def make(name: str, file: str | None, results: Path) -> str:
+    """Return one table, with an empty line on either side."""
+    if name == "figures" and file is None:
+        made = figures(results)
+    elif file is not None and name in report.TABLES:
+        made = report.TABLES[name](read(results / file))
+    else:
+        raise ValueError(f"no table is called {name!r}; with a file there are {', '.join(report.TABLES)}")
+    if not made:
+        raise ValueError(f"{file} has nothing for a table of {name}")
+    return f"\n{made}\n\n"
+
+
+def figures(results: Path) -> str:
+    """Return the table of single figures."""
+
+    def load(name: str) -> Any:
+        return json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+
+    presets, overhead, full = load("export")["presets"], load("score-overhead"), load("score-full")
+    memory, large, full_memory = load("score-memory"), load("score-large"), load("score-full-memory")
+    errors = [
+        [
+            error
+            for p in presets.values()
+            for stage in p["stages"].values()
+            for name, error in stage["max_abs_error"].items()
+            if name == wanted
+        ]
+        for wanted in ("noise", "score")
+    ]
+    sizes: dict[tuple[int, int], list[float]] = {}
+    for sample in overhead["samples"]:
+        sizes.setdefault(tuple(sample["size"]), []).append(sample["seconds"])
+    small, larger = (statistics.median(seconds) for seconds in sizes.values())
+    gib = max(p["peak_memory_gib"] for p in presets.values())
+    rows = [
+        [
+            "export of `paper`, `authors`, verification included",
+            f"{presets['paper']['seconds']:.0f} s, {presets['authors']['seconds']:.0f} s; {gib:.1f} GiB at most",
+        ],
+        ["largest difference from PyTorch: U-Net noise, scores", ", ".join(f"{max(e):.1e}" for e in errors)],
+        ["`mini`, 224×224, 1 crop; 384×320, 9 crops", f"{small:.1f} s; {larger:.1f} s"],
+        ["the same, share of time outside ONNX Runtime", f"{overhead['overhead_percent_median']:.2f} %"],
+        ["`mini`, fresh process to first score", f"{load('score-startup')['first_score_seconds_median']:.1f} s"],
+        [
+            "`paper`, 224×224, 50 steps",
+            f"{full['samples'][0]['seconds']:.0f} s, {full['overhead_percent_median']:.2f} % outside ONNX Runtime",
+        ],
+        [
+            "the same, peak memory of the process",
+            f"{full_memory['peak_mib'] / 1024:.1f} GiB, engine {full_memory['engine_mib'] / 1024:.1f} GiB",
+        ],
+        [
+            "resident memory over 1,000 images of five sizes",
+            f"{memory['resident_mib'][0]:.0f} MiB, growth {memory['growth_percent_after_image_150']:.2f} %",
+        ],
+        [
+            "a 24-megapixel JPEG, `mini`, 4 crops",
+            f"{large['peak_mib_above_a_small_image']} MiB above a small image's peak",
+        ],
+    ]
+    return report.table(["what", "measured"], rows)
+
+
+if __name__ == "__main__":
+    main()

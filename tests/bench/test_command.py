@@ -1,0 +1,138 @@
+"""`iqa-bench` from the outside: its report, its files, bad input, and Ctrl-C."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner, Result
+
+from diffiqa.bench import report
+from diffiqa.bench.ceilings import Probe, matmul_model
+from diffiqa.bench.results import read
+from diffiqa.cli import main
+
+
+def call(engine: Path | str, *arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, ["bench", "--engine", str(engine), *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path, Path]:
+    folder = tmp_path_factory.mktemp("bench")
+    files = folder / "bench.json", folder / "bench.html"
+    sweep = ("--size", "48x40,64x64", "--crops", "1,2", "--steps", "6", "--rounds", "2", "--starts", "1", "--soak", "4")
+    result = call(tiny_engine, *sweep, "--peer", "torch eager", "--json", files[0], "--html", files[1], "-q")
+    return result, *files
+
+
+def test_every_combination_is_a_case_with_all_its_tables(finished: tuple[Result, Path, Path]) -> None:
+    result, file, _ = finished
+    assert result.exit_code in {0, 1}, result.output  # whether this machine is quiet is not tested
+    results = read(file)
+    assert [(c.width, c.height, c.crops) for c in results.cases] == [(48, 40, 1), (48, 40, 2), (64, 64, 1), (64, 64, 2)]
+    assert all(len(case.end_to_end) == 2 and len(case.compute) == 4 for case in results.measured)
+    for name, make in report.TABLES.items():
+        assert make(results), name
+        assert make(results) in result.stdout
+    assert "**Verdict**" in result.stdout
+    assert any("GPU" in figure for figure in results.not_measured)
+    assert results.engine.id in result.stdout
+    assert results.overhead is not None
+    assert results.overhead < 0.005
+
+
+def test_the_peer_that_lacks_weights_is_skipped_and_ours_is_measured(finished: tuple[Result, Path, Path]) -> None:
+    ours, torch = read(finished[1]).peers
+    assert ours.problem is None
+    assert torch.skipped
+    assert "skipped: PyTorch needs the weights" in finished[0].stdout
+
+
+def test_the_json_file_holds_raw_samples_and_a_digest_and_reads_back(finished: tuple[Result, Path, Path]) -> None:
+    data = json.loads(finished[1].read_text())
+    assert data["summary"]["cases"][0]["stages"]["unet"]["ms"]["count"] == 4
+    assert data["cases"][0]["step_seconds"][0][0] > 0
+    assert data["starts"][0]["first_score"] > 0
+    assert len(data["soak"]["seconds"]) == 4
+    assert data["engine"]["stages"].keys() == {"unet", "vit", "vcg", "vda"}
+
+
+def test_the_page_stands_alone_and_draws_what_was_measured(finished: tuple[Result, Path, Path]) -> None:
+    page = finished[2].read_text(encoding="utf-8")
+    assert page.count("<svg") == 4
+    assert "http" not in page.split("<body>")[1]
+    assert "Roofline" in page
+    assert page.count("<table>") == len(report.TABLES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--engine", "nowhere"], "does not exist; make an engine directory"),
+        (["--engine", "ENGINE", "EMPTY"], "no image can be measured"),
+        (["--engine", "ENGINE", "missing.png"], "missing.png"),
+        (["--engine", "ENGINE", "x.png", "--size", "64x64"], "--size and --count are of generated images"),
+        (["--engine", "ENGINE", "--size", "16x16"], "smaller than a crop"),
+        (["--engine", "ENGINE", "--size", "64"], "is not WIDTHxHEIGHT"),
+        (["--engine", "ENGINE", "--crops", "1,x"], "is not whole numbers"),
+        (["--engine", "ENGINE", "--steps", "2"], "2 steps are too few"),
+        (["--engine", "ENGINE", "--peer", "magic"], "there is no peer 'magic'; choose from"),
+        (["--engine", "ENGINE", "--ckpt", "none.pt"], "none.pt is not a file"),
+        (["--engine", "ENGINE", "--json", "no/such/folder/a.json"], "create it first"),
+    ],
+)
+def test_what_cannot_be_measured_is_exit_code_2_and_one_line(
+    tiny_engine: Path, tmp_path: Path, arguments: list[str], says: str
+) -> None:
+    named = {"ENGINE": str(tiny_engine), "EMPTY": str(tmp_path)}
+    result = CliRunner().invoke(main, ["bench", *(named.get(a, a) for a in arguments)])
+    assert result.exit_code == 2, result.output
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_bad_image_is_left_out_and_said(tiny_engine: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (40, 40)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    result = call(tiny_engine, tmp_path, "--rounds", "1", "--starts", "0", "--crops", "1")
+    assert result.exit_code == 1
+    assert "left out: " in result.stdout
+    assert "bad.png" in result.stdout
+    assert "| 40×40 |" in result.stdout
+
+
+def test_ctrl_c_writes_what_was_measured(tiny_engine: Path, tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    options = ["--size", "40x40", "--crops", "1", "--rounds", "100000", "--starts", "0", "--json", str(file)]
+    command = [sys.executable, "-m", "diffiqa.cli", "bench", "--engine", str(tiny_engine), *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    for line in process.stderr:
+        if line.startswith("round 4 "):
+            break
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    assert stderr.splitlines()[-1] == "error: interrupted"
+    assert "The benchmark was interrupted" in stdout
+    results = read(file)
+    assert results.interrupted
+    assert len(results.cases[0].end_to_end) >= 3
+
+
+def test_the_matrix_product_that_is_probed_is_one() -> None:
+    model = onnx.load_from_string(matmul_model(300))
+    onnx.checker.check_model(model, full_check=True)
+    assert [node.op_type for node in model.graph.node] == ["MatMul"]
+    probe = Probe(1, side=64, copy_bytes=2**16)
+    probe.sample()
+    np.testing.assert_allclose(probe._product, probe._a @ probe._b, atol=1e-4)
+    assert probe.found.matmul_gflops[0] > 0
+    assert probe.found.copy_gbs[0] > 0

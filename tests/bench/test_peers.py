@@ -1,0 +1,89 @@
+"""Peers that are missing, crash, hang or disagree are reported, and the rest goes on."""
+
+from pathlib import Path
+
+import pytest
+
+from diffiqa import BackendError
+from diffiqa.bench.contenders import OURS, PEERS, Ask, Contender, Ground
+from diffiqa.bench.measure import Setting
+from diffiqa.bench.peers import Contest, Entrant, Out
+from diffiqa.bench.results import Peer
+from diffiqa.tests.bench import fake_contenders as fakes
+
+GROUND = Ground(Path("engine"), None, 1)
+SETTING = Setting((Path("a.png"), Path("b.png")), 32, 32, crops=1, steps=6, workers=1, seed=0)
+GOOD = Contender("good", "fp32", exact=True, make=fakes.good)
+
+
+def contest(*contenders: Contender) -> dict[str, Peer]:
+    run = Contest(contenders, GROUND, [("a case", SETTING)], rounds=3, timeout=60)
+    run.run()
+    return {peer.name: peer for peer in run.found}
+
+
+def test_whatever_becomes_of_a_peer_is_reported_and_the_others_are_measured() -> None:
+    found = contest(
+        GOOD,
+        Contender("missing", "fp32", exact=True, make=fakes.missing),
+        Contender("refuses", "fp32", exact=True, make=fakes.refuses),
+        Contender("dies", "fp32", exact=True, make=fakes.dies),
+        Contender("differs", "fp32", exact=True, make=fakes.differs, weights=True),
+        Contender("no number", "fp32", exact=True, make=fakes.no_number),
+        Contender("also good", "fp32", exact=True, make=fakes.good),
+    )
+    assert found["missing"].skipped
+    assert found["missing"].problem == "fake is not installed"
+    assert found["refuses"].problem == "ValueError: no such device"
+    assert found["dies"].problem == "its process died with exit code 7: terminate called"
+    assert found["differs"].problem == (
+        "its scores differ from ours by 1.0e-01, 1.0e-04 is allowed; is --ckpt what the engine was exported from?"
+    )
+    assert "differ" in (found["no number"].problem or "")
+    assert not any(found[name].skipped for name in ("refuses", "dies", "differs", "no number"))
+    assert not any(case.seconds for name in ("dies", "differs", "no number") for case in found[name].cases)
+    for name in ("good", "also good"):
+        assert found[name].problem is None
+        assert len(found[name].cases[0].seconds) == 6  # three rounds of two images
+        assert found[name].cases[0].drift == 0
+
+
+def test_reduced_precision_may_change_a_score_by_the_spread_between_seeds() -> None:
+    found = contest(
+        GOOD,  # 0.01 between neighbouring seeds
+        Contender("within", "bf16", exact=False, make=fakes.rounds_a_little),
+        Contender("beyond", "bf16", exact=False, make=fakes.differs),
+    )
+    assert found["within"].problem is None
+    assert found["within"].cases[0].allowed == pytest.approx(0.01)
+    assert found["within"].cases[0].drift == pytest.approx(1e-3)
+    assert "1.0e-01" in (found["beyond"].problem or "")
+    assert len(found["beyond"].cases[0].seconds) == 6  # timed, for those who would accept such scores
+
+
+def test_nothing_is_compared_when_ours_fails() -> None:
+    with pytest.raises(BackendError, match="ValueError: no such device"):
+        contest(Contender("ours", "fp32", exact=True, make=fakes.refuses), GOOD)
+
+
+def test_a_peer_that_hangs_is_given_up_and_its_process_ended(tmp_path: Path) -> None:
+    entrant = Entrant(Contender("hangs", "fp32", exact=True, make=fakes.hangs), tmp_path, timeout=60)
+    entrant.start(GROUND)
+    entrant.timeout = 0.05
+    with pytest.raises(Out, match=r"no answer within 0\.05 seconds"):
+        entrant.ask(Ask(Path("a.png"), 1, 0, 6))
+    entrant.leave("slow")
+    assert entrant.found.problem == "slow"
+
+
+def test_peers_have_names_of_their_own() -> None:
+    names = [contender.name for contender in (OURS, *PEERS)]
+    assert len(set(names)) == len(names)
+
+
+def test_weights_are_needed_for_pytorch_alone_and_said_by_name() -> None:
+    peer = next(contender for contender in PEERS if contender.name == "torch eager")
+    run = Contest([GOOD, peer], GROUND, [("a case", SETTING)], rounds=1, timeout=120)
+    run.run()
+    assert run.found[1].skipped
+    assert run.found[1].problem == "PyTorch needs the weights: give --ckpt FILE"
