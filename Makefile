@@ -23,8 +23,9 @@ slow: $(VENV)/ready
 	@$(BIN)/python -m pytest -q -m "slow and not gpu"
 
 check: $(VENV)/ready
-	@echo "== format, lint, types"
+	@echo "== format, lint, types, the README's tables"
 	@$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet . && scripts/typecheck $(BIN)/mypy
+	@$(BIN)/python benchmarks/tables.py --check
 
 $(VENV)/ready: requirements.lock pyproject.toml
 	@echo "== setting up $(VENV) (a minute or two)"

@@ -3,6 +3,9 @@
 import click
 
 from . import __version__
+from .bench.cli import bench
+from .calibration.cli import calibrate, quantise
+from .calibration.cli_verify import verify
 from .export.cli import build, convert, export
 from .runtime.cli import run
 from .training.cli import evaluate, train
@@ -17,7 +20,7 @@ def main() -> None:
     """
 
 
-for command in (export, build, run, convert, train, evaluate):
+for command in (export, build, calibrate, quantise, verify, run, convert, train, evaluate, bench):
     main.add_command(command)
 
 if __name__ == "__main__":

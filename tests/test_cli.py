@@ -17,7 +17,7 @@ from diffiqa.model.checkpoint import Loaded
 from diffiqa.model.network import DiffV2IQA
 from diffiqa.runtime.manifest import StageName, read_manifest
 
-COMMANDS = ("export", "build", "run", "convert")
+COMMANDS = ("export", "build", "calibrate", "quantise", "verify", "run", "convert", "bench")
 
 
 def call(*arguments: str | Path) -> Result:
@@ -57,9 +57,7 @@ def test_help_gives_examples_and_exit_codes(command: str) -> None:
     assert "--debug" in text
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["export", "--help"], ["build", "--help"], ["run", "--help"], ["eval", "--help"]]
-)
+@pytest.mark.parametrize("arguments", [[], *([name, "--help"] for name in (*COMMANDS, "eval"))])
 def test_help_does_not_wait_for_heavy_imports(arguments: list[str]) -> None:
     code = (
         "import sys; from diffiqa.cli import main\n"
