@@ -62,21 +62,30 @@ def _open_streams() -> None:
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 — for the whole run
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM. A type of its own: where KeyboardInterrupt itself passes through `exec` of a text, as in many
+    imports, CPython ends `python -m` by SIGINT at the very end, whatever exit code was given.
+    """
+
+
 @contextlib.contextmanager
 def _terminate_as_interrupt() -> Iterator[None]:
     """Let SIGTERM end a command as Ctrl-C does, cleaning up; signals belong to the main thread alone."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _as_interrupt)
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, _as_interrupt)}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell made us ignore it
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, _as_interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def _as_interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    raise Interrupted
 
 
 def _fail(ctx: click.Context, message: str, code: int, exc: BaseException, *, debug: bool) -> None:

@@ -155,3 +155,19 @@ def test_an_interrupted_export_leaves_the_old_engine_and_exits_with_2(
     assert "Traceback" not in stderr
     assert [p.name for p in tmp_path.iterdir()] == ["engine"]
     assert read_manifest(target) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_inside_executed_text_gives_the_same_exit_code(tmp_path: Path, number: signal.Signals) -> None:
+    """Imports execute text; CPython ends a module (`-m`) whose KeyboardInterrupt passed through one by SIGINT."""
+    code = (
+        "import click, os, signal\n"
+        "from diffiqa.command import Command\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "@click.command(cls=Command)\n"
+        f"def wait(): exec('import time; os.kill(os.getpid(), {int(number)}); time.sleep(20)')\n"
+        "wait()"
+    )
+    (tmp_path / "waiting.py").write_text(code)
+    done = subprocess.run([sys.executable, "-m", "waiting"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "error: interrupted\n")

@@ -39,7 +39,7 @@ def test_every_option_the_readme_names_exists() -> None:
         for option in parameter.opts
     }
     text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text))
     assert len(named) > 15
     assert named - {"--help"} <= known, named - known
 
