@@ -68,6 +68,8 @@ class DeviceExecutor:
     `rebuild` gives the command that makes a build for a size such as "512x400" as well.
     """
 
+    takes_pixels = True
+
     def __init__(
         self,
         manifest: Manifest,

@@ -4,7 +4,7 @@ import contextlib
 import queue
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -57,14 +57,38 @@ class Cancelled(Exception):  # noqa: N818 — it reports a wish, not an error
     """Raised inside a running plan once the caller no longer wants its result."""
 
 
+class Executor(Protocol):
+    """Carries out plans, here or on a device."""
+
+    takes_pixels: bool  # (height, width, 3) bytes as they are, beside planes (3, height, width) in [-1, 1]
+
+    def run(
+        self, image: Any, plan: Plan, seed: int, cancelled: Callable[[], bool], *, pictures: bool = True
+    ) -> Outcome:
+        """Restore and score one image; who wants no `pictures` may get an outcome without crops and planes."""
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+
 class HostExecutor:
     """Runs plans. Several threads may run plans at once; each borrows a workspace of its own."""
+
+    takes_pixels = False
 
     def __init__(self, manifest: Manifest, stages: Mapping[StageName, StageRunner]) -> None:
         self._manifest, self._stages = manifest, stages
         self._idle: queue.LifoQueue[_Workspace] = queue.LifoQueue()
 
-    def run(self, image: FloatArray, plan: Plan, seed: int, cancelled: Callable[[], bool] = lambda: False) -> Outcome:
+    def run(
+        self,
+        image: FloatArray,
+        plan: Plan,
+        seed: int,
+        cancelled: Callable[[], bool] = lambda: False,
+        *,
+        pictures: bool = True,
+    ) -> Outcome:
         """Restore and score one image (3, height, width) in [-1, 1]. Raises Cancelled soon after `cancelled()`."""
         kinds, size = self._manifest.kinds, plan.crop_size
         crops = np.empty((len(plan.crops), len(kinds), 3, size, size), np.float32)
@@ -80,6 +104,10 @@ class HostExecutor:
                     raise Cancelled
                 verdicts.append(work.assess(crops[index]))
         return Outcome(tuple(verdicts), crops, planes)
+
+    def close(self) -> None:
+        """Drop the workspaces that no plan is using."""
+        self._idle = queue.LifoQueue()
 
     def _restore(
         self,

@@ -19,9 +19,7 @@ import numpy.typing as npt
 from ..errors import BackendError, EngineError, ImageError, UsageError
 from . import onnx_backend
 from .builds import build_command, newest_build
-from .device import DeviceExecutor
-from .graphs import Form
-from .host import Branch, HostExecutor, Outcome, StageRunner, Verdict
+from .host import Branch, Executor, HostExecutor, Outcome, StageRunner, Verdict
 from .images import DEFAULT_MAX_PIXELS, Image, Source, read_image
 from .manifest import EngineDirectory, Library, Manifest, ScoreMeaning, StageName, open_engine
 from .onnx_backend import OnnxSettings, OnnxStage
@@ -60,16 +58,14 @@ class Scorer:
     def __init__(
         self,
         manifest: Manifest,
-        stages: Mapping[StageName, StageRunner] | DeviceExecutor,
+        stages: Mapping[StageName, StageRunner] | Executor,
         *,
         backend: str,
         reason: str = "",
         max_pixels: int | None = DEFAULT_MAX_PIXELS,
     ) -> None:
         self._manifest, self._backend, self._reason, self._max_pixels = manifest, backend, reason, max_pixels
-        self._executor: HostExecutor | DeviceExecutor | None = (
-            stages if isinstance(stages, DeviceExecutor) else HostExecutor(manifest, stages)
-        )
+        self._executor: Executor | None = HostExecutor(manifest, stages) if isinstance(stages, Mapping) else stages
 
     @property
     def info(self) -> Info:
@@ -139,7 +135,7 @@ class Scorer:
     def close(self) -> None:
         """Free the engine. A closed scorer refuses to score."""
         executor, self._executor = self._executor, None
-        if isinstance(executor, DeviceExecutor):
+        if executor:
             executor.close()
 
     def __enter__(self) -> Self:
@@ -210,16 +206,12 @@ class Scorer:
         notes = list(image.notes)
         kept: Pictures | None = None
         try:
-            on_device = isinstance(executor, DeviceExecutor)
-            given: npt.NDArray[Any] = image.pixels  # a device takes bytes as they are
-            if not on_device or given.dtype != np.uint8:
+            given: npt.NDArray[Any] = image.pixels
+            if not executor.takes_pixels or given.dtype != np.uint8:
                 given = to_plane(given)
             for seed in seeds:
                 wanted = pictures and kept is None
-                if isinstance(executor, DeviceExecutor):
-                    outcome = executor.run(given, plan, seed, cancelled, pictures=wanted)
-                else:
-                    outcome = executor.run(given, plan, seed, cancelled)
+                outcome = executor.run(given, plan, seed, cancelled, pictures=wanted)
                 if wanted:
                     kept = _pictures(m, plan, image, outcome)
                 outcomes.append(outcome.verdicts)
@@ -288,7 +280,7 @@ def load(
         reason = "asked for by threads or providers"
     elif backend != "onnxruntime":
         try:
-            executor, name = _on_gpu(directory, device or 0, Form.LOOP if cuda_graph else Form.NONE)
+            executor, name = _on_gpu(directory, device or 0, cuda_graph=cuda_graph)
         except (BackendError, EngineError) as exc:
             if backend == "tensorrt":
                 raise
@@ -301,11 +293,14 @@ def load(
     return Scorer(directory.manifest, stages, backend=name, reason=reason, max_pixels=max_pixels)
 
 
-def _on_gpu(directory: EngineDirectory, ordinal: int, form: Form) -> tuple[DeviceExecutor, str]:
+def _on_gpu(directory: EngineDirectory, ordinal: int, *, cuda_graph: bool) -> tuple[Executor, str]:
     """Load the build that fits a GPU, and say what runs. Raises BackendError or EngineError with the way out."""
-    from .device_layer import CudaLayer, load_engines
-
     capability = gpu_capability(ordinal)
+    # Only where there is a GPU: most machines that score have none, and start sooner without.
+    from .device import DeviceExecutor
+    from .device_layer import CudaLayer, load_engines
+    from .graphs import Form
+
     # With none installed, the one that the newest build is for is missed.
     missed = directory.manifest.builds[-1].library if directory.manifest.builds else Library.TENSORRT
     libraries = {name: load_library(name) for name in installed_libraries() or [missed]}
@@ -325,7 +320,9 @@ def _on_gpu(directory: EngineDirectory, ordinal: int, form: Form) -> tuple[Devic
     layer = CudaLayer(ordinal)
     try:
         stages = load_engines(layer, libraries[build.library], directory, build)
-        executor = DeviceExecutor(directory.manifest, layer, stages, form=form, rebuild=rebuild)
+        executor = DeviceExecutor(
+            directory.manifest, layer, stages, form=Form.LOOP if cuda_graph else Form.NONE, rebuild=rebuild
+        )
     except MemoryError as exc:
         layer.close()
         raise BackendError(f"not enough GPU memory to load {directory.path}: {exc}") from exc

@@ -1,8 +1,10 @@
 """TensorRT and TensorRT-RTX as one library: which is here, its messages, and every point in which the two differ."""
 
+import ctypes
 import functools
 import importlib
 import importlib.util
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,18 +147,26 @@ def device_capability() -> str | None:
         return None
 
 
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def gpu_capability(ordinal: int | None) -> str:
     """Return the compute capability of a GPU, None for the current one. Raises BackendError saying what is missing."""
     try:
+        # Importing cuda.core takes longer than loading a small engine: not on machines that have no use for it.
+        if importlib.util.find_spec("cuda.core") and not _has_driver():
+            raise BackendError("no NVIDIA GPU: its driver is not installed")
         from cuda.core import Device
-        from cuda.pathfinder import DynamicLibNotFoundError
     except ImportError as exc:
         raise BackendError(f"cuda.core is not installed; install it with: pip install 'diffiqa[cuda]' ({exc})") from exc
     try:
         count = len(Device.get_all_devices())
         capability = Device(ordinal).compute_capability if (ordinal or 0) < count else None
-    except DynamicLibNotFoundError as exc:
-        raise BackendError("no NVIDIA GPU: its driver is not installed") from exc
     except Exception as exc:  # no GPU, a driver too old: cuda.core's errors have no public base class
         raise BackendError(f"no usable NVIDIA GPU: {first_line(exc)}") from exc
     if capability is None:
