@@ -29,7 +29,7 @@ def generate(folder: Path, sizes: Sequence[Size], count: int, seed: int) -> Imag
     for height, width in sizes:
         names = [folder / f"{width}x{height}-{index}.png" for index in range(count)]
         for index, name in enumerate(names):
-            PIL.Image.fromarray(_picture((seed, height, width, index), height, width)).save(name)
+            PIL.Image.fromarray(picture((seed, height, width, index), height, width)).save(name)
         by_size[height, width] = names
     return Images(by_size, ())
 
@@ -49,11 +49,11 @@ def sort_by_size(paths: Sequence[Path], min_side: int) -> Images:
     return Images(dict(by_size), tuple(left_out))
 
 
-def _picture(seed: tuple[int, ...], height: int, width: int) -> npt.NDArray[np.uint8]:
+def picture(seed: int | tuple[int, ...], height: int, width: int) -> npt.NDArray[np.uint8]:
     """Return a random picture with detail at three scales, as photographs have."""
     generator = np.random.default_rng(seed)
-    picture = np.zeros((height, width, 3), np.float32)
+    sum_of_scales = np.zeros((height, width, 3), np.float32)
     for cell in (1, 8, 64):
         coarse = generator.random((-(-height // cell), -(-width // cell), 3), np.float32)
-        picture += np.repeat(np.repeat(coarse, cell, 0), cell, 1)[:height, :width]
-    return (picture * 85).astype(np.uint8)
+        sum_of_scales += np.repeat(np.repeat(coarse, cell, 0), cell, 1)[:height, :width]
+    return (sum_of_scales * 85).astype(np.uint8)

@@ -19,6 +19,7 @@ import onnx
 from PIL import Image
 from record import write
 
+from diffiqa.bench.pictures import picture as photo
 from diffiqa.export.engine import export_engine
 from diffiqa.model.checkpoint import load as load_checkpoint
 from diffiqa.model.network import build
@@ -58,16 +59,6 @@ with diffiqa.load(sys.argv[1]) as scorer:
     result = scorer.score(np.random.default_rng(1).integers(0, 256, (224, 224, 3)).astype(np.uint8))
     print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1], result.seconds)
 """
-
-
-def photo(seed: int, height: int, width: int) -> np.ndarray:  # type: ignore[type-arg]
-    """Return a random picture with detail at three scales."""
-    generator = np.random.default_rng(seed)
-    picture = np.zeros((height, width, 3), np.float32)
-    for cell in (1, 8, 64):
-        coarse = generator.random((-(-height // cell), -(-width // cell), 3), np.float32)
-        picture += np.repeat(np.repeat(coarse, cell, 0), cell, 1)[:height, :width]
-    return (picture * 85).astype(np.uint8)
 
 
 def export(preset: str, folder: Path) -> Path:

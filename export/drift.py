@@ -12,8 +12,9 @@ from .precision import rounded
 FloatArray = npt.NDArray[np.float32]
 SEED = 20260101
 # Of the largest value. Seeded networks drift by 0.2 % and 1.2 % at most: beyond these, what is wrong is not rounding.
-SMALLEST = 0.01
 TOLERANCE = {Precision.FP16: 0.05, Precision.BF16: 0.2}
+# A head may answer 0 everywhere, its worst score: rounding errors are then judged as those of a score this small.
+SMALLEST = 0.01
 
 
 def measure_drift(
@@ -28,7 +29,6 @@ def measure_drift(
     for spec, want, have in zip(stage.outputs, expected, got, strict=True):
         error = np.abs(have.astype(np.float64) - want)
         largest = float(np.abs(want).max())
-        # A head may answer 0 everywhere, its worst score: rounding errors are then judged as those of a small score.
         scale = max(largest, SMALLEST)
         check = Check(
             output=spec.name,

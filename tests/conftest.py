@@ -1,5 +1,6 @@
-"""Fixtures shared by all tests: the tiny model and its engine, exported once per session."""
+"""Fixtures shared by all tests, made once per session: the tiny model, its engine, the kernels for the CPU."""
 
+import ctypes
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from diffiqa.model.network import DiffV2IQA, build
 from diffiqa.runtime.manifest import Source
 from diffiqa.runtime.scorer import Scorer, load
 
+from .kernels.devices import Missing, build_host
 from .tiny import TINY, perturbed
 
 torch.set_num_threads(1)  # the models are tiny: more threads would only wait for each other
@@ -37,3 +39,12 @@ def tiny_engine(tiny_loaded: Loaded, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="session")
 def scorer(tiny_engine: Path) -> Scorer:
     return load(tiny_engine)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The kernels as a shared library."""
+    try:
+        return build_host(tmp_path_factory.mktemp("kernels"))
+    except Missing as reason:
+        pytest.skip(str(reason))

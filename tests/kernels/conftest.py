@@ -1,4 +1,4 @@
-"""Fixtures: the host build of the kernels, and a GPU where there is one."""
+"""Fixtures: the host build of the kernels as a device, and a GPU where there is one."""
 
 import ctypes
 from collections.abc import Iterator
@@ -6,16 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from .devices import Device, Gpu, Host, Missing, build_host
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The kernels as a shared library."""
-    try:
-        return build_host(tmp_path_factory.mktemp("kernels"))
-    except Missing as reason:
-        pytest.skip(str(reason))
+from .devices import Device, Gpu, Host, Missing
 
 
 @pytest.fixture(scope="session")

@@ -33,20 +33,11 @@ from diffiqa.runtime.schedule import Kind, Taps
 from diffiqa.runtime.scorer import load_stages, to_plane
 
 from ..fake_device import FakeLayer, FakeStage, fake_stages
-from ..kernels.devices import Missing, build_host
 from ..tiny import TINY, perturbed, photo
 
 # The kernels' noise is that of NumPy but for the last bits of log, sine and cosine. The first steps divide by small √ᾱ,
 # and six steps of a network with sums in another order for other batches follow: measured, 2e-5 in one pixel of 10,000.
 PIXELS, SCORES = 1e-4, 4e-6
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    try:
-        return build_host(tmp_path_factory.mktemp("kernels"))
-    except Missing as reason:
-        pytest.skip(str(reason))
 
 
 @pytest.fixture(scope="module")

@@ -34,18 +34,9 @@ from diffiqa.runtime.scorer import load
 from diffiqa.runtime.tensorrt import gpu_capability, installed_libraries, load_library
 
 from ..fake_device import FakeLayer, fake_stages
-from ..kernels.devices import Missing, build_host
 from ..tiny import photo
 
 RTX = Library.TENSORRT_RTX
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    try:
-        return build_host(tmp_path_factory.mktemp("kernels"))
-    except Missing as reason:
-        pytest.skip(str(reason))
 
 
 @pytest.fixture
