@@ -2,7 +2,7 @@
 
 import csv
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from ..errors import CheckpointError, ConfigError
 from ..model.checkpoint import load
 from .config import ScoreConfig, read_config
 from .crops import Pictures
-from .loop import VALIDATION, Machine, TrainingError, open_machine
+from .loop import QUIETLY, VALIDATION, Conduct, Machine, TrainingError, open_machine
 from .outputs import to_csv, write_file
 from .score import Rated, Restorations, ScoreTask, run_score
 
@@ -67,11 +67,7 @@ def ablate(
     vit: Path | None = None,
     resnet: Path | None = None,
     cache: Path | None = None,
-    device: str | None = None,
-    resume: bool = False,
-    threads: int = 2,
-    progress: Callable[[int, float, float], None] | None = None,
-    say: Callable[[str], None] = lambda _text: None,
+    conduct: Conduct = QUIETLY,
 ) -> list[Row]:
     """Train each recipe in its own folder below `folder`, and judge it on the part "test", too.
 
@@ -81,7 +77,7 @@ def ablate(
     place = cache or folder / "cache"
     rows: list[Row] = []
     for name, config in recipes.items():
-        say(f"recipe {name}")
+        conduct.say(f"recipe {name}")
         run = folder / name
         try:
             result = run_score(
@@ -93,18 +89,14 @@ def ablate(
                 vit=vit if config.model.vcg else None,
                 resnet=resnet if config.model.vda else None,
                 cache=place,
-                device=device,
-                resume=resume,
-                threads=threads,
-                progress=progress,
-                say=say,
+                conduct=conduct,
             )
         except (TrainingError, CheckpointError) as exc:
             rows.append(Row(name, problem=str(exc)))
-            say(f"recipe {name}: {exc}")
+            conduct.say(f"recipe {name}: {exc}")
         else:
             validation = _validation(run, result.step)
-            with open_machine(device, config.optimisation.precision) as machine:
+            with open_machine(conduct.device, config.optimisation.precision) as machine:
                 test = judge(run / "model.safetensors", config, parts["test"], place, machine)
             figures = (validation["srcc"], validation["plcc"], test["srcc"], test["plcc"])
             rows.append(Row(name, result.step, *figures))

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,7 +13,9 @@ from ..errors import OutputError, UsageError
 from ..runtime.cli import RunCommand
 
 if TYPE_CHECKING:
+    from .config import RunConfig
     from .datasets import Dataset
+    from .loop import Conduct, Result
     from .score import Rated
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -69,10 +71,10 @@ def _options(options: Sequence[Callable[[F], F]]) -> Callable[[F], F]:
 
 @click.group()
 def train() -> None:
-    """Train the restoring U-Net, then the network that scores; make data for both.
+    """Train the restoring U-Net, the backbones, then the network that scores; make data for all three.
 
-    restore and score run on the CPU, on a GPU, or under torchrun on several. DIR gets log.csv, validation.csv,
-    checkpoint.pt and, at the end, plot.png and model.safetensors, which iqa-export takes.
+    restore, pretrain and score run on the CPU, on a GPU, or under torchrun on several. DIR gets log.csv,
+    validation.csv, checkpoint.pt and, at the end, plot.png and model.safetensors, which iqa-export takes.
     """
 
 
@@ -88,13 +90,10 @@ def train() -> None:
 def restore(
     config_file: Path,
     output: Path,
-    resume: bool,
-    device: str | None,
-    threads: int,
-    quiet: bool,
     data: tuple[Path, ...],
     held_out: tuple[Path, ...],
     start: Path | None,
+    **given: Any,
 ) -> None:
     """Teach the U-Net to restore distorted photographs.
 
@@ -112,38 +111,15 @@ def restore(
     photos, others = (find_images(map(str, folders)) for folders in (data, held_out))
     if both := {path.resolve() for path in photos} & {path.resolve() for path in others}:
         raise UsageError(f"{min(both)} is given both with --data and with --held-out")
-    say, progress = _voices(quiet, config.optimisation.steps)
-    result = run_restore(
-        config,
-        photos,
-        others,
-        output,
-        start=start,
-        device=device,
-        resume=resume,
-        threads=threads,
-        progress=progress,
-        say=say,
-    )
-    _finish(output, result.step, result.verdict, quiet=quiet)
+    result = run_restore(config, photos, others, output, start=start, conduct=_conduct(given, config))
+    _finish(output, result, quiet=given["quiet"])
 
 
 @train.command(cls=TrainCommand)
 @_options(_SHARED)
 @_options(_LABELS)
-def pretrain(
-    config_file: Path,
-    output: Path,
-    resume: bool,
-    device: str | None,
-    threads: int,
-    quiet: bool,
-    data: Path,
-    dataset: str | None,
-    lower_better: bool,
-    split_file: Path | None,
-    cache: Path | None,
-) -> None:
+@click.option("--start", type=_PATH, metavar="FILE", help="Go on with the backbones of this bundle.")
+def pretrain(config_file: Path, output: Path, cache: Path | None, start: Path | None, **given: Any) -> None:
     """Teach the ViT and the ResNet what distortions look like, for when ImageNet's weights do not fit the model.
 
     The data set says how each picture was distorted, as `iqa-train rate` and KADID-10k do; nothing is restored.
@@ -160,22 +136,17 @@ def pretrain(
     from .pretrain import run_pretrain
 
     config = read_config(PretrainConfig, config_file)
-    rated = _labelled(data, dataset, lower_better=lower_better)
-    parts = _parts(rated, split_file, config.seed, output, "validation")
-    say, progress = _voices(quiet, config.optimisation.steps)
+    parts = _parts(given, config.seed, output, "validation")
     result = run_pretrain(
         config,
         parts["train"],
         parts["validation"],
         output,
+        start=start,
         cache=cache,
-        device=device,
-        resume=resume,
-        threads=threads,
-        progress=progress,
-        say=say,
+        conduct=_conduct(given, config),
     )
-    _finish(output, result.step, result.verdict, quiet=quiet)
+    _finish(output, result, quiet=given["quiet"])
 
 
 @train.command(cls=TrainCommand)
@@ -186,19 +157,12 @@ def pretrain(
 def score(
     config_file: Path,
     output: Path,
-    resume: bool,
-    device: str | None,
-    threads: int,
-    quiet: bool,
-    data: Path,
-    dataset: str | None,
-    lower_better: bool,
-    split_file: Path | None,
     unet: Path | None,
     vit: Path | None,
     resnet: Path | None,
     start: Path | None,
     cache: Path | None,
+    **given: Any,
 ) -> None:
     """Teach the network to score images that people (or metrics) have rated.
 
@@ -215,9 +179,7 @@ def score(
     from .score import run_score
 
     config = read_config(ScoreConfig, config_file)
-    rated = _labelled(data, dataset, lower_better=lower_better)
-    parts = _parts(rated, split_file, config.seed, output, "validation")
-    say, progress = _voices(quiet, config.optimisation.steps)
+    parts = _parts(given, config.seed, output, "validation")
     result = run_score(
         config,
         parts["train"],
@@ -228,13 +190,9 @@ def score(
         resnet=resnet,
         start=start,
         cache=cache,
-        device=device,
-        resume=resume,
-        threads=threads,
-        progress=progress,
-        say=say,
+        conduct=_conduct(given, config),
     )
-    _finish(output, result.step, result.verdict, quiet=quiet)
+    _finish(output, result, quiet=given["quiet"])
 
 
 @train.command(cls=Command)
@@ -309,7 +267,7 @@ def rate(
     from .rate import Amount, rate
 
     amounts = {"train": Amount(*training, one_level), "validation": Amount(*held_out), "test": Amount(*held_out)}
-    say, _ = _voices(quiet, 0)
+    say = _voice(quiet=quiet)
     count = rate(
         parts_in(folder),
         output,
@@ -331,19 +289,12 @@ def rate(
 def ablate(
     config_file: Path,
     output: Path,
-    resume: bool,
-    device: str | None,
-    threads: int,
-    quiet: bool,
     recipes: tuple[Path, ...],
-    data: Path,
-    dataset: str | None,
-    lower_better: bool,
-    split_file: Path | None,
     unet: Path | None,
     vit: Path | None,
     resnet: Path | None,
     cache: Path | None,
+    **given: Any,
 ) -> None:
     """Train a network for each recipe and compare what they reach: the paper's ablations.
 
@@ -363,22 +314,16 @@ def ablate(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("ablate is one process; under torchrun, give each recipe's configuration to iqa-train score")
     configs = read_recipes(config_file, recipes)
-    rated = _labelled(data, dataset, lower_better=lower_better)
     first = next(iter(configs.values()))
-    say, progress = _voices(quiet, first.optimisation.steps)
     rows = ablate(
         configs,
-        _parts(rated, split_file, first.seed, output, "validation", "test"),
+        _parts(given, first.seed, output, "validation", "test"),
         output,
         unet=unet,
         vit=vit,
         resnet=resnet,
         cache=cache,
-        device=device,
-        resume=resume,
-        threads=threads,
-        progress=progress,
-        say=say,
+        conduct=_conduct(given, first),
     )
     click.echo(table([COLUMNS, *(row.cells() for row in rows)]))
     if any(row.problem for row in rows):
@@ -528,13 +473,13 @@ def _labelled(path: Path, name: str | None, *, lower_better: bool, need_files: b
     return load(name, path)
 
 
-def _parts(
-    rated: "Dataset", split_file: Path | None, seed: int, output: Path, *held_out: str
-) -> "dict[str, list[Rated]]":
+def _parts(given: Mapping[str, Any], seed: int, output: Path, *held_out: str) -> "dict[str, list[Rated]]":
     """Return "train" and the held-out parts of the split in a file; without one, draw it and write it to the folder."""
     from .score import Rated
     from .splits import Split, split_by_content
 
+    rated = _labelled(given["data"], given["dataset"], lower_better=given["lower_better"])
+    split_file = given["split_file"]
     split = Split.read(split_file) if split_file else split_by_content(rated, seed)
     if split_file is None and _leads():
         try:
@@ -556,24 +501,32 @@ def _leads() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _voices(quiet: bool, steps: int) -> tuple[Callable[[str], None], Callable[[int, float, float], None]]:
-    """Return what tells remarks and what tells progress; only the first process of several speaks."""
+def _voice(*, quiet: bool) -> Callable[[str], None]:
+    """Return what tells remarks: only the first process of several speaks."""
     silent = quiet or not _leads()
 
     def say(text: str) -> None:
         if not silent:
             click.echo(text, err=True)
 
+    return say
+
+
+def _conduct(given: Mapping[str, Any], config: "RunConfig") -> "Conduct":
+    """Return how the run goes, of the options that all runs share."""
+    from .loop import Conduct
+
+    say, steps = _voice(quiet=given["quiet"]), config.optimisation.steps
+
     def progress(step: int, loss: float, rate: float) -> None:
         say(f"step {step} of {steps}: loss {loss:.5f}, learning rate {rate:.2e}")
 
-    return say, progress
+    return Conduct(given["device"], given["resume"], given["threads"], progress, say)
 
 
-def _finish(output: Path, step: int, verdict: dict[str, float] | None, *, quiet: bool) -> None:
+def _finish(output: Path, result: "Result", *, quiet: bool) -> None:
     if quiet or not _leads():
         return
-    found = ", ".join(f"{name} {value:.4f}" for name, value in (verdict or {}).items())
-    click.echo(
-        f"{output / 'model.safetensors'}: weights of step {step}{'; last validation: ' + found if found else ''}"
-    )
+    found = ", ".join(f"{name} {value:.4f}" for name, value in (result.verdict or {}).items())
+    last = f"; last validation: {found}" if found else ""
+    click.echo(f"{output / 'model.safetensors'}: weights of step {result.step}{last}")

@@ -127,6 +127,26 @@ class Machine:
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
 
+def _silent(_text: str) -> None:
+    """Say nothing."""
+
+
+@dataclass(frozen=True)
+class Conduct:
+    """How a run goes, whatever it teaches: on which device (None: a GPU if there is one), whether it goes on with one
+    that is there, with how many loading threads, and who hears of it. Nothing of this changes the result.
+    """
+
+    device: str | None = None
+    resume: bool = False
+    threads: int = 2
+    progress: Callable[[int, float, float], None] | None = None
+    say: Callable[[str], None] = _silent
+
+
+QUIETLY = Conduct()
+
+
 @contextlib.contextmanager
 def open_machine(device: str | None, precision: Precision) -> Iterator[Machine]:
     """Choose the device (None: a GPU if there is one) and, under torchrun, join the other processes.
@@ -235,12 +255,9 @@ def train(
     config: RunConfig,
     folder: Path,
     machine: Machine,
-    *,
-    resume: bool = False,
-    threads: int = 2,
-    progress: Callable[[int, float, float], None] | None = None,
+    conduct: Conduct = QUIETLY,
 ) -> Result:
-    """Run all steps, or those that are left; `progress(step, loss, rate)` is called with each row of the log.
+    """Run all steps, or those that are left; `conduct.progress(step, loss, rate)` hears each row of the log.
 
     `folder` must not hold another run, unless it is resumed; one killed before its first checkpoint starts again.
     SIGINT and SIGTERM end the run after the current step with a checkpoint and KeyboardInterrupt.
@@ -261,7 +278,7 @@ def train(
     )
     which = {"kind": task.kind, "config": identity(config), "data": task.fingerprint()}
     logs = _Log(folder / LOG, LOG_COLUMNS), _Log(folder / VALIDATION, None)
-    _start(task, state, folder, which, resume=resume)
+    _start(task, state, folder, which, resume=conduct.resume)
     if machine.leads:
         for log in logs:
             log.cut(state.step)
@@ -273,7 +290,7 @@ def train(
         )
     share = plan.batch // machine.world
     indices = range(machine.rank * share, (machine.rank + 1) * share)
-    feed = _Feed(task, indices, range(state.step, plan.steps), threads)
+    feed = _Feed(task, indices, range(state.step, plan.steps), conduct.threads)
     with contextlib.closing(feed), _stop_signals() as stopped:
         task.train_mode()
         for samples in feed:
@@ -284,7 +301,7 @@ def train(
             state.average.update(task.network)
             if machine.leads:
                 state.losses.append(loss)
-                _write(task, config, folder, machine, state, logs, which, rate, stop=stop, progress=progress)
+                _write(task, config, folder, machine, state, logs, which, rate, stop=stop, progress=conduct.progress)
             if stop and state.step < plan.steps:
                 raise KeyboardInterrupt
     task.network.eval()

@@ -19,7 +19,7 @@ from ..runtime.crops import crop_grid
 from .config import PretrainConfig, digest, identity
 from .crops import Pictures, to_network
 from .datasets import DatasetError
-from .loop import DATA, Machine, Result, Sample, Verdict, generator, open_machine, picked, train
+from .loop import DATA, QUIETLY, Conduct, Machine, Result, Sample, Verdict, generator, open_machine, picked, train
 from .plot import PLOT_NAME, draw_runs, save
 from .score import Rated, judged, prepared
 from .start import begin
@@ -147,25 +147,25 @@ def run_pretrain(
     validation: Sequence[Rated],
     folder: Path,
     *,
+    start: Path | None = None,
     cache: Path | None = None,
-    device: str | None = None,
-    resume: bool = False,
-    threads: int = 2,
-    progress: Callable[[int, float, float], None] | None = None,
-    say: Callable[[str], None] = lambda _text: None,
+    conduct: Conduct = QUIETLY,
 ) -> Result:
-    """Train the backbones; write `model.safetensors`, of which `iqa-train score` takes them, and `plot.png`."""
-    begun = begin(config.model, config.seed, {})
-    wanted = {"vit": config.vit, "resnet": config.resnet}
-    with open_machine(device, config.optimisation.precision) as machine:
+    """Train the backbones; write `model.safetensors`, of which `iqa-train score` takes them, and `plot.png`.
+
+    `start` is a bundle whose backbones go on; what judges their features begins anew, as no bundle keeps it.
+    """
+    asked = tuple(part for part, yes in (("vit", config.vit), ("resnet", config.resnet)) if yes)
+    begun = begin(config.model, config.seed, {start: asked} if start else {})
+    with open_machine(conduct.device, config.optimisation.precision) as machine:
         sets = [
-            prepared(rated, (cache or folder / "cache") / "pictures", config.model.crop, say)
+            prepared(rated, (cache or folder / "cache") / "pictures", config.model.crop, conduct.say)
             for rated in (training, validation)
         ]
         task = PretrainTask(config, begun.model, sets[0], sets[1])
-        if missing := [part for part, asked in wanted.items() if asked and part not in task.backbones.parts]:
+        if missing := [part for part in asked if part not in task.backbones.parts]:
             raise ConfigError(f"model {config.model.name!r} has no {missing[0]} to pretrain: say {missing[0]} = false")
-        result = train(task, config, folder, machine, resume=resume, threads=threads, progress=progress)
+        result = train(task, config, folder, machine, conduct)
         if machine.leads:
             task.backbones.load_state_dict(result.weights)
             how = f"diffiqa pretraining, {result.step} steps, configuration {digest(identity(config))}"

@@ -23,7 +23,7 @@ from ..runtime.schedule import Kind, Schedule
 from .config import Loss, RestoreConfig, digest, identity
 from .crops import Pictures, to_network
 from .distortions import DISTORTIONS, LEVELS, compose
-from .loop import DATA, Machine, Result, Sample, Verdict, generator, open_machine, train
+from .loop import DATA, QUIETLY, Conduct, Machine, Result, Sample, Verdict, generator, open_machine, train
 from .outputs import to_csv, write_file
 from .plot import PLOT_NAME, draw_runs, save
 from .start import Start, begin
@@ -250,24 +250,20 @@ def run_restore(
     folder: Path,
     *,
     start: Path | None = None,
-    device: str | None = None,
-    resume: bool = False,
-    threads: int = 2,
-    progress: Callable[[int, float, float], None] | None = None,
-    say: Callable[[str], None] = lambda _text: None,
+    conduct: Conduct = QUIETLY,
 ) -> Result:
     """Train a U-Net; write `model.safetensors` (heads untrained), `plot.png`, and `gains.csv` of held-out photos."""
     begun: Start = begin(config.model, config.seed, {start: ("unet",)} if start else {})
-    with open_machine(device, config.optimisation.precision) as machine:
+    with open_machine(conduct.device, config.optimisation.precision) as machine:
         sets = [
             Pictures(paths, folder / "cache", min_side=config.crop, longest_side=config.longest_side) if paths else None
             for paths in (photos, held_out)
         ]
         training = sets[0] or Pictures(photos, folder / "cache", min_side=config.crop)  # raises: there are none
         for text in (text for pictures in sets if pictures for text in pictures.skipped):
-            say(f"left out: {text}")
+            conduct.say(f"left out: {text}")
         task = RestoreTask(config, begun.model, training, sets[1])
-        result = train(task, config, folder, machine, resume=resume, threads=threads, progress=progress)
+        result = train(task, config, folder, machine, conduct)
         if machine.leads:
             unet = begun.model.unet
             assert unet is not None  # noqa: S101 — RestoreTask has refused such a model

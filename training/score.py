@@ -37,7 +37,7 @@ from .config import Rates, ScoreConfig, digest, identity
 from .correlation import plcc, rmse, srcc
 from .crops import FloatArray, Pictures, Pixels, save_array, to_network
 from .datasets import DatasetError
-from .loop import DATA, Machine, Result, Sample, Verdict, generator, open_machine, picked, train
+from .loop import DATA, QUIETLY, Conduct, Machine, Result, Sample, Verdict, generator, open_machine, picked, train
 from .plot import PLOT_NAME, draw_runs, save
 from .start import begin, weights_digest
 
@@ -305,39 +305,35 @@ def run_score(
     resnet: Path | None = None,
     start: Path | None = None,
     cache: Path | None = None,
-    device: str | None = None,
-    resume: bool = False,
-    threads: int = 2,
-    progress: Callable[[int, float, float], None] | None = None,
-    say: Callable[[str], None] = lambda _text: None,
+    conduct: Conduct = QUIETLY,
 ) -> Result:
     """Train both branches; write `model.safetensors`, the weights that were best on the validation part, `plot.png`.
 
-    `start` is a bundle whose trained parts are taken over, `unet`, `vit` and `resnet` are for one part alone.
+    `start` is a bundle whose trained parts are taken over, `unet`, `vit` and `resnet` are for one part alone, and win.
     """
     files: dict[Path, tuple[str, ...]] = {}
     if start:
         files[start] = ()
     for part, file in (("vit", vit), ("resnet", resnet), ("unet", unet)):
-        if file:
+        if file and file != start:
             files[file] = (*files.get(file, ()), part)
     begun = begin(config.model, config.seed, files)
     model, place = begun.model, cache or folder / "cache"
     if config.restored and model.unet is not None and "unet" not in begun.known:
-        say("the U-Net is untrained: its restorations mean nothing")
-    with open_machine(device, config.optimisation.precision) as machine:
+        conduct.say("the U-Net is untrained: its restorations mean nothing")
+    with open_machine(conduct.device, config.optimisation.precision) as machine:
         model.to(machine.device)
         restorations = Restorations(model, config.restore_seed, place / "restored")
         sets = []
         for rated in (training, validation):
-            pictures, items = prepared(rated, place / "pictures", config.model.crop, say)
+            pictures, items = prepared(rated, place / "pictures", config.model.crop, conduct.say)
             if config.restored:
                 size = restorations.fill(
                     pictures,
                     machine,
-                    lambda done, total: say(f"restored {done} of {total}") if done % 100 == 0 else None,
+                    lambda done, total: conduct.say(f"restored {done} of {total}") if done % 100 == 0 else None,
                 )
-                say(f"{len(pictures)} images, {size / 1e9:.2f} GB of restorations in {place / 'restored'}")
+                conduct.say(f"{len(pictures)} images, {size / 1e9:.2f} GB of restorations in {place / 'restored'}")
             sets.append((pictures, [item.quality for item in items]))
         if machine.world > 1:
             distributed.barrier()  # each process has restored its share only
@@ -345,7 +341,7 @@ def run_score(
         kept: UNet | None = model.unet
         model.unet = None
         task = ScoreTask(config, model, restorations, sets[0], sets[1])
-        result = train(task, config, folder, machine, resume=resume, threads=threads, progress=progress)
+        result = train(task, config, folder, machine, conduct)
         if machine.leads:
             model.load_state_dict(result.weights)
             model.unet = kept

@@ -13,7 +13,7 @@ from diffiqa.model.config import Norm, UNetConfig
 from diffiqa.tests.tiny import TINY, photo
 from diffiqa.training.config import Optimisation, Reporting, RestoreConfig
 from diffiqa.training.crops import Pictures
-from diffiqa.training.loop import Machine, Result, train
+from diffiqa.training.loop import Conduct, Machine, Result, train
 from diffiqa.training.restore import RestoreTask
 from diffiqa.training.start import begin
 
@@ -65,7 +65,7 @@ def task_of(config: RestoreConfig, photos: list[Path], cache: Path) -> RestoreTa
 def run(config: RestoreConfig, photos: list[Path], folder: Path, *, resume: bool = False, pause: float = 0) -> Result:
     """Run a configuration on the CPU; `pause` seconds after each row of the log leave time to be killed."""
     task = task_of(config, photos, folder / "cache")
-    return train(task, config, folder, CPU, resume=resume, progress=lambda *_: time.sleep(pause))
+    return train(task, config, folder, CPU, Conduct(resume=resume, progress=lambda *_: time.sleep(pause)))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from diffiqa.errors import CheckpointError, ConfigError, OutputError, UsageError
 from diffiqa.training.config import Optimisation, Precision, Reporting, differences, digest
 from diffiqa.training.loop import (
     Average,
+    Conduct,
     Sample,
     TrainingError,
     generator,
@@ -80,7 +81,7 @@ def test_a_run_killed_at_any_step_goes_on_to_the_same_curve(photos: list[Path], 
     saved = read_checkpoint(tmp_path / "checkpoint.pt")["step"]
     steps: list[int] = []
     task = task_of(restore_config(), photos, tmp_path / "cache")
-    train(task, restore_config(), tmp_path, CPU, resume=True, progress=lambda step, *_: steps.append(step))
+    train(task, restore_config(), tmp_path, CPU, Conduct(resume=True, progress=lambda step, *_: steps.append(step)))
     assert steps == list(range(saved + 1, 13))
     assert curve(tmp_path) == curve(whole)
     assert same_end(tmp_path, whole)
@@ -92,10 +93,9 @@ def test_a_signal_ends_the_run_with_a_checkpoint_to_go_on_from(
 ) -> None:
     config = restore_config(reporting=Reporting(log_every=1, checkpoint_every=1000))
     task = task_of(config, photos, tmp_path / "cache")
+    kill = Conduct(progress=lambda step, *_: os.kill(os.getpid(), number) if step == 5 else None)
     with pytest.raises(KeyboardInterrupt):
-        train(
-            task, config, tmp_path, CPU, progress=lambda step, *_: os.kill(os.getpid(), number) if step == 5 else None
-        )
+        train(task, config, tmp_path, CPU, kill)
     assert read_checkpoint(tmp_path / "checkpoint.pt")["step"] == 6  # the step after the signal is finished
     run(config, photos, tmp_path, resume=True)
     assert curve(tmp_path) == curve(whole)
@@ -123,7 +123,7 @@ def test_means_of_the_log_survive_a_stop_between_its_rows(
 
 def test_loading_threads_change_nothing(photos: list[Path], whole: Path, tmp_path: Path) -> None:
     config = restore_config()
-    train(task_of(config, photos, tmp_path / "cache"), config, tmp_path, CPU, threads=5)
+    train(task_of(config, photos, tmp_path / "cache"), config, tmp_path, CPU, Conduct(threads=5))
     assert curve(tmp_path) == curve(whole)
 
 

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from diffiqa.errors import ConfigError
+from diffiqa.errors import CheckpointError, ConfigError
 from diffiqa.model.checkpoint import load
 from diffiqa.model.network import build
 from diffiqa.tests.tiny import TINY, photo
 from diffiqa.training.config import Optimisation, PretrainConfig, Reporting
 from diffiqa.training.crops import Pictures
 from diffiqa.training.datasets import DatasetError
-from diffiqa.training.loop import train
+from diffiqa.training.loop import Conduct, train
 from diffiqa.training.pretrain import PretrainTask, run_pretrain
 from diffiqa.training.score import Rated, run_score
 
@@ -26,6 +26,7 @@ from .runs import CPU
 from .test_score import score_config
 
 MODEL = dataclasses.replace(TINY, dropout=0.0)
+ON_CPU = Conduct("cpu")
 
 
 def config(**changes: Any) -> PretrainConfig:
@@ -115,8 +116,8 @@ def test_each_backbone_learns_to_tell_noise_and_darkness_from_originals(
 
 
 def test_a_run_leaves_backbones_that_a_score_run_begins_with(rated: list[Rated], tmp_path: Path) -> None:
-    run_pretrain(config(resnet=False), rated[:9], rated[9:], tmp_path / "vit", device="cpu")
-    run_pretrain(config(vit=False), rated[:9], rated[9:], tmp_path / "resnet", device="cpu")
+    run_pretrain(config(resnet=False), rated[:9], rated[9:], tmp_path / "vit", conduct=ON_CPU)
+    run_pretrain(config(vit=False), rated[:9], rated[9:], tmp_path / "resnet", conduct=ON_CPU)
     made = {part: tmp_path / part / "model.safetensors" for part in ("vit", "resnet")}
     for part, file in made.items():
         loaded = load(file)
@@ -129,11 +130,35 @@ def test_a_run_leaves_backbones_that_a_score_run_begins_with(rated: list[Rated],
         assert all(name.startswith(prefix) for name in moved)
     frozen = score_config(rates=dataclasses.replace(score_config().rates, vit=0.0, resnet=0.0))
     folder = tmp_path / "score"
-    run_score(frozen, rated[:9], rated[9:], folder, vit=made["vit"], resnet=made["resnet"], device="cpu")
+    run_score(frozen, rated[:9], rated[9:], folder, vit=made["vit"], resnet=made["resnet"], conduct=ON_CPU)
     weights = load(folder / "model.safetensors").model.state_dict()
     for part, prefix in (("vit", "vcg.vit."), ("resnet", "vda.resnet.")):
         taught = load(made[part]).model.state_dict()
         assert all(torch.equal(weights[name], taught[name]) for name in taught if name.startswith(prefix))
+
+
+def test_a_run_goes_on_with_the_backbones_of_another(rated: list[Rated], tmp_path: Path) -> None:
+    run_pretrain(config(), rated[:9], rated[9:], tmp_path / "first", conduct=ON_CPU)
+    first = tmp_path / "first" / "model.safetensors"
+    still = dataclasses.replace(config().optimisation, learning_rate=1e-12, weight_decay=0.0)
+    goes_on = config(optimisation=still, vit=False)
+    run_pretrain(goes_on, rated[:9], rated[9:], tmp_path / "second", start=first, conduct=ON_CPU)
+    before, after = (load(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert {source.role for source in after.sources} == {
+        "bundle",
+        "seed",
+        "resnet",
+    }  # the ViT was neither wanted nor taken
+    theirs, ours = before.model.state_dict(), after.model.state_dict()
+    weights = [name for name, value in theirs.items() if name.startswith("vda.resnet.") and value.is_floating_point()]
+    assert all(torch.allclose(theirs[name], ours[name], atol=1e-6) for name in weights if "running" not in name)
+
+
+def test_a_bundle_without_the_wanted_backbone_is_refused(rated: list[Rated], tmp_path: Path) -> None:
+    run_pretrain(config(vit=False), rated[:9], rated[9:], tmp_path / "resnet", conduct=ON_CPU)
+    file = tmp_path / "resnet" / "model.safetensors"
+    with pytest.raises(CheckpointError, match="has no trained"):
+        run_pretrain(config(), rated[:9], rated[9:], tmp_path / "run", start=file, conduct=ON_CPU)
 
 
 def test_labels_without_distortions_are_refused(rated: list[Rated], tmp_path: Path) -> None:
@@ -145,6 +170,6 @@ def test_labels_without_distortions_are_refused(rated: list[Rated], tmp_path: Pa
 def test_a_backbone_the_model_lacks_is_refused(rated: list[Rated], tmp_path: Path) -> None:
     model = dataclasses.replace(MODEL, vda=None)
     with pytest.raises(ConfigError, match="no resnet to pretrain"):
-        run_pretrain(config(model=model), rated[:9], rated[9:], tmp_path / "run", device="cpu")
+        run_pretrain(config(model=model), rated[:9], rated[9:], tmp_path / "run", conduct=ON_CPU)
     with pytest.raises(ConfigError, match="vit or resnet"):
         config(vit=False, resnet=False)

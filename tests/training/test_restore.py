@@ -17,6 +17,7 @@ from diffiqa.training.config import Loss, Optimisation, RestoreConfig, parse_con
 from diffiqa.training.crops import Pictures, to_network
 from diffiqa.training.datasets import DatasetError
 from diffiqa.training.distortions import DISTORTIONS, LEVELS, Distortion
+from diffiqa.training.loop import Conduct
 from diffiqa.training.restore import (
     Gain,
     distorted_crop,
@@ -182,7 +183,7 @@ def test_a_finished_run_leaves_a_bundle_whose_heads_are_marked_untrained(photos:
 
     config = restore_config(validation_crops=1)
     config = dataclasses.replace(config, optimisation=dataclasses.replace(config.optimisation, steps=2))
-    run_restore(config, photos[:2], photos[2:], tmp_path / "run", device="cpu")
+    run_restore(config, photos[:2], photos[2:], tmp_path / "run", conduct=Conduct("cpu"))
     loaded = load(tmp_path / "run" / "model.safetensors")
     roles = {source.name: source.role for source in loaded.sources[1:]}
     assert roles["U-Net"] == "unet"

@@ -18,7 +18,7 @@ from diffiqa.tests.tiny import TINY, photo
 from diffiqa.training.config import Optimisation, Rates, Reporting, ScoreConfig
 from diffiqa.training.crops import Pictures
 from diffiqa.training.datasets import DatasetError
-from diffiqa.training.loop import read_checkpoint, train
+from diffiqa.training.loop import Conduct, read_checkpoint, train
 from diffiqa.training.score import (
     Rated,
     Restorations,
@@ -271,8 +271,8 @@ def test_training_resumes_to_the_same_curve_and_the_same_best(rated: list[Rated]
             raise Killed
 
     with pytest.raises(Killed):
-        train(task, config, tmp_path / "cut", CPU, progress=progress)
-    resumed = train(task_of(config, rated, tmp_path), config, tmp_path / "cut", CPU, resume=True)
+        train(task, config, tmp_path / "cut", CPU, Conduct(progress=progress))
+    resumed = train(task_of(config, rated, tmp_path), config, tmp_path / "cut", CPU, Conduct(resume=True))
     assert resumed.step == whole.step
     assert all(torch.equal(resumed.weights[name], whole.weights[name]) for name in whole.weights)
     curves = [
@@ -298,14 +298,26 @@ def test_a_run_leaves_a_bundle_and_keeps_the_unet_it_was_given(rated: list[Rated
 
     restore = restore_config(model=MODEL, validation_crops=1)
     restore = dataclasses.replace(restore, optimisation=dataclasses.replace(restore.optimisation, steps=2))
-    run_restore(restore, [r.path for r in rated], [], tmp_path / "unet", device="cpu")
+    run_restore(restore, [r.path for r in rated], [], tmp_path / "unet", conduct=Conduct("cpu"))
     unet = tmp_path / "unet" / "model.safetensors"
     said: list[str] = []
-    run_score(score_config(), rated[:3], rated[3:], tmp_path / "run", unet=unet, device="cpu", say=said.append)
+    run_score(
+        score_config(), rated[:3], rated[3:], tmp_path / "run", unet=unet, conduct=Conduct("cpu", say=said.append)
+    )
     made, given = load(tmp_path / "run" / "model.safetensors"), load(unet)
     assert all(source.role != "seed" for source in made.sources)
     assert weights_digest(made.model.unet.state_dict()) == weights_digest(given.model.unet.state_dict())  # type: ignore[union-attr]
     assert any("of restorations in" in text for text in said)
+
+
+def test_a_bundle_to_start_from_is_taken_whole_though_its_unet_is_named_too(rated: list[Rated], tmp_path: Path) -> None:
+    run_score(score_config(restored=False), rated[:3], rated[3:], tmp_path / "first", conduct=Conduct("cpu"))
+    file = tmp_path / "first" / "model.safetensors"
+    rates = dataclasses.replace(score_config().rates, vit=0.0, resnet=0.0)
+    config = score_config(restored=False, rates=rates)
+    run_score(config, rated[:3], rated[3:], tmp_path / "second", start=file, vit=file, conduct=Conduct("cpu"))
+    theirs, ours = (load(tmp_path / name / "model.safetensors").model.state_dict() for name in ("first", "second"))
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs if name.startswith("vda.resnet."))
 
 
 def test_a_picture_stands_for_its_restorations_where_there_are_none(rated: list[Rated], tmp_path: Path) -> None:
@@ -321,7 +333,7 @@ def test_a_picture_stands_for_its_restorations_where_there_are_none(rated: list[
 
 
 def test_nothing_is_restored_for_a_run_without_restorations(rated: list[Rated], tmp_path: Path) -> None:
-    run_score(score_config(restored=False), rated[:3], rated[3:], tmp_path / "run", device="cpu")
+    run_score(score_config(restored=False), rated[:3], rated[3:], tmp_path / "run", conduct=Conduct("cpu"))
     assert not (tmp_path / "run" / "cache" / "restored").exists()
 
 
