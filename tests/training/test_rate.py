@@ -1,6 +1,7 @@
 """A rated set made of photographs: what is in it, that nothing of the test part shapes its labels, same on each run."""
 
 import csv
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,19 @@ def test_no_distortion_of_a_photograph_is_in_two_windows(made: Path) -> None:
     }
     assert len(windows) == 2
     assert all(len(places) == 1 for places in windows.values())
+
+
+def test_over_the_photographs_of_a_part_all_kinds_come_equally_often(tmp_path: Path) -> None:
+    count, each = 5, 10
+    (tmp_path / "photos").mkdir()
+    paths = [tmp_path / "photos" / f"{index}.png" for index in range(count)]
+    for index, path in enumerate(paths):
+        Image.fromarray(np.roll((picture(176, 176) * 255).astype(np.uint8), 11 * index, axis=1)).save(path)
+    amount = Amount(1, each)
+    rate({"train": paths}, tmp_path / "set", amounts={"train": amount}, seed=8)
+    kinds = Counter(row["distortion"] for row in rows(tmp_path / "set") if row["level"] == "1")
+    assert len(kinds) == len(DISTORTIONS)
+    assert set(kinds.values()) == {count * each // len(DISTORTIONS)}
 
 
 def test_values_and_scores_are_those_of_the_files(made: Path) -> None:
