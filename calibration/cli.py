@@ -7,6 +7,7 @@ import click
 
 from ..command import Command
 from ..errors import UsageError
+from ..runtime.manifest import StageName
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .statistics import Skipped, Statistics
 
 _PATH = click.Path(path_type=Path)
+ALL = tuple(StageName)
 _CALIB = click.option(
     "--calib",
     "images",
@@ -36,6 +38,7 @@ _CALIB = click.option(
     "--crops", type=click.IntRange(1, 100), default=1, show_default=True, help="Crops per image for the heads."
 )
 @click.option("--fp16-plan", type=_PATH, metavar="FILE", help="Write the fp16 plan made of them, for iqa-build --plan.")
+@click.option("--plot", type=_PATH, metavar="FILE.png", help="Draw the U-Net's ranges over the steps.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 def calibrate(
     path: Path,
@@ -44,6 +47,7 @@ def calibrate(
     seed: int,
     crops: int,
     fp16_plan: Path | None,
+    plot: Path | None,
     quiet: bool,
 ) -> None:
     """Record what the tensors of an engine look like over the real loop: ranges and histograms, per tensor and step.
@@ -55,6 +59,7 @@ def calibrate(
     Examples:
       iqa-calibrate --engine engine/ --calib photos/ -o stats/
       iqa-calibrate --engine engine/ --calib photos/ -o stats/ --fp16-plan plan.json
+      iqa-calibrate --engine engine/ --calib photos/ -o stats/ --plot ranges.png
 
     Exit codes: 0 all images were used, 1 some could not be read, 2 nothing was written.
     """
@@ -72,6 +77,11 @@ def calibrate(
         plan = make_plan(open_engine(path), statistics)
         with replacing(fp16_plan) as stream:
             stream.write(plan.to_json().encode())
+    if plot:
+        from ..training.plot import save
+        from .plot import draw_ranges
+
+        save(draw_ranges(statistics), plot)
     if not quiet:
         click.echo(f"{folder}: {len(statistics.samples)} images, statistics {statistics.digest}")
     if skipped:
@@ -85,7 +95,14 @@ def calibrate(
     "--statistics", "folder", type=_PATH, metavar="FOLDER", help="What iqa-calibrate wrote. Default: DIR/calibration."
 )
 @click.option("-o", "--output", type=_PATH, required=True, metavar="DIR", help="The engine directory to write.")
-@click.option("--precision", type=click.Choice(["int8", "fp8"]), default="int8", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["int8", "fp8", "mixed"]),
+    default="int8",
+    show_default=True,
+    help="mixed: int8 in those stages that keep the score, as tried on the images of --calib.",
+)
+@click.option("--drift", type=click.FloatRange(0), metavar="X", help="Mean change of score that mixed may cause: 0.01.")
 @click.option(
     "--target",
     type=click.Choice(["onnxruntime", "tensorrt"]),
@@ -107,6 +124,7 @@ def quantise(
     folder: Path | None,
     output: Path,
     precision: str,
+    drift: float | None,
     target: str | None,
     ranges: str,
     percentile: float,
@@ -123,6 +141,7 @@ def quantise(
     Examples:
       iqa-quantise --engine engine/ --calib photos/ -o engine-int8/
       iqa-quantise --engine engine/ --statistics stats/ --ranges mse -o engine-int8/
+      iqa-quantise --engine engine/ --calib photos/ --precision mixed --drift 0.005 -o engine-mixed/
       iqa-quantise --engine engine/ --statistics stats/ --precision fp8 -o engine-fp8/     for TensorRT only
 
     Exit codes: 0 written, 1 written, but some images could not be read, 2 nothing was written.
@@ -133,13 +152,22 @@ def quantise(
     from .quantise import Recipe
     from .ranges import Method
 
+    mixed = precision == "mixed"
+    if mixed and target == "tensorrt":
+        raise UsageError("--precision mixed is found by running it, in the form of ONNX Runtime: leave --target out")
+    if mixed and not images:
+        raise UsageError("--precision mixed tries stages on images: give --calib, beside --statistics too")
+    if drift is not None and not mixed:
+        raise UsageError(f"--drift says which stages --precision mixed takes; {precision} takes all")
     recipe = Recipe.of(precision, target, method=Method(ranges), percentile=percentile)
     check_target(output, force=force)
     console = Console(stderr=True, quiet=quiet)
     skipped: Sequence[Skipped] = ()
+    place = folder or path / "calibration"
     if images:
-        _, skipped = collect_statistics(console, path, images, folder or path / "calibration")
-    quantise_into(console, path, output, folder or path / "calibration", recipe, force=force, quiet=quiet)
+        _, skipped = collect_statistics(console, path, images, place)
+    only = choose(console, path, place, images, recipe, drift=drift) if mixed else ALL
+    quantise_into(console, path, output, place, recipe, only=only, force=force, quiet=quiet)
     if skipped:
         click.get_current_context().exit(1)
 
@@ -167,8 +195,47 @@ def collect_statistics(
     return statistics, skipped
 
 
+def choose(
+    console: "Console",
+    path: Path,
+    folder: Path,
+    images: tuple[str, ...],
+    recipe: "Recipe",
+    *,
+    drift: float | None = None,
+) -> tuple[StageName, ...]:
+    """Return the stages that `mixed` takes, and say on stderr what each does to the score."""
+    from ..runtime.inputs import find_images
+    from .mixed import LIMIT, choose_stages
+
+    with console.status("") as status:
+        trials = choose_stages(
+            path,
+            folder,
+            find_images(images),
+            recipe,
+            limit=LIMIT if drift is None else drift,
+            progress=lambda stage, doing: status.update(f"{stage}: {doing}"),
+        )
+    for trial in trials:
+        verdict = "int8" if trial.taken else "stays float32"
+        console.print(f"{trial.stage}: {verdict}, the score moves by {trial.drift:.1e}", highlight=False)
+    taken = tuple(trial.stage for trial in trials if trial.taken)
+    if not taken:
+        raise UsageError("no stage keeps the score within the limit; give a larger --drift, or stay with float32")
+    return taken
+
+
 def quantise_into(
-    console: "Console", path: Path, output: Path, folder: Path, recipe: "Recipe", *, force: bool, quiet: bool
+    console: "Console",
+    path: Path,
+    output: Path,
+    folder: Path,
+    recipe: "Recipe",
+    *,
+    only: tuple[StageName, ...] = ALL,
+    force: bool,
+    quiet: bool,
 ) -> None:
     """Quantise the engine `path` into `output` by the statistics in `folder`, with a progress line and a table."""
     from .quantise import quantise_engine
@@ -179,6 +246,7 @@ def quantise_into(
             output,
             folder,
             recipe,
+            only=only,
             force=force,
             progress=lambda stage, doing: status.update(f"{stage}: {doing}"),
         )

@@ -7,7 +7,8 @@ compute in 8 bits throughout; TensorRT wants signed numbers around zero and floa
 import dataclasses
 import enum
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,10 @@ class Recipe:
 
     @staticmethod
     def of(number: str, target: str | None = None, **choices: Any) -> "Recipe":
-        """Return the recipe for a precision by name, in the form of Q/DQ that can run it unless one is named."""
-        default = Target.ONNXRUNTIME if number == Number.INT8 else Target.TENSORRT
-        return Recipe(Number(number), Target(target) if target else default, **choices)
+        """Return the recipe for int8, fp8 or mixed, in the form of Q/DQ that can run it unless one is named."""
+        eight = Number.INT8 if number == "mixed" else Number(number)
+        default = Target.ONNXRUNTIME if eight is Number.INT8 else Target.TENSORRT
+        return Recipe(eight, Target(target) if target else default, **choices)
 
     def __post_init__(self) -> None:
         """Refuse what cannot run."""
@@ -123,12 +125,13 @@ def quantise_engine(
     calibration: Path,
     recipe: Recipe,
     *,
+    only: Collection[StageName] = tuple(StageName),
     force: bool = False,
     progress: Progress = lambda stage, doing: None,
 ) -> tuple[Manifest, list[QuantisedStage]]:
     """Write the engine of `path` with 8-bit stages to `target`, by the statistics in the folder `calibration`.
 
-    `path` and `target` may be the same place, with `force`.
+    Stages that are not in `only` stay as they are. `path` and `target` may be the same place, with `force`.
 
     Raises EngineError if the statistics are of another engine or `target` must not be replaced, ExportError if a
     quantised stage is wrong. Until everything is done, `target` stays as it is.
@@ -141,7 +144,15 @@ def quantise_engine(
         raise EngineError(f"{path} is quantised already; start from the float32 engine")
     done = []
     with writing(target, force=force) as work:
+        stages = []
         for stage in directory.manifest.stages:
+            if stage.name not in only:
+                copied = work / stage.file.path
+                copied.parent.mkdir(exist_ok=True)
+                shutil.copyfile(directory.file(stage.file), copied)
+                sync(copied)
+                stages.append(stage)
+                continue
             progress(stage.name, f"quantising to {recipe.number}")
             model = onnx.load(directory.file(stage.file))
             quantised, report = quantise_stage(model, stage, statistics.stages[stage.name], recipe)
@@ -154,7 +165,8 @@ def quantise_engine(
             entry = FileEntry(stage.file.path, file.stat().st_size, file_sha256(file))
             made = dataclasses.replace(stage, file=entry, checks=checks)
             done.append(QuantisedStage(made, stage.file.bytes, report))
-        manifest = _manifest(directory.manifest, statistics, source, recipe, done)
+            stages.append(made)
+        manifest = _manifest(directory.manifest, statistics, source, recipe, tuple(stages), done)
         folder = work / "calibration"
         folder.mkdir()
         reports = {"recipe": recipe, "statistics": statistics.digest, "stages": [made.report for made in done]}
@@ -476,12 +488,20 @@ def _source(calibration: Path, statistics: Statistics) -> Source:
 
 
 def _manifest(
-    m: Manifest, statistics: Statistics, source: Source, recipe: Recipe, done: list[QuantisedStage]
+    m: Manifest,
+    statistics: Statistics,
+    source: Source,
+    recipe: Recipe,
+    stages: tuple[Stage, ...],
+    done: list[QuantisedStage],
 ) -> Manifest:
     """Return the manifest of the quantised engine: provenance says from what, and by what."""
     how = recipe.method + (f" {recipe.percentile}" if recipe.method is Method.PERCENTILE else "")
+    which = (
+        "" if len(done) == len(stages) else f", of {', '.join(made.stage.name for made in done) or 'no stage'} alone"
+    )
     note = (
-        f"{recipe.number} for {recipe.target}: engine {m.engine_id} quantised with {how} ranges of "
+        f"{recipe.number} for {recipe.target}{which}: engine {m.engine_id} quantised with {how} ranges of "
         f"{len(statistics.samples)} images over all steps; checks compare with its float32 stages"
     )
     provenance = dataclasses.replace(
@@ -489,4 +509,4 @@ def _manifest(
         sources=(*m.provenance.sources, source),
         notes=(*m.provenance.notes, note),
     )
-    return dataclasses.replace(m, stages=tuple(made.stage for made in done), provenance=provenance, builds=())
+    return dataclasses.replace(m, stages=stages, provenance=provenance, builds=())

@@ -70,12 +70,14 @@ def _weight_options(command: F) -> F:
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "int8", "fp8"]),
+    type=click.Choice(["fp32", "int8", "fp8", "mixed"]),
     default="fp32",
     show_default=True,
     help="What the ONNX stages compute in: as iqa-quantise makes them, from --calib. fp8 is for TensorRT only.",
 )
-@click.option("--calib", multiple=True, metavar="IMAGES", help="Calibration images for int8 and fp8 (repeatable).")
+@click.option(
+    "--calib", multiple=True, metavar="IMAGES", help="Calibration images for int8, fp8 and mixed (repeatable)."
+)
 @click.option("--force", is_flag=True, help="Replace an engine that is already there.")
 @click.option("--dry-run", is_flag=True, help="Read the weights, say what would be written, and stop.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
@@ -117,7 +119,7 @@ def export(
     if ckpt is None and preset is None:
         raise UsageError("give --ckpt FILE; or --preset NAME --seed N for an untrained model")
     if precision == "fp32" and calib:
-        raise UsageError("--calib is for --precision int8 or fp8; float32 stages need no calibration")
+        raise UsageError("--calib is for --precision int8, fp8 or mixed; float32 stages need no calibration")
     if precision != "fp32" and (stages or not calib or target not in {None, "none"}):
         raise UsageError(f"--precision {precision} needs --calib IMAGES and whole models: no --stage, no --target")
     check_target(output, force=force)
@@ -308,7 +310,7 @@ def _export_quantised(
     """Export float32 stages beside `output`, calibrate on them, and write `output` quantised."""
     import tempfile
 
-    from ..calibration.cli import collect_statistics, quantise_into
+    from ..calibration.cli import ALL, choose, collect_statistics, quantise_into
     from ..calibration.quantise import Recipe
     from .engine import export_engine
 
@@ -318,7 +320,8 @@ def _export_quantised(
         with console.status("") as status:
             export_engine(loaded, engine, progress=lambda stage, doing: status.update(f"{stage}: {doing}"))
         collect_statistics(console, engine, calib, statistics)
-        quantise_into(console, engine, output, statistics, recipe, force=force, quiet=quiet)
+        only = choose(console, engine, statistics, calib, recipe) if precision == "mixed" else ALL
+        quantise_into(console, engine, output, statistics, recipe, only=only, force=force, quiet=quiet)
 
 
 def _library(target: str | None, stages: tuple[StageName, ...]) -> Library | None:

@@ -13,6 +13,9 @@ FloatArray = npt.NDArray[np.float32]
 SEED = 20260101
 # Of the largest value. Seeded networks drift by 0.2 % and 1.2 % at most: beyond these, what is wrong is not rounding.
 TOLERANCE = {Precision.FP16: 0.05, Precision.BF16: 0.2}
+# Of stages in 8 bits: rounding before a QuantizeLinear moves values to the next 8-bit number, 6 % away in fp8, and the
+# trained `mini` in fp8 drifts by 8 % in fp16 and 10 % in bf16.
+TOLERANCE_8_BITS = 0.25
 # A head may answer 0 everywhere, its worst score: rounding errors are then judged as those of a score this small.
 SMALLEST = 0.01
 
@@ -20,7 +23,12 @@ SMALLEST = 0.01
 def measure_drift(
     directory: EngineDirectory, stage: Stage, typed: onnx.ModelProto, precision: Precision
 ) -> tuple[Check, ...]:
-    """Compare every output. Raises ExportError if one is not finite, or drifts beyond `TOLERANCE`."""
+    """Compare every output. Raises ExportError if one is not finite, or drifts beyond what rounding explains.
+
+    Of a stage in 8 bits this is what casting the rest adds: its original is 8-bit too.
+    """
+    eight = any(node.op_type == "QuantizeLinear" for node in typed.graph.node)
+    allowed = TOLERANCE_8_BITS if eight else TOLERANCE[precision]
     feed = draw_inputs(directory, stage, SEED)
     expected = _run(directory.file(stage.file).read_bytes(), feed)
     got = _run(rounded(typed).SerializeToString(), feed)
@@ -37,7 +45,7 @@ def measure_drift(
             max_abs_error=float(error.max()),
             mean_abs_error=float(error.mean()),
             max_abs_reference=largest,
-            tolerance=TOLERANCE[precision] * scale,
+            tolerance=allowed * scale,
         )
         if not check.max_abs_error <= check.tolerance:  # written so that NaN fails
             what = "is NaN or Inf" if not np.isfinite(have).all() else f"is off by {check.max_abs_error / scale:.1%}"
@@ -78,6 +86,9 @@ def draw_inputs(directory: EngineDirectory, stage: Stage, seed: int) -> dict[str
 def _run(model: bytes, feed: dict[str, FloatArray]) -> list[FloatArray]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    # Q/DQ as it stands: moving it past other nodes makes graphs that ONNX Runtime cannot run in fp8 (1.31), and fusing
+    # it would round what TensorRT leaves as it is.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     outputs: list[FloatArray] = session.run(None, feed)
     return outputs

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from onnx import TensorProto
 
 from ..errors import BackendError, EngineError, ExportError, UsageError
 from ..runtime.atomic import locked, replacing, sync
@@ -116,6 +117,7 @@ def build_engines(
     library = load_library(options.library)
     options = dataclasses.replace(options, compute_capabilities=_capabilities(library, options))
     directory = open_engine(path)
+    _refuse_unsigned(directory)
     options = dataclasses.replace(
         options, batches=options.batches or BATCHES, sizes=options.sizes or default_sizes(directory.manifest)
     )
@@ -152,6 +154,18 @@ def _capabilities(library: TensorRT, options: BuildOptions) -> tuple[str, ...]:
             f"use --target {Library.TENSORRT_RTX}"
         )
     return (capability,)
+
+
+def _refuse_unsigned(directory: EngineDirectory) -> None:
+    """Raise UsageError for 8-bit stages in ONNX Runtime's form, whose zero points TensorRT's parser does not take."""
+    for stage in directory.manifest.stages:
+        graph = onnx.load(directory.file(stage.file)).graph
+        unsigned = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.UINT8}
+        if any(node.op_type == "QuantizeLinear" and unsigned & set(node.input) for node in graph.node):
+            raise UsageError(
+                f"{directory.path} is quantised for ONNX Runtime, with unsigned numbers that TensorRT does not take; "
+                f"quantise the float32 engine with iqa-quantise --target tensorrt, and build that"
+            )
 
 
 def _plan(directory: EngineDirectory, options: BuildOptions) -> PrecisionPlan:

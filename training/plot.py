@@ -119,7 +119,7 @@ def draw_runs(runs: Sequence[Path]) -> PIL.Image.Image:
                     _line(name, validation, column)
                 )
     panels = [_panel(title, lines) for title, lines in columns.items() if any(line.x for line in lines)]
-    legend = _legend(names) if len(names) > 1 else None
+    legend = draw_legend(names) if len(names) > 1 else None
     top = legend.height if legend else 0
     sheet = PIL.Image.new("RGB", (2 * WIDTH, top - (-len(panels) // 2) * HEIGHT), "white")
     if legend:
@@ -131,7 +131,7 @@ def draw_runs(runs: Sequence[Path]) -> PIL.Image.Image:
 
 def draw_scatter(points: Points) -> PIL.Image.Image:
     """Draw labels over scores, and the logistic that lays one on the other where one can be fitted."""
-    canvas = _Canvas(WIDTH + 160, HEIGHT + 200, points.title, "score", points.label_name)
+    canvas = Canvas(WIDTH + 160, HEIGHT + 200, points.title, "score", points.label_name)
     x, y = make_axis(points.scores), make_axis(points.labels)
     canvas.axes(x, y)
     count = len(points.scores)
@@ -163,7 +163,7 @@ def save(image: PIL.Image.Image, path: Path) -> None:
         raise OutputError(f"cannot write {path}: {exc.strerror or exc}") from exc
 
 
-class _Canvas:
+class Canvas:
     """One panel. Places in it run from 0 to 1, from the lower left corner of the axes."""
 
     def __init__(self, width: int, height: int, title: str, x_name: str, y_name: str) -> None:
@@ -234,7 +234,7 @@ def _font(size: int) -> PIL.ImageFont.FreeTypeFont | PIL.ImageFont.ImageFont:
     return PIL.ImageFont.load_default(size * FINER)
 
 
-def _legend(names: Sequence[str]) -> PIL.Image.Image:
+def draw_legend(names: Sequence[str]) -> PIL.Image.Image:
     """Return a strip that names the colours of runs, in as many rows as they need."""
     rows: list[list[tuple[float, str, tuple[int, int, int]]]] = [[]]
     left = float(LEFT)
@@ -256,7 +256,7 @@ def _legend(names: Sequence[str]) -> PIL.Image.Image:
 
 
 def _panel(title: str, lines: Sequence[Line]) -> PIL.Image.Image:
-    canvas = _Canvas(WIDTH, HEIGHT, title, "step", "")
+    canvas = Canvas(WIDTH, HEIGHT, title, "step", "")
     values = [value for line in lines for value in line.y]
     # A loss that falls to a tenth and less shows nothing of its end on a linear scale.
     logarithmic = title == "loss" and min(values) > 0 and max(values) > 10 * min(values)

@@ -1,0 +1,102 @@
+"""`mixed`: stages are taken into 8 bits only while the score stays within the limit."""
+
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from click.testing import CliRunner
+
+from diffiqa.calibration.cli import quantise
+from diffiqa.calibration.mixed import OPTIONS, choose_stages
+from diffiqa.calibration.quantise import Number, Recipe, Target, quantise_engine
+from diffiqa.errors import UsageError
+from diffiqa.runtime.manifest import StageName, file_sha256, open_engine
+from diffiqa.runtime.scorer import load
+
+from ..tiny import photo
+
+
+def test_stages_are_tried_by_their_work_and_drift_is_that_of_the_engine_so_far(
+    tiny_engine: Path, calibration_folder: Path, calibration_images: list[Path], tmp_path: Path
+) -> None:
+    trials = choose_stages(tiny_engine, calibration_folder, calibration_images, Recipe(), limit=np.inf)
+    assert trials[0].stage is StageName.UNET
+    assert {trial.stage for trial in trials} == set(StageName)
+    assert all(trial.taken for trial in trials)
+    for count in (1, len(trials)):
+        folder = tmp_path / str(count)
+        only = [trial.stage for trial in trials[:count]]
+        quantise_engine(tiny_engine, folder, calibration_folder, Recipe(), only=only)
+        with load(tiny_engine) as exact, load(folder) as eight:
+            scores = [[s.score(path, OPTIONS).score for path in calibration_images] for s in (exact, eight)]
+        assert trials[count - 1].drift == pytest.approx(np.abs(np.subtract(*scores)).mean(), abs=1e-7)
+        assert trials[count - 1].drift > 0
+
+
+def test_a_stage_beyond_the_limit_stays_float32_and_the_next_is_tried_without_it(
+    tiny_engine: Path, calibration_folder: Path, calibration_images: list[Path]
+) -> None:
+    everything = choose_stages(tiny_engine, calibration_folder, calibration_images, Recipe(), limit=np.inf)
+    limit = everything[0].drift / 2
+    trials = choose_stages(tiny_engine, calibration_folder, calibration_images, Recipe(), limit=limit)
+    assert not trials[0].taken
+    assert trials[0].drift == everything[0].drift
+    assert all(trial.taken == (trial.drift <= limit) for trial in trials)
+    assert trials[1].drift != everything[1].drift
+
+
+def test_stages_that_are_not_taken_are_the_float32_ones_and_the_manifest_says_so(
+    tiny_engine: Path, calibration_folder: Path, tmp_path: Path
+) -> None:
+    quantise_engine(tiny_engine, tmp_path / "some", calibration_folder, Recipe(), only=[StageName.VIT])
+    before, after = open_engine(tiny_engine), open_engine(tmp_path / "some")
+    for old, new in zip(before.manifest.stages, after.manifest.stages, strict=True):
+        same = file_sha256(before.file(old.file)) == file_sha256(after.file(new.file))
+        assert same == (old.name is not StageName.VIT)
+        assert (new == old) == same
+    assert "int8 for onnxruntime, of vit alone" in after.manifest.provenance.notes[-1]
+
+
+def test_the_command_says_what_each_stage_does_and_writes_the_engine(
+    tiny_engine: Path, calibration_folder: Path, calibration_images: list[Path], tmp_path: Path
+) -> None:
+    arguments = ["--engine", str(tiny_engine), "--statistics", str(calibration_folder), "--precision", "mixed"]
+    images = [argument for path in calibration_images for argument in ("--calib", str(path))]
+    arguments += [*images, "--calib", str(_another(tmp_path))]
+    done = CliRunner().invoke(quantise, [*arguments, "--drift", "1", "-o", str(tmp_path / "made")])
+    assert done.exit_code == 0, done.output
+    assert "unet: int8, the score moves by" in done.output
+    assert open_engine(tmp_path / "made").manifest.stages
+    none = CliRunner().invoke(quantise, [*arguments, "--drift", "0", "-o", str(tmp_path / "none")])
+    assert none.exit_code == 2
+    assert "no stage keeps the score" in none.output
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--precision", "mixed"], "give --calib"),
+        (["--drift", "0.1"], "int8 takes all"),
+        (["--precision", "mixed", "--target", "tensorrt", "--calib", "x"], "form of ONNX Runtime"),
+    ],
+)
+def test_contradictions_are_refused_before_anything_is_run(
+    tiny_engine: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    done = CliRunner().invoke(quantise, ["--engine", str(tiny_engine), *arguments, "-o", str(tmp_path / "made")])
+    assert done.exit_code == 2
+    assert message in done.output
+
+
+def test_fp8_cannot_be_tried_here(tiny_engine: Path, calibration_folder: Path, calibration_images: list[Path]) -> None:
+    with pytest.raises(UsageError, match="ONNX Runtime"):
+        choose_stages(tiny_engine, calibration_folder, calibration_images, Recipe(Number.FP8, Target.TENSORRT))
+
+
+def _another(folder: Path) -> Path:
+    """Return one more picture: a calibration by the command takes four."""
+    path = folder / "another.png"
+    PIL.Image.fromarray(photo(9, 32, 48)).save(path)
+    return path

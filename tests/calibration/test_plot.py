@@ -1,0 +1,48 @@
+"""The picture of ranges over steps: what is drawn is what was recorded, and tensors that move are named."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from click.testing import CliRunner
+
+from diffiqa.calibration.cli import calibrate
+from diffiqa.calibration.plot import draw_ranges, magnitudes
+from diffiqa.calibration.statistics import StageStatistics, Statistics
+from diffiqa.errors import UsageError
+from diffiqa.runtime.manifest import StageName
+
+
+def test_percentile_and_maximum_are_those_of_the_values() -> None:
+    generator = np.random.default_rng(4)
+    stage = StageStatistics.empty(("a",), 3)
+    values = [generator.standard_normal(20000).astype(np.float32) * scale for scale in (1, 10)]
+    for step, value in enumerate(values):
+        stage.observe(0, step, value)
+    high, largest = magnitudes(stage)
+    for step, value in enumerate(values):
+        assert high[0, step] == pytest.approx(np.quantile(np.abs(value), 0.999), rel=0.04)  # bins: 32 to an octave
+        assert largest[0, step] == np.abs(value).max()
+    assert high[0, 2] == largest[0, 2] == 0  # never run
+
+
+def test_statistics_without_images_or_u_net_are_refused(tiny_statistics: Statistics) -> None:
+    empty = StageStatistics.empty(("a",), 6)
+    with pytest.raises(UsageError, match="hold no images"):
+        draw_ranges(dataclasses.replace(tiny_statistics, stages={StageName.UNET: empty}))
+    with pytest.raises(UsageError, match="without a U-Net"):
+        draw_ranges(dataclasses.replace(tiny_statistics, stages={}))
+
+
+def test_the_command_draws_what_it_recorded(tiny_engine: Path, calibration_images: list[Path], tmp_path: Path) -> None:
+    another = tmp_path / "four.png"  # a calibration by the command takes four images
+    PIL.Image.open(calibration_images[0]).rotate(180).save(another)
+    images = [argument for path in (*calibration_images, another) for argument in ("--calib", str(path))]
+    arguments = ["--engine", str(tiny_engine), *images, "-o", str(tmp_path / "stats")]
+    result = CliRunner().invoke(calibrate, [*arguments, "--plot", str(tmp_path / "ranges.png")])
+    assert result.exit_code == 0, result.output
+    with PIL.Image.open(tmp_path / "ranges.png") as picture:
+        assert picture.format == "PNG"
+        assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 100
