@@ -5,6 +5,7 @@
 A table stands between two comments in the README. The first names what makes it:
 
     <!-- table: figures -->                     the table of single figures, from the JSON of the scripts here
+    <!-- table: precision -->                   the table of precisions, from that of precision.py
     <!-- table: peers from bench-mini.json -->  a table of `iqa-bench`, from what its --json wrote
     <!-- end of table -->
 """
@@ -14,6 +15,8 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +68,14 @@ def remake(text: str, results: Path) -> tuple[str, list[str]]:
 
 def make(name: str, file: str | None, results: Path) -> str:
     """Return one table, with an empty line on either side."""
-    if name == "figures" and file is None:
-        made = figures(results)
+    if file is None and name in SINGLE:
+        made = SINGLE[name](results)
     elif file is not None and name in report.TABLES:
         made = report.TABLES[name](read(results / file))
     else:
-        raise ValueError(f"no table is called {name!r}; with a file there are {', '.join(report.TABLES)}")
+        raise ValueError(
+            f"no table is called {name!r}: there are {', '.join(SINGLE)}, and with a file {', '.join(report.TABLES)}"
+        )
     if not made:
         raise ValueError(f"{file} has nothing for a table of {name}")
     return f"\n{made}\n\n"
@@ -79,9 +84,7 @@ def make(name: str, file: str | None, results: Path) -> str:
 def figures(results: Path) -> str:
     """Return the table of single figures."""
 
-    def load(name: str) -> Any:
-        return json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
-
+    load = partial(_read, results)
     presets, overhead, full = load("export")["presets"], load("score-overhead"), load("score-full")
     memory, large, full_memory = load("score-memory"), load("score-large"), load("score-full-memory")
     errors = [
@@ -126,6 +129,47 @@ def figures(results: Path) -> str:
         ],
     ]
     return report.table(["what", "measured"], rows)
+
+
+def precision(results: Path) -> str:
+    """Return a row per precision of the trained `mini`: scores beside float32, sizes, and time where it was taken."""
+    found, speed = _read(results, "precision"), _read(results, "precision-speed")
+    rows = []
+    for name, row in found["precisions"].items():
+        sizes = row.get("bytes")
+        reference = found["precisions"]["fp32"]["bytes"]
+        left = max(row.get("share_of_macs_in_float32", {}).values(), default=None)
+        int8 = name == "int8"
+        rows.append(
+            [
+                f"`{name}`",
+                "" if name == "fp32" else f"{row['mean_drift']:.1e}",
+                "" if name == "fp32" else f"{row['max_drift']:.1e}",
+                "" if name == "fp32" else f"{row['srcc_with_fp32']:.5f}",
+                f"{row['srcc_with_labels']:.3f}",
+                "" if left is None else f"{left:.1%}",
+                f"{sum(sizes.values()) / sum(reference.values()):.0%}" if sizes else "emulated",
+                f"{row['speed_over_fp32']:.1f}× / {speed['speed_over_fp32']:.1f}×" if int8 else "1" if sizes else "–",
+                "not measured",
+            ]
+        )
+    head = [
+        "precision",
+        "mean \\|Δscore\\|",
+        "worst",
+        "SRCC with `fp32`",
+        "SRCC with labels",
+        "MACs in float32, worst stage",
+    ]
+    return report.table([*head, "size", "CPU speed, `mini` / full-size step", "GPU"], rows)
+
+
+def _read(results: Path, name: str) -> Any:
+    """Return what a script here has recorded."""
+    return json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+
+
+SINGLE: dict[str, Callable[[Path], str]] = {"figures": figures, "precision": precision}
 
 
 if __name__ == "__main__":

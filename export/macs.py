@@ -1,6 +1,7 @@
 """Multiply-accumulates of an ONNX graph, counted from its nodes at given input shapes."""
 
 import math
+from collections import Counter
 
 import onnx
 from onnx import shape_inference
@@ -9,19 +10,25 @@ from onnxscript import optimizer
 from ..errors import ExportError
 
 Shape = tuple[int, ...]
+_COUNTED = {"Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum", "Attention"}
 
 
 def count_macs(model: onnx.ModelProto, input_shapes: dict[str, Shape]) -> int:
     """Return the MACs of all convolutions and matrix products. Raises ExportError if a shape cannot be known."""
+    return sum(macs_by_node(model, input_shapes).values())
+
+
+def macs_by_node(model: onnx.ModelProto, input_shapes: dict[str, Shape]) -> Counter[str]:
+    """Return the MACs of each convolution and matrix product, by the node's name. Raises ExportError likewise."""
     graph, shapes = _infer(model, input_shapes)
-    total = 0
+    found: Counter[str] = Counter()  # ONNX does not promise names that are unique
     for node in graph.node:
-        if node.op_type in {"Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum", "Attention"}:
+        if node.op_type in _COUNTED:
             try:
-                total += _of_node(node, shapes)
+                found[node.name] += _of_node(node, shapes)
             except KeyError as exc:
                 raise ExportError(f"cannot count the work of node {node.name!r}: shape of {exc} is unknown") from exc
-    return total
+    return found
 
 
 def _of_node(node: onnx.NodeProto, shapes: dict[str, Shape]) -> int:

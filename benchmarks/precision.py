@@ -1,0 +1,213 @@
+"""Precisions of the trained `mini`: how far scores of held-out pictures move, how large, how fast on the CPU.
+
+    python benchmarks/precision.py scores --labels rated/labels.csv --split rated/split.json [--images 200]
+    python benchmarks/precision.py speed
+    python benchmarks/precision.py verify --labels rated/labels.csv --split rated/split.json
+
+`scores` (results/precision.json) takes pictures of the part "test" that `iqa-train rate` made, calibrates on 32 of the
+part "train", and scores each picture in all precisions in turn: one crop, restored by itself. fp16 and bf16 are
+emulated, every result rounded as the plan of `iqa-build` says, because no CPU computes in them as TensorRT does: their
+scores count, their times do not. fp8 is for TensorRT alone and is not measured. `speed` (results/precision-speed.json)
+runs the full-size U-Net step, float32 and int8 in turn, on seeded weights: time and sizes, nothing about scores.
+`verify` (results/precision-verify.json) is how long iqa-verify takes over 20 of the pictures.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from record import ROOT, write
+
+from diffiqa.calibration.quantise import Recipe, quantise_engine, quantise_stage
+from diffiqa.calibration.statistics import Recorder, StageStatistics, collect, watched
+from diffiqa.calibration.verify_sides import Given, chosen_plan, emulated_side
+from diffiqa.export.engine import export_engine
+from diffiqa.export.macs import macs_by_node
+from diffiqa.model.checkpoint import load as load_checkpoint
+from diffiqa.runtime.manifest import EngineDirectory, Precision, StageName, open_engine
+from diffiqa.runtime.onnx_backend import OnnxSettings, OnnxStage
+from diffiqa.runtime.results import Mode, Options
+from diffiqa.runtime.scorer import Scorer, load_stages
+from diffiqa.training.correlation import plcc, srcc
+from diffiqa.training.datasets import Item, load_csv
+from diffiqa.training.splits import Split
+
+CALIBRATION_IMAGES = 32
+VERIFIED_IMAGES = 20
+OPTIONS = Options(crops=1, mode=Mode.CROP)
+SEED = 11
+
+
+def main() -> None:
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    pictures = argparse.ArgumentParser(add_help=False)
+    pictures.add_argument("--ckpt", type=Path, default=ROOT / "models" / "mini" / "model.safetensors")
+    pictures.add_argument("--labels", type=Path, required=True)
+    pictures.add_argument("--split", type=Path, required=True)
+    scores = commands.add_parser("scores", parents=[pictures])
+    scores.set_defaults(measure=measure_scores)
+    scores.add_argument("--images", type=int, default=200)
+    verify = commands.add_parser("verify", parents=[pictures])
+    verify.set_defaults(measure=measure_verify)
+    speed = commands.add_parser("speed")
+    speed.set_defaults(measure=measure_speed)
+    speed.add_argument("--steps", type=int, default=12, help="Timed steps of each kind.")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        given.measure(given, Path(folder))
+
+
+def measure_scores(given: argparse.Namespace, folder: Path) -> None:
+    """Score the same pictures in each precision."""
+    labels, split = load_csv(given.labels), Split.read(given.split)
+    chosen = drawn(split.items(labels, "test"), given.images)
+    export_engine(load_checkpoint(given.ckpt), folder / "fp32")
+    collect(folder / "fp32", [item.path for item in drawn(split.items(labels, "train"), CALIBRATION_IMAGES)], folder)
+    quantise_engine(folder / "fp32", folder / "int8", folder, Recipe.of("int8"))
+    engines = {name: open_engine(folder / name) for name in ("fp32", "int8")}
+    settings = OnnxSettings()
+    scorers = {name: Scorer(e.manifest, load_stages(e, settings), backend=name) for name, e in engines.items()}
+    kept: dict[str, dict[str, float]] = {}
+    for precision in (Precision.FP16, Precision.BF16):
+        plan = chosen_plan(Given(folder / "fp32", precision=precision), engines["fp32"])
+        assert plan is not None
+        side = emulated_side(engines["fp32"], plan, settings)
+        scorers[precision] = Scorer(side.manifest, side.stages, backend=precision)
+        nodes = {stage.name: {kept.node for kept in stage.float32} for stage in plan.stages}
+        kept[precision] = share_of_macs(engines["fp32"], nodes)
+    found: dict[str, list[float]] = {name: [] for name in scorers}
+    seconds: dict[str, list[float]] = {name: [] for name in scorers}
+    for item in chosen:
+        for name, scorer in scorers.items():
+            start = time.perf_counter()
+            found[name].append(scorer.score(item.path, OPTIONS).score)
+            seconds[name].append(time.perf_counter() - start)
+    truth = [item.quality for item in chosen]
+    reference = found["fp32"]
+    rows: dict[str, Any] = {}
+    for name, scores in found.items():
+        drift = np.abs(np.subtract(scores, reference))
+        rows[name] = {
+            "mean_drift": float(drift.mean()),
+            "p99_drift": float(np.quantile(drift, 0.99)),
+            "max_drift": float(drift.max()),
+            "srcc_with_fp32": srcc(scores, reference),
+            "plcc_with_fp32": plcc(scores, reference),
+            "srcc_with_labels": srcc(scores, truth),
+            "scores": [round(score, 7) for score in scores],
+        }
+        if name in kept:
+            rows[name]["share_of_macs_in_float32"] = kept[name]
+        if name in engines:
+            rows[name]["bytes"] = {s.name: s.file.bytes for s in engines[name].manifest.stages}
+            rows[name]["seconds_median"] = statistics.median(seconds[name])
+    rows["int8"]["speed_over_fp32"] = ratio(seconds["fp32"], seconds["int8"])
+    figures = {
+        "model": engines["fp32"].manifest.engine_id,
+        "images": len(chosen),
+        "pictures": [f"{item.path.parent.name}/{item.path.name}" for item in chosen],
+        "crops": 1,
+        "mode": OPTIONS.mode,
+        "calibration_images": CALIBRATION_IMAGES,
+        "precisions": rows,
+    }
+    write("precision", figures)
+
+
+def measure_speed(given: argparse.Namespace, folder: Path) -> None:
+    """Run the full-size U-Net step in both precisions in turn, on seeded weights and random inputs."""
+    export_engine(load_checkpoint(None, preset="paper", seed=SEED), folder / "fp32")
+    directory = open_engine(folder / "fp32")
+    stage = directory.manifest.stage(StageName.UNET)
+    assert stage is not None
+    fp32, int8 = directory.file(stage.file), folder / "int8.onnx"
+    random = np.random.default_rng(SEED)
+    inputs = {name: random.standard_normal((1, 3, 224, 224)).astype(np.float32) for name in ("y", "condition")}
+    inputs["noise_level"] = np.full((1, 1), 0.5, np.float32)
+    noise = {name: np.empty((1, 3, 224, 224), np.float32) for name in ("fp32", "int8")}
+    model = onnx.load(fp32)
+    ranges = StageStatistics.empty(watched(model), directory.manifest.schedule.steps)
+    Recorder(directory, StageName.UNET, ranges).bind(inputs, {"noise": noise["fp32"]})()
+    onnx.save_model(quantise_stage(model, stage, ranges, Recipe.of("int8"))[0], int8)
+    calls = {
+        name: OnnxStage(path, OnnxSettings()).bind(inputs, {"noise": noise[name]})
+        for name, path in (("fp32", fp32), ("int8", int8))
+    }
+    wall: dict[str, list[float]] = {name: [] for name in calls}
+    cpu: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(given.steps + 1):
+        for name, call in calls.items():
+            start, used = time.perf_counter(), time.process_time()
+            call()
+            if number:  # the first warms up
+                wall[name].append(time.perf_counter() - start)
+                cpu[name].append(time.process_time() - used)
+    error = noise["int8"] - noise["fp32"]
+    figures = {
+        "preset": "paper",
+        "size": [224, 224],
+        "wall_seconds": wall,
+        "cpu_seconds": cpu,
+        "speed_over_fp32": ratio(wall["fp32"], wall["int8"]),
+        "cpu_time_over_fp32": ratio(cpu["fp32"], cpu["int8"]),
+        "bytes": {"fp32": fp32.stat().st_size, "int8": int8.stat().st_size},
+        "relative_rms_error": float(np.sqrt(np.mean(error**2) / np.mean(noise["fp32"] ** 2))),
+    }
+    write("precision-speed", figures)
+
+
+def measure_verify(given: argparse.Namespace, folder: Path) -> None:
+    """Verify the fp16 plan, emulated, with the command as a user would."""
+    chosen = drawn(Split.read(given.split).items(load_csv(given.labels), "test"), VERIFIED_IMAGES)
+    export_engine(load_checkpoint(given.ckpt), folder / "fp32")
+    command = ["-m", "diffiqa.cli", "verify", "--engine", str(folder / "fp32"), "--precision", "fp16"]
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *command, "--json", str(folder / "found.json"), *(str(item.path) for item in chosen)],
+        check=False,
+    )
+    figures = {
+        "images": len(chosen),
+        "precision": "fp16",
+        "seconds": time.perf_counter() - start,
+        "exit_code": done.returncode,
+        "checks": json.loads((folder / "found.json").read_text(encoding="utf-8"))["checks"],
+    }
+    write("precision-verify", figures)
+
+
+def drawn(items: Sequence[Item], count: int) -> list[Item]:
+    """Return some of the items, of all photographs alike; the same ones every time."""
+    order = np.random.default_rng(SEED).permutation(len(items))[:count]
+    return [items[index] for index in sorted(order)]
+
+
+def share_of_macs(directory: EngineDirectory, kept: Mapping[StageName, Collection[str]]) -> dict[str, float]:
+    """Return which share of each stage's MACs, for one crop, is done by these nodes."""
+    crop, shares = directory.manifest.crop.size, {}
+    for stage in directory.manifest.stages:
+        sizes = {"B": 1, "N": 1, "H": crop, "W": crop}
+        shapes = {spec.name: tuple(sizes.get(str(d), d) for d in spec.shape) for spec in stage.inputs}
+        macs = macs_by_node(onnx.load(directory.file(stage.file)), shapes)
+        shares[stage.name.value] = sum(macs[node] for node in kept[stage.name]) / sum(macs.values())
+    return shares
+
+
+def ratio(ours: list[float], theirs: list[float]) -> float:
+    """Return the median of pairwise ratios: both ran in turn, so what slows the machine slows both."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+if __name__ == "__main__":
+    main()
