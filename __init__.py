@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from .runtime.onnx_backend import OnnxSettings
+    from .runtime.openvino import OpenVinoSettings
     from .runtime.results import CropScore, Failure, Mode, Options, Pictures, Score
     from .runtime.scorer import Info, Scorer, load
 
@@ -41,6 +42,7 @@ __all__ = [
     "Info",
     "Mode",
     "OnnxSettings",
+    "OpenVinoSettings",
     "Options",
     "OutputError",
     "Pictures",
@@ -53,6 +55,7 @@ __all__ = [
 
 _HOMES = {
     "OnnxSettings": "onnx_backend",
+    "OpenVinoSettings": "openvino",
     **dict.fromkeys(["CropScore", "Failure", "Mode", "Options", "Pictures", "Score"], "results"),
     **dict.fromkeys(["Info", "Scorer", "load"], "scorer"),
 }

@@ -67,6 +67,14 @@ class Counts(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 @click.option("--soak", type=click.IntRange(0), default=0, metavar="N", help="Then score N images in a row.")
 @click.option("--seed", type=click.IntRange(0, 2**63), default=0, show_default=True, help="Of images and noise.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Default: the CPUs this process may use.")
+@click.option(
+    "--backend",
+    type=click.Choice(["onnxruntime", "openvino"]),
+    default="onnxruntime",
+    show_default=True,
+    help="What runs the networks.",
+)
+@click.option("--cpu-precision", type=click.Choice(["fp32", "bf16"]), help="Of OpenVINO's U-Net. Default: fp32.")
 @click.option("--peers", is_flag=True, help="Measure all peers too: ONNX Runtime's defaults, OpenVINO, PyTorch, …")
 @click.option("--peer", "chosen", multiple=True, metavar="NAME", help="Only this peer (repeatable).")
 @click.option("--ckpt", type=_PATH, metavar="FILE", help="The weights the engine was exported from, for PyTorch.")
@@ -112,9 +120,18 @@ def bench(engine: Path, images: tuple[str, ...], **given: Any) -> None:
         if file and not file.resolve().parent.is_dir():
             raise OutputError(f"cannot write {file}: there is no folder {file.parent}; create it first")
     optional = {key: given[key] for key in ("sizes", "count", "crops", "steps") if given[key]}
-    same = {key: given[key] for key in ("workers", "rounds", "starts", "soak", "seed", "threads", "ckpt")}
+    same = {key: given[key] for key in ("workers", "rounds", "starts", "soak", "seed", "threads", "ckpt", "backend")}
     contenders = _contenders(given["chosen"], all_of_them=given["peers"])
-    wanted = Wanted(engine, images, contenders=contenders, timeout=given["peer_timeout"], **optional, **same)
+    precision = _precision(given["cpu_precision"], given["backend"], compared=bool(contenders))
+    wanted = Wanted(
+        engine,
+        images,
+        precision=precision,
+        contenders=contenders,
+        timeout=given["peer_timeout"],
+        **optional,
+        **same,
+    )
     options = {key: str(value) for key, value in given.items() if value not in {None, (), False}}
 
     def say(text: str) -> None:
@@ -140,6 +157,14 @@ def bench(engine: Path, images: tuple[str, ...], **given: Any) -> None:
     failed = any(peer.problem and not peer.skipped for peer in results.peers)
     if failed or results.left_out or judge_results(results).problems:
         sys.exit(1)
+
+
+def _precision(chosen: str | None, backend: str, *, compared: bool) -> str:
+    if chosen and backend != "openvino":
+        raise UsageError("--cpu-precision is OpenVINO's: add --backend openvino")
+    if chosen not in {None, "fp32"} and compared:
+        raise UsageError("peers are compared with float32 scores: leave out --cpu-precision, or the peers")
+    return chosen or "fp32"
 
 
 def _contenders(chosen: tuple[str, ...], *, all_of_them: bool) -> tuple[Any, ...]:

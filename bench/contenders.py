@@ -8,19 +8,18 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import BackendError
 from ..runtime.host import Call, StageRunner
 from ..runtime.images import read_image
 from ..runtime.manifest import Manifest, StageName, open_engine
-from ..runtime.onnx_backend import OnnxSettings
 from ..runtime.results import Options
-from ..runtime.scorer import Scorer, load_stages, to_plane
+from ..runtime.scorer import Scorer, host_name, host_settings, load_stages, to_plane
 from .measure import with_steps
 
 if TYPE_CHECKING:
@@ -36,6 +35,7 @@ class Ground:
     engine: Path
     ckpt: Path | None
     threads: int
+    backend: str = "onnxruntime"  # of ours, in float32: what the others are compared with
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,8 @@ class Missing(Exception):  # noqa: N818 — what is not here is no error
 
 def ours(ground: Ground) -> tuple[Score, str]:
     """Return diffiqa as `iqa-run` runs it."""
-    directory = open_engine(ground.engine)
-    stages = load_stages(directory, OnnxSettings(threads=ground.threads))
-    return _scored(directory.manifest, stages), f"onnxruntime {version('onnxruntime')}"
+    directory, settings = open_engine(ground.engine), host_settings(ground.backend, ground.threads)
+    return _scored(directory.manifest, load_stages(directory, settings)), host_name(settings).partition(":")[0]
 
 
 def onnxruntime_default(ground: Ground) -> tuple[Score, str]:
@@ -86,47 +85,14 @@ def onnxruntime_default(ground: Ground) -> tuple[Score, str]:
 
 
 def openvino(ground: Ground, *, precision: str) -> tuple[Score, str]:
-    """Return OpenVINO on the CPU, compiled for the very shapes it gets."""
+    """Return `iqa-run --backend openvino`."""
+    settings = host_settings("openvino", ground.threads, precision)
     try:
-        import openvino as ov  # type: ignore[import-not-found, unused-ignore]
-    except ModuleNotFoundError as exc:
-        raise Missing("openvino is not installed") from exc
-    core = ov.Core()
-    able = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if precision == "bf16" and "BF16" not in able:
-        raise Missing("this CPU has no bfloat16 that OpenVINO uses")
-    settings = {
-        "INFERENCE_PRECISION_HINT": precision,
-        "INFERENCE_NUM_THREADS": ground.threads,
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-
-    class Stage:
-        def __init__(self, path: Path) -> None:
-            self._path = path
-            self._compiled: dict[str, Any] = {}
-
-        def bind(self, inputs: Mapping[str, FloatArray], outputs: Mapping[str, FloatArray]) -> Call:
-            shapes = {name: list(array.shape) for name, array in inputs.items()}
-            if str(shapes) not in self._compiled:
-                model = core.read_model(self._path)
-                model.reshape(shapes)
-                self._compiled[str(shapes)] = core.compile_model(model, "CPU", settings)
-            request = self._compiled[str(shapes)].create_infer_request()
-            for name, array in inputs.items():
-                request.set_tensor(name, ov.Tensor(array, shared_memory=True))
-            for name, array in outputs.items():
-                request.set_tensor(name, ov.Tensor(array, shared_memory=True))
-            held = (dict(inputs), dict(outputs))  # the tensors point into these arrays
-
-            def call(_held: object = held) -> None:
-                request.infer()
-
-            return call
-
+        name = host_name(settings)
+    except BackendError as exc:
+        raise Missing(str(exc)) from exc
     directory = open_engine(ground.engine)
-    stages = {stage.name: Stage(directory.file(stage.file)) for stage in directory.manifest.stages}
-    return _scored(directory.manifest, stages), f"openvino {version('openvino')}"
+    return _scored(directory.manifest, load_stages(directory, settings)), name.partition(":")[0]
 
 
 def torch_stages(ground: Ground, *, precision: str, compiled: bool) -> tuple[Score, str]:
@@ -242,7 +208,7 @@ class Contender:
 OURS = Contender("diffiqa", "fp32", exact=True, make=ours)
 PEERS = (
     Contender("onnxruntime, default settings", "fp32", exact=True, make=onnxruntime_default),
-    Contender("openvino", "fp32", exact=True, make=partial(openvino, precision="f32")),
+    Contender("openvino", "fp32", exact=True, make=partial(openvino, precision="fp32")),
     Contender("openvino, bf16", "bf16", exact=False, make=partial(openvino, precision="bf16")),
     Contender(
         "torch eager", "fp32", exact=True, make=partial(torch_stages, precision="fp32", compiled=False), weights=True

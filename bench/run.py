@@ -10,11 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ..errors import UsageError
-from ..runtime import onnx_backend
 from ..runtime.inputs import find_images
 from ..runtime.manifest import open_engine
-from ..runtime.onnx_backend import OnnxSettings, available_cpus
-from ..runtime.scorer import load_stages
+from ..runtime.onnx_backend import available_cpus
+from ..runtime.scorer import host_name, host_settings, load_stages
 from .ceilings import Probe
 from .contenders import OURS, Contender, Ground
 from .fresh import measure_start
@@ -47,6 +46,8 @@ class Wanted:
     soak: int = 0
     seed: int = 0
     threads: int | None = None
+    backend: str = "onnxruntime"
+    precision: str = "fp32"  # of OpenVINO
     contenders: tuple[Contender, ...] = ()
     ckpt: Path | None = None
     timeout: float = 900.0  # seconds until a peer is given up that does not answer
@@ -67,7 +68,9 @@ class Run:
         self._created = datetime.now(UTC).isoformat(timespec="seconds")
         self._threads = wanted.threads or available_cpus()
         self._directory = open_engine(wanted.engine)
-        self._stages = load_stages(self._directory, OnnxSettings(threads=self._threads))
+        settings = host_settings(wanted.backend, self._threads, wanted.precision)
+        self._backend = host_name(settings)
+        self._stages = load_stages(self._directory, settings)
         self._watch = Watch()
         self._images = Images({}, ())
         self._benches: list[Bench] = []
@@ -114,7 +117,7 @@ class Run:
                 m.engine_id,
                 m.model_name,
                 m.score.trained,
-                f"onnxruntime {onnx_backend.version()}: CPUExecutionProvider",
+                self._backend,
                 {stage.name.value: stage.file.sha256 for stage in m.stages},
             ),
             ceilings=Ceilings(*map(tuple, (found.matmul_gflops, found.copy_gbs))) if found else Ceilings((), ()),
@@ -154,6 +157,8 @@ class Run:
                 start = measure_start(
                     self._directory.path,
                     setting.images[0],
+                    backend=self._wanted.backend,
+                    precision=self._wanted.precision,
                     threads=self._threads,
                     crops=setting.crops,
                     seed=setting.seed,
@@ -173,7 +178,7 @@ class Run:
                     bench.round()
 
     def _measure_peers(self, settings: Sequence[Setting]) -> None:
-        ground = Ground(self._directory.path.resolve(), self._wanted.ckpt, self._threads)
+        ground = Ground(self._directory.path.resolve(), self._wanted.ckpt, self._threads, self._wanted.backend)
         # Peers score one image at a time: cases that differ in workers alone would be the same.
         cases = {
             bench.case().name: setting

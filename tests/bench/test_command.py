@@ -1,5 +1,6 @@
 """`iqa-bench` from the outside: its report, its files, bad input, and Ctrl-C."""
 
+import importlib.util
 import json
 import signal
 import subprocess
@@ -83,6 +84,11 @@ def test_the_page_stands_alone_and_draws_what_was_measured(finished: tuple[Resul
         (["--engine", "ENGINE", "--steps", "2"], "2 steps are too few"),
         (["--engine", "ENGINE", "--peer", "magic"], "there is no peer 'magic'; choose from"),
         (["--engine", "ENGINE", "--ckpt", "none.pt"], "none.pt is not a file"),
+        (["--engine", "ENGINE", "--cpu-precision", "bf16"], "add --backend openvino"),
+        (
+            ["--engine", "ENGINE", "--backend", "openvino", "--cpu-precision", "bf16", "--peer", "openvino"],
+            "peers are compared with float32 scores",
+        ),
         (["--engine", "ENGINE", "--json", "no/such/folder/a.json"], "create it first"),
     ],
 )
@@ -94,6 +100,21 @@ def test_what_cannot_be_measured_is_exit_code_2_and_one_line(
     assert result.exit_code == 2, result.output
     assert says in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
+def test_openvino_can_be_what_is_measured_and_the_record_says_so(tiny_engine: Path, tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    options = ("--size", "40x40", "--crops", "1", "--rounds", "1", "--starts", "1", "--json", file)
+    result = call(tiny_engine, "--backend", "openvino", *options, "--peer", "openvino")
+    assert result.exit_code in {0, 1}, result.output
+    results = read(file)
+    assert results.engine.backend.startswith("openvino ")
+    assert results.engine.backend.endswith(": CPU, fp32")
+    assert results.starts[0].first_score > 0
+    ours, peer = results.peers
+    assert ours.version == peer.version == results.engine.backend.partition(":")[0]
+    assert peer.cases[0].drift == 0  # it is the same backend
 
 
 def test_a_bad_image_is_left_out_and_said(tiny_engine: Path, tmp_path: Path) -> None:
