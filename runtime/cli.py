@@ -87,12 +87,18 @@ def provider(text: str) -> str | tuple[str, dict[str, str]]:
 @click.option("--save-intermediates", "intermediates", type=_PATH, metavar="DIR", help="Write those pictures as PNG.")
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "tensorrt", "onnxruntime"]),
+    type=click.Choice(["auto", "tensorrt", "onnxruntime-gpu", "onnxruntime", "openvino"]),
     default="auto",
     show_default=True,
-    help="What runs the networks. auto: TensorRT if a GPU and a build for it are there, else ONNX Runtime.",
+    help="What runs the networks. auto: on a GPU TensorRT if there is a build for it, else ONNX Runtime if it has the "
+    "CUDA provider; else ONNX Runtime on the CPU; never OpenVINO, so that installing it changes no score.",
 )
-@click.option("--device", type=click.IntRange(0), metavar="N", help="GPU for TensorRT, counted from 0.")
+@click.option(
+    "--cpu-precision",
+    type=click.Choice(["fp32", "bf16"]),
+    help="What OpenVINO computes the U-Net in; bf16 needs a CPU that has it, and changes scores. Default: fp32.",
+)
+@click.option("--device", type=click.IntRange(0), metavar="N", help="GPU for TensorRT or ONNX Runtime, counted from 0.")
 @click.option("--no-cuda-graph", is_flag=True, help="Launch every kernel by itself: the same scores, more CPU time.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Default: the CPUs this process may use.")
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Images scored at a time.")
@@ -122,6 +128,7 @@ def run(engine: Path, images: tuple[str, ...], **given: Any) -> None:
     """
     from .inputs import find_images
     from .onnx_backend import OnnxSettings
+    from .openvino import OpenVinoSettings
     from .records import Format, Sort
     from .results import PIXEL_BUDGET, Mode, Options
     from .run import Outputs
@@ -151,12 +158,15 @@ def run(engine: Path, images: tuple[str, ...], **given: Any) -> None:
     if outputs.descending and not outputs.sort:
         raise UsageError("--descending needs --sort")
     _refuse_collisions(names, outputs)
-    settings = OnnxSettings(threads=given["threads"], providers=given["providers"] or ("CPUExecutionProvider",))
-    onnx = settings if given["threads"] or given["providers"] else None
     how: dict[str, Any] = {"device": given["device"], "cuda_graph": not given["no_cuda_graph"]}
+    threads, providers, precision = given["threads"], given["providers"], given["cpu_precision"]
+    if providers or (threads and given["backend"] != "openvino"):
+        how["onnx"] = OnnxSettings(threads=threads, providers=providers or ("CPUExecutionProvider",))
+    if precision or given["backend"] == "openvino":
+        how["openvino"] = OpenVinoSettings(threads=threads, precision=precision or "fp32")
     if given["max_pixels"] is not None:
         how["max_pixels"] = given["max_pixels"] or None
-    with load(engine, backend=given["backend"], onnx=onnx, **how) as scorer:
+    with load(engine, backend=given["backend"], **how) as scorer:
         reason = f" ({scorer.info.reason})" if scorer.info.reason else ""
         says = f"backend: {scorer.info.backend}{reason}"
         # Somebody at a terminal is told before the work starts, a log beside the summary: if whoever reads the results

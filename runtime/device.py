@@ -4,7 +4,8 @@
     plane, taps ─ cut crops ─▶ crops of all kinds, float32 ─ a batch at a time ─▶ ViT ─▶ VCG, VDA ─▶ scores
 
 Everything runs on one stream, so nothing is waited for before the scores, but for tiles. Memory that graphs know is
-sized by an engine's profile, the rest by the largest image so far; once both have been seen nothing is allocated.
+sized by an engine's profile, unless that is open-ended, the rest by the largest image so far; once both have been seen
+nothing is allocated.
 
 Left out: blending tiles on the device (copying and adding them on the host takes perhaps a tenth of the time of
 restoring them), and uploads on a second stream (an image's pixels take less than a thousandth of the time of its loop;
@@ -342,7 +343,7 @@ class DeviceExecutor:
         shapes = _unet_shapes(batch, height, width)
         profile = choose_profile(stage.built.profiles, shapes)
         assert profile is not None  # noqa: S101 — `_batches` has asked
-        largest = stage.built.profiles[profile]["y"].maximum
+        largest = shapes["y"] if stage.open_ended else stage.built.profiles[profile]["y"].maximum
         pixels, get = math.prod(largest), self._fixed.get
         state = get("state", pixels * _FLOAT)
         size = pixels * storage.dtype.itemsize
@@ -386,11 +387,12 @@ class DeviceExecutor:
         names = [name for name in HEADS if name in self._stages]
         profiles: dict[StageName, int] = {}
         for name in names:
-            built = self._stages[name].built
-            profile = choose_profile(built.profiles, self._head_shapes(name, batch))
+            built, shapes = self._stages[name].built, self._head_shapes(name, batch)
+            profile = choose_profile(built.profiles, shapes)
             assert profile is not None  # noqa: S101 — `_batches` has asked
             profiles[name] = profile
-            rows = next(iter(built.profiles[profile].values())).maximum[0]
+            spans = {key: span.maximum for key, span in built.profiles[profile].items()}
+            rows = next(iter((shapes if self._stages[name].open_ended else spans).values()))[0]
             for spec in (*built.inputs, *built.outputs):
                 self._fixed.get(_slot(name, spec), rows * math.prod(_fixed_dims(spec)) * ITEM_BYTES[spec.dtype])
         # Not before all have asked: a slot that two stages share moves when the second needs a larger one.

@@ -20,6 +20,7 @@ from ..kernels.launch import Launch
 from .builds import rebuild_command
 from .graphs import Graph
 from .manifest import Build, BuiltStage, EngineDirectory, ShapeRange, StageName, TensorSpec
+from .runtime_cache import RuntimeCache, cache_of
 from .tensorrt import TensorRT, gpu_capability
 
 Array = npt.NDArray[Any]
@@ -53,6 +54,9 @@ class BoundStage(Protocol):
 
 class LoadedStage(Protocol):
     """An engine on the device."""
+
+    # Its profiles say what it takes, not what is worth setting memory aside for: buffers grow with the images.
+    open_ended: bool
 
     @property
     def built(self) -> BuiltStage:
@@ -289,12 +293,14 @@ def load_engines(
     layer: CudaLayer, library: TensorRT, directory: EngineDirectory, build: Build
 ) -> dict[StageName, LoadedStage]:
     """Load every engine of a build whose files have been checked; errors name the way out."""
-    command = rebuild_command(directory.path, build, gpu_capability(layer._ordinal), force=True)
+    capability = gpu_capability(layer._ordinal)
+    command = rebuild_command(directory.path, build, capability, force=True)
+    cache = cache_of(directory.path, build, layer.name, capability) if library.traits.compiles_late else None
     stages: dict[StageName, LoadedStage] = {}
     try:
         for built in build.stages:
             data = (directory.path / built.file.path).read_bytes()
-            stages[built.name] = _Engine(layer, library, built, data, f"build it again with: {command}")
+            stages[built.name] = _Engine(layer, library, built, data, f"build it again with: {command}", cache)
     except BaseException:
         for stage in stages.values():
             stage.close()
@@ -305,8 +311,18 @@ def load_engines(
 class _Engine:
     """A deserialised engine."""
 
-    def __init__(self, layer: CudaLayer, library: TensorRT, built: BuiltStage, data: bytes, remedy: str) -> None:
-        self.built = built
+    open_ended = False
+
+    def __init__(
+        self,
+        layer: CudaLayer,
+        library: TensorRT,
+        built: BuiltStage,
+        data: bytes,
+        remedy: str,
+        cache: RuntimeCache | None = None,
+    ) -> None:
+        self.built, self._cache = built, cache
         self._layer, self.library = layer, library
         api, log = library.api, library.log
         heard = len(log.entries)
@@ -337,10 +353,14 @@ class _Engine:
         config.set_execution_context_allocation_strategy(own)
         config.dynamic_shapes_kernel_specialization_strategy = api.DynamicShapesKernelSpecializationStrategy.EAGER
         config.cuda_graph_strategy = api.CudaGraphStrategy.DISABLED  # graphs are ours
+        if self._cache:
+            self._cache.attach(config)
         return self.engine.create_execution_context(config)
 
     def close(self) -> None:
-        """Let go of the engine; the bindings free it with its last reference."""
+        """Let go of the engine; the bindings free it with its last reference. The first to go saves what all share."""
+        if self._cache:
+            self._cache.save()
         self.engine = self._runtime = None
 
     def _agrees(self, spec: TensorSpec) -> bool:

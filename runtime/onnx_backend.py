@@ -24,6 +24,7 @@ class OnnxSettings:
     providers: Sequence[Provider] = ("CPUExecutionProvider",)
     spinning: bool = False  # idle threads burn CPU for latency; wrong on a shared machine
     session_config: Mapping[str, str] = field(default_factory=dict)  # any entry ONNX Runtime documents
+    deterministic: bool = False  # of kernels on a GPU; those of the CPU are
 
     def __post_init__(self) -> None:
         """Refuse what ONNX Runtime would take for something else."""
@@ -47,6 +48,7 @@ class OnnxStage:
         options.intra_op_num_threads = settings.threads or available_cpus()
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # errors reach the user as exceptions
+        options.use_deterministic_compute = settings.deterministic
         # Patterns are kept per shape and reserve the peak of each: off, a 720×720 image takes half the memory in no
         # more time.
         options.enable_mem_pattern = False
@@ -57,10 +59,10 @@ class OnnxStage:
         try:
             for key, value in settings.session_config.items():
                 options.add_session_config_entry(key, value)
-            self._session = ort.InferenceSession(path, options, providers=list(settings.providers))
+            self.session = ort.InferenceSession(path, options, providers=list(settings.providers))
         except Exception as exc:  # onnxruntime's exceptions share no base class
             raise BackendError(f"onnxruntime cannot load {path}: {first_line(exc)}") from exc
-        in_use = self._session.get_providers()
+        in_use = self.session.get_providers()
         if in_use[0] != settings.provider_names[0]:
             # onnxruntime only warns when a provider cannot start, and computes elsewhere.
             raise BackendError(f"onnxruntime cannot run {settings.provider_names[0]} here, only {', '.join(in_use)}")
@@ -68,12 +70,12 @@ class OnnxStage:
 
     def signature(self) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
         """Return the shapes of inputs and outputs by name, as the file has them."""
-        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
         return {v.name: v.shape for v in inputs}, {v.name: v.shape for v in outputs}
 
     def bind(self, inputs: Mapping[str, FloatArray], outputs: Mapping[str, FloatArray]) -> Call:
         """Return a call that runs the stage from and into these very arrays; the call keeps them alive."""
-        binding = self._session.io_binding()
+        binding = self.session.io_binding()
         held = (dict(inputs), dict(outputs))
         for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for name, array in arrays.items():
@@ -84,7 +86,7 @@ class OnnxStage:
         def call() -> None:
             assert held  # noqa: S101 — the closure keeps the arrays alive that the binding points into
             try:
-                self._session.run_with_iobinding(binding)
+                self.session.run_with_iobinding(binding)
             except Exception as exc:
                 raise BackendError(f"onnxruntime failed in {self._path.name}: {first_line(exc)}") from exc
 
@@ -108,6 +110,11 @@ def available_cpus() -> int:
         if quota > 0 and period > 0:
             cpus = min(cpus, max(1, round(quota / period)))
     return cpus
+
+
+def providers_here() -> list[str]:
+    """Return the execution providers of the installed onnxruntime; whether they can start is another question."""
+    return list(_onnxruntime().get_available_providers())
 
 
 def version() -> str:

@@ -1,6 +1,7 @@
 """The Python face: `load(engine)` → `Scorer.score(images)`, `Scorer.stream(images)`."""
 
 import collections
+import contextlib
 import itertools
 import os
 import statistics
@@ -8,29 +9,35 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import BackendError, EngineError, ImageError, UsageError
 from . import onnx_backend
+from . import openvino as openvino_backend
 from .builds import build_command, newest_build
 from .host import Branch, Executor, HostExecutor, Outcome, StageRunner, Verdict
 from .images import DEFAULT_MAX_PIXELS, Image, Source, read_image
 from .manifest import EngineDirectory, Library, Manifest, ScoreMeaning, StageName, open_engine
 from .onnx_backend import OnnxSettings, OnnxStage
+from .openvino import OpenVinoSettings, OpenVinoStage
 from .plan import Plan, make_plan
 from .results import CropScore, Failure, Options, Picture, Pictures, Score
 from .schedule import Kind, Taps
 from .tensorrt import gpu_capability, installed_libraries, load_library
 
+if TYPE_CHECKING:
+    from .device_layer import CudaLayer
+
 FloatArray = npt.NDArray[np.float32]
 MID_GREY = 128
-BACKENDS = ("auto", "tensorrt", "onnxruntime")
+BACKENDS = ("auto", "tensorrt", "onnxruntime-gpu", "onnxruntime", "openvino")
+HostSettings = OnnxSettings | OpenVinoSettings
 
 
 @dataclass(frozen=True)
@@ -252,48 +259,79 @@ def load(
     threads: int | None = None,
     max_pixels: int | None = DEFAULT_MAX_PIXELS,
     onnx: OnnxSettings | None = None,
+    openvino: OpenVinoSettings | None = None,
     device: int | None = None,
     cuda_graph: bool = True,
 ) -> Scorer:
     """Load an engine directory. Raises EngineError if it is damaged, BackendError if nothing can run it.
 
-    `backend` is "tensorrt" for a build that fits GPU number `device`, "onnxruntime", or "auto": the first where there
-    is such a build, else the second, and `Scorer.info.reason` says why. What is asked for by name runs or fails.
-    `threads=2` is short for `onnx=OnnxSettings(threads=2)`; either asks for ONNX Runtime. Without `cuda_graph` a GPU
-    gives the same scores in more of the host's time.
+    `backend` is "tensorrt" for a build that fits GPU number `device`, "onnxruntime-gpu" for ONNX Runtime within the
+    same loop on that GPU, "onnxruntime", "openvino", or "auto": the first of the first three that this machine can run,
+    and `Scorer.info.reason` says why. OpenVINO is never chosen, so that no score changes because a package was
+    installed. What is asked for by name runs or fails.
+    `threads=2` is short for `onnx=OnnxSettings(threads=2)`, with OpenVINO for `openvino=OpenVinoSettings(threads=2)`;
+    without a backend, either of `threads` and `onnx` asks for ONNX Runtime. Without `cuda_graph` a GPU gives the same
+    scores in more of the host's time.
     """
     if backend not in BACKENDS:
         raise UsageError(f"there is no backend {backend!r}; choose {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}")
-    if onnx and threads is not None:
-        raise UsageError("give threads either as threads= or in onnx=, not both")
+    if (onnx or openvino) and threads is not None:
+        raise UsageError("give threads either as threads= or in onnx= or openvino=, not both")
+    if openvino and backend != "openvino":
+        raise UsageError(f"a CPU precision is OpenVINO's; it takes the backend openvino, not {backend}")
+    if onnx and backend == "openvino":
+        raise UsageError("providers are ONNX Runtime's; the backend openvino takes threads and a precision")
     set_up = onnx is not None or threads is not None
     if backend == "tensorrt" and set_up:
         raise UsageError("threads and providers are ONNX Runtime's; the backend tensorrt has neither")
-    if (backend == "onnxruntime" or set_up) and (device is not None or not cuda_graph):
-        raise UsageError(
-            "device and CUDA graph are of the backend tensorrt; ONNX Runtime takes a GPU as a provider, such as "
-            "CUDAExecutionProvider,device_id=1"
-        )
+    if backend == "onnxruntime-gpu" and (threads is not None or (onnx and onnx.threads)):
+        raise UsageError("threads are of the CPU; the backend onnxruntime-gpu takes providers and a device")
+    on_host = backend in {"onnxruntime", "openvino"} or (backend == "auto" and set_up)
+    if on_host and (device is not None or not cuda_graph):
+        raise UsageError("device and CUDA graph are of the backends tensorrt and onnxruntime-gpu")
     directory = open_engine(Path(engine))
-    reason = ""
-    if backend == "auto" and set_up:
-        reason = "asked for by threads or providers"
-    elif backend != "onnxruntime":
+    refusals: dict[str, str] = {}  # a reason, and what it is one against; that there is no GPU is said once
+    for choice, title, start in () if on_host else _ON_GPU:
+        if backend not in {"auto", choice}:
+            continue
         try:
-            executor, name = _on_gpu(directory, device or 0, cuda_graph=cuda_graph)
+            executor, name = start(directory, device or 0, onnx, cuda_graph=cuda_graph)
         except (BackendError, EngineError) as exc:
-            if backend == "tensorrt":
+            if backend == choice:
                 raise
-            reason = f"not TensorRT: {exc}"
+            refusals.setdefault(str(exc), title)
         else:
-            return Scorer(directory.manifest, executor, backend=name, max_pixels=max_pixels)
-    settings = onnx or OnnxSettings(threads=threads)
-    stages = load_stages(directory, settings)
-    name = f"onnxruntime {onnx_backend.version()}: {', '.join(settings.provider_names)}"
-    return Scorer(directory.manifest, stages, backend=name, reason=reason, max_pixels=max_pixels)
+            reason = _reason(refusals)
+            return Scorer(directory.manifest, executor, backend=name, reason=reason, max_pixels=max_pixels)
+    reason = "asked for by threads or providers" if backend == "auto" and set_up else _reason(refusals)
+    settings = onnx or openvino or host_settings(backend, threads)
+    name = host_name(settings)
+    return Scorer(
+        directory.manifest, load_stages(directory, settings), backend=name, reason=reason, max_pixels=max_pixels
+    )
 
 
-def _on_gpu(directory: EngineDirectory, ordinal: int, *, cuda_graph: bool) -> tuple[Executor, str]:
+def host_settings(backend: str, threads: int | None, precision: str = "fp32") -> HostSettings:
+    """Return how to set up what runs stages on the host; ONNX Runtime computes as the engine's files say."""
+    if backend == "openvino":
+        return OpenVinoSettings(threads, precision)
+    return OnnxSettings(threads)
+
+
+def host_name(settings: HostSettings) -> str:
+    """Return what records call it. Raises BackendError where this machine does not have it."""
+    if isinstance(settings, OpenVinoSettings):
+        return openvino_backend.name(settings)
+    return f"onnxruntime {onnx_backend.version()}: {', '.join(settings.provider_names)}"
+
+
+def _reason(refusals: Mapping[str, str]) -> str:
+    return "; ".join(f"not {title}: {why}" for why, title in refusals.items())
+
+
+def _with_tensorrt(
+    directory: EngineDirectory, ordinal: int, _onnx: OnnxSettings | None, *, cuda_graph: bool
+) -> tuple[Executor, str]:
     """Load the build that fits a GPU, and say what runs. Raises BackendError or EngineError with the way out."""
     capability = gpu_capability(ordinal)
     # Only where there is a GPU: most machines that score have none, and start sooner without.
@@ -318,36 +356,80 @@ def _on_gpu(directory: EngineDirectory, ordinal: int, *, cuda_graph: bool) -> tu
         )
 
     layer = CudaLayer(ordinal)
-    try:
+    with _closed_if_it_fails(layer, directory):
         stages = load_engines(layer, libraries[build.library], directory, build)
         executor = DeviceExecutor(
             directory.manifest, layer, stages, form=Form.LOOP if cuda_graph else Form.NONE, rebuild=rebuild
         )
+    return executor, f"{build.library} {build.version} {build.precision}: {layer.name}"
+
+
+def _with_onnxruntime(
+    directory: EngineDirectory, ordinal: int, onnx: OnnxSettings | None, *, cuda_graph: bool
+) -> tuple[Executor, str]:
+    """Load the ONNX stages onto a GPU, and say what runs. Raises BackendError or EngineError with the way out."""
+    gpu_capability(ordinal)
+    from .device import DeviceExecutor
+    from .device_layer import CudaLayer
+    from .graphs import Form
+    from .onnx_device import gpu_settings, on_device, prepare
+
+    prepare(onnx)
+    layer = CudaLayer(ordinal)
+    with _closed_if_it_fails(layer, directory):
+        settings = gpu_settings(onnx, ordinal, layer.stream)
+        stages = on_device(layer.name, ordinal, directory.manifest, load_stages(directory, settings))
+        form = Form.LOOP if cuda_graph else Form.NONE
+        executor = DeviceExecutor(directory.manifest, layer, stages, form=form)
+    return executor, f"{host_name(settings)} on {layer.name}"
+
+
+@contextlib.contextmanager
+def _closed_if_it_fails(layer: "CudaLayer", directory: EngineDirectory) -> Generator[None, None, None]:
+    try:
+        yield
     except MemoryError as exc:
         layer.close()
         raise BackendError(f"not enough GPU memory to load {directory.path}: {exc}") from exc
     except BaseException:
         layer.close()
         raise
-    return executor, f"{build.library} {build.version} {build.precision}: {layer.name}"
 
 
-def load_stages(directory: EngineDirectory, settings: OnnxSettings) -> dict[StageName, StageRunner]:
-    """Load every stage of an engine into ONNX Runtime, refusing files that are not what the manifest says they are."""
+# In the order in which auto tries them.
+_ON_GPU = (("tensorrt", "TensorRT", _with_tensorrt), ("onnxruntime-gpu", "ONNX Runtime on a GPU", _with_onnxruntime))
+
+
+def load_stages(directory: EngineDirectory, settings: HostSettings) -> dict[StageName, StageRunner]:
+    """Load every stage of an engine, refusing files that are not what the manifest says they are."""
     m = directory.manifest
     wanted = _expected_inputs(m)
     stages: dict[StageName, StageRunner] = {}
     for stage in m.stages:
         path = directory.file(stage.file)
-        loaded = OnnxStage(path, settings)
         listed = tuple({spec.name: list(spec.shape) for spec in specs} for specs in (stage.inputs, stage.outputs))
+        loaded: OnnxStage | OpenVinoStage
         # Shapes decide what is allocated: they are believed only where file, manifest and model agree.
-        if loaded.signature() != listed or listed[0] != wanted[stage.name]:
+        if isinstance(settings, OnnxSettings):
+            loaded = OnnxStage(path, settings)
+            agree = loaded.signature() == listed
+        else:
+            # Nearly all time is the U-Net's. In bf16 the heads move a score many times as far as a crop's U-Net does,
+            # and save nothing that can be measured.
+            in_float32 = replace(settings, precision="fp32")
+            loaded = OpenVinoStage(path, settings if stage.name is StageName.UNET else in_float32)
+            agree = loaded.signature() == tuple(map(_without_names, listed))
+        if not agree or listed[0] != wanted[stage.name]:
             raise EngineError(
                 f"{path} is not the {stage.name} stage that the manifest describes; export the engine again"
             )
         stages[stage.name] = loaded
     return stages
+
+
+def _without_names(shapes: dict[str, list[int | str]]) -> dict[str, list[int | None]]:
+    """Return shapes by name with None for every free size, as OpenVINO gives them."""
+    return {name: [None if isinstance(size, str) else size for size in shape] for name, shape in shapes.items()}
 
 
 def _expected_inputs(m: Manifest) -> dict[StageName, dict[str, list[int | str]]]:

@@ -32,7 +32,7 @@ class FakeLayer:
     """A `Layer` whose calls take effect at once. `log` names every launch; `alive` counts what was not freed."""
 
     def __init__(self, library: ctypes.CDLL, *, capacity: int = 2**40) -> None:
-        self.name = "fake GPU"
+        self.name, self.stream = "fake GPU", 0
         self.capacity = capacity  # bytes of device memory
         self.log: list[str] = []
         self.allocations = 0
@@ -163,6 +163,8 @@ class FakeGraph:
 
 class FakeStage:
     """An ONNX file as an engine with profiles. Types that are not float32 are converted on the way in and out."""
+
+    open_ended = False
 
     def __init__(self, layer: FakeLayer, path: Path, built: BuiltStage) -> None:
         self.built, self.layer, self.session = built, layer, _session(path)

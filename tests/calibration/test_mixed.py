@@ -30,7 +30,7 @@ def test_stages_are_tried_by_their_work_and_drift_is_that_of_the_engine_so_far(
         quantise_engine(tiny_engine, folder, calibration_folder, Recipe(), only=only)
         with load(tiny_engine) as exact, load(folder) as eight:
             scores = [[s.score(path, OPTIONS).score for path in calibration_images] for s in (exact, eight)]
-        assert trials[count - 1].drift == pytest.approx(np.abs(np.subtract(*scores)).mean(), abs=1e-7)
+        assert trials[count - 1].drift == pytest.approx(np.abs(np.subtract(scores[0], scores[1])).mean(), abs=1e-7)
         assert trials[count - 1].drift > 0
 
 

@@ -214,10 +214,13 @@ def test_the_installed_library_has_every_name_the_device_calls(name: Library) ->
         calls["IExecutionContext"].append("is_stream_capturable")
     if library.traits.compiles_late:
         calls["ICudaEngine"].append("create_runtime_config")
+        calls["IRuntimeCache"] = ["deserialize", "serialize"]
         calls["IRuntimeConfig"] = [
+            "create_runtime_cache",
             "cuda_graph_strategy",
             "dynamic_shapes_kernel_specialization_strategy",
             "set_execution_context_allocation_strategy",
+            "set_runtime_cache",
         ]
         calls["CudaGraphStrategy"] = ["DISABLED"]
         calls["DynamicShapesKernelSpecializationStrategy"] = ["EAGER"]
