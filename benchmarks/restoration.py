@@ -35,8 +35,9 @@ def main() -> None:
     for name in ("model", "rated", "cache", "output"):
         parser.add_argument(f"--{name}", *(("-o",) if name == "output" else ()), type=Path, required=True)
     parser.add_argument("--part", default="validation")
+    parser.add_argument("--split", type=Path, help="Default: that of RATED.")
     given = parser.parse_args()
-    items = Split.read(given.rated / SPLIT).items(load_csv(given.rated / LABELS), given.part)
+    items = Split.read(given.split or given.rated / SPLIT).items(load_csv(given.rated / LABELS), given.part)
     pictures = Pictures([item.path for item in items], given.cache / "pictures", min_side=1)
     restorations = Restorations(load(given.model).model, 0, given.cache / "restored")
     restorations.fill(pictures, Machine(torch.device("cpu")), lambda done, total: print(f"{done} of {total}"))

@@ -147,7 +147,7 @@ def precision(results: Path) -> str:
                 "" if name == "fp32" else f"{row['max_drift']:.1e}",
                 "" if name == "fp32" else f"{row['srcc_with_fp32']:.5f}",
                 f"{row['srcc_with_labels']:.3f}",
-                "" if left is None else f"{left:.1%}",
+                "" if left is None else f"{left:.2g}",
                 f"{sum(sizes.values()) / sum(reference.values()):.0%}" if sizes else "emulated",
                 f"{row['speed_over_fp32']:.1f}× / {speed['speed_over_fp32']:.1f}×" if int8 else "1" if sizes else "–",
                 "not measured",

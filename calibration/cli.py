@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..command import Command
-from ..errors import UsageError
+from ..errors import OutputError, UsageError
 from ..runtime.manifest import StageName
 
 if TYPE_CHECKING:
@@ -68,6 +68,9 @@ def calibrate(
     from ..runtime.manifest import open_engine
     from .statistics import fp16_plan as make_plan
 
+    for file in (fp16_plan, plot):
+        if file and not file.resolve().parent.is_dir():
+            raise OutputError(f"cannot write {file}: there is no folder {file.parent}; create it first")
     console = Console(stderr=True, quiet=quiet)
     folder = output or path / "calibration"
     statistics, skipped = collect_statistics(console, path, images, folder, seed=seed, crops=crops)
@@ -166,7 +169,7 @@ def quantise(
     place = folder or path / "calibration"
     if images:
         _, skipped = collect_statistics(console, path, images, place)
-    only = choose(console, path, place, images, recipe, drift=drift) if mixed else ALL
+    only = choose(console, path, place, images, recipe, skipped=skipped, drift=drift) if mixed else ALL
     quantise_into(console, path, output, place, recipe, only=only, force=force, quiet=quiet)
     if skipped:
         click.get_current_context().exit(1)
@@ -202,17 +205,19 @@ def choose(
     images: tuple[str, ...],
     recipe: "Recipe",
     *,
+    skipped: "Sequence[Skipped]" = (),
     drift: float | None = None,
 ) -> tuple[StageName, ...]:
-    """Return the stages that `mixed` takes, and say on stderr what each does to the score."""
+    """Return the stages that `mixed` takes, tried on all images but the `skipped`; say on stderr what each costs."""
     from ..runtime.inputs import find_images
     from .mixed import LIMIT, choose_stages
 
+    unreadable = {image.name for image in skipped}
     with console.status("") as status:
         trials = choose_stages(
             path,
             folder,
-            find_images(images),
+            [image for image in find_images(images) if str(image) not in unreadable],
             recipe,
             limit=LIMIT if drift is None else drift,
             progress=lambda stage, doing: status.update(f"{stage}: {doing}"),
@@ -222,7 +227,11 @@ def choose(
         console.print(f"{trial.stage}: {verdict}, the score moves by {trial.drift:.1e}", highlight=False)
     taken = tuple(trial.stage for trial in trials if trial.taken)
     if not taken:
-        raise UsageError("no stage keeps the score within the limit; give a larger --drift, or stay with float32")
+        least = min(trial.drift for trial in trials)
+        raise UsageError(
+            f"no stage keeps the score within the limit, the best moves it by {least:.1e}; give iqa-quantise a larger "
+            f"--drift, or stay with float32"
+        )
     return taken
 
 

@@ -137,6 +137,8 @@ def quantise_engine(
     quantised stage is wrong. Until everything is done, `target` stays as it is.
     """
     directory = open_engine(path)
+    if not any(stage.name in only for stage in directory.manifest.stages):
+        raise UsageError(f"no stage of {path} is to be quantised: name one")
     statistics = read(calibration)
     check_engine(directory, statistics)
     source = _source(calibration, statistics)
@@ -497,9 +499,7 @@ def _manifest(
 ) -> Manifest:
     """Return the manifest of the quantised engine: provenance says from what, and by what."""
     how = recipe.method + (f" {recipe.percentile}" if recipe.method is Method.PERCENTILE else "")
-    which = (
-        "" if len(done) == len(stages) else f", of {', '.join(made.stage.name for made in done) or 'no stage'} alone"
-    )
+    which = "" if len(done) == len(stages) else f", of {', '.join(made.stage.name for made in done)} alone"
     note = (
         f"{recipe.number} for {recipe.target}{which}: engine {m.engine_id} quantised with {how} ranges of "
         f"{len(statistics.samples)} images over all steps; checks compare with its float32 stages"

@@ -319,8 +319,9 @@ def _export_quantised(
         engine, statistics = Path(folder, "engine"), Path(folder, "statistics")
         with console.status("") as status:
             export_engine(loaded, engine, progress=lambda stage, doing: status.update(f"{stage}: {doing}"))
-        collect_statistics(console, engine, calib, statistics)
-        only = choose(console, engine, statistics, calib, recipe) if precision == "mixed" else ALL
+        _, skipped = collect_statistics(console, engine, calib, statistics)
+        mixed = precision == "mixed"
+        only = choose(console, engine, statistics, calib, recipe, skipped=skipped) if mixed else ALL
         quantise_into(console, engine, output, statistics, recipe, only=only, force=force, quiet=quiet)
 
 

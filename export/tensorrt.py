@@ -117,7 +117,6 @@ def build_engines(
     library = load_library(options.library)
     options = dataclasses.replace(options, compute_capabilities=_capabilities(library, options))
     directory = open_engine(path)
-    _refuse_unsigned(directory)
     options = dataclasses.replace(
         options, batches=options.batches or BATCHES, sizes=options.sizes or default_sizes(directory.manifest)
     )
@@ -126,6 +125,7 @@ def build_engines(
     job = _Job(directory, library, options, _plan(directory, options), profiles)
     if not force and (build := _existing(job)):
         return build, []
+    _refuse_unsigned(directory)
     try:
         with locked(path) as ours:
             if not ours:

@@ -7,6 +7,7 @@ the sessions' own scratch memory is ONNX Runtime's, outside our accounts. Its na
 import contextlib
 import io
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,14 @@ DEVICE = "cuda"  # ONNX Runtime's name for where the addresses are
 CUDA = "CUDAExecutionProvider"
 # Those whose inputs and outputs are addresses of the GPU that the layer knows.
 GPU_PROVIDERS = (CUDA, "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
-OURS = {"device_id", "user_compute_stream", "has_user_compute_stream", "enable_cuda_graph"}
+OURS = {
+    "device_id",
+    "user_compute_stream",
+    "has_user_compute_stream",
+    "enable_cuda_graph",
+    "trt_cuda_graph_enable",
+    "nv_cuda_graph_enable",
+}
 BATCH = 8  # crops that go through a network at once: as many as iqa-build takes unless told otherwise
 LARGEST = 65_536  # of an image's sides: what is too large for the memory says so itself
 
@@ -118,11 +126,14 @@ def gpu_settings(settings: OnnxSettings | None, ordinal: int, stream: int) -> On
         if name not in GPU_PROVIDERS:
             raise UsageError(f"the backend onnxruntime-gpu takes the providers {', '.join(GPU_PROVIDERS)}, not {name}")
         if taken := OURS & set(given):
-            raise UsageError(f"{', '.join(sorted(taken))} of {name} is set here; choose the GPU with device")
+            raise UsageError(
+                f"{', '.join(sorted(taken))} of {name} is set here; stream and graphs are ours, and the GPU is chosen "
+                f"with device"
+            )
         ours = {"device_id": str(ordinal), "user_compute_stream": str(stream)}
         providers.append((name, {**_DEFAULTS.get(name, {}), **given, **ours}))
     config = {"session.record_ep_graph_assignment_info": "1", **(settings.session_config if settings else {})}
-    return OnnxSettings(providers=providers, session_config=config, deterministic=True)
+    return replace(settings or OnnxSettings(), providers=providers, session_config=config, deterministic=True)
 
 
 def prepare(settings: OnnxSettings | None) -> None:
@@ -159,12 +170,16 @@ def on_device(
 
 
 def stranded(loaded: OnnxStage) -> list[str]:
-    """Return the costly nodes that a session runs on the CPU, where its onnxruntime tells (from 1.24 on)."""
+    """Return the costly nodes that a session runs on the CPU. Raises BackendError where onnxruntime does not tell."""
     ask = getattr(loaded.session, "get_provider_graph_assignment_info", None)
-    parts = ask() if ask else []
+    if ask is None:
+        raise BackendError(
+            "this onnxruntime does not say which nodes it runs on the CPU, so that a slow run would pass for one on the "
+            "GPU; install onnxruntime-gpu 1.24 or newer"
+        )
     return [
         f"{node.op_type} {node.name}"
-        for part in parts
+        for part in ask()
         if part.ep_name == "CPUExecutionProvider"
         for node in part.get_nodes()
         if node.op_type in _HEAVY

@@ -25,7 +25,8 @@ _log = logging.getLogger(__name__)
 class RuntimeCache:
     """The compiled kernels of one build on one GPU, shared by all its contexts.
 
-    `folders` are tried in order. What is damaged, foreign or cannot be written is logged and costs time, no more.
+    `folders` are written in order, the first one only where it is there: it is the build's, and one that was deleted
+    meanwhile stays so. What is damaged, foreign or cannot be written is logged and costs time, no more.
     """
 
     def __init__(self, folders: Sequence[Path], key: str) -> None:
@@ -54,23 +55,25 @@ class RuntimeCache:
             _log.warning("compiled kernels fill %d bytes and are not kept: more than %d", len(data), MAX_BYTES)
             return
         problems = []
-        for path in self._paths:
+        for number, path in enumerate(self._paths):
             try:
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                if number:
+                    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 with replacing(path) as stream:
                     stream.write(_MAGIC + self._digest(data) + data)
             except OSError as exc:
                 problems.append(exc)
                 continue
             # One that was found in a later folder is out of date now.
-            for other in self._paths[self._paths.index(path) + 1 :]:
+            for other in self._paths[number + 1 :]:
                 with contextlib.suppress(OSError):
                     other.unlink()
             return
         _log.warning("compiled kernels cannot be kept: %s", "; ".join(map(str, problems)))
 
     def _load(self) -> None:
-        for path in self._paths:
+        # The user's first: it is there because the build's, which it began with, could not be written.
+        for path in reversed(self._paths):
             data = self._read(path)
             if data is None:
                 continue

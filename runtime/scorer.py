@@ -278,7 +278,7 @@ def load(
     if (onnx or openvino) and threads is not None:
         raise UsageError("give threads either as threads= or in onnx= or openvino=, not both")
     if openvino and backend != "openvino":
-        raise UsageError(f"a CPU precision is OpenVINO's; it takes the backend openvino, not {backend}")
+        raise UsageError(f"settings of OpenVINO, such as a CPU precision, need the backend openvino, not {backend}")
     if onnx and backend == "openvino":
         raise UsageError("providers are ONNX Runtime's; the backend openvino takes threads and a precision")
     set_up = onnx is not None or threads is not None
@@ -288,7 +288,11 @@ def load(
         raise UsageError("threads are of the CPU; the backend onnxruntime-gpu takes providers and a device")
     on_host = backend in {"onnxruntime", "openvino"} or (backend == "auto" and set_up)
     if on_host and (device is not None or not cuda_graph):
-        raise UsageError("device and CUDA graph are of the backends tensorrt and onnxruntime-gpu")
+        why = "; threads or providers ask for onnxruntime" if backend == "auto" else ""
+        why += "; ONNX Runtime's own providers take theirs as options, such as device_id" if device is not None else ""
+        raise UsageError(
+            f"device and CUDA graph are of the backends tensorrt and onnxruntime-gpu, not of {backend}{why}"
+        )
     directory = open_engine(Path(engine))
     refusals: dict[str, str] = {}  # a reason, and what it is one against; that there is no GPU is said once
     for choice, title, start in () if on_host else _ON_GPU:
@@ -365,7 +369,11 @@ def _with_tensorrt(
 
 
 def _with_onnxruntime(
-    directory: EngineDirectory, ordinal: int, onnx: OnnxSettings | None, *, cuda_graph: bool
+    directory: EngineDirectory,
+    ordinal: int,
+    onnx: OnnxSettings | None,
+    *,
+    cuda_graph: bool,  # noqa: ARG001 — there are none, see below
 ) -> tuple[Executor, str]:
     """Load the ONNX stages onto a GPU, and say what runs. Raises BackendError or EngineError with the way out."""
     gpu_capability(ordinal)
@@ -379,8 +387,8 @@ def _with_onnxruntime(
     with _closed_if_it_fails(layer, directory):
         settings = gpu_settings(onnx, ordinal, layer.stream)
         stages = on_device(layer.name, ordinal, directory.manifest, load_stages(directory, settings))
-        form = Form.LOOP if cuda_graph else Form.NONE
-        executor = DeviceExecutor(directory.manifest, layer, stages, form=form)
+        # ONNX Runtime allocates as it runs, which cannot be captured: there is no graph to ask for, or to do without.
+        executor = DeviceExecutor(directory.manifest, layer, stages, form=Form.NONE)
     return executor, f"{host_name(settings)} on {layer.name}"
 
 

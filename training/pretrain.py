@@ -156,6 +156,9 @@ def run_pretrain(
     `start` is a bundle whose backbones go on; what judges their features begins anew, as no bundle keeps it.
     """
     asked = tuple(part for part, yes in (("vit", config.vit), ("resnet", config.resnet)) if yes)
+    has = {"vit": config.model.vcg, "resnet": config.model.vda}
+    if missing := [part for part in asked if not has[part]]:
+        raise ConfigError(f"model {config.model.name!r} has no {missing[0]} to pretrain: say {missing[0]} = false")
     begun = begin(config.model, config.seed, {start: asked} if start else {})
     with open_machine(conduct.device, config.optimisation.precision) as machine:
         sets = [
@@ -163,8 +166,6 @@ def run_pretrain(
             for rated in (training, validation)
         ]
         task = PretrainTask(config, begun.model, sets[0], sets[1])
-        if missing := [part for part in asked if part not in task.backbones.parts]:
-            raise ConfigError(f"model {config.model.name!r} has no {missing[0]} to pretrain: say {missing[0]} = false")
         result = train(task, config, folder, machine, conduct)
         if machine.leads:
             task.backbones.load_state_dict(result.weights)

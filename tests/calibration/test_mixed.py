@@ -64,8 +64,10 @@ def test_the_command_says_what_each_stage_does_and_writes_the_engine(
     arguments = ["--engine", str(tiny_engine), "--statistics", str(calibration_folder), "--precision", "mixed"]
     images = [argument for path in calibration_images for argument in ("--calib", str(path))]
     arguments += [*images, "--calib", str(_another(tmp_path))]
-    done = CliRunner().invoke(quantise, [*arguments, "--drift", "1", "-o", str(tmp_path / "made")])
-    assert done.exit_code == 0, done.output
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    unreadable = ["--calib", str(tmp_path / "broken.png"), "--drift", "1", "-o", str(tmp_path / "made")]
+    done = CliRunner().invoke(quantise, [*arguments, *unreadable])
+    assert done.exit_code == 1, done.output  # written; the one image is left out of the trials too
     assert "unet: int8, the score moves by" in done.output
     assert open_engine(tmp_path / "made").manifest.stages
     none = CliRunner().invoke(quantise, [*arguments, "--drift", "0", "-o", str(tmp_path / "none")])

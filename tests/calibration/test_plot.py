@@ -36,6 +36,14 @@ def test_statistics_without_images_or_u_net_are_refused(tiny_statistics: Statist
         draw_ranges(dataclasses.replace(tiny_statistics, stages={}))
 
 
+def test_a_picture_without_a_folder_is_refused_before_anything_is_run(tiny_engine: Path, tmp_path: Path) -> None:
+    arguments = ["--engine", str(tiny_engine), "--calib", "x", "-o", str(tmp_path / "stats")]
+    result = CliRunner().invoke(calibrate, [*arguments, "--plot", str(tmp_path / "none" / "ranges.png")])
+    assert result.exit_code == 2
+    assert "there is no folder" in result.output
+    assert not (tmp_path / "stats").exists()
+
+
 def test_the_command_draws_what_it_recorded(tiny_engine: Path, calibration_images: list[Path], tmp_path: Path) -> None:
     another = tmp_path / "four.png"  # a calibration by the command takes four images
     PIL.Image.open(calibration_images[0]).rotate(180).save(another)

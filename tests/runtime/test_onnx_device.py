@@ -177,7 +177,7 @@ def test_memory_that_onnxruntime_does_not_get_makes_batches_smaller(
     check_close(outcome, host.run(to_plane(pixels), plan, 1))
 
 
-def test_a_tensor_of_another_type_cannot_be_bound(directory: EngineDirectory, sessions: dict[StageName, Any]) -> None:
+def test_memory_of_no_known_device_cannot_be_bound(directory: EngineDirectory, sessions: dict[StageName, Any]) -> None:
     stage = on_cpu(directory, sessions)[StageName.VDA]
     stage.place = ("nowhere", 0)  # type: ignore[attr-defined]
     size = directory.manifest.crop.size
@@ -212,6 +212,8 @@ def test_options_of_a_provider_are_the_users_but_for_device_and_stream() -> None
     assert options_of(settings)[1]["use_tf32"] == "1"
     with pytest.raises(UsageError, match=r"device_id of CUDAExecutionProvider is set here; .* device"):
         gpu_settings(OnnxSettings(providers=[(CUDA, {"device_id": "1"})]), 0, 7)
+    kept = gpu_settings(OnnxSettings(providers=[CUDA], spinning=True, session_config={"a": "1"}), 0, 7)
+    assert (kept.spinning, kept.session_config["a"]) == (True, "1")
     with pytest.raises(UsageError, match=r"takes the providers CUDA.*, not CPUExecutionProvider"):
         gpu_settings(OnnxSettings(), 0, 7)
 

@@ -113,6 +113,20 @@ def test_a_folder_that_cannot_be_written_gives_way_to_the_users(make: Make, fold
     assert (folders[1].stat().st_mode & 0o077) == 0
 
 
+def test_what_a_user_adds_to_a_build_that_others_write_is_found_again(make: Make, folders: list[Path]) -> None:
+    started(make(), "conv")
+    # As if the first folder could be read only: permissions would not stop root.
+    started(RuntimeCache([folders[0] / "none", folders[1]], "gpu"), "conv", "gemm")
+    assert started(make()) == {"conv", "gemm"}
+
+
+def test_a_build_that_was_deleted_meanwhile_does_not_come_back(make: Make, folders: list[Path]) -> None:
+    folders[0].rmdir()
+    started(make(), "conv")
+    assert not folders[0].exists()
+    assert files(folders) == [0, 1]
+
+
 def test_what_can_be_written_nowhere_is_said(make: Make, folders: list[Path], caplog: pytest.LogCaptureFixture) -> None:
     for folder in (folders[0], folders[1].parent):
         if folder.exists():
