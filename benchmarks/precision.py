@@ -204,7 +204,7 @@ def share_of_macs(directory: EngineDirectory, kept: Mapping[StageName, Collectio
         model = onnx.load(directory.file(stage.file))
         macs = macs_by_node(model, shapes)
         heavy = {node.name for node in model.graph.node if node.op_type in {"Conv", "MatMul", "Gemm"}}
-        assert heavy <= macs.keys(), "folding shapes has renamed nodes, which would count as nothing"  # noqa: S101
+        assert heavy <= macs.keys(), "folding shapes has renamed nodes, which would count as nothing"
         shares[stage.name.value] = sum(macs[node] for node in kept[stage.name]) / sum(macs.values())
     return shares
 

@@ -174,7 +174,7 @@ def stranded(loaded: OnnxStage) -> list[str]:
     ask = getattr(loaded.session, "get_provider_graph_assignment_info", None)
     if ask is None:
         raise BackendError(
-            "this onnxruntime does not say which nodes it runs on the CPU, so that a slow run would pass for one on the "
+            "this onnxruntime does not say which nodes it runs on the CPU, so a slow run would pass for one on the "
             "GPU; install onnxruntime-gpu 1.24 or newer"
         )
     return [

@@ -373,7 +373,7 @@ def _with_onnxruntime(
     ordinal: int,
     onnx: OnnxSettings | None,
     *,
-    cuda_graph: bool,  # noqa: ARG001 — there are none, see below
+    cuda_graph: bool,
 ) -> tuple[Executor, str]:
     """Load the ONNX stages onto a GPU, and say what runs. Raises BackendError or EngineError with the way out."""
     gpu_capability(ordinal)

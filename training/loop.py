@@ -134,7 +134,8 @@ def _silent(_text: str) -> None:
 @dataclass(frozen=True)
 class Conduct:
     """How a run goes, whatever it teaches: on which device (None: a GPU if there is one), whether it goes on with one
-    that is there, with how many loading threads, and who hears of it. Nothing of this changes the result but for the device's rounding.
+    that is there, with how many loading threads, and who hears of it. But for the device's rounding, nothing of this
+    changes the result.
     """
 
     device: str | None = None
