@@ -143,6 +143,7 @@ def precision(results: Path) -> str:
         rows.append(
             [
                 f"`{name}`",
+                str(row["images"]),
                 "" if name == "fp32" else f"{row['mean_drift']:.1e}",
                 "" if name == "fp32" else f"{row['max_drift']:.1e}",
                 "" if name == "fp32" else f"{row['srcc_with_fp32']:.5f}",
@@ -150,18 +151,18 @@ def precision(results: Path) -> str:
                 "" if left is None else f"{left:.2g}",
                 f"{sum(sizes.values()) / sum(reference.values()):.0%}" if sizes else "emulated",
                 f"{row['speed_over_fp32']:.1f}× / {speed['speed_over_fp32']:.1f}×" if int8 else "1" if sizes else "–",
-                "not measured",
             ]
         )
     head = [
         "precision",
+        "pictures",
         "mean \\|Δscore\\|",
         "worst",
         "SRCC with `fp32`",
         "SRCC with labels",
         "MACs in float32, worst stage",
     ]
-    return report.table([*head, "size", "CPU speed, `mini` / full-size step", "GPU"], rows)
+    return report.table([*head, "size", "CPU speed, `mini` / full-size step"], rows)
 
 
 def _read(results: Path, name: str) -> Any:

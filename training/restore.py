@@ -29,6 +29,7 @@ from .plot import PLOT_NAME, draw_runs, save
 from .start import Start, begin
 
 VALIDATION = 4  # what generators are for, beside those of the loop
+LONG_WAVE = 16  # pixels: what white noise has too little of to hide, at the least
 # What the project promises to improve: blur, JPEG and noise, at these levels.
 PROMISED, PROMISED_LEVELS = (1, 2, 3, 10, 11, 12, 13, 14), (3, 4, 5)
 Steps = tuple[tuple[int, int], ...]
@@ -130,17 +131,21 @@ def draw_level(draw: np.random.Generator, borders: npt.NDArray[np.float64]) -> f
 
 
 def drifting(side: int, strength: float, draw: np.random.Generator) -> npt.NDArray[np.float32]:
-    """Return a smooth error (3, side, side) of about that standard deviation: the crop's mean, its halves and quarters.
+    """Return a smooth error (3, side, side) of about that standard deviation: the crop's mean, its halves, quarters …
+
+    … down to waves of 16 to 32 pixels: with quarters alone, crops of 160×160 left those free to drift that crops of
+    64×64 had taught.
 
     White noise has nearly no long waves, so a U-Net reads those of x0 off y, even where the first steps of sampling,
     which can hardly know x0, have put them there: colours drift, and stay. Where the noise has long waves of its own,
     only the condition tells what x0 is like, and sampling mends what it got wrong.
     """
     planes = np.zeros((3, side, side), np.float32)
-    for cells in (1, 2, 4):
+    scales = [2**power for power in range(max(3, int(math.log2(side / LONG_WAVE)) + 1))]
+    for cells in scales:
         for plane, coarse in zip(planes, draw.standard_normal((3, cells, cells), np.float32), strict=True):
             picture = PIL.Image.fromarray(coarse).resize((side, side), PIL.Image.Resampling.BICUBIC)
-            plane += np.asarray(picture) * np.float32(strength / math.sqrt(3))
+            plane += np.asarray(picture) * np.float32(strength / math.sqrt(len(scales)))
     return planes
 
 

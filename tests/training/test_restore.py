@@ -81,6 +81,20 @@ def test_drift_is_smooth_and_of_the_strength_asked_for() -> None:
     assert not drifting(16, 0.0, draw).any()
 
 
+def test_larger_crops_drift_in_waves_of_the_same_length_too() -> None:
+    """Waves of 32 to 64 pixels hold a good share of the drift of any crop: what one size teaches, another must not."""
+    shares = {}
+    for side in (64, 160):
+        draw = np.random.default_rng(2)
+        power = np.zeros((side, side))
+        for _ in range(200):
+            power += (np.abs(np.fft.fft2(drifting(side, 0.3, draw).astype(float))) ** 2).sum(axis=0)
+        frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side)))
+        shares[side] = power[(frequency > 1 / 64) & (frequency < 1 / 32)].sum() / power.sum()
+    assert shares[160] > 0.05
+    assert shares[64] > 0.05
+
+
 def test_drift_is_part_of_the_noise_that_is_asked_for(photos: list[Path], tmp_path: Path) -> None:
     plain, drifts = (task_of(restore_config(drift=drift), photos, tmp_path) for drift in (0.0, 0.5))
     *_, white, _ = plain.sample(3, 1).arrays
