@@ -81,6 +81,7 @@ class RestoreConfig:
     longest_side: int = 0  # photographs are scaled down to this; 0: as they are
     clean: float = 0.05  # share of crops that are not distorted
     composed: float = 0.1  # share of crops with two distortions, one after the other
+    keep_start: float = 0.0  # share of the weights a run began with in those it ends with
     validate_every: int = 0  # steps; 0: only at the end
     validation_crops: int = 4  # held-out crops restored from each distortion and level
     reporting: Reporting = field(default_factory=Reporting)
@@ -103,6 +104,7 @@ class RestoreConfig:
                     min(self.clean, self.composed) >= 0 and self.clean + self.composed <= 1
                 ),
                 "drift must be between 0 and 1": 0 <= self.drift <= 1,
+                "keep_start must be at least 0 and below 1": 0 <= self.keep_start < 1,
                 "validate_every must not be negative": self.validate_every >= 0,
                 "validation_crops must be at least 1": self.validation_crops >= 1,
             },

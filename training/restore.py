@@ -257,8 +257,15 @@ def run_restore(
     start: Path | None = None,
     conduct: Conduct = QUIETLY,
 ) -> Result:
-    """Train a U-Net; write `model.safetensors` (heads untrained), `plot.png`, and `gains.csv` of held-out photos."""
+    """Train a U-Net; write `model.safetensors` (heads untrained), `plot.png`, and `gains.csv` of held-out photos.
+
+    With `keep_start` the weights written are between those of `start` and the trained ones: a short run on something
+    new keeps more of what the long ones taught. The log and `gains.csv` are of the trained ones.
+    """
+    if config.keep_start and not start:
+        raise ConfigError("keep_start mixes in the weights a run begins with: give them with --start, or set it to 0")
     begun: Start = begin(config.model, config.seed, {start: ("unet",)} if start else {})
+    before = {name: value.clone() for name, value in begun.model.unet.state_dict().items()} if begun.model.unet else {}
     with open_machine(conduct.device, config.optimisation.precision) as machine:
         sets = [
             Pictures(paths, folder / "cache", min_side=config.crop, longest_side=config.longest_side) if paths else None
@@ -272,7 +279,14 @@ def run_restore(
         if machine.leads:
             unet = begun.model.unet
             assert unet is not None  # noqa: S101 — RestoreTask has refused such a model
-            unet.load_state_dict(result.weights)
+            kept = config.keep_start
+            mixed = {
+                name: before[name].to(value.device).lerp(value, 1 - kept)
+                if kept and value.is_floating_point()
+                else value
+                for name, value in result.weights.items()
+            }
+            unet.load_state_dict(mixed)
             begun.trained("unet", f"diffiqa training, {result.step} steps, configuration {digest(identity(config))}")
             note = f"U-Net trained for {result.step} steps on {len(training)} photographs"
             save_bundle(begun.model.eval(), folder / "model.safetensors", sources=begun.sources, notes=[note])

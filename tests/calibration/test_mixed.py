@@ -1,5 +1,6 @@
 """`mixed`: stages are taken into 8 bits only while the score stays within the limit."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,8 @@ def test_stages_that_are_not_taken_are_the_float32_ones_and_the_manifest_says_so
 def test_the_command_says_what_each_stage_does_and_writes_the_engine(
     tiny_engine: Path, calibration_folder: Path, calibration_images: list[Path], tmp_path: Path
 ) -> None:
-    arguments = ["--engine", str(tiny_engine), "--statistics", str(calibration_folder), "--precision", "mixed"]
+    statistics = shutil.copytree(calibration_folder, tmp_path / "statistics")  # the command adds to it
+    arguments = ["--engine", str(tiny_engine), "--statistics", str(statistics), "--precision", "mixed"]
     images = [argument for path in calibration_images for argument in ("--calib", str(path))]
     arguments += [*images, "--calib", str(_another(tmp_path))]
     (tmp_path / "broken.png").write_bytes(b"no picture")

@@ -280,7 +280,7 @@ def test_the_command_writes_an_engine_and_a_table(tiny_engine: Path, calibration
     [
         (["--precision", "int8"], "--precision int8 needs --calib IMAGES"),
         (["--precision", "int8", "--calib", "x", "--stage", "unet"], "no --stage, no --target"),
-        (["--calib", "x"], "--calib is for --precision int8 or fp8"),
+        (["--calib", "x"], "--calib is for --precision int8, fp8 or mixed"),
     ],
 )
 def test_export_refuses_options_that_contradict_each_other(tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -206,6 +206,27 @@ def test_a_finished_run_leaves_a_bundle_whose_heads_are_marked_untrained(photos:
     assert (tmp_path / "run" / "gains.csv").exists()
 
 
+def test_a_run_may_keep_a_share_of_the_weights_it_began_with(photos: list[Path], tmp_path: Path) -> None:
+    from diffiqa.model.checkpoint import load
+
+    config = restore_config(validation_crops=1)
+    config = dataclasses.replace(config, optimisation=dataclasses.replace(config.optimisation, steps=2))
+    weights = {}
+    run_restore(config, photos[:2], [], tmp_path / "start", conduct=Conduct("cpu"))
+    start = tmp_path / "start" / "model.safetensors"
+    for share in (0.0, 0.25):
+        folder = tmp_path / str(share)
+        run_restore(dataclasses.replace(config, keep_start=share), photos[:2], [], folder, start=start)
+        weights[share] = load(folder / "model.safetensors").model.unet.state_dict()  # type: ignore[union-attr]
+    before = load(start).model.unet.state_dict()  # type: ignore[union-attr]
+    for name in (name for name, value in before.items() if value.is_floating_point()):
+        trained = weights[0.0][name]
+        assert torch.allclose(weights[0.25][name], 0.25 * before[name] + 0.75 * trained, atol=1e-6)
+        assert trained.dtype == weights[0.25][name].dtype
+    with pytest.raises(ConfigError, match="keep_start mixes in the weights"):
+        run_restore(dataclasses.replace(config, keep_start=0.5), photos[:2], [], tmp_path / "run")
+
+
 def test_pictures_are_decoded_once_and_small_ones_left_out(tmp_path: Path) -> None:
     paths = write_photos(tmp_path / "photos", count=2, side=40)
     (tmp_path / "photos" / "broken.png").write_bytes(b"no picture")
