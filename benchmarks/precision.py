@@ -43,7 +43,7 @@ from diffiqa.training.splits import Split
 
 CALIBRATION_IMAGES = 16
 VERIFIED_IMAGES = 20
-BF16_IMAGES = 50  # its emulation takes as long as that of fp16, and nobody builds for it by default
+BF16_IMAGES = 25  # its emulation takes as long as that of fp16, and nobody builds for it by default
 OPTIONS = Options(crops=1, mode=Mode.CROP)
 SEED = 11
 

@@ -36,8 +36,11 @@ def main() -> None:
         parser.add_argument(f"--{name}", *(("-o",) if name == "output" else ()), type=Path, required=True)
     parser.add_argument("--part", default="validation")
     parser.add_argument("--split", type=Path, help="Default: that of RATED.")
+    parser.add_argument("--only", action="append", help="This distortion, and undistorted windows (repeatable).")
     given = parser.parse_args()
     items = Split.read(given.split or given.rated / SPLIT).items(load_csv(given.rated / LABELS), given.part)
+    if given.only:
+        items = tuple(item for item in items if not item.distortion or item.distortion in given.only)
     pictures = Pictures([item.path for item in items], given.cache / "pictures", min_side=1)
     restorations = Restorations(load(given.model).model, 0, given.cache / "restored")
     restorations.fill(pictures, Machine(torch.device("cpu")), lambda done, total: print(f"{done} of {total}"))

@@ -133,13 +133,12 @@ def figures(results: Path) -> str:
 
 def precision(results: Path) -> str:
     """Return a row per precision of the trained `mini`: scores beside float32, sizes, and time where it was taken."""
-    found, speed = _read(results, "precision"), _read(results, "precision-speed")
+    found = _read(results, "precision")
     rows = []
     for name, row in found["precisions"].items():
         sizes = row.get("bytes")
         reference = found["precisions"]["fp32"]["bytes"]
         left = max(row.get("share_of_macs_in_float32", {}).values(), default=None)
-        int8 = name == "int8"
         rows.append(
             [
                 f"`{name}`",
@@ -150,7 +149,7 @@ def precision(results: Path) -> str:
                 f"{row['srcc_with_labels']:.3f}",
                 "" if left is None else f"{left:.2g}",
                 f"{sum(sizes.values()) / sum(reference.values()):.0%}" if sizes else "emulated",
-                f"{row['speed_over_fp32']:.1f}× / {speed['speed_over_fp32']:.1f}×" if int8 else "1" if sizes else "–",
+                f"{row['speed_over_fp32']:.1f}×" if "speed_over_fp32" in row else "1" if sizes else "–",
             ]
         )
     head = [
@@ -162,7 +161,7 @@ def precision(results: Path) -> str:
         "SRCC with labels",
         "MACs in float32, worst stage",
     ]
-    return report.table([*head, "size", "CPU speed, `mini` / full-size step"], rows)
+    return report.table([*head, "size", "CPU speed"], rows)
 
 
 def _read(results: Path, name: str) -> Any:

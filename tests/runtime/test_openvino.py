@@ -265,7 +265,7 @@ def test_settings_openvino_would_misread_are_refused(settings: dict[str, Any]) -
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ({"openvino": OpenVinoSettings()}, "takes the backend openvino, not auto"),
+        ({"openvino": OpenVinoSettings()}, "need the backend openvino, not auto"),
         ({"backend": "onnxruntime", "openvino": OpenVinoSettings()}, "not onnxruntime"),
         ({"backend": "openvino", "onnx": OnnxSettings()}, "providers are ONNX Runtime's"),
         ({"backend": "openvino", "threads": 1, "openvino": OpenVinoSettings()}, "not both"),
@@ -306,7 +306,7 @@ def test_the_command_says_what_ran(tiny_engine: Path, image: Path, precision: st
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--cpu-precision", "bf16"], "takes the backend openvino, not auto"),
+        (["--cpu-precision", "bf16"], "need the backend openvino, not auto"),
         (["--backend", "onnxruntime", "--cpu-precision", "fp32"], "not onnxruntime"),
         (["--backend", "openvino", "--provider", "CPUExecutionProvider"], "providers are ONNX Runtime's"),
         (["--backend", "openvino", "--cpu-precision", "fp16"], "'fp16' is not one of"),
