@@ -59,6 +59,7 @@ def main() -> None:
     scores = commands.add_parser("scores", parents=[pictures])
     scores.set_defaults(measure=measure_scores)
     scores.add_argument("--images", type=int, default=200)
+    scores.add_argument("--no-int8", action="store_true", help="Leave int8 out, and with it the calibration.")
     verify = commands.add_parser("verify", parents=[pictures])
     verify.set_defaults(measure=measure_verify)
     speed = commands.add_parser("speed")
@@ -74,9 +75,13 @@ def measure_scores(given: argparse.Namespace, folder: Path) -> None:
     labels, split = load_csv(given.labels), Split.read(given.split)
     chosen = drawn(split.items(labels, "test"), given.images)
     export_engine(load_checkpoint(given.ckpt), folder / "fp32")
-    collect(folder / "fp32", [item.path for item in drawn(split.items(labels, "train"), CALIBRATION_IMAGES)], folder)
-    quantise_engine(folder / "fp32", folder / "int8", folder, Recipe.of("int8"))
-    engines = {name: open_engine(folder / name) for name in ("fp32", "int8")}
+    names = ["fp32"]
+    if not given.no_int8:
+        items = drawn(split.items(labels, "train"), CALIBRATION_IMAGES)
+        collect(folder / "fp32", [item.path for item in items], folder)
+        quantise_engine(folder / "fp32", folder / "int8", folder, Recipe.of("int8"))
+        names.append("int8")
+    engines = {name: open_engine(folder / name) for name in names}
     settings = OnnxSettings()
     scorers = {name: Scorer(e.manifest, load_stages(e, settings), backend=name) for name, e in engines.items()}
     shares: dict[str, dict[str, float]] = {}
@@ -115,14 +120,15 @@ def measure_scores(given: argparse.Namespace, folder: Path) -> None:
         if name in engines:
             rows[name]["bytes"] = {s.name: s.file.bytes for s in engines[name].manifest.stages}
             rows[name]["seconds_median"] = statistics.median(seconds[name])
-    rows["int8"]["speed_over_fp32"] = ratio(seconds["fp32"], seconds["int8"])
+    if "int8" in rows:
+        rows["int8"]["speed_over_fp32"] = ratio(seconds["fp32"], seconds["int8"])
     figures = {
         "model": engines["fp32"].manifest.engine_id,
         "images": len(chosen),
         "pictures": [f"{item.path.parent.name}/{item.path.name}" for item in chosen],
         "crops": 1,
         "mode": OPTIONS.mode,
-        "calibration_images": CALIBRATION_IMAGES,
+        "calibration_images": 0 if given.no_int8 else CALIBRATION_IMAGES,
         "precisions": rows,
     }
     write("precision", figures)
