@@ -155,7 +155,7 @@ def precision(results: Path) -> str:
     head = [
         "precision",
         "pictures",
-        "mean \\|Δscore\\|",
+        "mean change of score",
         "worst",
         "SRCC with `fp32`",
         "SRCC with labels",
