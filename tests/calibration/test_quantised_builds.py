@@ -1,7 +1,6 @@
 """8-bit engines as TensorRT-RTX really builds them, on a machine without a GPU; and what casting them costs."""
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 
 import onnx
@@ -13,12 +12,11 @@ from diffiqa.errors import UsageError
 from diffiqa.export.drift import TOLERANCE_8_BITS, measure_drift
 from diffiqa.export.precision import cast, plan_stage
 from diffiqa.export.tensorrt import BuildOptions, build_engines
-from diffiqa.runtime.manifest import Build, FileEntry, Library, Precision, StageName, open_engine, read_manifest
+from diffiqa.runtime.manifest import Build, FileEntry, Precision, StageName, open_engine, read_manifest
 
-RTX = Library.TENSORRT_RTX
-ONE = BuildOptions(RTX, batches=("1", "1:2:4"), sizes=("32x32", "32x32:64x64:96x96"))
+from ..rtx import RTX, SMALL, check_profiles_of_small, check_signatures, needs_rtx
+
 MODELS = Path(__file__).parents[2] / "models"
-needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx not installed")
 numbers = pytest.mark.parametrize("number", Number)
 
 
@@ -31,27 +29,20 @@ def built(
 ) -> tuple[Path, Build]:
     path = tmp_path_factory.mktemp("quantised") / request.param
     quantise_engine(tiny_engine, path, calibration_folder, Recipe(request.param, Target.TENSORRT))
-    build, _ = build_engines(path, ONE)
+    build, _ = build_engines(path, SMALL)
     return path, build
 
 
 @needs_rtx
 def test_names_shapes_and_types_are_those_of_an_fp16_build(built: tuple[Path, Build]) -> None:
     path, build = built
-    low = {"y", "condition", "noise", "image", "images", "maps"}
     assert [made.name for made in build.stages] == list(StageName)
-    for made, stage in zip(build.stages, read_manifest(path).stages, strict=True):
-        for have, want in zip((*made.inputs, *made.outputs), (*stage.inputs, *stage.outputs), strict=True):
-            assert (have.name, have.shape) == (want.name, want.shape)
-            assert have.dtype == ("float16" if have.name in low else "float32")
+    check_signatures(path, build)
 
 
 @needs_rtx
 def test_profiles_are_those_asked_for(built: tuple[Path, Build]) -> None:
-    _, build = built
-    profiles = {stage.name: stage.profiles for stage in build.stages}
-    assert [p["y"].maximum for p in profiles[StageName.UNET]] == [(1, 3, 32, 32), (4, 3, 32, 32), (1, 3, 96, 96)]
-    assert [p["image"].maximum[0] for p in profiles[StageName.VIT]] == [4, 16]
+    check_profiles_of_small(built[1])
 
 
 @needs_rtx
@@ -124,7 +115,7 @@ def test_onnx_runtimes_form_is_refused_with_the_command_that_makes_the_other(
 ) -> None:
     quantise_engine(tiny_engine, tmp_path / "int8", calibration_folder, Recipe())
     with pytest.raises(UsageError, match=r"quantised for ONNX Runtime.*iqa-quantise --target tensorrt"):
-        build_engines(tmp_path / "int8", ONE)
+        build_engines(tmp_path / "int8", SMALL)
     assert not (tmp_path / "int8" / "tensorrt").exists()
 
 

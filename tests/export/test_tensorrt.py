@@ -33,10 +33,9 @@ from diffiqa.runtime.manifest import (
     read_manifest,
 )
 
-RTX = Library.TENSORRT_RTX
-SMALL = BuildOptions(RTX, batches=("1", "1:2:4"), sizes=("32x32", "32x32:64x64:96x96"))
+from ..rtx import RTX, SMALL, check_profiles_of_small, check_signatures, needs_rtx
+
 ONE = BuildOptions(RTX, batches=("1",), sizes=("32x32",))
-needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx not installed")
 
 
 @pytest.fixture(scope="session")
@@ -96,20 +95,12 @@ def test_a_build_says_what_it_is_for_and_made_of(built: tuple[Path, Build]) -> N
 
 @needs_rtx
 def test_engines_keep_names_and_shapes_and_are_fp16_where_planned(built: tuple[Path, Build]) -> None:
-    path, build = built
-    low = {"y", "condition", "noise", "image", "images", "maps"}
-    for made, stage in zip(build.stages, read_manifest(path).stages, strict=True):
-        for have, want in zip((*made.inputs, *made.outputs), (*stage.inputs, *stage.outputs), strict=True):
-            assert (have.name, have.shape) == (want.name, want.shape)
-            assert have.dtype == ("float16" if have.name in low else "float32")
+    check_signatures(*built)
 
 
 @needs_rtx
 def test_profiles_are_those_asked_for(built: tuple[Path, Build]) -> None:
-    _, build = built
-    profiles = {stage.name: stage.profiles for stage in build.stages}
-    assert [p["y"].maximum for p in profiles[StageName.UNET]] == [(1, 3, 32, 32), (4, 3, 32, 32), (1, 3, 96, 96)]
-    assert [p["image"].maximum[0] for p in profiles[StageName.VIT]] == [4, 16]
+    check_profiles_of_small(built[1])
 
 
 @needs_rtx

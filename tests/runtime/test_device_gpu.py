@@ -42,6 +42,7 @@ from diffiqa.runtime.scorer import load, load_stages, to_plane
 from diffiqa.runtime.tensorrt import gpu_capability, load_library, usable_library
 
 from ..tiny import photo
+from .test_device import scores
 
 pytestmark = pytest.mark.gpu
 
@@ -120,10 +121,6 @@ def run(executor: DeviceExecutor | HostExecutor, pixels: Any, seed: int = 0, **o
     if isinstance(executor, HostExecutor):
         return executor.run(to_plane(pixels), plan, seed)
     return executor.run(pixels, plan, seed)
-
-
-def scores(outcome: Outcome) -> list[float]:
-    return [branch.score for v in outcome.verdicts for branch in (v.vcg, v.vda) if branch]
 
 
 def bits(outcome: Outcome) -> list[bytes]:

@@ -14,7 +14,7 @@ from diffiqa.errors import BackendError
 from diffiqa.runtime.device import DeviceExecutor
 from diffiqa.runtime.device_layer import CudaLayer
 from diffiqa.runtime.graphs import Form
-from diffiqa.runtime.host import HostExecutor, Outcome
+from diffiqa.runtime.host import HostExecutor
 from diffiqa.runtime.manifest import EngineDirectory, StageName, open_engine
 from diffiqa.runtime.onnx_backend import OnnxSettings, OnnxStage
 from diffiqa.runtime.onnx_device import gpu_settings, on_device, prepare
@@ -23,11 +23,10 @@ from diffiqa.runtime.results import Mode, Options
 from diffiqa.runtime.scorer import load, load_stages, to_plane
 
 from ..tiny import photo
+from .test_device import scores
+from .test_device_gpu import PIXELS, SCORES, STAGE
 
 pytestmark = pytest.mark.gpu
-
-# As in test_device_gpu.py: float32 without TF32 in another order.
-STAGE, PIXELS, SCORES = 1e-4, 2e-3, 2e-4
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +58,6 @@ def executor(directory: EngineDirectory, layer: CudaLayer) -> Iterator[DeviceExe
 @pytest.fixture(scope="module")
 def host(directory: EngineDirectory) -> HostExecutor:
     return HostExecutor(directory.manifest, load_stages(directory, OnnxSettings(threads=2)))
-
-
-def scores(outcome: Outcome) -> list[float]:
-    return [branch.score for v in outcome.verdicts for branch in (v.vcg, v.vda) if branch]
 
 
 @pytest.mark.parametrize("name", StageName)
