@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from ..command import Command
-from ..errors import DiffiqaError, OutputError, UsageError
+from ..errors import DiffiqaError, UsageError
+from ..runtime.atomic import check_folder_of
 
 _PATH = click.Path(path_type=Path)
 
@@ -117,8 +118,8 @@ def bench(engine: Path, images: tuple[str, ...], **given: Any) -> None:
     if given["ckpt"] and not given["ckpt"].is_file():
         raise UsageError(f"--ckpt {given['ckpt']} is not a file")
     for file in (given["json_file"], given["html_file"]):
-        if file and not file.resolve().parent.is_dir():
-            raise OutputError(f"cannot write {file}: there is no folder {file.parent}; create it first")
+        if file:
+            check_folder_of(file)
     optional = {key: given[key] for key in ("sizes", "count", "crops", "steps") if given[key]}
     same = {key: given[key] for key in ("workers", "rounds", "starts", "soak", "seed", "threads", "ckpt", "backend")}
     contenders = _contenders(given["chosen"], all_of_them=given["peers"])

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 import click
 
 from ..command import Command
-from ..errors import OutputError, UsageError
+from ..errors import UsageError
+from ..runtime.atomic import check_folder_of, replacing
 from ..runtime.manifest import StageName
 
 if TYPE_CHECKING:
@@ -69,14 +70,12 @@ def calibrate(
     from .statistics import fp16_plan as make_plan
 
     for file in (fp16_plan, plot):
-        if file and not file.resolve().parent.is_dir():
-            raise OutputError(f"cannot write {file}: there is no folder {file.parent}; create it first")
+        if file:
+            check_folder_of(file)
     console = Console(stderr=True, quiet=quiet)
     folder = output or path / "calibration"
     statistics, skipped = collect_statistics(console, path, images, folder, seed=seed, crops=crops)
     if fp16_plan:
-        from ..runtime.atomic import replacing
-
         plan = make_plan(open_engine(path), statistics)
         with replacing(fp16_plan) as stream:
             stream.write(plan.to_json().encode())

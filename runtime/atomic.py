@@ -7,6 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from ..errors import OutputError
+
+
+def check_folder_of(file: Path, what: str = "") -> None:
+    """Raise OutputError if there is no folder to write `file` (called `what`) into: better now than after an hour."""
+    if not file.resolve().parent.is_dir():
+        raise OutputError(f"cannot write {what}{file}: there is no folder {file.parent}; create it first")
+
 
 @contextlib.contextmanager
 def replacing(path: Path, *, by_way_of: Path | None = None) -> Iterator[BinaryIO]:

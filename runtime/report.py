@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, features
 
 from ..errors import OutputError, UsageError
-from .atomic import replacing
+from .atomic import check_folder_of, replacing
 from .heatmap import FloatMap, Heatmap, block_mean, palette, to_heatmap, to_png
 from .intermediates import difference, save_intermediates
 from .manifest import Manifest
@@ -58,8 +58,7 @@ class ReportWriter:
             raise OutputError("this Pillow cannot write WebP, which reports are made of; install Pillow from PyPI")
         if self._path.exists() and not self._path.is_file():
             raise OutputError(f"cannot write the report to {path}: it is not a file; give a name such as report.html")
-        if not self._path.parent.is_dir():
-            raise OutputError(f"cannot write the report to {path}: there is no folder {path.parent}; create it first")
+        check_folder_of(path, "the report to ")
         with self._writing():
             self._cards = tempfile.TemporaryFile(dir=self._path.parent)  # noqa: SIM115 — lives until close()
 
