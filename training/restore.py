@@ -4,6 +4,7 @@ Symbols: x0 is the *reference*, the condition is its distorted version; level = 
 y = level·x0 + sqrt(1 − level²)·ε; the U-Net is asked for ε.
 """
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -265,7 +266,6 @@ def run_restore(
     if config.keep_start and not start:
         raise ConfigError("keep_start mixes in the weights a run begins with: give them with --start, or set it to 0")
     begun: Start = begin(config.model, config.seed, {start: ("unet",)} if start else {})
-    before = {name: value.clone() for name, value in begun.model.unet.state_dict().items()} if begun.model.unet else {}
     with open_machine(conduct.device, config.optimisation.precision) as machine:
         sets = [
             Pictures(paths, folder / "cache", min_side=config.crop, longest_side=config.longest_side) if paths else None
@@ -275,18 +275,16 @@ def run_restore(
         for text in (text for pictures in sets if pictures for text in pictures.skipped):
             conduct.say(f"left out: {text}")
         task = RestoreTask(config, begun.model, training, sets[1])
+        before = copy.deepcopy(task.network.state_dict()) if config.keep_start else {}
         result = train(task, config, folder, machine, conduct)
         if machine.leads:
             unet = begun.model.unet
             assert unet is not None  # noqa: S101 — RestoreTask has refused such a model
-            kept = config.keep_start
-            mixed = {
-                name: before[name].to(value.device).lerp(value, 1 - kept)
-                if kept and value.is_floating_point()
-                else value
-                for name, value in result.weights.items()
-            }
-            unet.load_state_dict(mixed)
+            weights = dict(result.weights)
+            for name, was in before.items():
+                if was.is_floating_point():
+                    weights[name] = was.to(weights[name].device).lerp(weights[name], 1 - config.keep_start)
+            unet.load_state_dict(weights)
             begun.trained("unet", f"diffiqa training, {result.step} steps, configuration {digest(identity(config))}")
             note = f"U-Net trained for {result.step} steps on {len(training)} photographs"
             save_bundle(begun.model.eval(), folder / "model.safetensors", sources=begun.sources, notes=[note])
