@@ -30,7 +30,7 @@ from record import ROOT, write
 from diffiqa.calibration.quantise import Recipe, quantise_engine, quantise_stage
 from diffiqa.calibration.statistics import Recorder, StageStatistics, collect, watched
 from diffiqa.calibration.verify_sides import Given, chosen_plan, emulated_side
-from diffiqa.export.engine import export_engine
+from diffiqa.export.engine import export_engine, one_image
 from diffiqa.export.macs import macs_by_node
 from diffiqa.model.checkpoint import load as load_checkpoint
 from diffiqa.runtime.manifest import EngineDirectory, Precision, StageName, open_engine
@@ -208,8 +208,7 @@ def share_of_macs(directory: EngineDirectory, kept: Mapping[StageName, Collectio
     """Return which share of each stage's MACs, for one crop, is done by these nodes."""
     crop, shares = directory.manifest.crop.size, {}
     for stage in directory.manifest.stages:
-        sizes = {"B": 1, "N": 1, "H": crop, "W": crop}
-        shapes = {spec.name: tuple(sizes.get(str(d), d) for d in spec.shape) for spec in stage.inputs}
+        shapes = one_image({spec.name: spec.shape for spec in stage.inputs}, crop)
         model = onnx.load(directory.file(stage.file))
         macs = macs_by_node(model, shapes)
         heavy = {node.name for node in model.graph.node if node.op_type in {"Conv", "MatMul", "Gemm"}}

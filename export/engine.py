@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -146,7 +146,7 @@ def _export_stage(model: DiffV2IQA, plan: StagePlan, work: Path, progress: Progr
     progress(plan.name, "exporting to ONNX")
     try:
         graph = export_graph(plan, path, model.config.unet.alignment if model.config.unet else 16)
-        macs = count_macs(graph, _one_image(plan.inputs, model.config.crop))
+        macs = count_macs(graph, one_image(plan.inputs, model.config.crop))
         parameters = _parameters(graph)
         del graph
         exported = time.perf_counter()
@@ -161,7 +161,8 @@ def _export_stage(model: DiffV2IQA, plan: StagePlan, work: Path, progress: Progr
     return StageCost(stage, exported - start, time.perf_counter() - exported)
 
 
-def _one_image(inputs: dict[str, Shape], crop: int) -> dict[str, tuple[int, ...]]:
+def one_image(inputs: Mapping[str, Shape], crop: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a stage's inputs for one image of the size of a crop."""
     sizes = {"B": 1, "N": 1, "H": crop, "W": crop}
     return {name: tuple(sizes[d] if isinstance(d, str) else d for d in shape) for name, shape in inputs.items()}
 
