@@ -223,7 +223,8 @@ def choose(
         )
     for trial in trials:
         verdict = "int8" if trial.taken else "stays float32"
-        console.print(f"{trial.stage}: {verdict}, the score moves by {trial.drift:.1e}", highlight=False)
+        why = trial.why or f"the score moves by {trial.drift:.1e}"
+        console.print(f"{trial.stage}: {verdict}, {why}", highlight=False, markup=False, soft_wrap=True)
     taken = tuple(trial.stage for trial in trials if trial.taken)
     if not taken:
         least = min(trial.drift for trial in trials)

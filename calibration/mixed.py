@@ -5,6 +5,7 @@ multiply. So stages are added one after the other, those with the most work firs
 the limit stays float32.
 """
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UsageError
+from ..errors import ExportError, UsageError
 from ..runtime.manifest import EngineDirectory, Stage, StageName, open_engine
-from ..runtime.onnx_backend import OnnxSettings
+from ..runtime.onnx_backend import OnnxSettings, OnnxStage
 from ..runtime.results import Mode, Options
 from ..runtime.scorer import Scorer, load_stages
-from .quantise import Recipe, Target, quantise_engine
+from .quantise import Recipe, Target, read_fitting, write_stage
 
 LIMIT = 0.01  # of the mean difference in score
 MOST_IMAGES = 8  # each is scored once more for every stage
@@ -29,8 +30,9 @@ class Trial:
     """A stage in 8 bits, beside those taken before it: how far the score moved, and whether it stays so."""
 
     stage: StageName
-    drift: float
+    drift: float  # infinite if its 8-bit form was refused before it was tried
     taken: bool
+    why: str = ""  # it was refused
 
 
 def choose_stages(
@@ -45,22 +47,28 @@ def choose_stages(
     """Try the stages of the float32 engine `path`, quantised by the statistics in the folder `calibration`."""
     if recipe.target is not Target.ONNXRUNTIME:
         raise UsageError("mixed precision is found by running it, which takes int8 in the form of ONNX Runtime")
+    directory = open_engine(path)
+    statistics = read_fitting(calibration, directory)
+    settings = OnnxSettings()
+    stages = load_stages(directory, settings)
+    chosen = images[:: max(1, len(images) // MOST_IMAGES)][:MOST_IMAGES]
+
+    def scores() -> list[float]:
+        scorer = Scorer(directory.manifest, stages, backend="mixed")
+        return [scorer.score(image, OPTIONS).score for image in chosen]
+
+    expected = scores()
+    trials = []
     with tempfile.TemporaryDirectory(prefix="iqa-mixed-") as folder:
-        quantise_engine(path, Path(folder, "all"), calibration, recipe, progress=progress)
-        whole, eight = open_engine(path), open_engine(Path(folder, "all"))
-        settings = OnnxSettings()
-        stages, candidates = load_stages(whole, settings), load_stages(eight, settings)
-        chosen = images[:: max(1, len(images) // MOST_IMAGES)][:MOST_IMAGES]
-
-        def scores() -> list[float]:
-            scorer = Scorer(whole.manifest, stages, backend="mixed")
-            return [scorer.score(image, OPTIONS).score for image in chosen]
-
-        expected = scores()
-        trials = []
-        for stage in sorted(whole.manifest.stages, key=lambda stage: -_work(whole, stage)):
+        for stage in sorted(directory.manifest.stages, key=lambda stage: -_work(directory, stage)):
+            file = Path(folder, f"{stage.name}.onnx")
+            try:
+                write_stage(directory, stage, statistics, recipe, file, progress)
+            except ExportError as exc:
+                trials.append(Trial(stage.name, math.inf, taken=False, why=str(exc)))
+                continue
             progress(stage.name, "trying 8 bits")
-            before, stages[stage.name] = stages[stage.name], candidates[stage.name]
+            before, stages[stage.name] = stages[stage.name], OnnxStage(file, settings)
             drift = float(np.abs(np.subtract(scores(), expected)).mean())
             trials.append(Trial(stage.name, drift, drift <= limit))
             if not trials[-1].taken:

@@ -139,35 +139,21 @@ def quantise_engine(
     directory = open_engine(path)
     if not any(stage.name in only for stage in directory.manifest.stages):
         raise UsageError(f"no stage of {path} is to be quantised: name one")
-    statistics = read(calibration)
-    check_engine(directory, statistics)
+    statistics = read_fitting(calibration, directory)
     source = _source(calibration, statistics)
-    if any(source.role == NAME for source in directory.manifest.provenance.sources):
-        raise EngineError(f"{path} is quantised already; start from the float32 engine")
     done = []
     with writing(target, force=force) as work:
         stages = []
         for stage in directory.manifest.stages:
-            if stage.name not in only:
-                copied = work / stage.file.path
-                copied.parent.mkdir(exist_ok=True)
-                shutil.copyfile(directory.file(stage.file), copied)
-                sync(copied)
-                stages.append(stage)
-                continue
-            progress(stage.name, f"quantising to {recipe.number}")
-            model = onnx.load(directory.file(stage.file))
-            quantised, report = quantise_stage(model, stage, statistics.stages[stage.name], recipe)
             file = work / stage.file.path
             file.parent.mkdir(exist_ok=True)
-            onnx.save_model(quantised, file)
-            sync(file)
-            progress(stage.name, "comparing with float32")
-            checks = _drift(directory, stage, file) if recipe.number is Number.INT8 else ()
-            entry = FileEntry(stage.file.path, file.stat().st_size, file_sha256(file))
-            made = dataclasses.replace(stage, file=entry, checks=checks)
-            done.append(QuantisedStage(made, stage.file.bytes, report))
-            stages.append(made)
+            if stage.name in only:
+                done.append(write_stage(directory, stage, statistics, recipe, file, progress))
+                stages.append(done[-1].stage)
+            else:
+                shutil.copyfile(directory.file(stage.file), file)
+                sync(file)
+                stages.append(stage)
         manifest = _manifest(directory.manifest, statistics, source, recipe, tuple(stages), done)
         folder = work / "calibration"
         folder.mkdir()
@@ -176,6 +162,31 @@ def quantise_engine(
         (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         sync(work / MANIFEST)
     return manifest, done
+
+
+def read_fitting(calibration: Path, directory: EngineDirectory) -> Statistics:
+    """Return the statistics in a folder. Raises EngineError if they are of another engine, or it is 8-bit already."""
+    statistics = read(calibration)
+    check_engine(directory, statistics)
+    if any(source.role == NAME for source in directory.manifest.provenance.sources):
+        raise EngineError(f"{directory.path} is quantised already; start from the float32 engine")
+    return statistics
+
+
+def write_stage(
+    directory: EngineDirectory, stage: Stage, statistics: Statistics, recipe: Recipe, file: Path, progress: Progress
+) -> QuantisedStage:
+    """Write the 8-bit form of a stage to `file`. Raises ExportError if it is no likeness of the float32 one."""
+    progress(stage.name, f"quantising to {recipe.number}")
+    model = onnx.load(directory.file(stage.file))
+    quantised, report = quantise_stage(model, stage, statistics.stages[stage.name], recipe)
+    onnx.save_model(quantised, file)
+    sync(file)
+    progress(stage.name, "comparing with float32")
+    checks = _drift(directory, stage, file) if recipe.number is Number.INT8 else ()
+    entry = FileEntry(stage.file.path, file.stat().st_size, file_sha256(file))
+    made = dataclasses.replace(stage, file=entry, checks=checks)
+    return QuantisedStage(made, stage.file.bytes, report)
 
 
 def quantise_stage(

@@ -8,11 +8,12 @@ import PIL.Image
 import pytest
 from click.testing import CliRunner
 
+from diffiqa.calibration import quantise as quantise_module
 from diffiqa.calibration.cli import quantise
 from diffiqa.calibration.mixed import OPTIONS, choose_stages
 from diffiqa.calibration.quantise import Number, Recipe, Target, quantise_engine
-from diffiqa.errors import UsageError
-from diffiqa.runtime.manifest import StageName, file_sha256, open_engine
+from diffiqa.errors import ExportError, UsageError
+from diffiqa.runtime.manifest import Check, EngineDirectory, Stage, StageName, file_sha256, open_engine
 from diffiqa.runtime.scorer import load
 
 from ..tiny import photo
@@ -45,6 +46,27 @@ def test_a_stage_beyond_the_limit_stays_float32_and_the_next_is_tried_without_it
     assert trials[0].drift == everything[0].drift
     assert all(trial.taken == (trial.drift <= limit) for trial in trials)
     assert trials[1].drift != everything[1].drift
+
+
+def test_a_stage_that_quantising_refuses_stays_float32_and_the_others_are_tried(
+    tiny_engine: Path, calibration_folder: Path, calibration_images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = quantise_module._drift
+
+    def refusing(directory: EngineDirectory, stage: Stage, file: Path) -> tuple[Check, ...]:
+        if stage.name is StageName.VCG:
+            raise ExportError("stage vcg: quantised, output score_map is off")
+        return exact(directory, stage, file)
+
+    monkeypatch.setattr(quantise_module, "_drift", refusing)
+    trials = {
+        trial.stage: trial
+        for trial in choose_stages(tiny_engine, calibration_folder, calibration_images, Recipe(), limit=np.inf)
+    }
+    assert trials.keys() == set(StageName)
+    assert not trials[StageName.VCG].taken
+    assert "score_map is off" in trials[StageName.VCG].why
+    assert all(trial.taken and not trial.why for name, trial in trials.items() if name is not StageName.VCG)
 
 
 def test_stages_that_are_not_taken_are_the_float32_ones_and_the_manifest_says_so(
