@@ -5,12 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import PIL.Image
 
 from ..errors import ImageError, UsageError
-from ..runtime.images import read_image
+from ..runtime.images import read_image, synthetic
 
 Size = tuple[int, int]  # height, width
 
@@ -29,7 +27,7 @@ def generate(folder: Path, sizes: Sequence[Size], count: int, seed: int) -> Imag
     for height, width in sizes:
         names = [folder / f"{width}x{height}-{index}.png" for index in range(count)]
         for index, name in enumerate(names):
-            PIL.Image.fromarray(picture((seed, height, width, index), height, width)).save(name)
+            PIL.Image.fromarray(synthetic((seed, height, width, index), height, width)).save(name)
         by_size[height, width] = names
     return Images(by_size, ())
 
@@ -47,13 +45,3 @@ def sort_by_size(paths: Sequence[Path], min_side: int) -> Images:
     if not by_size:
         raise UsageError(f"no image can be measured: {left_out[0] if left_out else 'none was given'}")
     return Images(dict(by_size), tuple(left_out))
-
-
-def picture(seed: int | tuple[int, ...], height: int, width: int) -> npt.NDArray[np.uint8]:
-    """Return a random picture with detail at three scales, as photographs have."""
-    generator = np.random.default_rng(seed)
-    sum_of_scales = np.zeros((height, width, 3), np.float32)
-    for cell in (1, 8, 64):
-        coarse = generator.random((-(-height // cell), -(-width // cell), 3), np.float32)
-        sum_of_scales += np.repeat(np.repeat(coarse, cell, 0), cell, 1)[:height, :width]
-    return (sum_of_scales * 85).astype(np.uint8)

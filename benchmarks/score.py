@@ -19,12 +19,12 @@ import onnx
 from PIL import Image
 from record import write
 
-from diffiqa.bench.pictures import picture as photo
 from diffiqa.export.engine import export_engine
 from diffiqa.model.checkpoint import load as load_checkpoint
 from diffiqa.model.network import build
 from diffiqa.runtime import scorer as scorer_module
 from diffiqa.runtime.host import Call
+from diffiqa.runtime.images import synthetic as photo
 from diffiqa.runtime.manifest import open_engine
 from diffiqa.runtime.onnx_backend import OnnxSettings, OnnxStage
 from diffiqa.runtime.results import Options, Score

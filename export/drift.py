@@ -6,7 +6,9 @@ import onnx
 import onnxruntime
 
 from ..errors import ExportError
+from ..runtime.images import synthetic
 from ..runtime.manifest import Check, EngineDirectory, Precision, Stage, StageName
+from ..runtime.scorer import to_plane
 from .precision import rounded
 
 FloatArray = npt.NDArray[np.float32]
@@ -58,18 +60,21 @@ def measure_drift(
 
 
 def draw_inputs(directory: EngineDirectory, stage: Stage, seed: int) -> dict[str, FloatArray]:
-    """Return inputs like those of the real loop: its first and last noise level, pictures and their restorations."""
+    """Return inputs like those of the real loop: its first and last noise level, pictures and their restorations.
+
+    The pictures have detail at several scales: 8 bits span what photographs gave rise to, and white noise goes past it.
+    """
     manifest = directory.manifest
     generator = np.random.default_rng([seed, list(StageName).index(stage.name)])
     names = [spec.name for spec in stage.inputs]
     crop, kinds = manifest.crop.size, len(manifest.kinds)
     if stage.name is StageName.UNET:
-        condition = generator.uniform(-1, 1, (2, 3, crop, crop))
+        condition = np.stack([_picture((seed, index), crop) for index in range(2)])
         level = manifest.schedule.coefficients.noise_level[[0, -1]].reshape(2, 1)
         weight = level.reshape(2, 1, 1, 1)
         y = condition * weight + generator.standard_normal(condition.shape) * np.sqrt(1 - weight**2)
         return {name: np.asarray(value, np.float32) for name, value in zip(names, (y, condition, level), strict=True)}
-    picture = generator.uniform(-1, 1, (1, 3, crop, crop))
+    picture = _picture(seed, crop)
     noise = np.linspace(0, 0.3, kinds).reshape(-1, 1, 1, 1)  # what tapped states have left of it
     images = (picture + noise * generator.standard_normal((kinds, 3, crop, crop))).clip(-1, 1).astype(np.float32)
     if stage.name is StageName.VIT:
@@ -81,6 +86,10 @@ def draw_inputs(directory: EngineDirectory, stage: Stage, seed: int) -> dict[str
         raise ExportError(f"stage {stage.name} is fed by the ViT, which this engine lacks")
     (maps,) = _run(directory.file(vit.file).read_bytes(), {vit.inputs[0].name: images})
     return {names[0]: maps[None]}
+
+
+def _picture(seed: int | tuple[int, ...], side: int) -> FloatArray:
+    return to_plane(synthetic(seed, side, side))
 
 
 def _run(model: bytes, feed: dict[str, FloatArray]) -> list[FloatArray]:

@@ -83,6 +83,16 @@ def read_image(source: Source, *, min_side: int = 224, max_pixels: int | None = 
     return Image(pixels, width, height, tuple(notes), digest.hexdigest())
 
 
+def synthetic(seed: int | tuple[int, ...], height: int, width: int) -> npt.NDArray[np.uint8]:
+    """Return a random picture with detail at three scales, as photographs have: for checks and timings."""
+    generator = np.random.default_rng(seed)
+    sum_of_scales = np.zeros((height, width, 3), np.float32)
+    for cell in (1, 8, 64):
+        coarse = generator.random((-(-height // cell), -(-width // cell), 3), np.float32)
+        sum_of_scales += np.repeat(np.repeat(coarse, cell, 0), cell, 1)[:height, :width]
+    return (sum_of_scales * 85).astype(np.uint8)
+
+
 def readable_suffixes() -> frozenset[str]:
     """Return the lower-case suffixes, with their dot, of the files that can be read."""
     formats = _formats()

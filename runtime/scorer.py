@@ -289,7 +289,8 @@ def load(
     on_host = backend in {"onnxruntime", "openvino"} or (backend == "auto" and set_up)
     if on_host and (device is not None or not cuda_graph):
         why = "; threads or providers ask for onnxruntime" if backend == "auto" else ""
-        why += "; ONNX Runtime's own providers take theirs as options, such as device_id" if device is not None else ""
+        if device is not None and backend != "openvino":
+            why += "; ONNX Runtime's own providers take theirs as options, such as device_id"
         raise UsageError(
             f"device and CUDA graph are of the backends tensorrt and onnxruntime-gpu, not of {backend}{why}"
         )

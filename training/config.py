@@ -76,12 +76,12 @@ class RestoreConfig:
     loss: Loss = Loss.L1
     diffusion_steps: int = 50  # T of training: 50 in the paper, 2000 in the authors' code
     drift: float = 0.0  # largest strength of the smooth error in the noise, see `drifting`; 0 in the paper
+    fixed_statistics: bool = False  # of batch norm: those a run begins with, in training as in sampling
     crop: int = 128
     margin: int = 16  # pixels around a crop that are distorted with it: blur needs to see past the border
     longest_side: int = 0  # photographs are scaled down to this; 0: as they are
     clean: float = 0.05  # share of crops that are not distorted
     composed: float = 0.1  # share of crops with two distortions, one after the other
-    keep_start: float = 0.0  # share of the weights a run began with in those it ends with
     validate_every: int = 0  # steps; 0: only at the end
     validation_crops: int = 4  # held-out crops restored from each distortion and level
     reporting: Reporting = field(default_factory=Reporting)
@@ -104,7 +104,6 @@ class RestoreConfig:
                     min(self.clean, self.composed) >= 0 and self.clean + self.composed <= 1
                 ),
                 "drift must be between 0 and 1": 0 <= self.drift <= 1,
-                "keep_start must be at least 0 and below 1": 0 <= self.keep_start < 1,
                 "validate_every must not be negative": self.validate_every >= 0,
                 "validation_crops must be at least 1": self.validation_crops >= 1,
             },

@@ -4,7 +4,6 @@ Symbols: x0 is the *reference*, the condition is its distorted version; level = 
 y = level·x0 + sqrt(1 − level²)·ε; the U-Net is asked for ε.
 """
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -84,8 +83,12 @@ class RestoreTask:
         return [(1.0, list(self.network.parameters()))]
 
     def train_mode(self) -> None:
-        """Turn dropout and batch statistics on."""
+        """Turn dropout on, and batch statistics unless they are fixed."""
         self.network.train()
+        if self.config.fixed_statistics:
+            for module in self.network.modules():
+                if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+                    module.eval()
 
     def sample(self, step: int, index: int) -> Sample:
         """Return the condition, x0, ε (3, crop, crop) and the noise level (1,) of one element of a batch."""
@@ -258,13 +261,9 @@ def run_restore(
     start: Path | None = None,
     conduct: Conduct = QUIETLY,
 ) -> Result:
-    """Train a U-Net; write `model.safetensors` (heads untrained), `plot.png`, and `gains.csv` of held-out photos.
-
-    With `keep_start` the weights written are between those of `start` and the trained ones: a short run on something
-    new keeps more of what the long ones taught. The log and `gains.csv` are of the trained ones.
-    """
-    if config.keep_start and not start:
-        raise ConfigError("keep_start mixes in the weights a run begins with: give them with --start, or set it to 0")
+    """Train a U-Net; write `model.safetensors` (heads untrained), `plot.png`, and `gains.csv` of held-out photos."""
+    if config.fixed_statistics and not start:
+        raise ConfigError("fixed_statistics are those a run begins with: give weights with --start, or set it to false")
     begun: Start = begin(config.model, config.seed, {start: ("unet",)} if start else {})
     with open_machine(conduct.device, config.optimisation.precision) as machine:
         sets = [
@@ -275,16 +274,11 @@ def run_restore(
         for text in (text for pictures in sets if pictures for text in pictures.skipped):
             conduct.say(f"left out: {text}")
         task = RestoreTask(config, begun.model, training, sets[1])
-        before = copy.deepcopy(task.network.state_dict()) if config.keep_start else {}
         result = train(task, config, folder, machine, conduct)
         if machine.leads:
             unet = begun.model.unet
             assert unet is not None  # noqa: S101 — RestoreTask has refused such a model
-            weights = dict(result.weights)
-            for name, was in before.items():
-                if was.is_floating_point():
-                    weights[name] = was.to(weights[name].device).lerp(weights[name], 1 - config.keep_start)
-            unet.load_state_dict(weights)
+            unet.load_state_dict(result.weights)
             begun.trained("unet", f"diffiqa training, {result.step} steps, configuration {digest(identity(config))}")
             note = f"U-Net trained for {result.step} steps on {len(training)} photographs"
             save_bundle(begun.model.eval(), folder / "model.safetensors", sources=begun.sources, notes=[note])

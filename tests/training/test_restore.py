@@ -17,7 +17,7 @@ from diffiqa.training.config import Loss, Optimisation, RestoreConfig, parse_con
 from diffiqa.training.crops import Pictures, to_network
 from diffiqa.training.datasets import DatasetError
 from diffiqa.training.distortions import DISTORTIONS, LEVELS, Distortion
-from diffiqa.training.loop import Conduct
+from diffiqa.training.loop import Conduct, train
 from diffiqa.training.restore import (
     Gain,
     distorted_crop,
@@ -206,25 +206,27 @@ def test_a_finished_run_leaves_a_bundle_whose_heads_are_marked_untrained(photos:
     assert (tmp_path / "run" / "gains.csv").exists()
 
 
-def test_a_run_may_keep_a_share_of_the_weights_it_began_with(photos: list[Path], tmp_path: Path) -> None:
-    from diffiqa.model.checkpoint import load
-
-    config = restore_config(validation_crops=1)
-    config = dataclasses.replace(config, optimisation=dataclasses.replace(config.optimisation, steps=2))
-    weights = {}
-    run_restore(config, photos[:2], [], tmp_path / "start", conduct=Conduct("cpu"))
-    start = tmp_path / "start" / "model.safetensors"
-    for share in (0.0, 0.25):
-        folder = tmp_path / str(share)
-        run_restore(dataclasses.replace(config, keep_start=share), photos[:2], [], folder, start=start)
-        weights[share] = load(folder / "model.safetensors").model.unet.state_dict()  # type: ignore[union-attr]
-    before = load(start).model.unet.state_dict()  # type: ignore[union-attr]
-    for name in (name for name, value in before.items() if value.is_floating_point()):
-        trained = weights[0.0][name]
-        assert torch.allclose(weights[0.25][name], 0.25 * before[name] + 0.75 * trained, atol=1e-6)
-        assert trained.dtype == weights[0.25][name].dtype
-    with pytest.raises(ConfigError, match="keep_start mixes in the weights"):
-        run_restore(dataclasses.replace(config, keep_start=0.5), photos[:2], [], tmp_path / "run")
+def test_fixed_statistics_are_used_in_training_and_stay_as_they_were(photos: list[Path], tmp_path: Path) -> None:
+    """What is optimised is then what samples: the same answer for an element, whatever is in its batch."""
+    assert MODEL.unet
+    model = dataclasses.replace(MODEL, unet=dataclasses.replace(MODEL.unet, dropout=0.0))
+    task = task_of(restore_config(model=model, fixed_statistics=True), photos, tmp_path)
+    before = {name: value.clone() for name, value in task.network.state_dict().items()}
+    train(task, task.config, tmp_path / "run", CPU, Conduct())
+    task.train_mode()
+    changed = {name for name, value in task.network.state_dict().items() if not torch.equal(value, before[name])}
+    statistics = {name for name in before if "running_" in name or "num_batches" in name}
+    assert statistics
+    assert not changed & statistics
+    assert changed
+    batch = [
+        torch.from_numpy(np.stack(arrays)) for arrays in zip(*(task.sample(0, k).arrays for k in (0, 1)), strict=True)
+    ]
+    together = task.losses(task.network, batch)
+    alone = torch.cat([task.losses(task.network, [array[k : k + 1] for array in batch]) for k in (0, 1)])
+    torch.testing.assert_close(together, alone)
+    with pytest.raises(ConfigError, match="fixed_statistics are those a run begins with"):
+        run_restore(task.config, photos[:2], [], tmp_path / "other")
 
 
 def test_pictures_are_decoded_once_and_small_ones_left_out(tmp_path: Path) -> None:
