@@ -5,15 +5,17 @@
     python benchmarks/precision.py verify --labels rated/labels.csv --split rated/split.json
 
 `scores` (results/precision.json) takes pictures of the part "test" that `iqa-train rate` made, calibrates on 16 of the
-part "train", and scores each picture in all precisions in turn: one crop, restored by itself. fp16 and bf16 are
-emulated, every result rounded as the plan of `iqa-build` says, because no CPU computes in them as TensorRT does: their
-scores count, their times do not. fp8 is for TensorRT alone and is not measured. `speed` (results/precision-speed.json)
-runs the full-size U-Net step, float32 and int8 in turn, on seeded weights: time and sizes, nothing about scores.
+part "train", and scores each picture in all precisions in turn: one crop, restored by itself. int8 is of all stages,
+mixed of those that `--precision mixed` takes. fp16 and bf16 are emulated, every result rounded as the plan of
+`iqa-build` says, because no CPU computes in them as TensorRT does: their scores count, their times do not. fp8 is for
+TensorRT alone and is not measured. `speed` (results/precision-speed.json) runs the full-size U-Net step, float32 and int8 in turn, on seeded weights: time and sizes, nothing about scores.
 `verify` (results/precision-verify.json) is how long iqa-verify takes over 20 of the pictures.
 """
 
 import argparse
+import dataclasses
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -27,9 +29,11 @@ import numpy as np
 import onnx
 from record import ROOT, write
 
+from diffiqa.calibration.mixed import Trial, choose_stages
 from diffiqa.calibration.quantise import Recipe, quantise_engine, quantise_stage
 from diffiqa.calibration.statistics import Recorder, StageStatistics, collect, watched
 from diffiqa.calibration.verify_sides import Given, chosen_plan, emulated_side
+from diffiqa.errors import DiffiqaError
 from diffiqa.export.engine import export_engine, one_image
 from diffiqa.export.macs import macs_by_node
 from diffiqa.model.checkpoint import load as load_checkpoint
@@ -76,11 +80,20 @@ def measure_scores(given: argparse.Namespace, folder: Path) -> None:
     chosen = drawn(split.items(labels, "test"), given.images)
     export_engine(load_checkpoint(given.ckpt), folder / "fp32")
     names = ["fp32"]
+    trials: list[Trial] = []
+    taken: dict[str, list[StageName]] = {}
     if not given.no_int8:
         items = drawn(split.items(labels, "train"), CALIBRATION_IMAGES)
         collect(folder / "fp32", [item.path for item in items], folder)
-        quantise_engine(folder / "fp32", folder / "int8", folder, Recipe.of("int8"))
-        names.append("int8")
+        recipe = Recipe.of("int8")
+        trials = choose_stages(folder / "fp32", folder, [item.path for item in items], recipe)
+        taken = {"int8": list(StageName), "mixed": [trial.stage for trial in trials if trial.taken]}
+        for name, stages in taken.items():
+            try:
+                quantise_engine(folder / "fp32", folder / name, folder, recipe, only=stages)
+                names.append(name)
+            except DiffiqaError as exc:
+                print(f"{name} is left out: {exc}")
     engines = {name: open_engine(folder / name) for name in names}
     settings = OnnxSettings()
     scorers = {name: Scorer(e.manifest, load_stages(e, settings), backend=name) for name, e in engines.items()}
@@ -120,8 +133,9 @@ def measure_scores(given: argparse.Namespace, folder: Path) -> None:
         if name in engines:
             rows[name]["bytes"] = {s.name: s.file.bytes for s in engines[name].manifest.stages}
             rows[name]["seconds_median"] = statistics.median(seconds[name])
-    if "int8" in rows:
-        rows["int8"]["speed_over_fp32"] = ratio(seconds["fp32"], seconds["int8"])
+    for name in names[1:]:
+        rows[name]["speed_over_fp32"] = ratio(seconds["fp32"], seconds[name])
+        rows[name]["stages_in_8_bits"] = taken[name]
     figures = {
         "model": engines["fp32"].manifest.engine_id,
         "images": len(chosen),
@@ -129,6 +143,10 @@ def measure_scores(given: argparse.Namespace, folder: Path) -> None:
         "crops": 1,
         "mode": OPTIONS.mode,
         "calibration_images": 0 if given.no_int8 else CALIBRATION_IMAGES,
+        "mixed_trials": [
+            {**dataclasses.asdict(trial), "drift": trial.drift if math.isfinite(trial.drift) else None}
+            for trial in trials
+        ],
         "precisions": rows,
     }
     write("precision", figures)

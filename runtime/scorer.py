@@ -289,8 +289,8 @@ def load(
     on_host = backend in {"onnxruntime", "openvino"} or (backend == "auto" and set_up)
     if on_host and (device is not None or not cuda_graph):
         why = "; threads or providers ask for onnxruntime" if backend == "auto" else ""
-        if device is not None and backend != "openvino":
-            why += "; ONNX Runtime's own providers take theirs as options, such as device_id"
+        asked = device is not None and backend != "openvino"
+        why += "; ONNX Runtime's own providers take theirs as options, such as device_id" if asked else ""
         raise UsageError(
             f"device and CUDA graph are of the backends tensorrt and onnxruntime-gpu, not of {backend}{why}"
         )
