@@ -8,8 +8,9 @@
 part "train", and scores each picture in all precisions in turn: one crop, restored by itself. int8 is of all stages,
 mixed of those that `--precision mixed` takes. fp16 and bf16 are emulated, every result rounded as the plan of
 `iqa-build` says, because no CPU computes in them as TensorRT does: their scores count, their times do not. fp8 is for
-TensorRT alone and is not measured. `speed` (results/precision-speed.json) runs the full-size U-Net step, float32 and int8 in turn, on seeded weights: time and sizes, nothing about scores.
-`verify` (results/precision-verify.json) is how long iqa-verify takes over 20 of the pictures.
+TensorRT alone and is not measured. `speed` (results/precision-speed.json) runs the full-size U-Net step, float32 and
+int8 in turn, on seeded weights: time and sizes, nothing about scores. `verify` (results/precision-verify.json) is how
+long iqa-verify takes over 20 of the pictures.
 """
 
 import argparse
