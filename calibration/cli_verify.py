@@ -1,5 +1,6 @@
 """`iqa-verify`: options in, a verdict as table, JSON and page, an exit code out."""
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,12 @@ _PATH = click.Path(path_type=Path)
     help="Verify the engine as iqa-build would round it, emulated in float32.",
 )
 @click.option("--plan", "plan_file", type=_PATH, metavar="FILE", help="Likewise, by this precision plan.")
+@click.option(
+    "--backend",
+    type=click.Choice(["onnxruntime", "tensorrt"]),
+    help="What runs the engine: its ONNX stages on the CPU (default), or the build that fits this machine's GPU.",
+)
+@click.option("--device", type=click.IntRange(0), metavar="N", help="Which GPU. Default: 0.")
 @click.option("--any-weights", is_flag=True, help="Compare although the two were made from other weights files.")
 @click.option("--crops", type=click.IntRange(1, 10_000), metavar="N", help="Crops per image. Default: the engine's.")
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="Of the noise.")
@@ -99,12 +106,13 @@ def verify(engine: Path | None, images: tuple[str, ...], **given: Any) -> None:
       unet-max unet-mean unet-cosine vit-mean vit-cosine    a stage on the reference's own inputs
       state-mean tap-mean tap-psnr maps-mean                the loop as the candidate runs it
       branch score score-mean spread srcc plcc              scores
-      batch repeat order                                    what must not matter
+      batch repeat order graph device                       what must not matter
 
     \b
     Examples:
       iqa-verify --engine engine/ --precision fp16 photos/ --html verify.html
       iqa-verify --engine int8/ --against engine/ photos/ --save kept/
+      iqa-verify --engine engine/ --backend tensorrt photos/
       iqa-verify --saved kept/ --limit score-mean=0.005
       iqa-verify --engine engine/ --plan plan.json photos/ --bisect better.json
 
@@ -140,12 +148,17 @@ def _refuse_contradictions(engine: Path | None, images: tuple[str, ...], given: 
     if given["saved"]:
         if images:
             raise UsageError("--saved judges the images that were saved; leave IMAGES out, or run without --saved")
-        for name, option in (("save", "--save"), ("bisect_file", "--bisect"), ("fail_fast", "--fail-fast")):
-            if given[name]:
+        for name in ("save", "bisect_file", "fail_fast", "backend", "device"):
+            if given[name] not in (None, False):
+                option = "--" + name.removesuffix("_file").replace("_", "-")
                 raise UsageError(f"{option} takes a run, which --saved spares; leave one of them out")
         return
     if engine is None:
         raise UsageError("give --engine DIR to verify one, or --saved DIR to judge saved results")
+    if given["backend"] == "tensorrt" and (given["plan_file"] or given["precision"]):
+        raise UsageError("a build has a plan of its own; leave --plan and --precision out, or --backend tensorrt")
+    if given["backend"] != "tensorrt" and given["device"] is not None:
+        raise UsageError("--device names a GPU, which takes --backend tensorrt")
     if given["bisect_file"] and not (given["plan_file"] or given["precision"]):
         raise UsageError("--bisect changes a precision plan: give one with --plan, or --precision")
     if given["bisect_file"] and given["fail_fast"]:
@@ -202,7 +215,7 @@ def _run(
     from .verify_limits import few_images, make_limits
     from .verify_report import is_within, write
     from .verify_saved import Store
-    from .verify_sides import Given, chosen_plan, open_sides, open_verified
+    from .verify_sides import Given, chosen_plan, open_sides, open_verified, reference_side
 
     plan = read_plan(given["plan_file"]) if given["plan_file"] else None
     precision = Precision(given["precision"]) if given["precision"] else None
@@ -210,11 +223,18 @@ def _run(
     settings = OnnxSettings(threads=given["threads"])
     options = Options(given["crops"], given["seed"], given["seeds"], Mode(given["mode"]))
     choices = Choices(options, given["forced"], quantile=given["quantile"] or QUANTILE, fail_fast=given["fail_fast"])
-    with console.status("loading") as status:
+    with console.status("loading") as status, contextlib.ExitStack() as opened:
         # What is soon found wrong is said before networks are loaded; which limits are lifted, no default changes.
         lifted = make_limits("fp32", given["changes"])
         subjects = read_subjects(find_images(images), read_manifest(engine), options, lifted)
-        reference, candidate = open_sides(asked, settings)
+        if given["backend"] == "tensorrt":
+            from .verify_device import open_device_side
+
+            directory = open_verified(engine)
+            reference = reference_side(asked, directory, settings)
+            candidate = opened.enter_context(open_device_side(directory, given["device"] or 0))
+        else:
+            reference, candidate = open_sides(asked, settings)
         limits = make_limits(given["precision_limits"] or candidate.party.precision, given["changes"])
         limits = few_images(limits, given["changes"], len(subjects))
         store = Store(given["save"]) if given["save"] else None

@@ -6,7 +6,7 @@ are *also* asked about the reference's own inputs: only such errors belong to on
 free run are mixed with all that came before. That second pass costs another loop, and rounding differs little between
 images, so it is made for a few; the reference itself runs once per image, and again for the other seeds of those few.
 
-Whether a CUDA graph changes anything is not checked: that takes a GPU and engines that run on it.
+A candidate on a GPU also scores the first image as `iqa-run` does, all on the device, with a CUDA graph and without.
 """
 
 import dataclasses
@@ -146,6 +146,11 @@ def verify(
             first = have
             again = ours.trace(subject.plane, subject.plan, options.seed)
             loop = Loop(repeat=first.equals(again), batch=ours.batch_difference(first))
+            if candidate.whole:
+                progress("the first image all on the device")
+                whole = candidate.whole(subject.plane, subject.plan, options.seed)
+                error = abs(whole.score - total_score(manifest, have.vcg, have.vda)) / span
+                loop = dataclasses.replace(loop, graph=whole.graph_same, graph_note=whole.note, device=error)
         keep(Kept(subject, want, have, answers))
         images.append(measure(manifest, subject.name, want, have, answers, choices.quantile))
         failed = choices.fail_fast and not all(check.within for check in check_image(images[-1], limits, span))

@@ -41,6 +41,8 @@ RULES: dict[str, Rule] = {
     "batch": Rule("two inputs at once against each alone: largest error", (1e-4, 0.02, 0.1, 0.02, 0.02)),
     "repeat": Rule("the same image again: images whose results differ", (0.0,) * 5),
     "order": Rule("the same image after the others: images whose results differ", (0.0,) * 5),
+    "graph": Rule("the same image by a CUDA graph: images whose results differ", (0.0,) * 5),
+    "device": Rule("score of the same image as iqa-run computes it, all on the GPU", (1e-3,) * 5),
 }
 CORRELATIONS = ("srcc", "plcc")
 
@@ -79,6 +81,9 @@ class Loop:
     repeat: bool | None = None  # whether the same image came out the same at once …
     order: bool | None = None  # … and after all others
     batch: dict[str, float] | None = None  # by stage
+    graph: bool | None = None  # whether a CUDA graph changes nothing
+    graph_note: str = ""  # why there was none
+    device: float | None = None  # how far the score is from that of the stages run one by one; None: not on a device
 
 
 def make_limits(precision: str, changes: Iterable[str]) -> dict[str, float | None]:
@@ -204,15 +209,20 @@ def _check_invariance(loop: Loop, limits: Limits) -> list[Check]:
     if limit is not None and batch:
         stage = max(batch, key=lambda name: math.inf if math.isnan(batch[name]) else batch[name])
         checks.append(_check("batch", batch[stage], limit, stage))
-    for name, same in (("repeat", loop.repeat), ("order", loop.order)):
+    invariants = [("repeat", loop.repeat, ""), ("order", loop.order, ": it takes two images")]
+    if loop.device is not None:
+        invariants.append(("graph", loop.graph, f": {loop.graph_note}"))
+    for name, same, missing in invariants:
         limit = limits[name]
         if limit is None:
             continue
         if same is None:
-            why = "not measured: it takes two images" if name == "order" else "not measured"
+            why = f"not measured{missing}"
             checks.append(Check(name, None, limit, within=True, where=why))
         else:
             checks.append(_check(name, float(not same), limit, "the first image"))
+    if loop.device is not None and (limit := limits["device"]) is not None:
+        checks.append(_check("device", loop.device, limit, "the first image"))
     return checks
 
 

@@ -1,12 +1,12 @@
 """The two that are compared: a float32 reference, and a candidate that should be the same model.
 
 Candidates run through ONNX Runtime on the CPU: another engine's stages as they are (int8 ones, for instance), or stages
-under a precision plan, emulated in float32 with every result rounded. TensorRT builds cannot run here.
+under a precision plan, emulated in float32 with every result rounded. `verify_device` has those that run on a GPU.
 """
 
 import hashlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from ..errors import EngineError, UsageError
 from ..export.precision import PLAN_SCHEMA, PrecisionPlan, StagePrecision, cast, plan_stage, rounded
 from ..runtime.codec import encode
-from ..runtime.host import Call, StageRunner
+from ..runtime.host import Call, FloatArray, StageRunner
 from ..runtime.manifest import (
     EngineDirectory,
     Manifest,
@@ -29,6 +29,7 @@ from ..runtime.manifest import (
     read_manifest,
 )
 from ..runtime.onnx_backend import OnnxSettings, OnnxStage
+from ..runtime.plan import Plan
 from ..runtime.scorer import load_stages
 
 _QUANTISED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"}
@@ -46,12 +47,22 @@ class Party:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """An image scored all on a device."""
+
+    score: float
+    graph_same: bool | None  # whether a CUDA graph gave the same bits; None: there was none
+    note: str = ""  # why there was none
+
+
+@dataclass(frozen=True)
 class Side:
     """A party that can be run."""
 
     party: Party
     manifest: Manifest
     stages: Mapping[StageName, StageRunner]
+    whole: Callable[[FloatArray, Plan, int], Whole] | None = None  # as it scores, where that is not by these stages
 
 
 @dataclass(frozen=True)
@@ -80,9 +91,9 @@ def open_sides(given: Given, settings: OnnxSettings) -> tuple[Side, Side]:
     """Return reference and candidate. Raises UsageError if they are not two forms of one model."""
     directory = open_verified(given.engine)
     plan = chosen_plan(given, directory)
-    reference = _reference(given, directory, settings)
+    reference = reference_side(given, directory, settings)
     if plan is None:
-        party = Party(str(given.engine), directory.manifest.engine_id, _precision(directory))
+        party = Party(str(given.engine), directory.manifest.engine_id, onnx_precision(directory))
         return reference, Side(party, directory.manifest, load_stages(directory, settings))
     return reference, emulated_side(directory, plan, settings)
 
@@ -158,15 +169,16 @@ def emulated(model: onnx.ModelProto, plan: StagePrecision, precision: Precision)
     return result
 
 
-def _reference(given: Given, directory: EngineDirectory, settings: OnnxSettings) -> Side:
+def reference_side(given: Given, directory: EngineDirectory, settings: OnnxSettings) -> Side:
+    """Return what an engine is held against."""
     if given.against is None:
-        party = Party(str(given.engine), directory.manifest.engine_id, _precision(directory))
+        party = Party(str(given.engine), directory.manifest.engine_id, onnx_precision(directory))
         return Side(party, directory.manifest, load_stages(directory, settings))
     if given.against.is_file():
         return _checkpoint(given, given.against, directory.manifest)
     other = open_verified(given.against)
     _require_same_model(given, directory.manifest, other.manifest)
-    party = Party(str(given.against), other.manifest.engine_id, _precision(other))
+    party = Party(str(given.against), other.manifest.engine_id, onnx_precision(other))
     return Side(party, other.manifest, load_stages(other, settings))
 
 
@@ -241,7 +253,7 @@ def _require_same_weights(given: Given, mine: tuple[Source, ...], other: tuple[S
     )
 
 
-def _precision(directory: EngineDirectory) -> str:
+def onnx_precision(directory: EngineDirectory) -> str:
     """Return the lowest precision that any ONNX stage of an engine computes in."""
     found = {"fp32"}
     for stage in directory.manifest.stages:

@@ -1,5 +1,6 @@
 """The pipeline of `iqa-run` with recorders between its stages: what an engine computed on the way to a score."""
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -7,6 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import BackendError
 from ..runtime.host import BoundDenoiser, Call, HostExecutor, StageRunner
 from ..runtime.manifest import Manifest, StageName
 from ..runtime.plan import Plan
@@ -21,6 +23,10 @@ _WATCHED = {
     StageName.VCG: (),
     StageName.VDA: (),
 }
+
+
+class NotForShapesError(BackendError):
+    """A stage that was made for other inputs than these."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,21 +120,26 @@ class Pipeline:
     def batch_difference(self, trace: Trace) -> dict[str, float]:
         """Return by stage how far answers to two inputs at once are from those of `trace`, one of our own.
 
-        A share of the largest answer; a stage is left out where the trace has no two inputs for it.
+        A share of the largest answer; a stage is left out where the trace has no two inputs for it, or where it was
+        not made for two.
         """
         pairs: dict[str, tuple[FloatArray, FloatArray]] = {}
+
+        def compare(name: StageName, inputs: dict[str, FloatArray], output: str, alone: FloatArray) -> None:
+            with contextlib.suppress(NotForShapesError):
+                pairs[name] = alone, self._run(name, inputs, output, alone.shape)
+
         if len(trace.noise) > 1:
             ends = [0, -1]
             level = self.manifest.schedule.coefficients.noise_level[::-1][ends].reshape(2, 1)
             inputs = {"y": trace.state[ends], "condition": np.stack([trace.condition] * 2), "noise_level": level}
-            pairs["unet"] = (trace.noise[ends], self._run(StageName.UNET, inputs, "noise", trace.noise[ends].shape))
+            compare(StageName.UNET, inputs, "noise", trace.noise[ends])
         if len(trace.maps):
-            alone = trace.maps[0, :1]
-            pairs["vit"] = (alone, self._run(StageName.VIT, {"image": trace.crops[0, :1]}, "maps", alone.shape))
+            compare(StageName.VIT, {"image": trace.crops[0, :1]}, "maps", trace.maps[0, :1])
         if len(trace.maps) > 1:
-            pairs["vcg"] = (trace.vcg[:2], self._run(StageName.VCG, {"maps": trace.maps[:2]}, "score", (2,)))
+            compare(StageName.VCG, {"maps": trace.maps[:2]}, "score", trace.vcg[:2])
         if len(trace.vda) > 1:
-            pairs["vda"] = (trace.vda[:2], self._run(StageName.VDA, {"images": trace.crops[:2]}, "score", (2,)))
+            compare(StageName.VDA, {"images": trace.crops[:2]}, "score", trace.vda[:2])
         return {name: _difference(*pair) for name, pair in pairs.items()}
 
     def _recorded(self, name: StageName) -> list[dict[str, FloatArray]]:

@@ -23,7 +23,7 @@ from . import openvino as openvino_backend
 from .builds import build_command, newest_build
 from .host import Branch, Executor, HostExecutor, Outcome, StageRunner, Verdict
 from .images import DEFAULT_MAX_PIXELS, Image, Source, read_image
-from .manifest import EngineDirectory, Library, Manifest, ScoreMeaning, StageName, open_engine
+from .manifest import Build, EngineDirectory, Library, Manifest, ScoreMeaning, StageName, open_engine
 from .onnx_backend import OnnxSettings, OnnxStage
 from .openvino import OpenVinoSettings, OpenVinoStage
 from .plan import Plan, make_plan
@@ -32,7 +32,7 @@ from .schedule import Kind, Taps
 from .tensorrt import gpu_capability, installed_libraries, load_library
 
 if TYPE_CHECKING:
-    from .device_layer import CudaLayer
+    from .device_layer import CudaLayer, LoadedStage
 
 FloatArray = npt.NDArray[np.float32]
 MID_GREY = 128
@@ -334,21 +334,31 @@ def _reason(refusals: Mapping[str, str]) -> str:
     return "; ".join(f"not {title}: {why}" for why, title in refusals.items())
 
 
-def _with_tensorrt(
-    directory: EngineDirectory, ordinal: int, _onnx: OnnxSettings | None, *, cuda_graph: bool
-) -> tuple[Executor, str]:
-    """Load the build that fits a GPU, and say what runs. Raises BackendError or EngineError with the way out."""
+def open_tensorrt(
+    directory: EngineDirectory, ordinal: int
+) -> tuple["CudaLayer", "dict[StageName, LoadedStage]", Build]:
+    """Load the build that fits a GPU onto it. Raises BackendError or EngineError with the way out."""
     capability = gpu_capability(ordinal)
     # Only where there is a GPU: most machines that score have none, and start sooner without.
-    from .device import DeviceExecutor
     from .device_layer import CudaLayer, load_engines
-    from .graphs import Form
 
     # With none installed, the one that the newest build is for is missed.
     missed = directory.manifest.builds[-1].library if directory.manifest.builds else Library.TENSORRT
     libraries = {name: load_library(name) for name in installed_libraries() or [missed]}
     versions = {name: library.version for name, library in libraries.items()}
     build = newest_build(directory, versions, capability)
+    layer = CudaLayer(ordinal)
+    with _closed_if_it_fails(layer, directory):
+        return layer, load_engines(layer, libraries[build.library], directory, build), build
+
+
+def _with_tensorrt(
+    directory: EngineDirectory, ordinal: int, _onnx: OnnxSettings | None, *, cuda_graph: bool
+) -> tuple[Executor, str]:
+    """Load the build that fits a GPU, and say what runs. Raises BackendError or EngineError with the way out."""
+    layer, stages, build = open_tensorrt(directory, ordinal)
+    from .device import DeviceExecutor
+    from .graphs import Form
 
     def rebuild(size: str) -> str:
         return build_command(
@@ -360,9 +370,7 @@ def _with_tensorrt(
             capabilities=build.compute_capabilities if build.library is Library.TENSORRT_RTX else (),
         )
 
-    layer = CudaLayer(ordinal)
     with _closed_if_it_fails(layer, directory):
-        stages = load_engines(layer, libraries[build.library], directory, build)
         executor = DeviceExecutor(
             directory.manifest, layer, stages, form=Form.LOOP if cuda_graph else Form.NONE, rebuild=rebuild
         )

@@ -1,7 +1,10 @@
 """Fixtures shared by all tests, made once per session: the tiny model, its engine, the kernels for the CPU."""
 
 import ctypes
+import dataclasses
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +12,22 @@ import torch
 from diffiqa.export.engine import export_engine
 from diffiqa.model.checkpoint import Loaded
 from diffiqa.model.network import DiffV2IQA, build
-from diffiqa.runtime.manifest import Source
+from diffiqa.runtime import device_layer
+from diffiqa.runtime import scorer as scorer_module
+from diffiqa.runtime.manifest import (
+    MANIFEST,
+    Build,
+    EngineDirectory,
+    FileEntry,
+    Library,
+    Precision,
+    Source,
+    file_sha256,
+    read_manifest,
+)
 from diffiqa.runtime.scorer import Scorer, load
 
+from .fake_device import FakeLayer, fake_stages
 from .kernels.devices import Missing, build_host
 from .tiny import TINY, perturbed
 
@@ -48,3 +64,46 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         return build_host(tmp_path_factory.mktemp("kernels"))
     except Missing as reason:
         pytest.skip(str(reason))
+
+
+@pytest.fixture
+def tiny_build(tiny_engine: Path, tmp_path: Path) -> Path:
+    """Return an engine directory with a build for 8.9 whose engines are a few bytes."""
+    path = tmp_path / "engine"
+    path.mkdir()
+    shutil.copytree(tiny_engine / "onnx", path / "onnx")
+    manifest = read_manifest(tiny_engine)
+
+    def written(name: str) -> FileEntry:
+        file = path / "tensorrt" / "a" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(name.encode())
+        return FileEntry(f"tensorrt/a/{name}", file.stat().st_size, file_sha256(file))
+
+    stages = fake_stages(SimpleNamespace(), EngineDirectory(tiny_engine, manifest))  # type: ignore[arg-type]
+    built_stages = tuple(
+        dataclasses.replace(stage.built, file=written(f"{name}.engine")) for name, stage in stages.items()
+    )
+    files = written("plan.json"), written("build.log")
+    batches, sizes = ("1:2:4",), ("32x32", "32x32:64x64:128x128")
+    build = Build(
+        "a", Library.TENSORRT_RTX, "1.7", ("8.9",), Precision.FP32, batches, sizes, built_stages, *files, None
+    )
+    (path / MANIFEST).write_text(dataclasses.replace(manifest, builds=(build,)).to_json())
+    return path
+
+
+@pytest.fixture
+def fake_gpu(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> FakeLayer:
+    """A machine with a GPU of compute capability 8.9 and tensorrt-rtx 1.7."""
+    layer = FakeLayer(library)
+
+    def engines(found: FakeLayer, _library: object, directory: EngineDirectory, _build: Build) -> object:
+        return fake_stages(found, directory)
+
+    monkeypatch.setattr(scorer_module, "gpu_capability", lambda ordinal: "8.9")
+    monkeypatch.setattr(scorer_module, "installed_libraries", lambda: [Library.TENSORRT_RTX])
+    monkeypatch.setattr(scorer_module, "load_library", lambda name: SimpleNamespace(library=name, version="1.7"))
+    monkeypatch.setattr(device_layer, "CudaLayer", lambda ordinal: layer)
+    monkeypatch.setattr(device_layer, "load_engines", engines)
+    return layer

@@ -21,7 +21,9 @@ from diffiqa.calibration.verify_limits import (
 from diffiqa.errors import UsageError
 
 GOOD = Drift(max=1e-4, mean=1e-5, median=1e-5, quantile=5e-5, cosine=0.999999, psnr=80.0, largest=1.0, not_finite=0)
-LOOP = Loop(spread=0.01, spread_seeds=3, spread_images=2, repeat=True, order=True, batch={"unet": 0.0})
+LOOP = Loop(
+    spread=0.01, spread_seeds=3, spread_images=2, repeat=True, order=True, batch={"unet": 0.0}, graph=True, device=1e-7
+)
 
 
 def figures(name: str, want: float = 0.5, have: float = 0.5001, **changed: object) -> ImageFigures:
@@ -116,9 +118,14 @@ def test_what_was_not_measured_says_so() -> None:
 
 @pytest.mark.parametrize(
     ("name", "loop"),
-    [("repeat", dataclasses.replace(LOOP, repeat=False)), ("order", dataclasses.replace(LOOP, order=False))],
+    [
+        ("repeat", dataclasses.replace(LOOP, repeat=False)),
+        ("order", dataclasses.replace(LOOP, order=False)),
+        ("graph", dataclasses.replace(LOOP, graph=False)),
+        ("device", dataclasses.replace(LOOP, device=0.01)),
+    ],
 )
-def test_results_that_change_when_repeated_are_beyond(name: str, loop: Loop) -> None:
+def test_results_that_change_with_what_must_not_matter_are_beyond(name: str, loop: Loop) -> None:
     images = [figures("a", 0.2, 0.2), figures("b", 0.8, 0.8)]
     found = named(judge(images, loop, make_limits("fp16", []), 1.0))
     assert [check.name for check in found.values() if not check.within] == [name]

@@ -1,10 +1,7 @@
 """Which backend runs, and that it is said: a build that fits a GPU, ONNX Runtime, or an error with the way out."""
 
-import ctypes
-import dataclasses
 import json
 import shlex
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,64 +17,16 @@ from diffiqa.runtime import device_layer, tensorrt
 from diffiqa.runtime import scorer as scorer_module
 from diffiqa.runtime.graphs import Form
 from diffiqa.runtime.manifest import (
-    MANIFEST,
-    Build,
-    EngineDirectory,
-    FileEntry,
     Library,
-    Precision,
-    file_sha256,
-    read_manifest,
 )
 from diffiqa.runtime.onnx_backend import OnnxSettings
 from diffiqa.runtime.scorer import load
 from diffiqa.runtime.tensorrt import gpu_capability, installed_libraries, load_library
 
-from ..fake_device import FakeLayer, fake_stages
+from ..fake_device import FakeLayer
 from ..tiny import photo
 
 RTX = Library.TENSORRT_RTX
-
-
-@pytest.fixture
-def built(tiny_engine: Path, tmp_path: Path) -> Path:
-    """Return an engine directory with a build for 8.9 whose engines are a few bytes."""
-    path = tmp_path / "engine"
-    path.mkdir()
-    shutil.copytree(tiny_engine / "onnx", path / "onnx")
-    manifest = read_manifest(tiny_engine)
-
-    def written(name: str) -> FileEntry:
-        file = path / "tensorrt" / "a" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(name.encode())
-        return FileEntry(f"tensorrt/a/{name}", file.stat().st_size, file_sha256(file))
-
-    stages = fake_stages(SimpleNamespace(), EngineDirectory(tiny_engine, manifest))  # type: ignore[arg-type]
-    built_stages = tuple(
-        dataclasses.replace(stage.built, file=written(f"{name}.engine")) for name, stage in stages.items()
-    )
-    files = written("plan.json"), written("build.log")
-    batches, sizes = ("1:2:4",), ("32x32", "32x32:64x64:128x128")
-    build = Build("a", RTX, "1.7", ("8.9",), Precision.FP32, batches, sizes, built_stages, *files, None)
-    (path / MANIFEST).write_text(dataclasses.replace(manifest, builds=(build,)).to_json())
-    return path
-
-
-@pytest.fixture
-def gpu(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> FakeLayer:
-    """A machine with a GPU of compute capability 8.9 and tensorrt-rtx 1.7."""
-    layer = FakeLayer(library)
-
-    def engines(found: FakeLayer, _library: object, directory: EngineDirectory, _build: Build) -> object:
-        return fake_stages(found, directory)
-
-    monkeypatch.setattr(scorer_module, "gpu_capability", lambda ordinal: "8.9")
-    monkeypatch.setattr(scorer_module, "installed_libraries", lambda: [RTX])
-    monkeypatch.setattr(scorer_module, "load_library", lambda name: SimpleNamespace(library=name, version="1.7"))
-    monkeypatch.setattr(device_layer, "CudaLayer", lambda ordinal: layer)
-    monkeypatch.setattr(device_layer, "load_engines", engines)
-    return layer
 
 
 def refused(engine: Path, kind: type[DiffiqaError], *says: str, **how: Any) -> bool:
@@ -89,13 +38,13 @@ def refused(engine: Path, kind: type[DiffiqaError], *says: str, **how: Any) -> b
 # ------------------------------------------------------------------------------------------------------- the choice
 
 
-def test_auto_takes_a_build_that_fits_and_says_so(built: Path, gpu: FakeLayer) -> None:
-    with load(built) as scorer:
+def test_auto_takes_a_build_that_fits_and_says_so(tiny_build: Path, fake_gpu: FakeLayer) -> None:
+    with load(tiny_build) as scorer:
         assert scorer.info.backend == "tensorrt-rtx 1.7 fp32: fake GPU"
         assert scorer.info.reason == ""
         assert scorer.score(photo(1, 40, 40)).backend == scorer.info.backend
-    assert gpu.alive == 0
-    assert gpu.closed
+    assert fake_gpu.alive == 0
+    assert fake_gpu.closed
 
 
 @pytest.mark.parametrize(
@@ -108,7 +57,7 @@ def test_auto_takes_a_build_that_fits_and_says_so(built: Path, gpu: FakeLayer) -
     ],
 )
 def test_auto_falls_back_to_onnxruntime_and_says_why_and_tensorrt_refuses(
-    built: Path, gpu: FakeLayer, monkeypatch: pytest.MonkeyPatch, replaced: str, value: Any, says: str
+    tiny_build: Path, fake_gpu: FakeLayer, monkeypatch: pytest.MonkeyPatch, replaced: str, value: Any, says: str
 ) -> None:
     def answer(_asked: object) -> Any:
         if isinstance(value, Exception):
@@ -116,32 +65,32 @@ def test_auto_falls_back_to_onnxruntime_and_says_why_and_tensorrt_refuses(
         return SimpleNamespace(library=RTX, version=value) if replaced == "load_library" else value
 
     monkeypatch.setattr(scorer_module, replaced, answer)
-    with load(built) as scorer:
+    with load(tiny_build) as scorer:
         assert scorer.info.backend.startswith("onnxruntime ")
         assert scorer.info.reason.startswith("not TensorRT: ")
         assert says in scorer.info.reason
-    assert refused(built, DiffiqaError, says, backend="tensorrt")
+    assert refused(tiny_build, DiffiqaError, says, backend="tensorrt")
 
 
-def test_without_a_build_the_command_that_makes_one_is_given(tiny_engine: Path, gpu: FakeLayer) -> None:
+def test_without_a_build_the_command_that_makes_one_is_given(tiny_engine: Path, fake_gpu: FakeLayer) -> None:
     with pytest.raises(EngineError, match="holds no tensorrt-rtx engines") as caught:
         load(tiny_engine, backend="tensorrt")
     command = str(caught.value).partition("build them with: ")[2]
     assert shlex.split(command) == ["iqa-build", "--engine", str(tiny_engine), "--target", "tensorrt-rtx"]
 
 
-def test_a_changed_engine_is_refused(built: Path, gpu: FakeLayer) -> None:
-    (built / "tensorrt" / "a" / "unet.engine").write_bytes(b"UNET.engine")
-    assert refused(built, EngineError, "SHA-256", "iqa-build", "--force", backend="tensorrt")
-    assert "SHA-256" in load(built).info.reason
+def test_a_changed_engine_is_refused(tiny_build: Path, fake_gpu: FakeLayer) -> None:
+    (tiny_build / "tensorrt" / "a" / "unet.engine").write_bytes(b"UNET.engine")
+    assert refused(tiny_build, EngineError, "SHA-256", "iqa-build", "--force", backend="tensorrt")
+    assert "SHA-256" in load(tiny_build).info.reason
 
 
-def test_threads_or_providers_ask_for_onnxruntime(built: Path, gpu: FakeLayer) -> None:
+def test_threads_or_providers_ask_for_onnxruntime(tiny_build: Path, fake_gpu: FakeLayer) -> None:
     for how in ({"threads": 1}, {"onnx": OnnxSettings()}):
-        with load(built, **how) as scorer:
+        with load(tiny_build, **how) as scorer:
             assert scorer.info.backend.startswith("onnxruntime ")
             assert "asked for" in scorer.info.reason
-    assert gpu.log == []
+    assert fake_gpu.log == []
 
 
 @pytest.mark.parametrize(
@@ -159,14 +108,14 @@ def test_settings_of_the_other_backend_are_refused(tiny_engine: Path, how: dict[
 
 
 def test_engines_that_do_not_fit_memory_leave_nothing_behind(
-    built: Path, gpu: FakeLayer, monkeypatch: pytest.MonkeyPatch
+    tiny_build: Path, fake_gpu: FakeLayer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def short(*_: object) -> object:
         raise device_layer.DeviceMemoryError("fake GPU has no 9 MiB left")
 
     monkeypatch.setattr(device_layer, "load_engines", short)
-    assert refused(built, BackendError, "not enough GPU memory to load", "9 MiB", backend="tensorrt")
-    assert gpu.closed
+    assert refused(tiny_build, BackendError, "not enough GPU memory to load", "9 MiB", backend="tensorrt")
+    assert fake_gpu.closed
 
 
 def test_this_machine_says_what_it_lacks() -> None:
@@ -256,11 +205,11 @@ def has(api: Any, kind: str, call: str) -> bool:
 
 
 def test_a_scorer_on_a_device_keeps_every_promise_of_one_on_the_host(
-    built: Path, gpu: FakeLayer, scorer: Scorer
+    tiny_build: Path, fake_gpu: FakeLayer, scorer: Scorer
 ) -> None:
     pictures = [photo(i, 32 + 4 * i, 60) for i in range(5)]
     options = Options(crops=3, seeds=2)
-    with load(built) as ours:
+    with load(tiny_build) as ours:
         alone = [ours.score(picture, options) for picture in pictures]
         for workers in (1, 3):
             together = list(ours.stream(pictures[::-1], options, workers=workers))[::-1]
@@ -280,31 +229,31 @@ def test_a_scorer_on_a_device_keeps_every_promise_of_one_on_the_host(
         assert seen.score == alone[0].score
 
 
-def test_no_cuda_graph_gives_the_same_scores_and_makes_none(built: Path, gpu: FakeLayer) -> None:
+def test_no_cuda_graph_gives_the_same_scores_and_makes_none(tiny_build: Path, fake_gpu: FakeLayer) -> None:
     pictures, options = [photo(i, 48, 48) for i in range(4)], Options(crops=1)
-    with load(built) as with_graphs:
+    with load(tiny_build) as with_graphs:
         expected = [with_graphs.score(picture, options).score for picture in pictures]
-    assert len(gpu.graphs) == 2
-    gpu.closed = False
-    gpu.graphs.clear()
-    with load(built, cuda_graph=False) as without:
+    assert len(fake_gpu.graphs) == 2
+    fake_gpu.closed = False
+    fake_gpu.graphs.clear()
+    with load(tiny_build, cuda_graph=False) as without:
         assert without._executor.graphs.form is Form.NONE  # type: ignore[union-attr]
         assert [without.score(picture, options).score for picture in pictures] == expected
-    assert gpu.graphs == []
+    assert fake_gpu.graphs == []
 
 
-def test_a_graph_that_could_not_be_captured_is_in_the_notes(built: Path, gpu: FakeLayer) -> None:
-    gpu.capture_fails = lambda launches: True
-    with load(built) as scorer:
+def test_a_graph_that_could_not_be_captured_is_in_the_notes(tiny_build: Path, fake_gpu: FakeLayer) -> None:
+    fake_gpu.capture_fails = lambda launches: True
+    with load(tiny_build) as scorer:
         results = [scorer.score(photo(i, 48, 48), Options(crops=1)) for i in range(3)]
     assert [len(result.notes) for result in results] == [0, 1, 1]
     assert "ran without a CUDA graph" in results[1].notes[0]
 
 
-def test_memory_that_runs_out_costs_one_image_only(built: Path, gpu: FakeLayer) -> None:
-    with load(built) as scorer:
+def test_memory_that_runs_out_costs_one_image_only(tiny_build: Path, fake_gpu: FakeLayer) -> None:
+    with load(tiny_build) as scorer:
         scorer.score(photo(0, 32, 32), Options(crops=1))
-        gpu.capacity = gpu.held + 1000
+        fake_gpu.capacity = fake_gpu.held + 1000
         results = list(scorer.stream([photo(1, 128, 128), photo(2, 32, 32)], Options(crops=1)))
         assert isinstance(results[0], Failure)
         assert "not enough memory for 128×128 pixels in whole mode" in results[0].error
@@ -312,19 +261,19 @@ def test_memory_that_runs_out_costs_one_image_only(built: Path, gpu: FakeLayer) 
         assert isinstance(results[1], Score)
 
 
-def test_an_image_no_profile_takes_names_the_rebuild(built: Path, gpu: FakeLayer) -> None:
-    with load(built) as scorer:
+def test_an_image_no_profile_takes_names_the_rebuild(tiny_build: Path, fake_gpu: FakeLayer) -> None:
+    with load(tiny_build) as scorer:
         with pytest.raises(ImageError, match=r"use tile or crop mode.*--sizes 32x32,32x32:64x64:128x128,160x40"):
             scorer.score(photo(1, 160, 40))
         assert scorer.score(photo(1, 160, 40), Options(mode=Mode.CROP)).score > 0
 
 
-def test_a_stream_that_is_given_up_leaves_a_device_that_can_be_freed(built: Path, gpu: FakeLayer) -> None:
-    with load(built) as scorer:
+def test_a_stream_that_is_given_up_leaves_a_device_that_can_be_freed(tiny_build: Path, fake_gpu: FakeLayer) -> None:
+    with load(tiny_build) as scorer:
         results = scorer.stream([photo(i, 64, 64) for i in range(6)], workers=2)
         next(results)
         results.close()
-    assert gpu.alive == 0
+    assert fake_gpu.alive == 0
 
 
 def call(engine: Path, *arguments: str | Path) -> Result:
@@ -338,9 +287,9 @@ def image(tmp_path: Path) -> Path:
 
 
 def test_the_command_says_what_runs_and_why(
-    built: Path, tiny_engine: Path, gpu: FakeLayer, image: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_build: Path, tiny_engine: Path, fake_gpu: FakeLayer, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_gpu = call(built, image, "--backend", "tensorrt", "--device", "0", "--format", "jsonl")
+    on_gpu = call(tiny_build, image, "--backend", "tensorrt", "--device", "0", "--format", "jsonl")
     assert on_gpu.exit_code == 0, on_gpu.output
     assert "backend: tensorrt-rtx 1.7 fp32: fake GPU\n" in on_gpu.stderr
     assert json.loads(on_gpu.stdout)["backend"] == "tensorrt-rtx 1.7 fp32: fake GPU"
@@ -352,7 +301,7 @@ def test_the_command_says_what_runs_and_why(
 
 
 def test_the_command_never_falls_back_from_what_was_asked_for(
-    tiny_engine: Path, gpu: FakeLayer, image: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_engine: Path, fake_gpu: FakeLayer, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing = call(tiny_engine, image, "--backend", "tensorrt")
     assert missing.exit_code == 2

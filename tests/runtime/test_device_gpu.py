@@ -8,6 +8,7 @@ The names say the layer at fault; read failures from the bottom layer up:
 3. the executor, as tests/runtime/test_device.py has it without a GPU: test_loop_…, test_batch_…, test_modes_…
 4. CUDA graphs: test_graph_…
 5. endurance and company: test_memory_…, test_interrupt_…, test_processes_…
+6. the layers together, judged as a user would: test_verify_…
 """
 
 import dataclasses
@@ -452,3 +453,20 @@ def test_processes_share_a_gpu(directory: EngineDirectory, folder: Path, tmp_pat
     records = [[json.loads(line) for line in out.read_text().splitlines()] for out in outs]
     found = [[(record["image"], record["score"]) for record in run_] for run_ in records]
     assert found[0] == found[1] == found[2]
+
+
+def test_verify_finds_an_fp16_build_within_its_limits_with_a_graph_and_without(
+    half: EngineDirectory, tmp_path: Path
+) -> None:
+    images = [tmp_path / f"{seed}.png" for seed in range(3)]
+    for seed, path in enumerate(images):
+        Image.fromarray(photo(seed, 40, 48)).save(path)
+    command = [sys.executable, "-m", "diffiqa.cli", "verify", "--engine", str(half.path), "--backend", "tensorrt"]
+    # A network that was never trained gives nearly equal scores: their order is no matter of precision.
+    lifted = ["--limit", "srcc=none", "--limit", "plcc=none"]
+    report = tmp_path / "report.json"
+    done = subprocess.run([*command, *lifted, "--json", report, *images], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {check["name"]: check["value"] for check in json.loads(report.read_text())["checks"]}
+    assert found["graph"] == 0
+    assert found["repeat"] == 0
