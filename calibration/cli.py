@@ -1,5 +1,6 @@
 """`iqa-calibrate` and `iqa-quantise`: options in, one library call, a table out."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -228,6 +229,8 @@ def choose(
     taken = tuple(trial.stage for trial in trials if trial.taken)
     if not taken:
         least = min(trial.drift for trial in trials)
+        if math.isinf(least):
+            raise UsageError("no stage can be quantised; calibrate with more images, or stay with float32")
         raise UsageError(
             f"no stage keeps the score within the limit, the best moves it by {least:.1e}; give iqa-quantise a larger "
             f"--drift, or stay with float32"

@@ -149,14 +149,16 @@ def _refuse_contradictions(engine: Path | None, images: tuple[str, ...], given: 
         if images:
             raise UsageError("--saved judges the images that were saved; leave IMAGES out, or run without --saved")
         for name in ("save", "bisect_file", "fail_fast", "backend", "device"):
-            if given[name] not in (None, False):
+            if given[name] is not None and given[name] is not False:
                 option = "--" + name.removesuffix("_file").replace("_", "-")
                 raise UsageError(f"{option} takes a run, which --saved spares; leave one of them out")
         return
     if engine is None:
         raise UsageError("give --engine DIR to verify one, or --saved DIR to judge saved results")
-    if given["backend"] == "tensorrt" and (given["plan_file"] or given["precision"]):
-        raise UsageError("a build has a plan of its own; leave --plan and --precision out, or --backend tensorrt")
+    if given["backend"] == "tensorrt" and (given["plan_file"] or given["precision"] or given["bisect_file"]):
+        raise UsageError(
+            "a build has a plan of its own; leave --plan, --precision and --bisect out, or --backend tensorrt"
+        )
     if given["backend"] != "tensorrt" and given["device"] is not None:
         raise UsageError("--device names a GPU, which takes --backend tensorrt")
     if given["bisect_file"] and not (given["plan_file"] or given["precision"]):

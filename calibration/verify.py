@@ -10,6 +10,7 @@ A candidate on a GPU also scores the first image as `iqa-run` does, all on the d
 """
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from ..runtime.scorer import to_plane
 from .verify_figures import QUANTILE, ImageFigures, measure, total_score
 from .verify_limits import CORRELATIONS, Check, Limits, Loop, check_image, judge
 from .verify_sides import Party, Side
-from .verify_trace import Answers, FloatArray, Pipeline, Trace
+from .verify_trace import BROKEN, Answers, FloatArray, Pipeline, Trace
 
 Progress = Callable[[str], None]
 
@@ -150,7 +151,8 @@ def verify(
                 progress("the first image all on the device")
                 whole = candidate.whole(subject.plane, subject.plan, options.seed)
                 error = abs(whole.score - total_score(manifest, have.vcg, have.vda)) / span
-                loop = dataclasses.replace(loop, graph=whole.graph_same, graph_note=whole.note, device=error)
+                device = error if math.isfinite(error) else BROKEN
+                loop = dataclasses.replace(loop, graph=whole.graph_same, graph_note=whole.note, device=device)
         keep(Kept(subject, want, have, answers))
         images.append(measure(manifest, subject.name, want, have, answers, choices.quantile))
         failed = choices.fail_fast and not all(check.within for check in check_image(images[-1], limits, span))

@@ -8,19 +8,21 @@ executor that scores.
 import contextlib
 import math
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import BackendError
 from ..runtime.device import DeviceExecutor
 from ..runtime.device_layer import BoundStage, Layer, LoadedStage, choose_profile
+from ..runtime.graphs import Form
 from ..runtime.host import Call, FloatArray, Outcome
 from ..runtime.manifest import EngineDirectory, Manifest
 from ..runtime.plan import Plan
-from ..runtime.scorer import open_tensorrt
+from ..runtime.scorer import closed_if_it_fails, open_tensorrt
 from .verify_figures import total_score
 from .verify_sides import Party, Side, Whole, onnx_precision
 from .verify_trace import NotForShapesError
@@ -32,7 +34,9 @@ _DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat
 def open_device_side(directory: EngineDirectory, ordinal: int) -> Generator[Side]:
     """Lend the build that fits a GPU. Raises BackendError or EngineError with the way out."""
     layer, engines, build = open_tensorrt(directory, ordinal)
-    with contextlib.closing(DeviceExecutor(directory.manifest, layer, engines)) as executor:
+    with closed_if_it_fails(layer, directory):
+        opened = DeviceExecutor(directory.manifest, layer, engines)
+    with contextlib.closing(opened) as executor:
         stages = {name: DeviceStage(layer, engine) for name, engine in engines.items()}
         lowest = onnx_precision(directory)
         party = Party(
@@ -48,22 +52,26 @@ def open_device_side(directory: EngineDirectory, ordinal: int) -> Generator[Side
 
 
 class DeviceStage:
-    """An engine behind arrays of the host. One thread at a time; `close()` before the layer goes."""
+    """An engine behind arrays of the host. One thread at a time; `close()` before the layer goes.
+
+    Only what ran last stays bound: a context's scratch memory is that of its whole profile, and images differ in size.
+    """
 
     def __init__(self, layer: Layer, stage: LoadedStage) -> None:
         self._layer, self._stage = layer, stage
-        self._bound: dict[tuple[tuple[int, ...], ...], _Bound] = {}
+        self._bound: _Bound | None = None
 
     def bind(self, inputs: Mapping[str, FloatArray], outputs: Mapping[str, FloatArray]) -> Call:
         """Return a call that takes the inputs to the device, runs the engine and fetches the outputs asked for."""
         layer = self._layer
-        layer.enter()
-        bound = self._bound_to({name: array.shape for name, array in inputs.items()})
+        shapes = {name: array.shape for name, array in inputs.items()}
 
         def call() -> None:
             layer.enter()
+            bound = self._bound_to(shapes)
             for name, array in inputs.items():
                 layer.upload(bound.addresses[name], array.astype(bound.dtypes[name], order="C"))
+            assert bound.stage is not None  # noqa: S101 — bound
             bound.stage.enqueue()
             found = {name: np.empty(array.shape, bound.dtypes[name]) for name, array in outputs.items()}
             for name, array in found.items():
@@ -75,18 +83,31 @@ class DeviceStage:
         return call
 
     def close(self) -> None:
-        """Free contexts and memory."""
-        for bound in self._bound.values():
+        """Free the context and its memory, once nothing runs that uses them."""
+        bound, self._bound = self._bound, None
+        if bound is None:
+            return
+        with contextlib.suppress(BackendError, MemoryError):  # after a failure, which has been told already
+            self._layer.enter()
+            self._layer.synchronise()
+        if bound.stage:
             bound.stage.close()
-            for address in bound.owned:
+        for address in bound.owned:
+            with contextlib.suppress(BackendError):
                 self._layer.free(address)
-        self._bound.clear()
 
     def _bound_to(self, shapes: dict[str, tuple[int, ...]]) -> "_Bound":
+        if self._bound is None or self._bound.shapes != shapes:
+            self.close()
+            try:
+                self._bind(shapes)
+            except MemoryError as exc:
+                raise BackendError(f"{exc}; verify smaller images, or with --mode crop") from exc
+        assert self._bound is not None  # noqa: S101 — bound above
+        return self._bound
+
+    def _bind(self, shapes: dict[str, tuple[int, ...]]) -> None:
         built = self._stage.built
-        key = tuple(shapes[spec.name] for spec in built.inputs)
-        if key in self._bound:
-            return self._bound[key]
         profile = choose_profile(built.profiles, shapes)
         if profile is None:
             raise NotForShapesError(
@@ -99,35 +120,41 @@ class DeviceStage:
             for name, size in zip(spec.shape, shapes[spec.name], strict=True)
             if isinstance(name, str)
         }
-        dtypes = {spec.name: np.dtype(_DTYPES[spec.dtype]) for spec in (*built.inputs, *built.outputs)}
-        addresses = {}
-        for spec in (*built.inputs, *built.outputs):
-            items = math.prod(free[n] if isinstance(n, str) else n for n in spec.shape)
-            addresses[spec.name] = self._layer.allocate(items * dtypes[spec.name].itemsize)
-        owned = list(addresses.values())
-        stage = self._stage.bind(profile, shapes, addresses)
-        if stage.activation_bytes:
-            owned.append(self._layer.allocate(stage.activation_bytes))
-            stage.use_activation(owned[-1], stage.activation_bytes)
-        self._bound[key] = _Bound(stage, addresses, dtypes, owned)
-        return self._bound[key]
+        specs = (*built.inputs, *built.outputs)
+        dtypes = {spec.name: np.dtype(_DTYPES[spec.dtype]) for spec in specs}
+        sizes = {spec.name: math.prod(free[n] if isinstance(n, str) else n for n in spec.shape) for spec in specs}
+        # Known to `close` from the first piece of memory on.
+        bound = self._bound = _Bound(shapes, dtypes)
+        for name, size in sizes.items():
+            bound.addresses[name] = self._allocated(bound, size * dtypes[name].itemsize)
+        bound.stage = self._stage.bind(profile, shapes, bound.addresses)
+        if needed := bound.stage.activation_bytes:
+            bound.stage.use_activation(self._allocated(bound, needed), needed)
+
+    def _allocated(self, bound: "_Bound", size: int) -> int:
+        bound.owned.append(self._layer.allocate(size))
+        return bound.owned[-1]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Bound:
     """A context with its memory."""
 
-    stage: BoundStage
-    addresses: dict[str, int]
+    shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, np.dtype[Any]]
-    owned: list[int]
+    addresses: dict[str, int] = field(default_factory=dict)
+    owned: list[int] = field(default_factory=list)
+    stage: BoundStage | None = None
 
 
 def score_whole(manifest: Manifest, executor: DeviceExecutor, image: FloatArray, plan: Plan, seed: int) -> Whole:
-    """Score an image as `iqa-run` does: at first without a graph, then captured, then replayed."""
-    first, captured, replayed = (executor.run(image, plan, seed) for _ in range(3))
+    """Score an image as `iqa-run` does: without a graph, then captured, then replayed."""
+    executor.graphs.form = Form.NONE
+    first = executor.run(image, plan, seed)
+    executor.graphs.form = Form.LOOP
+    captured, replayed = (executor.run(image, plan, seed) for _ in range(2))
     branches = (_scores(first, name) for name in ("vcg", "vda"))
-    note = next((text for text in (*captured.notes, *replayed.notes) if "CUDA graph" in text), "")
+    note = next((text for text in (*captured.notes, *replayed.notes) if "without a CUDA graph" in text), "")
     same = None if note else _equal(first, captured) and _equal(first, replayed)
     return Whole(total_score(manifest, *branches), same, note)
 

@@ -81,7 +81,7 @@ def open_verified(path: Path) -> EngineDirectory:
     for stage in read_manifest(path).stages:
         if not (path / stage.file.path).is_file():
             raise EngineError(
-                f"{path} has no ONNX stages ({stage.file.path} is missing), and only these can be verified here; "
+                f"{path} has no ONNX stages ({stage.file.path} is missing), which verifying takes; "
                 f"export the engine again, or copy its onnx folder back"
             )
     return open_engine(path)

@@ -348,7 +348,7 @@ def open_tensorrt(
     versions = {name: library.version for name, library in libraries.items()}
     build = newest_build(directory, versions, capability)
     layer = CudaLayer(ordinal)
-    with _closed_if_it_fails(layer, directory):
+    with closed_if_it_fails(layer, directory):
         return layer, load_engines(layer, libraries[build.library], directory, build), build
 
 
@@ -370,7 +370,7 @@ def _with_tensorrt(
             capabilities=build.compute_capabilities if build.library is Library.TENSORRT_RTX else (),
         )
 
-    with _closed_if_it_fails(layer, directory):
+    with closed_if_it_fails(layer, directory):
         executor = DeviceExecutor(
             directory.manifest, layer, stages, form=Form.LOOP if cuda_graph else Form.NONE, rebuild=rebuild
         )
@@ -393,7 +393,7 @@ def _with_onnxruntime(
 
     prepare(onnx)
     layer = CudaLayer(ordinal)
-    with _closed_if_it_fails(layer, directory):
+    with closed_if_it_fails(layer, directory):
         settings = gpu_settings(onnx, ordinal, layer.stream)
         stages = on_device(layer.name, ordinal, directory.manifest, load_stages(directory, settings))
         # ONNX Runtime allocates as it runs, which cannot be captured: there is no graph to ask for, or to do without.
@@ -402,7 +402,8 @@ def _with_onnxruntime(
 
 
 @contextlib.contextmanager
-def _closed_if_it_fails(layer: "CudaLayer", directory: EngineDirectory) -> Generator[None, None, None]:
+def closed_if_it_fails(layer: "CudaLayer", directory: EngineDirectory) -> Generator[None, None, None]:
+    """Close a layer if what is to take it over cannot be made; too little memory becomes a BackendError."""
     try:
         yield
     except MemoryError as exc:

@@ -39,6 +39,7 @@ class FakeLayer:
         self.graphs: list[FakeGraph] = []
         self.contexts = 0
         self.closed = False
+        self.left = 0  # alive when it was closed: a real layer frees that too, but nothing should have to
         self.capture_fails: Callable[[int], bool] = lambda launches: False  # asked with the length of a capture
         self.watch: Callable[[int], None] = lambda launches: None  # called before every launch with their number
         self._kernels = Host(library)
@@ -119,6 +120,7 @@ class FakeLayer:
 
     def close(self) -> None:
         self.closed = True
+        self.left = self.alive
         self._memory.clear()
         self._pinned.clear()
 

@@ -82,7 +82,11 @@ def test_stages_that_are_not_taken_are_the_float32_ones_and_the_manifest_says_so
 
 
 def test_the_command_says_what_each_stage_does_and_writes_the_engine(
-    tiny_engine: Path, calibration_folder: Path, calibration_images: list[Path], tmp_path: Path
+    tiny_engine: Path,
+    calibration_folder: Path,
+    calibration_images: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     statistics = shutil.copytree(calibration_folder, tmp_path / "statistics")  # the command adds to it
     arguments = ["--engine", str(tiny_engine), "--statistics", str(statistics), "--precision", "mixed"]
@@ -98,6 +102,14 @@ def test_the_command_says_what_each_stage_does_and_writes_the_engine(
     assert none.exit_code == 2
     assert "no stage keeps the score" in none.output
     assert not (tmp_path / "none").exists()
+
+    def refuse(*_: object) -> tuple[Check, ...]:
+        raise ExportError("quantised, it is off")
+
+    monkeypatch.setattr(quantise_module, "_drift", refuse)
+    none = CliRunner().invoke(quantise, [*arguments, "--drift", "1", "-o", str(tmp_path / "none")])
+    assert none.exit_code == 2
+    assert "no stage can be quantised" in none.output
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,7 @@ def test_a_plan_for_another_engine_is_refused(
 
 
 def test_options_that_contradict_each_other_are_refused(tiny_engine: Path, saved: Path, tmp_path: Path) -> None:
+    assert refused(call("--saved", saved / "kept", "--device", "0"), "--device takes a run")
     kept = saved / "kept"
     assert refused(call(), "--engine", "--saved")
     assert refused(call("--saved", kept, "a.png"), "leave IMAGES out")

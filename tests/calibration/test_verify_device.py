@@ -47,8 +47,8 @@ def test_a_build_is_verified_against_its_own_onnx_stages_by_step_and_as_a_whole(
     assert found["graph"]["value"] == 0
     assert 0 <= found["device"]["value"] < 1e-5  # our kernels, beside the sampler on the host
     assert "graph" in fake_gpu.log
-    assert fake_gpu.alive == 0
     assert fake_gpu.closed
+    assert fake_gpu.left == 0
 
 
 def test_an_engine_that_computes_something_else_is_caught_in_its_stage(
@@ -79,6 +79,27 @@ def test_a_graph_that_cannot_be_captured_is_said_and_is_no_failure(
     assert "captures nothing today" in found["where"]
 
 
+def test_where_only_one_step_can_be_captured_that_graph_is_judged(
+    tiny_build: Path, fake_gpu: FakeLayer, images: Path, tmp_path: Path
+) -> None:
+    fake_gpu.capture_fails = lambda launches: launches > 4
+    result = call(tiny_build, images, "--json", tmp_path / "a.json")
+    assert result.exit_code == 0, result.output
+    assert checks(tmp_path / "a.json")["graph"]["value"] == 0
+    assert "graph" in fake_gpu.log
+
+
+def test_too_little_memory_on_the_device_is_said_with_the_way_out(
+    tiny_build: Path, fake_gpu: FakeLayer, images: Path
+) -> None:
+    fake_gpu.capacity = 100_000
+    result = call(tiny_build, images)
+    assert result.exit_code == 2
+    assert "bytes left" in result.stderr
+    assert "--mode crop" in result.stderr
+    assert fake_gpu.left == 0
+
+
 def test_images_of_a_size_that_the_build_does_not_take_are_refused_and_all_is_freed(
     tiny_build: Path, fake_gpu: FakeLayer, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,14 +111,15 @@ def test_images_of_a_size_that_the_build_does_not_take_are_refused_and_all_is_fr
     assert result.exit_code == 2
     assert "no profile of the unet engine takes" in result.stderr
     assert "iqa-build --sizes" in result.stderr
-    assert fake_gpu.alive == 0
     assert fake_gpu.closed
+    assert fake_gpu.left == 0
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         (("--precision", "fp16"), "a build has a plan of its own"),
+        (("--bisect", "plan.json"), "a build has a plan of its own"),
         (("--saved", "kept"), "--backend takes a run"),
     ],
 )
@@ -131,8 +153,10 @@ def test_a_stage_on_the_device_answers_as_on_the_host_in_the_types_of_its_engine
         else:
             np.testing.assert_allclose(have, want, atol=0.01)
             np.testing.assert_array_equal(have, have.astype(np.float16))
-    assert fake_gpu.contexts == 2  # one for each size
+        assert fake_gpu.contexts == 1  # the last size alone holds memory
+    nine = {name: np.tile(array, (9, 1, 1, 1)[: array.ndim]) for name, array in arrays.items()}
     with pytest.raises(NotForShapesError, match="no profile of the unet engine"):
-        stage.bind({name: np.tile(array, (9, 1, 1, 1)[: array.ndim]) for name, array in arrays.items()}, {})
+        stage.bind(nine, {})()
+    stage.bind(arrays, {"noise": have})()
     stage.close()
     assert fake_gpu.alive == 0

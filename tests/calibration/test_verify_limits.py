@@ -122,7 +122,7 @@ def test_what_was_not_measured_says_so() -> None:
         ("repeat", dataclasses.replace(LOOP, repeat=False)),
         ("order", dataclasses.replace(LOOP, order=False)),
         ("graph", dataclasses.replace(LOOP, graph=False)),
-        ("device", dataclasses.replace(LOOP, device=0.01)),
+        ("device", dataclasses.replace(LOOP, device=0.02)),
     ],
 )
 def test_results_that_change_with_what_must_not_matter_are_beyond(name: str, loop: Loop) -> None:

@@ -16,9 +16,7 @@ from diffiqa.errors import BackendError, DiffiqaError, EngineError, ImageError, 
 from diffiqa.runtime import device_layer, tensorrt
 from diffiqa.runtime import scorer as scorer_module
 from diffiqa.runtime.graphs import Form
-from diffiqa.runtime.manifest import (
-    Library,
-)
+from diffiqa.runtime.manifest import Library
 from diffiqa.runtime.onnx_backend import OnnxSettings
 from diffiqa.runtime.scorer import load
 from diffiqa.runtime.tensorrt import gpu_capability, installed_libraries, load_library

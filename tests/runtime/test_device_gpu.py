@@ -466,6 +466,8 @@ def test_verify_finds_an_fp16_build_within_its_limits_with_a_graph_and_without(
     lifted = ["--limit", "srcc=none", "--limit", "plcc=none"]
     report = tmp_path / "report.json"
     done = subprocess.run([*command, *lifted, "--json", report, *images], capture_output=True, text=True, check=False)
+    if "is not for" in done.stderr:  # TensorRT-RTX knows GPUs that it has no kernels for
+        pytest.skip(done.stderr)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {check["name"]: check["value"] for check in json.loads(report.read_text())["checks"]}
     assert found["graph"] == 0
