@@ -73,8 +73,9 @@ def _options(options: Sequence[Callable[[F], F]]) -> Callable[[F], F]:
 def train() -> None:
     """Train the restoring U-Net, the backbones, then the network that scores; make data for all three.
 
-    restore, pretrain and score run on the CPU, on a GPU, or under torchrun on several. DIR gets log.csv,
-    validation.csv, checkpoint.pt and, at the end, plot.png and model.safetensors, which iqa-export takes.
+    restore, pretrain and score run on the CPU, on a GPU, or in several processes: torchrun --nproc-per-node 2 -m --
+    diffiqa.cli train …. DIR gets log.csv, validation.csv, checkpoint.pt and, at the end, plot.png and
+    model.safetensors, which iqa-export takes.
     """
 
 
