@@ -87,6 +87,7 @@ def figures(results: Path) -> str:
     load = partial(_read, results)
     presets, overhead, full = load("export")["presets"], load("score-overhead"), load("score-full")
     memory, large, full_memory = load("score-memory"), load("score-large"), load("score-full-memory")
+    eight, verify = load("precision-speed"), load("precision-verify")
     errors = [
         [
             error
@@ -118,6 +119,15 @@ def figures(results: Path) -> str:
         [
             "the same, peak memory of the process",
             f"{full_memory['peak_mib'] / 1024:.1f} GiB, engine {full_memory['engine_mib'] / 1024:.1f} GiB",
+        ],
+        [
+            "its U-Net step in int8, beside float32",
+            f"{eight['cpu_time_over_fp32']:.1f}× less CPU time, {eight['speed_over_fp32']:.1f}× faster, "
+            f"{eight['bytes']['int8'] / eight['bytes']['fp32']:.0%} of the size",
+        ],
+        [
+            f"`iqa-verify --precision fp16`, {verify['images']} images of 176×176, `mini`",
+            f"{verify['seconds'] / 60:.1f} min",
         ],
         [
             "resident memory over 1,000 images of five sizes",

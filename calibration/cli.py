@@ -118,7 +118,7 @@ def calibrate(
     show_default=True,
     help="How the range of an activation is chosen from its histogram.",
 )
-@click.option("--percentile", type=float, default=99.9, show_default=True, help="For --ranges percentile.")
+@click.option("--percentile", type=float, default=99.999, show_default=True, help="For --ranges percentile.")
 @click.option("--force", is_flag=True, help="Replace an engine that is already there.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 def quantise(

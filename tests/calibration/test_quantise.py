@@ -76,7 +76,7 @@ def test_the_engine_is_whole_and_says_how_it_was_made(
     )
     assert all(check.max_abs_error <= check.tolerance for stage in made.stages for check in stage.checks)
     assert (
-        f"engine {directory.manifest.engine_id} quantised with percentile 99.9 ranges of 3 images"
+        f"engine {directory.manifest.engine_id} quantised with percentile 99.999 ranges of 3 images"
         in made.provenance.notes[-1]
     )
     assert made.provenance.sources[-1].format.endswith(tiny_statistics.digest)
