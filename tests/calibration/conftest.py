@@ -6,16 +6,16 @@ import PIL.Image
 import pytest
 
 from diffiqa.calibration.statistics import Statistics, collect, read
-
-from ..tiny import photo
+from diffiqa.runtime.images import synthetic
 
 
 @pytest.fixture(scope="session")
 def calibration_images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("images")
+    # Of the kind that 8-bit stages are checked on: ranges of other pictures would clip those by a fifth.
     paths = [folder / f"{seed}.png" for seed in range(3)]
     for seed, path in enumerate(paths):
-        PIL.Image.fromarray(photo(seed, 32, 48)).save(path)
+        PIL.Image.fromarray(synthetic(seed, 32, 48)).save(path)
     return paths
 
 

@@ -217,6 +217,8 @@ def test_every_method_of_choosing_ranges_gives_a_likeness(
     tiny_engine: Path, calibration_folder: Path, tmp_path: Path
 ) -> None:
     engines = set()
+    # Entropy clips what is rare on purpose: here the brightest spot of the U-Net's answer in its last steps.
+    allowed = dict.fromkeys(Method, 0.1) | {Method.ENTROPY: 0.25}
     for method in Method:
         manifest, done = quantise_engine(
             tiny_engine, tmp_path / "engine", calibration_folder, Recipe(method=method), force=True
@@ -224,7 +226,7 @@ def test_every_method_of_choosing_ranges_gives_a_likeness(
         engines.add(manifest.engine_id)
         for made in done:
             for check in made.stage.checks:
-                assert check.mean_abs_error < 0.02 * check.max_abs_reference
+                assert check.max_abs_error < allowed[method] * check.max_abs_reference, (method, made.stage.name)
     assert len(engines) == len(Method)
 
 
