@@ -41,7 +41,7 @@ def test_every_option_the_readme_names_exists() -> None:
     text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text))
     assert len(named) > 15
-    assert named - {"--help", "--nproc-per-node"} <= known, named - known  # the second is of torchrun
+    assert named - {"--help"} <= known, named - known
 
 
 def test_every_record_field_the_readme_lists_is_written() -> None:
