@@ -13,11 +13,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import BackendError
 from ..runtime.device import DeviceExecutor
-from ..runtime.device_layer import BoundStage, Layer, LoadedStage, choose_profile
+from ..runtime.device_layer import ITEM_BYTES, BoundStage, Layer, LoadedStage, choose_profile
 from ..runtime.graphs import Form
 from ..runtime.host import Call, FloatArray, Outcome
 from ..runtime.manifest import EngineDirectory, Manifest
@@ -25,7 +24,7 @@ from ..runtime.plan import Plan
 from ..runtime.scorer import closed_if_it_fails, open_tensorrt
 from .verify_figures import total_score
 from .verify_sides import Party, Side, Whole, onnx_precision
-from .verify_trace import NotForShapesError
+from .verify_trace import NotForShapesError, branch_scores
 
 _DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -114,19 +113,13 @@ class DeviceStage:
                 f"no profile of the {built.name} engine takes {shapes}; verify with images of a size it was built for, "
                 f"or build again with iqa-build --sizes"
             )
-        free = {
-            name: size
-            for spec in built.inputs
-            for name, size in zip(spec.shape, shapes[spec.name], strict=True)
-            if isinstance(name, str)
-        }
+        sizes = {name: n for spec in built.inputs for name, n in spec.free(shapes[spec.name]).items()}
         specs = (*built.inputs, *built.outputs)
-        dtypes = {spec.name: np.dtype(_DTYPES[spec.dtype]) for spec in specs}
-        sizes = {spec.name: math.prod(free[n] if isinstance(n, str) else n for n in spec.shape) for spec in specs}
         # Known to `close` from the first piece of memory on.
-        bound = self._bound = _Bound(shapes, dtypes)
-        for name, size in sizes.items():
-            bound.addresses[name] = self._allocated(bound, size * dtypes[name].itemsize)
+        bound = self._bound = _Bound(shapes, {spec.name: np.dtype(_DTYPES[spec.dtype]) for spec in specs})
+        for spec in specs:
+            needed = math.prod(spec.at(sizes)) * ITEM_BYTES[spec.dtype]
+            bound.addresses[spec.name] = self._allocated(bound, needed)
         bound.stage = self._stage.bind(profile, shapes, bound.addresses)
         if needed := bound.stage.activation_bytes:
             bound.stage.use_activation(self._allocated(bound, needed), needed)
@@ -153,17 +146,12 @@ def score_whole(manifest: Manifest, executor: DeviceExecutor, image: FloatArray,
     first = executor.run(image, plan, seed)
     executor.graphs.form = Form.LOOP
     captured, replayed = (executor.run(image, plan, seed) for _ in range(2))
-    branches = (_scores(first, name) for name in ("vcg", "vda"))
     note = next((text for text in (*captured.notes, *replayed.notes) if "without a CUDA graph" in text), "")
     same = None if note else _equal(first, captured) and _equal(first, replayed)
-    return Whole(total_score(manifest, *branches), same, note)
-
-
-def _scores(outcome: Outcome, name: str) -> npt.NDArray[np.float32]:
-    return np.array([branch.score for v in outcome.verdicts if (branch := getattr(v, name))], np.float32)
+    return Whole(total_score(manifest, *branch_scores(first)), same, note)
 
 
 def _equal(mine: Outcome, other: Outcome) -> bool:
     """Whether every score and every crop is the same, bit for bit; NaN equals NaN."""
-    pairs = [(mine.crops, other.crops), *((_scores(mine, n), _scores(other, n)) for n in ("vcg", "vda"))]
-    return all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
+    sides = ((outcome.crops, *branch_scores(outcome)) for outcome in (mine, other))
+    return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(*sides, strict=True))

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import BackendError
-from ..runtime.host import BoundDenoiser, Call, HostExecutor, StageRunner
+from ..runtime.host import BoundDenoiser, Call, HostExecutor, Outcome, StageRunner
 from ..runtime.manifest import Manifest, StageName
 from ..runtime.plan import Plan
 
@@ -76,26 +76,22 @@ class Pipeline:
         with np.errstate(all="ignore"):
             outcome = self._executor.run(image, plan, seed)
         steps = self._recorded(StageName.UNET)
-        branches = {
-            name: np.array([getattr(v, name).score for v in outcome.verdicts if getattr(v, name)], np.float32)
-            for name in ("vcg", "vda")
-        }
+        vcg, vda = branch_scores(outcome)
         return Trace(
             state=_stacked(steps, "y", 0),
             noise=_stacked(steps, "noise", 0),
             condition=steps[0]["condition"][0] if steps else np.empty(0, np.float32),
             crops=outcome.crops,
             maps=_stacked(self._recorded(StageName.VIT), "maps"),
-            **branches,
+            vcg=vcg,
+            vda=vda,
         )
 
     def scores(self, image: FloatArray, plan: Plan, seed: int) -> tuple[FloatArray, FloatArray]:
         """Return the branches' scores of the crops, keeping nothing else."""
         for recorder in self._recorders.values():
             recorder.start(0)
-        verdicts = self._executor.run(image, plan, seed).verdicts
-        vcg = np.array([v.vcg.score for v in verdicts if v.vcg], np.float32)
-        return vcg, np.array([v.vda.score for v in verdicts if v.vda], np.float32)
+        return branch_scores(self._executor.run(image, plan, seed))
 
     def answer(self, trace: Trace) -> Answers:
         """Run every stage on the inputs it had in a trace."""
@@ -150,6 +146,13 @@ class Pipeline:
         bound = {key: np.ascontiguousarray(value, np.float32) for key, value in inputs.items()}
         self._stages[name].bind(bound, {output: result})()
         return result
+
+
+def branch_scores(outcome: Outcome) -> tuple[FloatArray, FloatArray]:
+    """Return the scores of an image's crops by VCG and by VDA; empty where the model has no such branch."""
+    verdicts = outcome.verdicts
+    vcg = np.array([v.vcg.score for v in verdicts if v.vcg], np.float32)
+    return vcg, np.array([v.vda.score for v in verdicts if v.vda], np.float32)
 
 
 class _Recorder:

@@ -323,9 +323,8 @@ class DeviceExecutor:
         return [getattr(span, bound)[0] // images for span in spans]
 
     def _head_shapes(self, name: StageName, batch: int) -> Shapes:
-        dims = {"B": batch, "N": batch * len(self._manifest.kinds)}
-        inputs = self._stages[name].built.inputs
-        return {spec.name: tuple(dims[n] if isinstance(n, str) else n for n in spec.shape) for spec in inputs}
+        sizes = {"B": batch, "N": batch * len(self._manifest.kinds)}
+        return {spec.name: spec.at(sizes) for spec in self._stages[name].built.inputs}
 
     def _loop(self, batch: int, height: int, width: int) -> "_Loop":
         """Return the loop for a batch of windows of one size, bound and ready to run."""

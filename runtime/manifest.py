@@ -14,6 +14,7 @@ writers are `export/engine.py` and, of `builds` and `tensorrt/`, `export/tensorr
 import enum
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -54,6 +55,14 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+    def at(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Return the shape with these sizes of its free dimensions."""
+        return tuple(sizes[n] if isinstance(n, str) else n for n in self.shape)
+
+    def free(self, shape: Sequence[int]) -> dict[str, int]:
+        """Return the sizes that a shape gives the free dimensions."""
+        return {name: n for name, n in zip(self.shape, shape, strict=True) if isinstance(name, str)}
 
 
 @dataclass(frozen=True)

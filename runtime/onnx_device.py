@@ -84,8 +84,7 @@ class _Binding:
         self._options = onnxruntime.RunOptions()
         # The stream keeps the order; the executor waits where it reads.
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        named = [(spec.shape, shapes[spec.name]) for spec in built.inputs]
-        dims = {name: n for spec, shape in named for name, n in zip(spec, shape, strict=True) if isinstance(name, str)}
+        sizes = {name: n for spec in built.inputs for name, n in spec.free(shapes[spec.name]).items()}
         try:
             self._binding: Any = self._session.io_binding()
             for bind, specs in (
@@ -93,8 +92,7 @@ class _Binding:
                 (self._binding.bind_output, built.outputs),
             ):
                 for spec in specs:
-                    shape = [dims[n] if isinstance(n, str) else n for n in spec.shape]
-                    bind(spec.name, *stage.place, np.dtype(spec.dtype).type, shape, addresses[spec.name])
+                    bind(spec.name, *stage.place, np.dtype(spec.dtype).type, spec.at(sizes), addresses[spec.name])
         except Exception as exc:  # onnxruntime's exceptions share no base class
             raise _failure(f"onnxruntime cannot bind the {self._name} stage to {dict(shapes)}", exc) from exc
 

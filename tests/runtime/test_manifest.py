@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from diffiqa.errors import EngineError
-from diffiqa.runtime.manifest import MANIFEST, open_engine, read_manifest
+from diffiqa.runtime.manifest import MANIFEST, TensorSpec, open_engine, read_manifest
 
 
 @pytest.fixture
@@ -28,6 +28,14 @@ def test_reads_back_what_was_written(engine: Path) -> None:
     manifest = open_engine(engine).manifest
     (engine / MANIFEST).write_text(manifest.to_json())
     assert open_engine(engine).manifest == manifest
+
+
+def test_a_shape_and_the_sizes_of_its_free_dimensions_give_each_other() -> None:
+    spec = TensorSpec("maps", "float32", ("N", 4, "tokens"))
+    assert spec.at({"N": 2, "tokens": 9, "unused": 1}) == (2, 4, 9)
+    assert spec.free((2, 4, 9)) == {"N": 2, "tokens": 9}
+    with pytest.raises(ValueError, match="zip"):
+        spec.free((2, 4))
 
 
 def test_engine_id_follows_stages_and_scoring_but_not_provenance(engine: Path) -> None:
