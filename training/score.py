@@ -227,9 +227,10 @@ class ScoreTask:
         losses = (total - labels).square()
         if config.branch_weight:
             weighted = ((config.model.vcg_weight, scores.vcg), (config.model.vda_weight, scores.vda))
-            branches = [weight * score.float() for weight, score in weighted if score is not None]
-            for branch in branches:  # each has its even share of the label
-                losses = losses + config.branch_weight * (len(branches) * branch - labels).square()
+            branches = [(weight, score.float()) for weight, score in weighted if score is not None]
+            whole = sum(weight for weight, _ in branches)
+            for _, score in branches:  # the share of the label that each answers for is that of its weight
+                losses = losses + config.branch_weight * (whole * score - labels).square()
         if config.ranking_weight:
             losses = losses + config.ranking_weight * ranking_loss(total, labels, config.ranking_margin)
         return losses

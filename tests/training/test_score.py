@@ -189,18 +189,19 @@ def test_ranking_term_by_hand() -> None:
 
 
 def test_each_branch_answers_for_its_share_of_the_label(rated: list[Rated], tmp_path: Path) -> None:
-    task = task_of(score_config(branch_weight=0.5), rated, tmp_path)
+    model = dataclasses.replace(MODEL, vcg_weight=0.5, vda_weight=2.0)
+    task = task_of(score_config(branch_weight=0.5, model=model), rated, tmp_path)
     task.network.eval()
     samples = [task.sample(0, index).arrays for index in range(3)]
     batch = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*samples, strict=True)]
     with torch.no_grad():
         losses, scores = task.losses(task.network, batch), task.model(batch[0])
     labels = batch[1][:, 0]
-    expected = (scores.total - labels) ** 2
     assert scores.vcg is not None
     assert scores.vda is not None
-    for weight, score in ((MODEL.vcg_weight, scores.vcg), (MODEL.vda_weight, scores.vda)):
-        expected = expected + 0.5 * (2 * weight * score - labels) ** 2
+    expected = (0.5 * scores.vcg + 2 * scores.vda - labels) ** 2
+    for score in (scores.vcg, scores.vda):  # a fifth of the label by VCG's weight, four by VDA's
+        expected = expected + 0.5 * (2.5 * score - labels) ** 2
     assert torch.allclose(losses, expected, atol=1e-6)
 
 
