@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +32,8 @@ from .fake_device import FakeLayer, fake_stages
 from .kernels.devices import Missing, build_host
 from .tiny import TINY, perturbed
 
+# A process that a shell started in the background ignores Ctrl-C, and so would the children that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the models are tiny: more threads would only wait for each other
 
 
