@@ -137,8 +137,8 @@ def quantise(
     """Write an engine directory whose stages compute in 8 bits, from a float32 one and calibration images.
 
     iqa-run runs it like any other. Weights get a scale per channel, activations one from their measured ranges, in
-    which every step of the loop counts the same. The first convolution, the last layers and the noise embedding stay
-    float32. DIR/calibration/quantisation.json says what was done to which node.
+    which every step of the loop counts the same. The first convolution, in a ResNet those that read it, the last layers
+    and the noise embedding stay float32. DIR/calibration/quantisation.json says what was done to which node.
 
     \b
     Examples:

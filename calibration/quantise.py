@@ -210,7 +210,9 @@ def _kept(graph: onnx.GraphProto, statistics: StageStatistics) -> tuple[Kept, ..
     """Return the weight layers that stay float32, and why."""
     layers = _weight_layers(graph)
     level = _reached(graph, {"noise_level"}, through_all=True)
-    before = _reached(graph, {value.name for value in graph.input}, stop=layers)
+    images = {value.name for value in graph.input if _is_image(value)}
+    before = _reached(graph, images, stop=layers)
+    after = _passed_on(graph, {n.output[0] for n in graph.node if n.op_type == "Conv" and n.input[0] in before})
     unwell = {t for row, t in enumerate(statistics.tensors) if statistics.nonfinite[row].any()}
     followed = _followed(graph, layers)
     kept = []
@@ -222,6 +224,8 @@ def _kept(graph: onnx.GraphProto, statistics: StageStatistics) -> tuple[Kept, ..
             why = "noise embedding: it must tell levels near 1 apart"
         elif node.op_type == "Conv" and node.input[0] in before:
             why = "first convolution: it reads the image"
+        elif node.input[0] in after:
+            why = "second convolution: nothing has evened out what the first one found"
         elif node.name not in followed:
             why = "last layer: nothing after it evens its error out"
         elif unwell & {node.input[0], node.output[0]}:
@@ -256,6 +260,20 @@ def _reached(
             continue  # sizes are no values
         read = set(node.input) - constants
         if node.name not in (stop or ()) and (read and read <= known if through_all else read & known):
+            known |= set(node.output)
+    return known
+
+
+def _is_image(value: onnx.ValueInfoProto) -> bool:
+    dims = value.type.tensor_type.shape.dim
+    return len(dims) >= 4 and dims[-3].dim_value == 3
+
+
+def _passed_on(graph: onnx.GraphProto, start: set[str]) -> set[str]:
+    """Return `start` and what ReLU and pooling alone make of it."""
+    known = set(start)
+    for node in graph.node:
+        if node.op_type in {"Relu", "MaxPool"} and node.input[0] in known:
             known |= set(node.output)
     return known
 
