@@ -194,7 +194,7 @@ def _judge_saved(engine: Path | None, given: dict[str, Any]) -> "tuple[Findings,
 
             party = plan_party(engine, manifest, read_plan(given["plan_file"]))
             require(given["plan_file"], party.id, findings.candidate.id)
-    if given["precision"]:
+    if given["precision"] and findings.candidate.precision in {"fp16", "bf16"}:  # an 8-bit engine has its own
         require("--precision", given["precision"], findings.candidate.precision)
     if given["against"] and given["against"].is_dir():
         require(given["against"], read_manifest(given["against"]).engine_id, findings.reference.id)

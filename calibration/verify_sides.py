@@ -4,9 +4,10 @@ Candidates run through ONNX Runtime on the CPU: another engine's stages as they 
 under a precision plan, emulated in float32 with every result rounded. `verify_device` has those that run on a GPU.
 """
 
+import dataclasses
 import hashlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from ..runtime.manifest import (
 from ..runtime.onnx_backend import OnnxSettings, OnnxStage
 from ..runtime.plan import Plan
 from ..runtime.scorer import load_stages
+from .statistics import NAME as STATISTICS
 
 _QUANTISED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"}
 _FLOAT8 = {TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2}
@@ -93,8 +95,7 @@ def open_sides(given: Given, settings: OnnxSettings) -> tuple[Side, Side]:
     plan = chosen_plan(given, directory)
     reference = reference_side(given, directory, settings)
     if plan is None:
-        party = Party(str(given.engine), directory.manifest.engine_id, onnx_precision(directory))
-        return reference, Side(party, directory.manifest, load_stages(directory, settings))
+        return reference, _engine_side(directory, settings)
     return reference, emulated_side(directory, plan, settings)
 
 
@@ -102,7 +103,10 @@ def emulated_side(directory: EngineDirectory, plan: PrecisionPlan, settings: Onn
     """Return an engine under a plan."""
     manifest = directory.manifest
     stages = {s.name: emulate(directory, s, plan.stage(s.name), plan.precision, settings) for s in manifest.stages}
-    return Side(plan_party(directory.path, manifest, plan), manifest, stages)
+    party, lowest = plan_party(directory.path, manifest, plan), onnx_precision(directory)
+    if lowest != "fp32":  # an 8-bit engine, of which the plan rounds the rest
+        party = dataclasses.replace(party, label=f"{party.label}, the rest in {lowest}", precision=lowest)
+    return Side(party, manifest, stages)
 
 
 def chosen_plan(given: Given, directory: EngineDirectory) -> PrecisionPlan | None:
@@ -144,7 +148,7 @@ def emulate(
     with tempfile.TemporaryDirectory(prefix="iqa-verify-") as folder:
         path = Path(folder, f"{stage.name}.onnx")  # messages then name the stage
         path.write_bytes(model.SerializeToString())
-        return OnnxStage(path, settings)
+        return OnnxStage(path, _fitting(settings, _lowest([model.graph])))
 
 
 def emulated(model: onnx.ModelProto, plan: StagePrecision, precision: Precision) -> onnx.ModelProto:
@@ -172,14 +176,26 @@ def emulated(model: onnx.ModelProto, plan: StagePrecision, precision: Precision)
 def reference_side(given: Given, directory: EngineDirectory, settings: OnnxSettings) -> Side:
     """Return what an engine is held against."""
     if given.against is None:
-        party = Party(str(given.engine), directory.manifest.engine_id, onnx_precision(directory))
-        return Side(party, directory.manifest, load_stages(directory, settings))
+        return _engine_side(directory, settings)
     if given.against.is_file():
         return _checkpoint(given, given.against, directory.manifest)
     other = open_verified(given.against)
     _require_same_model(given, directory.manifest, other.manifest)
-    party = Party(str(given.against), other.manifest.engine_id, onnx_precision(other))
-    return Side(party, other.manifest, load_stages(other, settings))
+    return _engine_side(other, settings)
+
+
+def _engine_side(directory: EngineDirectory, settings: OnnxSettings) -> Side:
+    precision = onnx_precision(directory)
+    stages = load_stages(directory, _fitting(settings, precision))
+    return Side(Party(str(directory.path), directory.manifest.engine_id, precision), directory.manifest, stages)
+
+
+def _fitting(settings: OnnxSettings, precision: str) -> OnnxSettings:
+    """Keep Q/DQ of fp8 as it stands: ONNX Runtime (1.31) cannot run it where it moves it past other nodes."""
+    if precision != "fp8":
+        return settings
+    entries = {**settings.session_config, "session.disable_quant_qdq": "1"}
+    return dataclasses.replace(settings, session_config=entries)
 
 
 def _checkpoint(given: Given, path: Path, manifest: Manifest) -> Side:
@@ -243,6 +259,8 @@ def _require_same_model(given: Given, mine: Manifest, other: Manifest) -> None:
 
 def _require_same_weights(given: Given, mine: tuple[Source, ...], other: tuple[Source, ...]) -> None:
     # Parts that were never trained have no file, only the seed of their initial values.
+    # Statistics, which 8-bit engines have been through, are no weights.
+    mine, other = (tuple(source for source in sources if source.role != STATISTICS) for sources in (mine, other))
     hashes = [{source.sha256 or source.format for source in sources} for sources in (mine, other)]
     if given.any_weights or not all(hashes) or hashes[0] == hashes[1]:
         return
@@ -255,9 +273,12 @@ def _require_same_weights(given: Given, mine: tuple[Source, ...], other: tuple[S
 
 def onnx_precision(directory: EngineDirectory) -> str:
     """Return the lowest precision that any ONNX stage of an engine computes in."""
+    return _lowest(onnx.load(directory.file(stage.file)).graph for stage in directory.manifest.stages)
+
+
+def _lowest(graphs: Iterable[onnx.GraphProto]) -> str:
     found = {"fp32"}
-    for stage in directory.manifest.stages:
-        graph = onnx.load(directory.file(stage.file)).graph
+    for graph in graphs:
         kinds = {tensor.data_type for tensor in graph.initializer}
         found |= {name for kind, name in _LOW.items() if kind in kinds}
         if kinds & _FLOAT8:

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from diffiqa import cli
+from diffiqa.calibration.quantise import Number, Recipe, quantise_engine
 from diffiqa.export.precision import PrecisionPlan, plan_stage, read_plan
 from diffiqa.model.bundle import save_bundle
 from diffiqa.model.network import DiffV2IQA
@@ -118,6 +119,25 @@ def test_an_engine_is_verified_against_another(tiny_engine: Path, images: Path, 
     result = call("--engine", off, "--against", tiny_engine, images, *CALM, "--limit", "branch=1e-6")
     assert result.exit_code == 1, result.output
     assert "vda" in result.stdout
+
+
+@pytest.mark.parametrize("number", Number)
+def test_an_8_bit_engine_is_verified_against_its_float32_one(
+    tiny_engine: Path, calibration_folder: Path, images: Path, tmp_path: Path, number: Number
+) -> None:
+    """As it stands and, in the form that TensorRT reads, with the rest rounded as iqa-build does it."""
+    quantise_engine(tiny_engine, tmp_path / "eight", calibration_folder, Recipe.of(number))
+    rounded: list[tuple[str, ...]] = [(), ("--precision", "fp16")] if number is Number.FP8 else [()]
+    drift = []
+    for index, options in enumerate(rounded):
+        file = tmp_path / f"{index}.json"
+        arguments: tuple[str | Path, ...] = ("--engine", tmp_path / "eight", "--against", tiny_engine, images)
+        result = call(*arguments, *CALM, *options, "--seeds", "1", "--json", file)
+        assert result.exit_code == 0, result.output  # by the limits of 8 bits, whatever the rest is in
+        checks = {check["name"]: check["value"] for check in json.loads(file.read_text())["checks"]}
+        assert checks["score-mean"] > 0
+        drift.append(checks["unet-mean"])
+    assert len(set(drift)) == len(drift)
 
 
 def test_an_engine_is_verified_against_its_checkpoint(
