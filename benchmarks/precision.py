@@ -6,9 +6,9 @@
 
 `scores` (results/precision.json) takes pictures of the part "test" that `iqa-train rate` made, calibrates on 16 of the
 part "train", and scores each picture in all precisions in turn: one crop, restored by itself. int8 is of all stages,
-mixed of those that `--precision mixed` takes. fp16 and bf16 are emulated, every result rounded as the plan of
-`iqa-build` says, because no CPU computes in them as TensorRT does: their scores count, their times do not. fp8 is for
-TensorRT alone and is not measured. `speed` (results/precision-speed.json) runs the full-size U-Net step, float32 and
+mixed of those that `--precision mixed` takes. fp16, bf16 and fp8 are emulated, every result rounded as the plan of
+`iqa-build` says (fp8: of all stages, the rest in fp16), because no CPU computes in them as TensorRT does: their scores
+count, their times do not. `speed` (results/precision-speed.json) runs the full-size U-Net step, float32 and
 int8 in turn, on seeded weights: time and sizes, nothing about scores. `verify` (results/precision-verify.json) is how
 long iqa-verify takes over 20 of the pictures.
 """
@@ -48,7 +48,9 @@ from diffiqa.training.splits import Split
 
 CALIBRATION_IMAGES = 16
 VERIFIED_IMAGES = 20
-BF16_IMAGES = 25  # its emulation takes as long as that of fp16, and nobody builds for it by default
+# The emulation of each takes as long as that of fp16, and nobody builds for them by default.
+FEWER_IMAGES = 25
+FEWER = {"bf16", "fp8"}
 OPTIONS = Options(crops=1, mode=Mode.CROP)
 SEED = 11
 
@@ -80,63 +82,42 @@ def measure_scores(given: argparse.Namespace, folder: Path) -> None:
     labels, split = load_csv(given.labels), Split.read(given.split)
     chosen = drawn(split.items(labels, "test"), given.images)
     export_engine(load_checkpoint(given.ckpt), folder / "fp32")
-    names = ["fp32"]
     trials: list[Trial] = []
     taken: dict[str, list[StageName]] = {}
     if not given.no_int8:
         items = drawn(split.items(labels, "train"), CALIBRATION_IMAGES)
-        collect(folder / "fp32", [item.path for item in items], folder)
-        recipe = Recipe.of("int8")
-        trials = choose_stages(folder / "fp32", folder, [item.path for item in items], recipe)
-        taken = {"int8": list(StageName), "mixed": [trial.stage for trial in trials if trial.taken]}
-        for name, stages in taken.items():
-            try:
-                quantise_engine(folder / "fp32", folder / name, folder, recipe, only=stages)
-                names.append(name)
-            except DiffiqaError as exc:
-                print(f"{name} is left out: {exc}")
-    engines = {name: open_engine(folder / name) for name in names}
+        trials, taken = quantise_all(folder, [item.path for item in items])
+    engines = {name: open_engine(folder / name) for name in ("fp32", *taken)}
+    others = {name: engines.pop(name) for name in ("fp8",) if name in engines}  # not run as it is
     settings = OnnxSettings()
     scorers = {name: Scorer(e.manifest, load_stages(e, settings), backend=name) for name, e in engines.items()}
     shares: dict[str, dict[str, float]] = {}
     for precision in (Precision.FP16, Precision.BF16):
-        plan = chosen_plan(Given(folder / "fp32", precision=precision), engines["fp32"])
-        assert plan is not None
-        side = emulated_side(engines["fp32"], plan, settings)
-        scorers[precision] = Scorer(side.manifest, side.stages, backend=precision)
-        nodes = {stage.name: {kept.node for kept in stage.float32} for stage in plan.stages}
-        shares[precision] = share_of_macs(engines["fp32"], nodes)
+        scorers[precision], shares[precision] = emulated(engines["fp32"], precision, settings)
+    for name, engine in others.items():
+        scorers[name], _ = emulated(engine, Precision.FP16, settings)
     found: dict[str, list[float]] = {name: [] for name in scorers}
     seconds: dict[str, list[float]] = {name: [] for name in scorers}
     for number, item in enumerate(chosen):
         for name, scorer in scorers.items():
-            if name is Precision.BF16 and number >= BF16_IMAGES:
+            if name in FEWER and number >= FEWER_IMAGES:
                 continue
             start = time.perf_counter()
             found[name].append(scorer.score(item.path, OPTIONS).score)
             seconds[name].append(time.perf_counter() - start)
     rows: dict[str, Any] = {}
     for name, scores in found.items():
-        reference, truth = found["fp32"][: len(scores)], [item.quality for item in chosen[: len(scores)]]
-        drift = np.abs(np.subtract(scores, reference))
-        rows[name] = {
-            "images": len(scores),
-            "mean_drift": float(drift.mean()),
-            "p99_drift": float(np.quantile(drift, 0.99)),
-            "max_drift": float(drift.max()),
-            "srcc_with_fp32": srcc(scores, reference),
-            "plcc_with_fp32": plcc(scores, reference),
-            "srcc_with_labels": srcc(scores, truth),
-            "scores": [round(score, 7) for score in scores],
-        }
+        rows[name] = beside(found["fp32"][: len(scores)], scores, [item.quality for item in chosen[: len(scores)]])
         if name in shares:
             rows[name]["share_of_macs_in_float32"] = shares[name]
+        if engine := engines.get(name, others.get(name)):
+            rows[name]["bytes"] = {s.name: s.file.bytes for s in engine.manifest.stages}
         if name in engines:
-            rows[name]["bytes"] = {s.name: s.file.bytes for s in engines[name].manifest.stages}
             rows[name]["seconds_median"] = statistics.median(seconds[name])
-    for name in names[1:]:
-        rows[name]["speed_over_fp32"] = ratio(seconds["fp32"], seconds[name])
-        rows[name]["stages_in_8_bits"] = taken[name]
+    for name, stages in taken.items():
+        rows[name]["stages_in_8_bits"] = stages
+        if name in engines:
+            rows[name]["speed_over_fp32"] = ratio(seconds["fp32"], seconds[name])
     figures = {
         "model": engines["fp32"].manifest.engine_id,
         "images": len(chosen),
@@ -151,6 +132,45 @@ def measure_scores(given: argparse.Namespace, folder: Path) -> None:
         "precisions": rows,
     }
     write("precision", figures)
+
+
+def quantise_all(folder: Path, images: list[Path]) -> tuple[list[Trial], dict[str, list[StageName]]]:
+    """Write 8-bit forms of the engine fp32; return the trials for `mixed`, and the stages of each form written."""
+    collect(folder / "fp32", images, folder)
+    trials = choose_stages(folder / "fp32", folder, images, Recipe.of("int8"))
+    mixed = [trial.stage for trial in trials if trial.taken]
+    written = {}
+    for name, stages in (("int8", list(StageName)), ("mixed", mixed), ("fp8", list(StageName))):
+        try:
+            quantise_engine(folder / "fp32", folder / name, folder, Recipe.of(name), only=stages)
+            written[name] = stages
+        except DiffiqaError as exc:
+            print(f"{name} is left out: {exc}")
+    return trials, written
+
+
+def emulated(engine: EngineDirectory, precision: Precision, settings: OnnxSettings) -> tuple[Scorer, dict[str, float]]:
+    """Return an engine as `iqa-build` would cast it, and the share of each stage's MACs that stays float32."""
+    plan = chosen_plan(Given(engine.path, precision=precision), engine)
+    assert plan is not None
+    side = emulated_side(engine, plan, settings)
+    nodes = {stage.name: {kept.node for kept in stage.float32} for stage in plan.stages}
+    return Scorer(side.manifest, side.stages, backend=precision), share_of_macs(engine, nodes)
+
+
+def beside(reference: list[float], scores: list[float], truth: list[float]) -> dict[str, Any]:
+    """Compare scores with those in float32, and with labels."""
+    drift = np.abs(np.subtract(scores, reference))
+    return {
+        "images": len(scores),
+        "mean_drift": float(drift.mean()),
+        "p99_drift": float(np.quantile(drift, 0.99)),
+        "max_drift": float(drift.max()),
+        "srcc_with_fp32": srcc(scores, reference),
+        "plcc_with_fp32": plcc(scores, reference),
+        "srcc_with_labels": srcc(scores, truth),
+        "scores": [round(score, 7) for score in scores],
+    }
 
 
 def measure_speed(given: argparse.Namespace, folder: Path) -> None:

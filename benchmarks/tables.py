@@ -159,7 +159,7 @@ def precision(results: Path) -> str:
                 f"{row['srcc_with_labels']:.3f}",
                 "" if left is None else f"{left:.2g}",
                 f"{sum(sizes.values()) / sum(reference.values()):.0%}" if sizes else "emulated",
-                f"{row['speed_over_fp32']:.1f}×" if "speed_over_fp32" in row else "1" if sizes else "–",
+                f"{row['speed_over_fp32']:.1f}×" if "speed_over_fp32" in row else "1" if name == "fp32" else "–",
             ]
         )
     head = [
