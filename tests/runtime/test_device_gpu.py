@@ -89,6 +89,12 @@ def host(directory: EngineDirectory) -> HostExecutor:
     return HostExecutor(directory.manifest, load_stages(directory, OnnxSettings(threads=2)))
 
 
+def skip_if_not_for_this_gpu(message: str) -> None:
+    """TensorRT-RTX knows GPUs that it has no kernels for."""
+    if "is not for" in message:
+        pytest.skip(message)
+
+
 def on_gpu(directory: EngineDirectory, form: Form, layer: CudaLayer, taps: Taps | None = None) -> DeviceExecutor:
     manifest = directory.manifest
     library = load_library(manifest.builds[-1].library)
@@ -96,8 +102,7 @@ def on_gpu(directory: EngineDirectory, form: Form, layer: CudaLayer, taps: Taps 
     try:
         stages = load_engines(layer, library, directory, build)
     except EngineError as exc:
-        if "is not for" in str(exc):  # TensorRT-RTX knows GPUs that it has no kernels for
-            pytest.skip(str(exc))
+        skip_if_not_for_this_gpu(str(exc))
         raise
     return DeviceExecutor(dataclasses.replace(manifest, taps=taps or manifest.taps), layer, stages, form=form)
 
@@ -466,8 +471,7 @@ def test_verify_finds_an_fp16_build_within_its_limits_with_a_graph_and_without(
     lifted = ["--limit", "srcc=none", "--limit", "plcc=none"]
     report = tmp_path / "report.json"
     done = subprocess.run([*command, *lifted, "--json", report, *images], capture_output=True, text=True, check=False)
-    if "is not for" in done.stderr:  # TensorRT-RTX knows GPUs that it has no kernels for
-        pytest.skip(done.stderr)
+    skip_if_not_for_this_gpu(done.stderr)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {check["name"]: check["value"] for check in json.loads(report.read_text())["checks"]}
     assert found["graph"] == 0
