@@ -1,6 +1,6 @@
-"""Scoring on the CPU: the loop's overhead, start-up, memory, a 24-megapixel JPEG, one full-size image.
+"""Scoring on the CPU: the loop's overhead, start-up, busy waiting, memory, a 24-megapixel JPEG, one full-size image.
 
-    python benchmarks/score.py overhead startup memory tables large full full-memory
+    python benchmarks/score.py overhead startup spin memory tables large full full-memory
 
 Each named part writes results/score-PART.json. Engines are exported as needed: the `mini` preset, `paper` for `full`.
 """
@@ -161,6 +161,39 @@ def part_tables(folder: Path) -> dict[str, object]:
         if index >= 5:
             ratios.append(times[0] / times[1])
     return {"seconds_per_step_base_over_constant_median": round(float(np.median(ratios)), 4), "ratios": ratios}
+
+
+def part_spin(folder: Path) -> dict[str, object]:
+    """Busy waiting (`--spin`) beside none, a step of `mini`'s U-Net: alone, and beside a process that never waits."""
+    path = export("mini", folder) / "onnx" / "unet.onnx"
+    found = []
+    for side in (112, 224):
+        rows = np.random.default_rng(0).standard_normal((3, 1, 3, side, side)).astype(np.float32)
+        inputs = {"y": rows[0], "condition": rows[1], "noise_level": np.full((1, 1), 0.4, np.float32)}
+        calls = [
+            OnnxStage(path, OnnxSettings(spinning=spin)).bind(inputs, {"noise": rows[2]}) for spin in (False, True)
+        ]
+        alone = _seconds_in_turn(calls)
+        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+            beside = _seconds_in_turn(calls)
+            busy.kill()
+        for condition, (waiting, spinning) in (("alone", alone), ("beside a busy process", beside)):
+            ratio = float(np.median(np.divide(spinning, waiting)))
+            found.append({"side": side, "condition": condition, "ratio": ratio, "seconds": [waiting, spinning]})
+    return {"cases": found}
+
+
+def _seconds_in_turn(calls: list[Call], rounds: int = 25, repeats: int = 5) -> list[list[float]]:
+    """Return the seconds of `repeats` calls in a row, as the loop makes them, for each call in turn."""
+    spent: list[list[float]] = [[] for _ in calls]
+    for index in range(rounds + 1):
+        for call, seconds in zip(calls, spent, strict=True):
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            if index:  # the first warms up
+                seconds.append(time.perf_counter() - start)
+    return spent
 
 
 def part_large(folder: Path) -> dict[str, object]:

@@ -101,6 +101,12 @@ def provider(text: str) -> str | tuple[str, dict[str, str]]:
 @click.option("--device", type=click.IntRange(0), metavar="N", help="GPU for TensorRT or ONNX Runtime, counted from 0.")
 @click.option("--no-cuda-graph", is_flag=True, help="Launch every kernel by itself: the same scores, more CPU time.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Default: the CPUs this process may use.")
+@click.option(
+    "--spin",
+    is_flag=True,
+    help="Let ONNX Runtime's idle threads on the CPU wait busily: the same scores, sooner where nothing else runs, "
+    "later where something does.",
+)
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Images scored at a time.")
 @click.option(
     "--provider",
@@ -160,8 +166,11 @@ def run(engine: Path, images: tuple[str, ...], **given: Any) -> None:
     _refuse_collisions(names, outputs)
     how: dict[str, Any] = {"device": given["device"], "cuda_graph": not given["no_cuda_graph"]}
     threads, providers, precision = given["threads"], given["providers"], given["cpu_precision"]
-    if providers or (threads and given["backend"] != "openvino"):
-        how["onnx"] = OnnxSettings(threads=threads, providers=providers or ("CPUExecutionProvider",))
+    if given["spin"] and given["backend"] not in {"auto", "onnxruntime"}:
+        raise UsageError(f"--spin is about threads of --backend onnxruntime, not of {given['backend']}; leave it out")
+    if providers or given["spin"] or (threads and given["backend"] != "openvino"):
+        chosen = providers or ("CPUExecutionProvider",)
+        how["onnx"] = OnnxSettings(threads=threads, providers=chosen, spinning=given["spin"])
     if precision or given["backend"] == "openvino":
         how["openvino"] = OpenVinoSettings(threads=threads, precision=precision or "fp32")
     if given["max_pixels"] is not None:

@@ -18,6 +18,8 @@ from PIL import Image
 
 from diffiqa import Scorer
 from diffiqa.cli import main
+from diffiqa.runtime import scorer
+from diffiqa.runtime.onnx_backend import OnnxSettings, OnnxStage
 
 from ..tiny import photo
 
@@ -67,6 +69,27 @@ def test_all_good_is_exit_code_0_and_records_carry_what_the_score_depends_on(
     assert record["score"] == pytest.approx(record["vcg"] + record["vda"])
     assert record["spread"] > 0
     assert record["seconds"] > 0
+
+
+def test_threads_that_wait_busily_give_the_same_scores(
+    tiny_engine: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    class Watched(OnnxStage):
+        def __init__(self, path: Path, settings: OnnxSettings) -> None:
+            seen.append(settings.spinning)
+            super().__init__(path, settings)
+
+    monkeypatch.setattr(scorer, "OnnxStage", Watched)
+    arguments = (folder / "a.png", "--threads", "2", "--format", "jsonl")
+    waiting, spinning = (call(tiny_engine, *arguments, *more) for more in ((), ("--spin",)))
+    assert [spinning.exit_code, waiting.exit_code] == [0, 0]
+    assert lines(spinning.stdout)[0]["score"] == lines(waiting.stdout)[0]["score"]
+    assert seen == [False] * 4 + [True] * 4
+    refused = call(tiny_engine, *arguments, "--spin", "--backend", "openvino")
+    assert refused.exit_code == 2
+    assert "--spin is about threads of --backend onnxruntime" in refused.stderr
 
 
 def test_names_of_files_globs_and_standard_input(tiny_engine: Path, folder: Path) -> None:
