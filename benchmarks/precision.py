@@ -37,6 +37,7 @@ from diffiqa.calibration.verify_sides import Given, chosen_plan, emulated_side
 from diffiqa.errors import DiffiqaError
 from diffiqa.export.engine import export_engine, one_image
 from diffiqa.export.macs import macs_by_node
+from diffiqa.export.precision import PrecisionPlan
 from diffiqa.model.checkpoint import load as load_checkpoint
 from diffiqa.runtime.manifest import EngineDirectory, Precision, StageName, open_engine
 from diffiqa.runtime.onnx_backend import OnnxSettings, OnnxStage
@@ -66,7 +67,7 @@ def main() -> None:
     scores = commands.add_parser("scores", parents=[pictures])
     scores.set_defaults(measure=measure_scores)
     scores.add_argument("--images", type=int, default=200)
-    scores.add_argument("--no-int8", action="store_true", help="Leave int8 out, and with it the calibration.")
+    scores.add_argument("--no-int8", action="store_true", help="Leave 8 bits out, and with them the calibration.")
     verify = commands.add_parser("verify", parents=[pictures])
     verify.set_defaults(measure=measure_verify)
     speed = commands.add_parser("speed")
@@ -88,14 +89,16 @@ def measure_scores(given: argparse.Namespace, folder: Path) -> None:
         items = drawn(split.items(labels, "train"), CALIBRATION_IMAGES)
         trials, taken = quantise_all(folder, [item.path for item in items])
     engines = {name: open_engine(folder / name) for name in ("fp32", *taken)}
-    others = {name: engines.pop(name) for name in ("fp8",) if name in engines}  # not run as it is
+    fp8 = engines.pop("fp8", None)  # emulated, not run as it is
     settings = OnnxSettings()
     scorers = {name: Scorer(e.manifest, load_stages(e, settings), backend=name) for name, e in engines.items()}
     shares: dict[str, dict[str, float]] = {}
     for precision in (Precision.FP16, Precision.BF16):
-        scorers[precision], shares[precision] = emulated(engines["fp32"], precision, settings)
-    for name, engine in others.items():
-        scorers[name], _ = emulated(engine, Precision.FP16, settings)
+        scorers[precision], plan = emulated(engines["fp32"], precision, settings)
+        nodes = {stage.name: {kept.node for kept in stage.float32} for stage in plan.stages}
+        shares[precision] = share_of_macs(engines["fp32"], nodes)
+    if fp8:
+        scorers["fp8"], _ = emulated(fp8, Precision.FP16, settings)
     found: dict[str, list[float]] = {name: [] for name in scorers}
     seconds: dict[str, list[float]] = {name: [] for name in scorers}
     for number, item in enumerate(chosen):
@@ -110,7 +113,7 @@ def measure_scores(given: argparse.Namespace, folder: Path) -> None:
         rows[name] = beside(found["fp32"][: len(scores)], scores, [item.quality for item in chosen[: len(scores)]])
         if name in shares:
             rows[name]["share_of_macs_in_float32"] = shares[name]
-        if engine := engines.get(name, others.get(name)):
+        if engine := engines.get(name, fp8 if name == "fp8" else None):
             rows[name]["bytes"] = {s.name: s.file.bytes for s in engine.manifest.stages}
         if name in engines:
             rows[name]["seconds_median"] = statistics.median(seconds[name])
@@ -149,13 +152,12 @@ def quantise_all(folder: Path, images: list[Path]) -> tuple[list[Trial], dict[st
     return trials, written
 
 
-def emulated(engine: EngineDirectory, precision: Precision, settings: OnnxSettings) -> tuple[Scorer, dict[str, float]]:
-    """Return an engine as `iqa-build` would cast it, and the share of each stage's MACs that stays float32."""
+def emulated(engine: EngineDirectory, precision: Precision, settings: OnnxSettings) -> tuple[Scorer, PrecisionPlan]:
+    """Return an engine as `iqa-build` would cast it, and by which plan."""
     plan = chosen_plan(Given(engine.path, precision=precision), engine)
     assert plan is not None
     side = emulated_side(engine, plan, settings)
-    nodes = {stage.name: {kept.node for kept in stage.float32} for stage in plan.stages}
-    return Scorer(side.manifest, side.stages, backend=precision), share_of_macs(engine, nodes)
+    return Scorer(side.manifest, side.stages, backend=precision), plan
 
 
 def beside(reference: list[float], scores: list[float], truth: list[float]) -> dict[str, Any]:

@@ -158,8 +158,8 @@ def precision(results: Path) -> str:
                 "" if name == "fp32" else f"{row['srcc_with_fp32']:.5f}",
                 f"{row['srcc_with_labels']:.3f}",
                 "" if left is None else f"{left:.2g}",
-                f"{sum(sizes.values()) / sum(reference.values()):.0%}" if sizes else "emulated",
-                f"{row['speed_over_fp32']:.1f}×" if "speed_over_fp32" in row else "1" if name == "fp32" else "–",
+                f"{sum(sizes.values()) / sum(reference.values()):.0%}" if sizes else "–",
+                f"{row['speed_over_fp32']:.1f}×" if "speed_over_fp32" in row else "1" if name == "fp32" else "emulated",
             ]
         )
     head = [

@@ -175,6 +175,7 @@ def _judge_saved(engine: Path | None, given: dict[str, Any]) -> "tuple[Findings,
     from ..runtime.manifest import read_manifest
     from .verify_limits import few_images, make_limits
     from .verify_saved import read_saved
+    from .verify_sides import default_limits, plan_id
 
     findings, engine_id = read_saved(given["saved"], given["quantile"])
 
@@ -190,15 +191,14 @@ def _judge_saved(engine: Path | None, given: dict[str, Any]) -> "tuple[Findings,
         require(engine, manifest.engine_id, engine_id)
         if given["plan_file"]:
             from ..export.precision import read_plan
-            from .verify_sides import plan_party
 
-            party = plan_party(engine, manifest, read_plan(given["plan_file"]))
-            require(given["plan_file"], party.id, findings.candidate.id)
-    if given["precision"] and findings.candidate.precision in {"fp16", "bf16"}:  # an 8-bit engine has its own
-        require("--precision", given["precision"], findings.candidate.precision)
+            require(given["plan_file"], plan_id(manifest, read_plan(given["plan_file"])), findings.candidate.id)
+    if given["precision"]:
+        require("--precision", given["precision"], findings.candidate.cast or findings.candidate.precision)
     if given["against"] and given["against"].is_dir():
         require(given["against"], read_manifest(given["against"]).engine_id, findings.reference.id)
-    limits = make_limits(given["precision_limits"] or findings.candidate.precision, given["changes"])
+    default = default_limits(findings.reference, findings.candidate)
+    limits = make_limits(given["precision_limits"] or default, given["changes"])
     return findings, few_images(limits, given["changes"], len(findings.images))
 
 
@@ -217,7 +217,7 @@ def _run(
     from .verify_limits import few_images, make_limits
     from .verify_report import is_within, write
     from .verify_saved import Store
-    from .verify_sides import Given, chosen_plan, open_sides, open_verified, reference_side
+    from .verify_sides import Given, chosen_plan, default_limits, open_sides, open_verified, reference_side
 
     plan = read_plan(given["plan_file"]) if given["plan_file"] else None
     precision = Precision(given["precision"]) if given["precision"] else None
@@ -237,7 +237,8 @@ def _run(
             candidate = opened.enter_context(open_device_side(directory, given["device"] or 0))
         else:
             reference, candidate = open_sides(asked, settings)
-        limits = make_limits(given["precision_limits"] or candidate.party.precision, given["changes"])
+        default = default_limits(reference.party, candidate.party)
+        limits = make_limits(given["precision_limits"] or default, given["changes"])
         limits = few_images(limits, given["changes"], len(subjects))
         store = Store(given["save"]) if given["save"] else None
         findings = run(

@@ -47,6 +47,7 @@ SMALLEST = 0.01
 FP8_LARGEST = 448.0
 _FP8: Any = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
 _BIAS_LIMIT = 2.0**30
+_IMAGES = {"y", "condition", "image", "images"}  # inputs of stages; the VCG head's are features
 
 Progress = Callable[[StageName, str], None]  # (stage, what is being done to it)
 
@@ -210,8 +211,7 @@ def _kept(graph: onnx.GraphProto, statistics: StageStatistics) -> tuple[Kept, ..
     """Return the weight layers that stay float32, and why."""
     layers = _weight_layers(graph)
     level = _reached(graph, {"noise_level"}, through_all=True)
-    images = {value.name for value in graph.input if _is_image(value)}
-    before = _reached(graph, images, stop=layers)
+    before = _reached(graph, _IMAGES, stop=layers)
     after = _passed_on(graph, {n.output[0] for n in graph.node if n.op_type == "Conv" and n.input[0] in before})
     unwell = {t for row, t in enumerate(statistics.tensors) if statistics.nonfinite[row].any()}
     followed = _followed(graph, layers)
@@ -225,7 +225,7 @@ def _kept(graph: onnx.GraphProto, statistics: StageStatistics) -> tuple[Kept, ..
         elif node.op_type == "Conv" and node.input[0] in before:
             why = "first convolution: it reads the image"
         elif node.input[0] in after:
-            why = "second convolution: nothing has evened out what the first one found"
+            why = "second convolution: rounding what the first one found moves scores most"
         elif node.name not in followed:
             why = "last layer: nothing after it evens its error out"
         elif unwell & {node.input[0], node.output[0]}:
@@ -262,11 +262,6 @@ def _reached(
         if node.name not in (stop or ()) and (read and read <= known if through_all else read & known):
             known |= set(node.output)
     return known
-
-
-def _is_image(value: onnx.ValueInfoProto) -> bool:
-    dims = value.type.tensor_type.shape.dim
-    return len(dims) >= 4 and dims[-3].dim_value == 3
 
 
 def _passed_on(graph: onnx.GraphProto, start: set[str]) -> set[str]:

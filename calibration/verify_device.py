@@ -37,11 +37,11 @@ def open_device_side(directory: EngineDirectory, ordinal: int) -> Generator[Side
         opened = DeviceExecutor(directory.manifest, layer, engines)
     with contextlib.closing(opened) as executor:
         stages = {name: DeviceStage(layer, engine) for name, engine in engines.items()}
-        lowest = onnx_precision(directory)
         party = Party(
             f"{directory.path}, {build.library} {build.version} {build.precision} on {layer.name}",
             f"{directory.manifest.engine_id}+{build.key}",
-            build.precision if lowest == "fp32" else lowest,
+            onnx_precision(directory),
+            build.precision,
         )
         try:
             yield Side(party, directory.manifest, stages, lambda *run: score_whole(directory.manifest, executor, *run))

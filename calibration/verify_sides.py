@@ -4,10 +4,9 @@ Candidates run through ONNX Runtime on the CPU: another engine's stages as they 
 under a precision plan, emulated in float32 with every result rounded. `verify_device` has those that run on a GPU.
 """
 
-import dataclasses
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,15 @@ import onnx
 from onnx import TensorProto, helper
 
 from ..errors import EngineError, UsageError
-from ..export.precision import PLAN_SCHEMA, PrecisionPlan, StagePrecision, cast, plan_stage, rounded
+from ..export.precision import (
+    PLAN_SCHEMA,
+    PrecisionPlan,
+    StagePrecision,
+    cast,
+    plan_stage,
+    refuse_unsigned,
+    rounded,
+)
 from ..runtime.codec import encode
 from ..runtime.host import Call, FloatArray, StageRunner
 from ..runtime.manifest import (
@@ -29,7 +36,7 @@ from ..runtime.manifest import (
     open_engine,
     read_manifest,
 )
-from ..runtime.onnx_backend import OnnxSettings, OnnxStage
+from ..runtime.onnx_backend import OnnxSettings, OnnxStage, as_it_stands
 from ..runtime.plan import Plan
 from ..runtime.scorer import load_stages
 from .statistics import NAME as STATISTICS
@@ -45,7 +52,8 @@ class Party:
 
     label: str
     id: str
-    precision: str  # fp32, bf16, fp16, int8 or fp8: it chooses the default limits
+    precision: str  # the lowest that any of its ONNX stages computes in: fp32, bf16, fp16, int8 or fp8
+    cast: str = ""  # what a plan or a build has cast the rest to, where there is one
 
 
 @dataclass(frozen=True)
@@ -103,15 +111,14 @@ def emulated_side(directory: EngineDirectory, plan: PrecisionPlan, settings: Onn
     """Return an engine under a plan."""
     manifest = directory.manifest
     stages = {s.name: emulate(directory, s, plan.stage(s.name), plan.precision, settings) for s in manifest.stages}
-    party, lowest = plan_party(directory.path, manifest, plan), onnx_precision(directory)
-    if lowest != "fp32":  # an 8-bit engine, of which the plan rounds the rest
-        party = dataclasses.replace(party, label=f"{party.label}, the rest in {lowest}", precision=lowest)
-    return Side(party, manifest, stages)
+    return Side(plan_party(directory, plan), manifest, stages)
 
 
 def chosen_plan(given: Given, directory: EngineDirectory) -> PrecisionPlan | None:
     """Return the plan to emulate, checked against the engine; None if the engine itself is the candidate."""
     plan = given.plan
+    if plan or given.precision:
+        refuse_unsigned(directory)
     if plan is None:
         if given.precision is None:
             if given.against is None:
@@ -134,10 +141,22 @@ def chosen_plan(given: Given, directory: EngineDirectory) -> PrecisionPlan | Non
     return plan
 
 
-def plan_party(path: Path, manifest: Manifest, plan: PrecisionPlan) -> Party:
+def plan_party(directory: EngineDirectory, plan: PrecisionPlan) -> Party:
     """Return what an engine under a plan is called."""
-    digest = hashlib.sha256(plan.to_json().encode()).hexdigest()[:8]
-    return Party(f"{path} in {plan.precision}, emulated", f"{manifest.engine_id}+{digest}", plan.precision)
+    lowest = onnx_precision(directory)
+    form = f"in {plan.precision}" if lowest == "fp32" else f"in {lowest}, the rest in {plan.precision}"
+    return Party(f"{directory.path} {form}, emulated", plan_id(directory.manifest, plan), lowest, plan.precision)
+
+
+def plan_id(manifest: Manifest, plan: PrecisionPlan) -> str:
+    """Return the id of an engine under a plan."""
+    return f"{manifest.engine_id}+{hashlib.sha256(plan.to_json().encode()).hexdigest()[:8]}"
+
+
+def default_limits(reference: Party, candidate: Party) -> str:
+    """Return the precision whose limits apply: of what sets the candidate apart from its reference."""
+    as_low = candidate.precision in {"fp32", reference.precision}
+    return candidate.cast if candidate.cast and as_low else candidate.precision
 
 
 def emulate(
@@ -148,7 +167,7 @@ def emulate(
     with tempfile.TemporaryDirectory(prefix="iqa-verify-") as folder:
         path = Path(folder, f"{stage.name}.onnx")  # messages then name the stage
         path.write_bytes(model.SerializeToString())
-        return OnnxStage(path, _fitting(settings, _lowest([model.graph])))
+        return OnnxStage(path, as_it_stands(settings))
 
 
 def emulated(model: onnx.ModelProto, plan: StagePrecision, precision: Precision) -> onnx.ModelProto:
@@ -186,16 +205,8 @@ def reference_side(given: Given, directory: EngineDirectory, settings: OnnxSetti
 
 def _engine_side(directory: EngineDirectory, settings: OnnxSettings) -> Side:
     precision = onnx_precision(directory)
-    stages = load_stages(directory, _fitting(settings, precision))
+    stages = load_stages(directory, as_it_stands(settings) if precision == "fp8" else settings)
     return Side(Party(str(directory.path), directory.manifest.engine_id, precision), directory.manifest, stages)
-
-
-def _fitting(settings: OnnxSettings, precision: str) -> OnnxSettings:
-    """Keep Q/DQ of fp8 as it stands: ONNX Runtime (1.31) cannot run it where it moves it past other nodes."""
-    if precision != "fp8":
-        return settings
-    entries = {**settings.session_config, "session.disable_quant_qdq": "1"}
-    return dataclasses.replace(settings, session_config=entries)
 
 
 def _checkpoint(given: Given, path: Path, manifest: Manifest) -> Side:
@@ -273,12 +284,9 @@ def _require_same_weights(given: Given, mine: tuple[Source, ...], other: tuple[S
 
 def onnx_precision(directory: EngineDirectory) -> str:
     """Return the lowest precision that any ONNX stage of an engine computes in."""
-    return _lowest(onnx.load(directory.file(stage.file)).graph for stage in directory.manifest.stages)
-
-
-def _lowest(graphs: Iterable[onnx.GraphProto]) -> str:
     found = {"fp32"}
-    for graph in graphs:
+    for stage in directory.manifest.stages:
+        graph = onnx.load(directory.file(stage.file)).graph
         kinds = {tensor.data_type for tensor in graph.initializer}
         found |= {name for kind, name in _LOW.items() if kind in kinds}
         if kinds & _FLOAT8:

@@ -8,6 +8,7 @@ import onnxruntime
 from ..errors import ExportError
 from ..runtime.images import synthetic
 from ..runtime.manifest import Check, EngineDirectory, Precision, Stage, StageName
+from ..runtime.onnx_backend import OnnxSettings, as_it_stands
 from ..runtime.scorer import to_plane
 from .precision import rounded
 
@@ -95,9 +96,8 @@ def _picture(seed: int | tuple[int, ...], side: int) -> FloatArray:
 def _run(model: bytes, feed: dict[str, FloatArray]) -> list[FloatArray]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    # Q/DQ as it stands: moving it past other nodes makes graphs that ONNX Runtime cannot run in fp8 (1.31), and fusing
-    # it would round what TensorRT leaves as it is.
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    for key, value in as_it_stands(OnnxSettings()).session_config.items():
+        options.add_session_config_entry(key, value)
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     outputs: list[FloatArray] = session.run(None, feed)
     return outputs

@@ -13,7 +13,7 @@ from onnx import TensorProto, checker, helper, numpy_helper, shape_inference
 
 from ..errors import ExportError, UsageError, first_line
 from ..runtime.codec import decode, encode
-from ..runtime.manifest import Precision, Stage, StageName
+from ..runtime.manifest import EngineDirectory, Precision, Stage, StageName
 
 PLAN_SCHEMA = 1
 _LOW: dict[Precision, int] = {Precision.FP16: TensorProto.FLOAT16, Precision.BF16: TensorProto.BFLOAT16}
@@ -320,3 +320,15 @@ def rounded(typed: onnx.ModelProto) -> onnx.ModelProto:
     del graph.node[:]
     graph.node.extend(nodes)
     return model
+
+
+def refuse_unsigned(directory: EngineDirectory) -> None:
+    """Raise UsageError for 8-bit stages in ONNX Runtime's form, whose zero points TensorRT's parser does not take."""
+    for stage in directory.manifest.stages:
+        graph = onnx.load(directory.file(stage.file)).graph
+        unsigned = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.UINT8}
+        if any(node.op_type == "QuantizeLinear" and unsigned & set(node.input) for node in graph.node):
+            raise UsageError(
+                f"{directory.path} is quantised for ONNX Runtime, with unsigned numbers that TensorRT does not take; "
+                f"quantise the float32 engine with iqa-quantise --target tensorrt, and take that"
+            )

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import TensorProto
 
 from ..errors import BackendError, EngineError, ExportError, UsageError
 from ..runtime.atomic import locked, replacing, sync
@@ -41,7 +40,7 @@ from ..runtime.manifest import (
 )
 from ..runtime.tensorrt import TensorRT, device_capability, load_library
 from .drift import measure_drift
-from .precision import PLAN_SCHEMA, PrecisionPlan, cast, plan_stage
+from .precision import PLAN_SCHEMA, PrecisionPlan, cast, plan_stage, refuse_unsigned
 from .profiles import BATCHES, default_sizes, stage_profiles
 
 FOLDER = "tensorrt"
@@ -125,7 +124,7 @@ def build_engines(
     job = _Job(directory, library, options, _plan(directory, options), profiles)
     if not force and (build := _existing(job)):
         return build, []
-    _refuse_unsigned(directory)
+    refuse_unsigned(directory)
     try:
         with locked(path) as ours:
             if not ours:
@@ -154,18 +153,6 @@ def _capabilities(library: TensorRT, options: BuildOptions) -> tuple[str, ...]:
             f"use --target {Library.TENSORRT_RTX}"
         )
     return (capability,)
-
-
-def _refuse_unsigned(directory: EngineDirectory) -> None:
-    """Raise UsageError for 8-bit stages in ONNX Runtime's form, whose zero points TensorRT's parser does not take."""
-    for stage in directory.manifest.stages:
-        graph = onnx.load(directory.file(stage.file)).graph
-        unsigned = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.UINT8}
-        if any(node.op_type == "QuantizeLinear" and unsigned & set(node.input) for node in graph.node):
-            raise UsageError(
-                f"{directory.path} is quantised for ONNX Runtime, with unsigned numbers that TensorRT does not take; "
-                f"quantise the float32 engine with iqa-quantise --target tensorrt, and build that"
-            )
 
 
 def _plan(directory: EngineDirectory, options: BuildOptions) -> PrecisionPlan:

@@ -1,5 +1,6 @@
 """Stages through ONNX Runtime on the CPU (or whatever execution provider is asked for)."""
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,16 @@ class OnnxSettings:
     def provider_names(self) -> list[str]:
         """The providers without their options, in order of preference."""
         return [provider if isinstance(provider, str) else provider[0] for provider in self.providers]
+
+
+def as_it_stands(settings: OnnxSettings) -> OnnxSettings:
+    """Have Q/DQ computed where it is written.
+
+    Moving it past other nodes makes graphs that ONNX Runtime cannot run in fp8 (1.31), and fusing it would round what
+    TensorRT leaves as it is.
+    """
+    entries = {**settings.session_config, "session.disable_quant_qdq": "1"}
+    return dataclasses.replace(settings, session_config=entries)
 
 
 class OnnxStage:

@@ -227,7 +227,7 @@ class ScoreTask:
         losses = (total - labels).square()
         if config.branch_weight:
             weighted = ((config.model.vcg_weight, scores.vcg), (config.model.vda_weight, scores.vda))
-            branches = [(weight, score.float()) for weight, score in weighted if score is not None]
+            branches = [(weight, score.float()) for weight, score in weighted if score is not None and weight]
             whole = sum(weight for weight, _ in branches)
             for _, score in branches:  # the share of the label that each answers for is that of its weight
                 losses = losses + config.branch_weight * (whole * score - labels).square()

@@ -14,6 +14,7 @@ from PIL import Image
 
 from diffiqa import cli
 from diffiqa.calibration.quantise import Number, Recipe, quantise_engine
+from diffiqa.calibration.verify_limits import make_limits
 from diffiqa.export.precision import PrecisionPlan, plan_stage, read_plan
 from diffiqa.model.bundle import save_bundle
 from diffiqa.model.network import DiffV2IQA
@@ -121,23 +122,44 @@ def test_an_engine_is_verified_against_another(tiny_engine: Path, images: Path, 
     assert "vda" in result.stdout
 
 
-@pytest.mark.parametrize("number", Number)
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe.of("int8", "tensorrt"), Recipe.of("fp8")], ids=str)
 def test_an_8_bit_engine_is_verified_against_its_float32_one(
+    tiny_engine: Path, calibration_folder: Path, images: Path, tmp_path: Path, recipe: Recipe
+) -> None:
+    quantise_engine(tiny_engine, tmp_path / "eight", calibration_folder, recipe)
+    kept, file = tmp_path / "kept", tmp_path / "a.json"
+    arguments: tuple[str | Path, ...] = ("--engine", tmp_path / "eight", "--against", tiny_engine, images)
+    result = call(*arguments, *CALM, "--seeds", "1", "--json", file, "--save", kept)
+    assert result.exit_code == 0, result.output
+    checks = {check["name"]: check["value"] for check in json.loads(file.read_text())["checks"]}
+    assert checks["score-mean"] > 0
+    assert refused(call("--saved", kept, "--precision", "bf16"), "another engine", recipe.number, "bf16")
+
+
+@pytest.mark.parametrize("number", Number)
+def test_the_rest_of_an_8_bit_engine_is_rounded_as_a_build_would_be(
     tiny_engine: Path, calibration_folder: Path, images: Path, tmp_path: Path, number: Number
 ) -> None:
-    """As it stands and, in the form that TensorRT reads, with the rest rounded as iqa-build does it."""
-    quantise_engine(tiny_engine, tmp_path / "eight", calibration_folder, Recipe.of(number))
-    rounded: list[tuple[str, ...]] = [(), ("--precision", "fp16")] if number is Number.FP8 else [()]
-    drift = []
-    for index, options in enumerate(rounded):
-        file = tmp_path / f"{index}.json"
-        arguments: tuple[str | Path, ...] = ("--engine", tmp_path / "eight", "--against", tiny_engine, images)
-        result = call(*arguments, *CALM, *options, "--seeds", "1", "--json", file)
-        assert result.exit_code == 0, result.output  # by the limits of 8 bits, whatever the rest is in
-        checks = {check["name"]: check["value"] for check in json.loads(file.read_text())["checks"]}
-        assert checks["score-mean"] > 0
-        drift.append(checks["unet-mean"])
-    assert len(set(drift)) == len(drift)
+    """Beside float32 by the limits of 8 bits, beside itself by those of fp16: its 8 bits are on both sides then."""
+    quantise_engine(tiny_engine, tmp_path / "eight", calibration_folder, Recipe.of(number, "tensorrt"))
+    allowed, drift = {}, {}
+    for name, against in (("float32", ("--against", tiny_engine)), ("itself", ())):
+        file = tmp_path / f"{name}.json"
+        arguments: tuple[str | Path, ...] = ("--engine", tmp_path / "eight", *against, images, *CALM)
+        result = call(*arguments, "--precision", "fp16", "--seeds", "1", "--json", file)
+        assert result.exit_code in {0, 1}, result.output
+        (check,) = (check for check in json.loads(file.read_text())["checks"] if check["name"] == "unet-mean")
+        allowed[name], drift[name] = check["limit"], check["value"]
+    assert allowed == {"float32": make_limits(number, ())["unet-mean"], "itself": make_limits("fp16", ())["unet-mean"]}
+    assert 0 < drift["itself"] < drift["float32"]
+
+
+def test_what_is_quantised_for_onnx_runtime_is_not_rounded_for_tensorrt(
+    tiny_engine: Path, calibration_folder: Path, images: Path, tmp_path: Path
+) -> None:
+    quantise_engine(tiny_engine, tmp_path / "eight", calibration_folder, Recipe())
+    result = call("--engine", tmp_path / "eight", "--against", tiny_engine, images, "--precision", "fp16")
+    assert refused(result, "quantised for ONNX Runtime", "iqa-quantise --target tensorrt")
 
 
 def test_an_engine_is_verified_against_its_checkpoint(

@@ -188,8 +188,11 @@ def test_ranking_term_by_hand() -> None:
     assert ranking_loss(scores, torch.ones(3), 1.0).item() == 0  # no pair
 
 
-def test_each_branch_answers_for_its_share_of_the_label(rated: list[Rated], tmp_path: Path) -> None:
-    model = dataclasses.replace(MODEL, vcg_weight=0.5, vda_weight=2.0)
+@pytest.mark.parametrize(("vcg", "vda"), [(0.5, 2.0), (0.0, 1.5)])
+def test_each_branch_answers_for_its_share_of_the_label(
+    rated: list[Rated], tmp_path: Path, vcg: float, vda: float
+) -> None:
+    model = dataclasses.replace(MODEL, vcg_weight=vcg, vda_weight=vda)
     task = task_of(score_config(branch_weight=0.5, model=model), rated, tmp_path)
     task.network.eval()
     samples = [task.sample(0, index).arrays for index in range(3)]
@@ -199,9 +202,10 @@ def test_each_branch_answers_for_its_share_of_the_label(rated: list[Rated], tmp_
     labels = batch[1][:, 0]
     assert scores.vcg is not None
     assert scores.vda is not None
-    expected = (0.5 * scores.vcg + 2 * scores.vda - labels) ** 2
-    for score in (scores.vcg, scores.vda):  # a fifth of the label by VCG's weight, four by VDA's
-        expected = expected + 0.5 * (2.5 * score - labels) ** 2
+    expected = (vcg * scores.vcg + vda * scores.vda - labels) ** 2
+    for weight, score in ((vcg, scores.vcg), (vda, scores.vda)):
+        if weight:  # what has none answers for nothing
+            expected = expected + 0.5 * ((vcg + vda) * score - labels) ** 2
     assert torch.allclose(losses, expected, atol=1e-6)
 
 
