@@ -4,6 +4,7 @@ Candidates run through ONNX Runtime on the CPU: another engine's stages as they 
 under a precision plan, emulated in float32 with every result rounded. `verify_device` has those that run on a GPU.
 """
 
+import dataclasses
 import hashlib
 import tempfile
 from collections.abc import Callable, Mapping
@@ -36,7 +37,7 @@ from ..runtime.manifest import (
     open_engine,
     read_manifest,
 )
-from ..runtime.onnx_backend import OnnxSettings, OnnxStage, as_it_stands
+from ..runtime.onnx_backend import OnnxSettings, OnnxStage
 from ..runtime.plan import Plan
 from ..runtime.scorer import load_stages
 from .statistics import NAME as STATISTICS
@@ -167,7 +168,8 @@ def emulate(
     with tempfile.TemporaryDirectory(prefix="iqa-verify-") as folder:
         path = Path(folder, f"{stage.name}.onnx")  # messages then name the stage
         path.write_bytes(model.SerializeToString())
-        return OnnxStage(path, as_it_stands(settings))
+        eight = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+        return OnnxStage(path, dataclasses.replace(settings, as_written=eight))
 
 
 def emulated(model: onnx.ModelProto, plan: StagePrecision, precision: Precision) -> onnx.ModelProto:
@@ -205,7 +207,7 @@ def reference_side(given: Given, directory: EngineDirectory, settings: OnnxSetti
 
 def _engine_side(directory: EngineDirectory, settings: OnnxSettings) -> Side:
     precision = onnx_precision(directory)
-    stages = load_stages(directory, as_it_stands(settings) if precision == "fp8" else settings)
+    stages = load_stages(directory, dataclasses.replace(settings, as_written=precision == "fp8"))
     return Side(Party(str(directory.path), directory.manifest.engine_id, precision), directory.manifest, stages)
 
 

@@ -8,7 +8,7 @@ import onnxruntime
 from ..errors import ExportError
 from ..runtime.images import synthetic
 from ..runtime.manifest import Check, EngineDirectory, Precision, Stage, StageName
-from ..runtime.onnx_backend import OnnxSettings, as_it_stands
+from ..runtime.onnx_backend import compute_as_written
 from ..runtime.scorer import to_plane
 from .precision import rounded
 
@@ -96,8 +96,7 @@ def _picture(seed: int | tuple[int, ...], side: int) -> FloatArray:
 def _run(model: bytes, feed: dict[str, FloatArray]) -> list[FloatArray]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    for key, value in as_it_stands(OnnxSettings()).session_config.items():
-        options.add_session_config_entry(key, value)
+    compute_as_written(options)
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     outputs: list[FloatArray] = session.run(None, feed)
     return outputs

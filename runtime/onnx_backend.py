@@ -1,6 +1,5 @@
 """Stages through ONNX Runtime on the CPU (or whatever execution provider is asked for)."""
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ class OnnxSettings:
     spinning: bool = False  # idle threads burn CPU for latency; wrong on a shared machine
     session_config: Mapping[str, str] = field(default_factory=dict)  # any entry ONNX Runtime documents
     deterministic: bool = False  # of kernels on a GPU; those of the CPU are
+    as_written: bool = False  # for 8-bit stages that stand in for what TensorRT makes of them
 
     def __post_init__(self) -> None:
         """Refuse what ONNX Runtime would take for something else."""
@@ -40,14 +40,14 @@ class OnnxSettings:
         return [provider if isinstance(provider, str) else provider[0] for provider in self.providers]
 
 
-def as_it_stands(settings: OnnxSettings) -> OnnxSettings:
-    """Have Q/DQ computed where it is written.
+def compute_as_written(options: Any) -> None:
+    """Have a session compute Q/DQ where it is written.
 
-    Moving it past other nodes makes graphs that ONNX Runtime cannot run in fp8 (1.31), and fusing it would round what
-    TensorRT leaves as it is.
+    Fusing it rounds what TensorRT leaves as it is; moving it past other nodes makes graphs that cannot run in fp8; and
+    beyond the basic optimisations a ReLU before fp8 is lost without a word (all of ONNX Runtime 1.31).
     """
-    entries = {**settings.session_config, "session.disable_quant_qdq": "1"}
-    return dataclasses.replace(settings, session_config=entries)
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.graph_optimization_level = _onnxruntime().GraphOptimizationLevel.ORT_ENABLE_BASIC
 
 
 class OnnxStage:
@@ -60,6 +60,8 @@ class OnnxStage:
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # errors reach the user as exceptions
         options.use_deterministic_compute = settings.deterministic
+        if settings.as_written:
+            compute_as_written(options)
         # Patterns are kept per shape and reserve the peak of each: off, a 720×720 image takes half the memory in no
         # more time.
         options.enable_mem_pattern = False
