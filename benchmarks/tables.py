@@ -88,6 +88,7 @@ def figures(results: Path) -> str:
     presets, overhead, full = load("export")["presets"], load("score-overhead"), load("score-full")
     memory, large, full_memory = load("score-memory"), load("score-large"), load("score-full-memory")
     eight, verify = load("precision-speed"), load("precision-verify")
+    spin = {(case["condition"], case["side"]): case["ratio"] for case in load("score-spin")["cases"]}
     errors = [
         [
             error
@@ -109,8 +110,12 @@ def figures(results: Path) -> str:
             f"{presets['paper']['seconds']:.0f} s, {presets['authors']['seconds']:.0f} s; {gib:.1f} GiB at most",
         ],
         ["largest difference from PyTorch: U-Net noise, scores", ", ".join(f"{max(e):.1e}" for e in errors)],
-        ["`mini`, 224×224, 1 crop; 384×320, 9 crops", f"{small:.1f} s; {larger:.1f} s"],
+        ["`mini`, 9 crops, 224×224; 384×320", f"{small:.1f} s; {larger:.1f} s"],
         ["the same, share of time outside ONNX Runtime", f"{overhead['overhead_percent_median']:.2f} %"],
+        [
+            "`--spin`, a `mini` U-Net step at 112×112, 224×224: time beside without",
+            "; ".join(f"{who} {spin[who, 112]:.2f}, {spin[who, 224]:.2f}" for who in dict.fromkeys(w for w, _ in spin)),
+        ],
         ["`mini`, fresh process to first score", f"{load('score-startup')['first_score_seconds_median']:.1f} s"],
         [
             "`paper`, 224×224, 50 steps",
