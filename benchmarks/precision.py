@@ -2,15 +2,16 @@
 
     python benchmarks/precision.py scores --labels rated/labels.csv --split rated/split.json [--images 200]
     python benchmarks/precision.py speed
+    python benchmarks/precision.py sizes
     python benchmarks/precision.py verify --labels rated/labels.csv --split rated/split.json
 
 `scores` (results/precision.json) takes pictures of the part "test" that `iqa-train rate` made, calibrates on 16 of the
 part "train", and scores each picture in all precisions in turn: one crop, restored by itself. int8 is of all stages,
 mixed of those that `--precision mixed` takes. fp16, bf16 and fp8 are emulated, every result rounded as the plan of
 `iqa-build` says (fp8: of all stages, the rest in fp16), because no CPU computes in them as TensorRT does: their scores
-count, their times do not. `speed` (results/precision-speed.json) runs the full-size U-Net step, float32 and
-int8 in turn, on seeded weights: time and sizes, nothing about scores. `verify` (results/precision-verify.json) is how
-long iqa-verify takes over 20 of the pictures.
+count, their times do not. `speed` (results/precision-speed.json) runs the full-size U-Net step, float32 and int8 in
+turn, on seeded weights: time and sizes, nothing about scores. `sizes` (results/precision-sizes.json) has those of all
+its stages. `verify` (results/precision-verify.json) is how long iqa-verify takes over 20 of the pictures.
 """
 
 import argparse
@@ -70,6 +71,7 @@ def main() -> None:
     scores.add_argument("--no-int8", action="store_true", help="Leave 8 bits out, and with them the calibration.")
     verify = commands.add_parser("verify", parents=[pictures])
     verify.set_defaults(measure=measure_verify)
+    commands.add_parser("sizes").set_defaults(measure=measure_sizes)
     speed = commands.add_parser("speed")
     speed.set_defaults(measure=measure_speed)
     speed.add_argument("--steps", type=int, default=12, help="Timed steps of each kind.")
@@ -217,6 +219,19 @@ def measure_speed(given: argparse.Namespace, folder: Path) -> None:
         "relative_rms_error": float(np.sqrt(np.mean(error**2) / np.mean(noise["fp32"] ** 2))),
     }
     write("precision-speed", figures)
+
+
+def measure_sizes(given: argparse.Namespace, folder: Path) -> None:
+    """Quantise all stages of the full-size network, by no ranges at all: sizes do not depend on them."""
+    export_engine(load_checkpoint(None, preset="paper", seed=SEED), folder / "fp32")
+    directory = open_engine(folder / "fp32")
+    sizes = {}
+    for stage in directory.manifest.stages:
+        model = onnx.load(directory.file(stage.file))
+        nothing = StageStatistics.empty(watched(model), directory.manifest.schedule.steps)
+        made, _ = quantise_stage(model, stage, nothing, Recipe.of("int8"))
+        sizes[stage.name.value] = {"fp32": stage.file.bytes, "int8": made.ByteSize()}
+    write("precision-sizes", {"preset": "paper", "bytes": sizes})
 
 
 def measure_verify(given: argparse.Namespace, folder: Path) -> None:

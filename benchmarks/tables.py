@@ -88,6 +88,7 @@ def figures(results: Path) -> str:
     presets, overhead, full = load("export")["presets"], load("score-overhead"), load("score-full")
     memory, large, full_memory = load("score-memory"), load("score-large"), load("score-full-memory")
     eight, verify = load("precision-speed"), load("precision-verify")
+    full_bytes = load("precision-sizes")["bytes"].values()
     spin = {(case["condition"], case["side"]): case["ratio"] for case in load("score-spin")["cases"]}
     errors = [
         [
@@ -129,6 +130,10 @@ def figures(results: Path) -> str:
             "its U-Net step in int8, beside float32",
             f"{eight['cpu_time_over_fp32']:.1f}× less CPU time, {eight['speed_over_fp32']:.1f}× faster, "
             f"{eight['bytes']['int8'] / eight['bytes']['fp32']:.0%} of the size",
+        ],
+        [
+            "all its stages in int8, beside float32",
+            f"{sum(b['int8'] for b in full_bytes) / sum(b['fp32'] for b in full_bytes):.0%} of the size",
         ],
         [
             f"`iqa-verify --precision fp16`, {verify['images']} images of 176×176, `mini`",

@@ -1,6 +1,8 @@
 """`iqa-calibrate` and `iqa-quantise`: options in, one library call, a table out."""
 
+import contextlib
 import math
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +14,7 @@ from ..runtime.atomic import check_folder_of, replacing
 from ..runtime.manifest import StageName
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Generator, Sequence
 
     from rich.console import Console
 
@@ -27,7 +29,8 @@ _CALIB = click.option(
     "images",
     multiple=True,
     metavar="IMAGES",
-    help="Calibration images: a file, folder or pattern (repeatable). 16 to 64 like those that will be scored.",
+    help="Calibration images: a file, folder or pattern (repeatable). 16 to 64 like those that will be scored. Default "
+    "of iqa-calibrate: 16 made-up ones.",
 )
 
 
@@ -75,7 +78,10 @@ def calibrate(
             check_folder_of(file)
     console = Console(stderr=True, quiet=quiet)
     folder = output or path / "calibration"
-    statistics, skipped = collect_statistics(console, path, images, folder, seed=seed, crops=crops)
+    with contextlib.ExitStack() as while_running:
+        if not images:
+            images = (while_running.enter_context(_made_up(console, path, folder)),)
+        statistics, skipped = collect_statistics(console, path, images, folder, seed=seed, crops=crops)
     if fp16_plan:
         plan = make_plan(open_engine(path), statistics)
         with replacing(fp16_plan) as stream:
@@ -175,6 +181,28 @@ def quantise(
         click.get_current_context().exit(1)
 
 
+@contextlib.contextmanager
+def _made_up(console: "Console", engine: Path, folder: Path) -> "Generator[str]":
+    """Lend a folder of made-up pictures. Raises UsageError where their ranges would be mixed with those of others."""
+    from ..runtime.manifest import read_manifest
+    from .pictures import COUNT, draw
+    from .statistics import NAME
+
+    side = read_manifest(engine).crop.size * 3 // 2
+    if (folder / f"{NAME}.npz").exists():
+        raise UsageError(
+            f"{folder} holds statistics already: name images to add with --calib, or another folder with -o, or remove "
+            f"this one"
+        )
+    console.print(
+        f"no --calib: calibrating on {COUNT} made-up pictures; photographs like those that will be scored do better",
+        soft_wrap=True,
+    )
+    with tempfile.TemporaryDirectory(prefix="iqa-calibrate-") as made:
+        draw(Path(made), side)
+        yield made
+
+
 def collect_statistics(
     console: "Console", path: Path, images: tuple[str, ...], folder: Path, *, seed: int = 0, crops: int = 1
 ) -> "tuple[Statistics, Sequence[Skipped]]":
@@ -182,8 +210,6 @@ def collect_statistics(
     from ..runtime.inputs import find_images
     from .statistics import collect
 
-    if not images:
-        raise UsageError("give calibration images with --calib: a folder, files or a pattern")
     with console.status("reading calibration images") as status:
         statistics, skipped = collect(
             path,

@@ -17,8 +17,8 @@ SEED = 20260101
 # Of the largest value. Seeded networks drift by 0.2 % and 1.2 % at most: beyond these, what is wrong is not rounding.
 TOLERANCE = {Precision.FP16: 0.05, Precision.BF16: 0.2}
 # Of stages in 8 bits: rounding before a QuantizeLinear moves values to the next 8-bit number, 6 % away in fp8. Single
-# places of a head's score map then differ by 13 to 35 % in the trained `mini`, its U-Net's answer by 5 to 14 %. As much is
-# allowed as between 8 bits and float32 (`calibration/quantise.py`).
+# places of a head's score map then differ by 13 to 35 % in the trained `mini`, its U-Net's answer by 5 to 14 %. As much
+# is allowed as between 8 bits and float32 (`calibration/quantise.py`).
 TOLERANCE_8_BITS = 0.5
 # A head may answer 0 everywhere, its worst score: rounding errors are then judged as those of a score this small.
 SMALLEST = 0.01

@@ -247,6 +247,19 @@ def test_broken_files_are_named_and_the_rest_is_used(
     assert read_plan(plan).precision is Precision.FP16
 
 
+def test_without_images_it_calibrates_on_pictures_of_its_own_and_says_so(tiny_engine: Path, tmp_path: Path) -> None:
+    arguments = ["--engine", str(tiny_engine), "-o", str(tmp_path / "a")]
+    result = CliRunner().invoke(calibrate, arguments)
+    assert result.exit_code == 0, result.output
+    assert "no --calib: calibrating on 16 made-up pictures" in " ".join(result.stderr.split())
+    samples = read(tmp_path / "a").samples
+    assert len({sample.digest for sample in samples}) == 16
+    again = CliRunner().invoke(calibrate, arguments)
+    assert again.exit_code == 2
+    assert "holds statistics already: name images to add with --calib" in " ".join(again.stderr.split())
+    assert read(tmp_path / "a").samples == samples
+
+
 def test_an_engine_without_onnx_is_refused(tiny_engine: Path, calibration_images: list[Path], tmp_path: Path) -> None:
     engine = shutil.copytree(tiny_engine, tmp_path / "engine")
     shutil.rmtree(engine / "onnx")
