@@ -3,6 +3,7 @@
     python benchmarks/precision.py scores --labels rated/labels.csv --split rated/split.json [--images 200]
     python benchmarks/precision.py speed
     python benchmarks/precision.py sizes
+    python benchmarks/precision.py engines
     python benchmarks/precision.py verify --labels rated/labels.csv --split rated/split.json
 
 `scores` (results/precision.json) takes pictures of the part "test" that `iqa-train rate` made, calibrates on 16 of the
@@ -11,7 +12,8 @@ mixed of those that `--precision mixed` takes. fp16, bf16 and fp8 are emulated, 
 `iqa-build` says (fp8: of all stages, the rest in fp16), because no CPU computes in them as TensorRT does: their scores
 count, their times do not. `speed` (results/precision-speed.json) runs the full-size U-Net step, float32 and int8 in
 turn, on seeded weights: time and sizes, nothing about scores. `sizes` (results/precision-sizes.json) has those of all
-its stages. `verify` (results/precision-verify.json) is how long iqa-verify takes over 20 of the pictures.
+its stages. `engines` (results/precision-engines.json) builds `mini` with TensorRT-RTX, and has what its engines weigh.
+`verify` (results/precision-verify.json) is how long iqa-verify takes over 20 of the pictures.
 """
 
 import argparse
@@ -32,6 +34,7 @@ import onnx
 from record import ROOT, write
 
 from diffiqa.calibration.mixed import Trial, choose_stages
+from diffiqa.calibration.pictures import draw
 from diffiqa.calibration.quantise import Recipe, quantise_engine, quantise_stage
 from diffiqa.calibration.statistics import Recorder, StageStatistics, collect, watched
 from diffiqa.calibration.verify_sides import Given, chosen_plan, emulated_side
@@ -39,8 +42,9 @@ from diffiqa.errors import DiffiqaError
 from diffiqa.export.engine import export_engine, one_image
 from diffiqa.export.macs import macs_by_node
 from diffiqa.export.precision import PrecisionPlan
+from diffiqa.export.tensorrt import BuildOptions, build_engines
 from diffiqa.model.checkpoint import load as load_checkpoint
-from diffiqa.runtime.manifest import EngineDirectory, Precision, StageName, open_engine
+from diffiqa.runtime.manifest import EngineDirectory, Library, Precision, StageName, open_engine
 from diffiqa.runtime.onnx_backend import OnnxSettings, OnnxStage
 from diffiqa.runtime.results import Mode, Options
 from diffiqa.runtime.scorer import Scorer, load_stages
@@ -72,6 +76,9 @@ def main() -> None:
     verify = commands.add_parser("verify", parents=[pictures])
     verify.set_defaults(measure=measure_verify)
     commands.add_parser("sizes").set_defaults(measure=measure_sizes)
+    engines = commands.add_parser("engines")
+    engines.set_defaults(measure=measure_engines)
+    engines.add_argument("--ckpt", type=Path, default=ROOT / "models" / "mini" / "model.safetensors")
     speed = commands.add_parser("speed")
     speed.set_defaults(measure=measure_speed)
     speed.add_argument("--steps", type=int, default=12, help="Timed steps of each kind.")
@@ -232,6 +239,27 @@ def measure_sizes(given: argparse.Namespace, folder: Path) -> None:
         made, _ = quantise_stage(model, stage, nothing, Recipe.of("int8"))
         sizes[stage.name.value] = {"fp32": stage.file.bytes, "int8": made.ByteSize()}
     write("precision-sizes", {"preset": "paper", "bytes": sizes})
+
+
+def measure_engines(given: argparse.Namespace, folder: Path) -> None:
+    """Build `mini` with TensorRT-RTX in each precision, portable, for one crop, and add up its engines."""
+    (folder / "pictures").mkdir()
+    export_engine(load_checkpoint(given.ckpt), folder / "fp32")
+    directory = open_engine(folder / "fp32")
+    draw(folder / "pictures", directory.manifest.crop.size)
+    collect(folder / "fp32", sorted((folder / "pictures").iterdir()), folder)
+    for number in ("int8", "fp8"):
+        quantise_engine(folder / "fp32", folder / number, folder, Recipe.of(number, "tensorrt"))
+    size = f"{directory.manifest.crop.size}x{directory.manifest.crop.size}"
+    found, version = {}, ""
+    for name in (*Precision, "int8", "fp8"):
+        precision = Precision(name) if name in list(Precision) else Precision.FP16
+        path = folder / (name if name in {"int8", "fp8"} else "fp32")
+        options = BuildOptions(Library.TENSORRT_RTX, precision, batches=("1",), sizes=(size,))
+        build, _ = build_engines(path, options)
+        found[str(name)] = {stage.name.value: stage.file.bytes for stage in build.stages}
+        version = build.version
+    write("precision-engines", {"library": f"TensorRT-RTX {version}", "size": size, "bytes": found})
 
 
 def measure_verify(given: argparse.Namespace, folder: Path) -> None:

@@ -153,7 +153,7 @@ def figures(results: Path) -> str:
 
 def precision(results: Path) -> str:
     """Return a row per precision of the trained `mini`: scores beside float32, sizes, and time where it was taken."""
-    found = _read(results, "precision")
+    found, engines = _read(results, "precision"), _read(results, "precision-engines")["bytes"]
     rows = []
     for name, row in found["precisions"].items():
         sizes = row.get("bytes")
@@ -169,6 +169,7 @@ def precision(results: Path) -> str:
                 f"{row['srcc_with_labels']:.3f}",
                 "" if left is None else f"{left:.2g}",
                 f"{sum(sizes.values()) / sum(reference.values()):.0%}" if sizes else "–",
+                f"{sum(engines[name].values()) / 1e6:.1f} MB" if name in engines else "",
                 f"{row['speed_over_fp32']:.1f}×" if "speed_over_fp32" in row else "1" if name == "fp32" else "emulated",
             ]
         )
@@ -181,7 +182,7 @@ def precision(results: Path) -> str:
         "SRCC with labels",
         "MACs in float32, worst stage",
     ]
-    return report.table([*head, "size", "CPU speed"], rows)
+    return report.table([*head, "size", "RTX engines", "CPU speed"], rows)
 
 
 def _read(results: Path, name: str) -> Any:
