@@ -36,10 +36,10 @@ def test_every_recipe_changes_the_model_alone() -> None:
         assert dataclasses.replace(config, model=base.model) == base
 
 
-def test_the_full_recipe_is_the_preset_and_all_others_differ_from_it_and_each_other() -> None:
+def test_the_full_recipe_is_the_preset_with_the_weights_that_ship_and_all_others_differ() -> None:
     recipes = read_recipes(BASE, [RECIPES / "ablations"])
     models = {name: dataclasses.replace(config.model, name="mini") for name, config in recipes.items()}
-    assert models["full"] == PRESETS["mini"]
+    assert models["full"] == dataclasses.replace(PRESETS["mini"], vcg_weight=0.5, vda_weight=1.5)
     assert len({json.dumps(encode(model), sort_keys=True) for model in models.values()}) == len(models)
 
 
