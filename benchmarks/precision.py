@@ -65,8 +65,9 @@ def main() -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    pictures = argparse.ArgumentParser(add_help=False)
-    pictures.add_argument("--ckpt", type=Path, default=ROOT / "models" / "mini" / "model.safetensors")
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("--ckpt", type=Path, default=ROOT / "models" / "mini" / "model.safetensors")
+    pictures = argparse.ArgumentParser(add_help=False, parents=[model])
     pictures.add_argument("--labels", type=Path, required=True)
     pictures.add_argument("--split", type=Path, required=True)
     scores = commands.add_parser("scores", parents=[pictures])
@@ -76,9 +77,7 @@ def main() -> None:
     verify = commands.add_parser("verify", parents=[pictures])
     verify.set_defaults(measure=measure_verify)
     commands.add_parser("sizes").set_defaults(measure=measure_sizes)
-    engines = commands.add_parser("engines")
-    engines.set_defaults(measure=measure_engines)
-    engines.add_argument("--ckpt", type=Path, default=ROOT / "models" / "mini" / "model.safetensors")
+    commands.add_parser("engines", parents=[model]).set_defaults(measure=measure_engines)
     speed = commands.add_parser("speed")
     speed.set_defaults(measure=measure_speed)
     speed.add_argument("--steps", type=int, default=12, help="Timed steps of each kind.")
@@ -97,8 +96,8 @@ def measure_scores(given: argparse.Namespace, folder: Path) -> None:
     if not given.no_int8:
         items = drawn(split.items(labels, "train"), CALIBRATION_IMAGES)
         trials, taken = quantise_all(folder, [item.path for item in items])
-    engines = {name: open_engine(folder / name) for name in ("fp32", *taken)}
-    fp8 = engines.pop("fp8", None)  # emulated, not run as it is
+    written = {name: open_engine(folder / name) for name in ("fp32", *taken)}
+    engines = {name: engine for name, engine in written.items() if name != "fp8"}  # which is emulated
     settings = OnnxSettings()
     scorers = {name: Scorer(e.manifest, load_stages(e, settings), backend=name) for name, e in engines.items()}
     shares: dict[str, dict[str, float]] = {}
@@ -106,8 +105,8 @@ def measure_scores(given: argparse.Namespace, folder: Path) -> None:
         scorers[precision], plan = emulated(engines["fp32"], precision, settings)
         nodes = {stage.name: {kept.node for kept in stage.float32} for stage in plan.stages}
         shares[precision] = share_of_macs(engines["fp32"], nodes)
-    if fp8:
-        scorers["fp8"], _ = emulated(fp8, Precision.FP16, settings)
+    if "fp8" in written:
+        scorers["fp8"], _ = emulated(written["fp8"], Precision.FP16, settings)
     found: dict[str, list[float]] = {name: [] for name in scorers}
     seconds: dict[str, list[float]] = {name: [] for name in scorers}
     for number, item in enumerate(chosen):
@@ -122,8 +121,8 @@ def measure_scores(given: argparse.Namespace, folder: Path) -> None:
         rows[name] = beside(found["fp32"][: len(scores)], scores, [item.quality for item in chosen[: len(scores)]])
         if name in shares:
             rows[name]["share_of_macs_in_float32"] = shares[name]
-        if engine := engines.get(name, fp8 if name == "fp8" else None):
-            rows[name]["bytes"] = {s.name: s.file.bytes for s in engine.manifest.stages}
+        if name in written:
+            rows[name]["bytes"] = {s.name: s.file.bytes for s in written[name].manifest.stages}
         if name in engines:
             rows[name]["seconds_median"] = statistics.median(seconds[name])
     for name, stages in taken.items():
@@ -248,16 +247,16 @@ def measure_engines(given: argparse.Namespace, folder: Path) -> None:
     directory = open_engine(folder / "fp32")
     draw(folder / "pictures", directory.manifest.crop.size)
     collect(folder / "fp32", sorted((folder / "pictures").iterdir()), folder)
+    builds = [(str(precision), "fp32", precision) for precision in Precision]
     for number in ("int8", "fp8"):
         quantise_engine(folder / "fp32", folder / number, folder, Recipe.of(number, "tensorrt"))
+        builds.append((number, number, Precision.FP16))
     size = f"{directory.manifest.crop.size}x{directory.manifest.crop.size}"
     found, version = {}, ""
-    for name in (*Precision, "int8", "fp8"):
-        precision = Precision(name) if name in list(Precision) else Precision.FP16
-        path = folder / (name if name in {"int8", "fp8"} else "fp32")
+    for name, engine, precision in builds:
         options = BuildOptions(Library.TENSORRT_RTX, precision, batches=("1",), sizes=(size,))
-        build, _ = build_engines(path, options)
-        found[str(name)] = {stage.name.value: stage.file.bytes for stage in build.stages}
+        build, _ = build_engines(folder / engine, options)
+        found[name] = {stage.name.value: stage.file.bytes for stage in build.stages}
         version = build.version
     write("precision-engines", {"library": f"TensorRT-RTX {version}", "size": size, "bytes": found})
 

@@ -113,7 +113,7 @@ class DeviceStage:
                 f"no profile of the {built.name} engine takes {shapes}; verify with images of a size it was built for, "
                 f"or build again with iqa-build --sizes"
             )
-        sizes = {name: n for spec in built.inputs for name, n in spec.free(shapes[spec.name]).items()}
+        sizes = built.sizes(shapes)
         specs = (*built.inputs, *built.outputs)
         # Known to `close` from the first piece of memory on.
         bound = self._bound = _Bound(shapes, {spec.name: np.dtype(_DTYPES[spec.dtype]) for spec in specs})

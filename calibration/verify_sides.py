@@ -21,6 +21,7 @@ from ..export.precision import (
     PrecisionPlan,
     StagePrecision,
     cast,
+    in_8_bits,
     plan_stage,
     refuse_unsigned,
     rounded,
@@ -168,8 +169,7 @@ def emulate(
     with tempfile.TemporaryDirectory(prefix="iqa-verify-") as folder:
         path = Path(folder, f"{stage.name}.onnx")  # messages then name the stage
         path.write_bytes(model.SerializeToString())
-        eight = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
-        return OnnxStage(path, dataclasses.replace(settings, as_written=eight))
+        return OnnxStage(path, dataclasses.replace(settings, as_written=in_8_bits(model)))
 
 
 def emulated(model: onnx.ModelProto, plan: StagePrecision, precision: Precision) -> onnx.ModelProto:

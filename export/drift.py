@@ -10,7 +10,7 @@ from ..runtime.images import synthetic
 from ..runtime.manifest import Check, EngineDirectory, Precision, Stage, StageName
 from ..runtime.onnx_backend import compute_as_written
 from ..runtime.scorer import to_plane
-from .precision import rounded
+from .precision import in_8_bits, rounded
 
 FloatArray = npt.NDArray[np.float32]
 SEED = 20260101
@@ -31,8 +31,7 @@ def measure_drift(
 
     Of a stage in 8 bits this is what casting the rest adds: its original is 8-bit too.
     """
-    eight = any(node.op_type == "QuantizeLinear" for node in typed.graph.node)
-    allowed = TOLERANCE_8_BITS if eight else TOLERANCE[precision]
+    allowed = TOLERANCE_8_BITS if in_8_bits(typed) else TOLERANCE[precision]
     feed = draw_inputs(directory, stage, SEED)
     expected = _run(directory.file(stage.file).read_bytes(), feed)
     got = _run(rounded(typed).SerializeToString(), feed)

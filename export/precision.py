@@ -322,6 +322,11 @@ def rounded(typed: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
+def in_8_bits(model: onnx.ModelProto) -> bool:
+    """Whether a stage rounds values to 8 bits on its way."""
+    return any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+
+
 def refuse_unsigned(directory: EngineDirectory) -> None:
     """Raise UsageError for 8-bit stages in ONNX Runtime's form, whose zero points TensorRT's parser does not take."""
     for stage in directory.manifest.stages:

@@ -128,6 +128,10 @@ class BuiltStage:
     profiles: tuple[dict[str, ShapeRange], ...]  # by input, in the order of the engine's optimization profiles
     drift: tuple[Check, ...]  # from the float32 stage, on random inputs; empty for fp32
 
+    def sizes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """Return the sizes that the shapes of its inputs give the free dimensions."""
+        return {name: n for spec in self.inputs for name, n in spec.free(shapes[spec.name]).items()}
+
 
 @dataclass(frozen=True)
 class Build:

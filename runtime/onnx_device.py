@@ -84,7 +84,7 @@ class _Binding:
         self._options = onnxruntime.RunOptions()
         # The stream keeps the order; the executor waits where it reads.
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        sizes = {name: n for spec in built.inputs for name, n in spec.free(shapes[spec.name]).items()}
+        sizes = built.sizes(shapes)
         try:
             self._binding: Any = self._session.io_binding()
             for bind, specs in (
