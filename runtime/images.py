@@ -22,8 +22,9 @@ import numpy.typing as npt
 import PIL.Image
 
 from ..errors import ImageError
+from .foreign import Exchangeable, OnGpu, is_foreign, to_numpy
 
-Source = str | os.PathLike[str] | bytes | PIL.Image.Image | npt.NDArray[Any]
+Source = str | os.PathLike[str] | bytes | PIL.Image.Image | npt.NDArray[Any] | OnGpu | Exchangeable
 Array = npt.NDArray[Any]
 
 # Pillow's own guard against decompression bombs: a quarter of a GiB of RGB.
@@ -145,10 +146,12 @@ def _decode(source: Source, max_pixels: int | None, notes: list[str]) -> Array:
         return _from_array(source, max_pixels, notes)
     if isinstance(source, PIL.Image.Image):
         return _from_pillow(source, max_pixels, notes)
+    if is_foreign(source):
+        return _from_array(to_numpy(source), max_pixels, notes)
     if max_pixels is None or max_pixels > DEFAULT_MAX_PIXELS:
         _raise_pillow_limit(max_pixels)
     if not isinstance(source, str | bytes | os.PathLike):
-        raise ImageError("not an image; expected a path, bytes, a Pillow image or a NumPy array")
+        raise ImageError("not an image; expected a path, bytes, a Pillow image or an array")
     # Pillow gets a file, not a name: a name it would map into memory, where a file cut short meanwhile kills us.
     with _open(source) as file, PIL.Image.open(file, formats=_formats()) as image:
         return _from_pillow(image, max_pixels, notes)
