@@ -1,6 +1,7 @@
 """Compiled kernels, ready to run on the current GPU: through `cuda.core`, or as a guest in a PyCUDA program.
 
-Both give a function `enqueue(launch, stream)`. It keeps the loaded code alive; a captured graph does not.
+Both give a function `enqueue(launch, stream)`. It loads a source at its first launch, which is no time to be capturing,
+and keeps the loaded code alive; a captured graph does not.
 """
 
 import functools
@@ -46,11 +47,14 @@ def with_pycuda(cubins: dict[str, bytes]) -> Enqueue:
         from pycuda import driver
     except ImportError as exc:
         raise KernelError(f"PyCUDA is not there: pip install pycuda ({exc})") from exc
-    modules = {source: driver.module_from_buffer(code) for source, code in cubins.items()}
+
+    @functools.cache
+    def module(source: str) -> Any:
+        return driver.module_from_buffer(cubins[source])
 
     @functools.cache
     def kernel(source: str, name: str) -> Any:
-        return modules[source].get_function(name)
+        return module(source).get_function(name)
 
     def enqueue(launch: Launch, stream: Any) -> None:
         function = kernel(launch.source, launch.kernel)

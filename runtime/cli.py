@@ -100,6 +100,15 @@ def provider(text: str) -> str | tuple[str, dict[str, str]]:
 )
 @click.option("--device", type=click.IntRange(0), metavar="N", help="GPU for TensorRT or ONNX Runtime, counted from 0.")
 @click.option("--no-cuda-graph", is_flag=True, help="Launch every kernel by itself: the same scores, more CPU time.")
+@click.option(
+    "--batch",
+    type=click.IntRange(1, 1024),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="On a GPU, restore N neighbours of one size, or N seeds, at a time. Scores depend on N in their last bits, "
+    "never on what shares a batch; places that nothing fills cost as much as others.",
+)
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Default: the CPUs this process may use.")
 @click.option(
     "--spin",
@@ -164,7 +173,11 @@ def run(engine: Path, images: tuple[str, ...], **given: Any) -> None:
     if outputs.descending and not outputs.sort:
         raise UsageError("--descending needs --sort")
     _refuse_collisions(names, outputs)
-    how: dict[str, Any] = {"device": given["device"], "cuda_graph": not given["no_cuda_graph"]}
+    how: dict[str, Any] = {
+        "device": given["device"],
+        "cuda_graph": not given["no_cuda_graph"],
+        "batch": given["batch"],
+    }
     threads, providers, precision = given["threads"], given["providers"], given["cpu_precision"]
     if given["spin"] and given["backend"] not in {"auto", "onnxruntime"}:
         raise UsageError(f"--spin is about threads of --backend onnxruntime, not of {given['backend']}; leave it out")

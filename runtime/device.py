@@ -3,20 +3,24 @@
     pixels ─ normalise, pad ─▶ plane ─ cut windows ─▶ condition ─ noise, T × (U-Net, sampler step) ─▶ taps
     plane, taps ─ cut crops ─▶ crops of all kinds, float32 ─ a batch at a time ─▶ ViT ─▶ VCG, VDA ─▶ scores
 
-Everything runs on one stream, so nothing is waited for before the scores, but for tiles. Memory that graphs know is
-sized by an engine's profile, unless that is open-ended, the rest by the largest image so far; once both have been seen
-nothing is allocated.
+Everything runs on one stream, so nothing is waited for before the scores, but for tiles; only images come in on a
+second one, beside what runs for another thread. Memory that graphs know is sized by an engine's profile, unless that is
+open-ended, the rest by the largest image so far; once both have been seen nothing is allocated.
+
+`together` images of one size, or seeds of one image, share batches. An engine computes other last bits for another size
+of batch, so all batches of an image then have the same size, whatever else is there: places left over repeat the last.
 
 Left out: blending tiles on the device (copying and adding them on the host takes perhaps a tenth of the time of
-restoring them), and uploads on a second stream (an image's pixels take less than a thousandth of the time of its loop;
-decoding does run beside it). Both figures are estimates, not measurements.
+restoring them: an estimate, not a measurement), and batches of images that differ in size.
 """
 
 import contextlib
+import itertools
 import math
+import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +54,10 @@ from .device_layer import (
     choose_profile,
 )
 from .graphs import Form, Graphs, Work
-from .host import Branch, FloatArray, Outcome, Verdict, paste
+from .host import Branch, FloatArray, Outcome, Task, Verdict, paste
 from .manifest import Manifest, StageName, TensorSpec
 from .plan import Plan
+from .plan import Window as PlanWindow
 from .results import Mode
 from .schedule import Kind
 
@@ -70,6 +75,7 @@ class DeviceExecutor:
     """
 
     takes_pixels = True
+    waiting = 1  # the pixels of one caller come in while another's are computed with
 
     def __init__(
         self,
@@ -78,19 +84,25 @@ class DeviceExecutor:
         stages: Mapping[StageName, LoadedStage],
         *,
         form: Form = Form.LOOP,
+        together: int = 1,
         rebuild: Callable[[str], str] = "iqa-build --sizes {}".format,
     ) -> None:
         self._manifest, self._layer, self._stages, self._rebuild = manifest, layer, stages, rebuild
-        self.graphs = Graphs(layer, form)
+        self.graphs, self.together = Graphs(layer, form), together
         self._lock = threading.Lock()
+        self._leaving_one = threading.Lock()  # two that took all docks but one would wait for each other
         self._closed = False
         self._fixed = _Pool(layer)  # graphs hold its addresses
         self._images = _Pool(layer)
         self._pinned = _Pinned(layer)
+        # The last one given back is taken first, so that a single caller has memory for one.
+        self._docks: queue.LifoQueue[_Dock] = queue.LifoQueue()
+        for _ in range(1 + self.waiting):
+            self._docks.put(_Dock(layer))
         self._bound_version = 0  # of `_fixed`, when the bindings below were made
         self._loops: OrderedDict[tuple[int, int, int], _Loop] = OrderedDict()
         self._heads: dict[int, _Heads] = {}
-        self._limit = max(max(self._crop_batches(name, "maximum")) for name in stages)
+        self._limit: int = max(max(self._crop_batches(name, "maximum")) for name in stages)
         self._batch_in_use = 1
         self._memory_note: str | None = None
         steps = sorted({manifest.taps.step_of(kind) for kind in manifest.kinds[1:]})
@@ -113,84 +125,150 @@ class DeviceExecutor:
         Without `pictures` the outcome has verdicts alone: its crops are empty and its planes none. Raises Cancelled
         soon after `cancelled()`, DeviceMemoryError if not even one crop at a time fits.
         """
-        with self._lock:
-            if self._closed:
-                raise UsageError("this executor is closed")
-            self._layer.enter()
-            while True:
-                try:
-                    return self._run(image, plan, seed, cancelled, pictures)
-                except DeviceMemoryError:
-                    self._settle()
-                    self._release()
-                    if not self._shrink():
+        (outcome,) = self.run_together([(image, seed)], plan, cancelled, pictures=pictures)
+        return outcome
+
+    def run_together(
+        self,
+        tasks: Sequence[Task],
+        plan: Plan,
+        cancelled: Callable[[], bool] = lambda: False,
+        *,
+        pictures: bool = True,
+    ) -> list[Outcome]:
+        """Restore and score images with their seeds, in batches; all are of the plan's size, none depends on others."""
+        images, seeds = [image for image, _ in tasks], [seed for _, seed in tasks]
+
+        def attempt() -> list[Outcome]:
+            with self._docked(images, plan) as dock, self._lock:
+                if self._closed:
+                    raise UsageError("this executor is closed")
+                self._layer.enter()
+                while True:
+                    try:
+                        return self._run(dock, plan, seeds, cancelled, pictures)
+                    except DeviceMemoryError:
+                        self._settle()
+                        self._release()
+                        if not self._shrink():
+                            dock.release()
+                            raise
+                    except BaseException:
+                        self._settle()
                         raise
-                except BaseException:
-                    self._settle()
-                    raise
+
+        try:
+            return attempt()
+        except DeviceMemoryError:
+            with self._alone():  # images that wait for their turn may be what the memory is full of
+                return attempt()
 
     def close(self) -> None:
-        """Free the engines and all memory."""
+        """Free the engines and all memory, after what other threads have begun."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            with contextlib.suppress(BackendError):
+        docks: list[_Dock] = []
+        with contextlib.suppress(queue.Empty):  # a thread that was interrupted may have lost one: its memory goes below
+            # Who has one is refused now, and gives it back.
+            docks.extend(self._docks.get(timeout=10) for _ in range(1 + self.waiting))
+        with contextlib.suppress(BackendError):
+            self._layer.enter()
+        self._settle()
+        with contextlib.suppress(BackendError):
+            self._release()
+            for dock in docks:
+                dock.release()
+                self._docks.put(dock)
+        for stage in self._stages.values():
+            stage.close()
+        self._layer.close()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Wait until nobody else has an image on the device, and let nobody bring one."""
+        with self._leaving_one, contextlib.ExitStack() as back:
+            for _ in range(self.waiting):
+                dock = self._docks.get()
+                back.callback(self._docks.put, dock)
+                dock.release()
+            yield
+
+    @contextlib.contextmanager
+    def _docked(self, images: Sequence[FloatArray | Bytes], plan: Plan) -> Iterator["_Dock"]:
+        """Bring images to the device, which may be busy for another thread."""
+        dock = self._docks.get()
+        try:
+            if not self._closed:
                 self._layer.enter()
-            self._settle()
-            with contextlib.suppress(BackendError):
-                self._release()
-            for stage in self._stages.values():
-                stage.close()
-            self._layer.close()
+                try:
+                    dock.bring(images, _plane_size(plan))
+                except DeviceMemoryError:
+                    with self._lock:
+                        if not self._closed:
+                            self._settle()
+                            self._release()  # what larger images have left behind
+                    try:
+                        dock.bring(images, _plane_size(plan))
+                    except DeviceMemoryError:
+                        dock.release()
+                        raise
+            yield dock
+        finally:
+            self._docks.put(dock)
 
     def _run(
-        self, image: FloatArray | Bytes, plan: Plan, seed: int, cancelled: Callable[[], bool], pictures: bool
-    ) -> Outcome:
-        kinds, size, count = len(self._manifest.kinds), plan.crop_size, len(plan.crops)
-        padded = plan.padded[0], _up(plan.padded[1], 4)  # crop mode and models without a U-Net pad nothing
+        self, dock: "_Dock", plan: Plan, seeds: Sequence[int], cancelled: Callable[[], bool], pictures: bool
+    ) -> list[Outcome]:
+        kinds, size, count = len(self._manifest.kinds), plan.crop_size, len(seeds) * len(plan.crops)
+        padded = _plane_size(plan)
         self._batch_in_use = 1
         job = _Job(
             plan,
-            seed,
+            seeds,
             cancelled,
-            self._bring(image, padded),
+            self._planes_of(dock, padded),
             padded,
-            self._images.get("crops", count * kinds * 3 * size**2 * _FLOAT),
+            self._images.get("crops", count * self._crop_bytes(plan)),
             [self._memory_note] if self._memory_note else [],
         )
-        planes: dict[Kind, FloatArray] = {}
+        planes: list[dict[Kind, FloatArray]] = [{} for _ in seeds]
         if StageName.UNET in self._stages:
-            planes = self._restore(job, pictures)
+            self._restore(job, planes if pictures else None)
         else:
-            self._gather([job.plane], padded, _places(plan), 1, job.crops, size)
+            self._gather([job.plane], padded, job.places, len(seeds), job.crops, size)
         verdicts = self._assess(job)
         crops = np.empty((0, kinds, 3, size, size), np.float32)
         if pictures:
             crops = self._pinned.get("crops", (count, kinds, 3, size, size), np.dtype(np.float32))
             self._layer.download(crops, job.crops)
         self._layer.synchronise()
-        copies = {kind: plane[:, : plan.height, : plan.width].copy() for kind, plane in planes.items()}
-        return Outcome(verdicts(), crops.copy(), copies, tuple(dict.fromkeys(job.notes)))
+        found, each = verdicts(), len(plan.crops)
+        return [
+            Outcome(
+                found[i * each : (i + 1) * each],
+                crops[i * each : (i + 1) * each].copy(),
+                planes[i],
+                tuple(dict.fromkeys(job.notes)),
+            )
+            for i in range(len(seeds))
+        ]
 
-    def _bring(self, image: FloatArray | Bytes, padded: tuple[int, int]) -> int:
-        """Return the address of the image as a plane (3, *padded), float32, padded by reflection."""
-        plane = self._images.get("plane", 3 * math.prod(padded) * _FLOAT)
-        if image.dtype == np.uint8:
-            staged = self._pinned.get("pixels", image.shape, image.dtype)
-            np.copyto(staged, image)
-            pixels, (height, width) = self._images.get("pixels", staged.nbytes), image.shape[:2]
-            self._layer.upload(pixels, staged)
-            self._layer.launch(normalise_pad(pixels, (height, width), 3 * width, plane, padded, Storage.F32))
-            return plane
-        below, right = padded[0] - image.shape[1], padded[1] - image.shape[2]
-        staged = self._pinned.get("image", (3, *padded), np.dtype(np.float32))
-        np.copyto(staged, np.pad(image, ((0, 0), (0, below), (0, right)), mode="reflect"))
-        self._layer.upload(plane, staged)
-        return plane
+    def _planes_of(self, dock: "_Dock", padded: tuple[int, int]) -> int:
+        """Return the address of the images as planes (images, 3, *padded), float32, padded by reflection."""
+        each = 3 * math.prod(padded) * _FLOAT
+        planes = self._images.get("planes", len(dock.images) * each)
+        for i, (address, size) in enumerate(dock.images):
+            to = planes + i * each
+            if size:
+                self._layer.launch(normalise_pad(address, size, 3 * size[1], to, padded, Storage.F32))
+            else:
+                self._gather([address], padded, [(0, 0, 0)], 1, to, padded)
+        return planes
 
-    def _restore(self, job: "_Job", pictures: bool) -> dict[Kind, FloatArray]:
-        """Fill the crops of all kinds; return whole planes, there after `synchronise`, of an image in one window."""
+    def _restore(self, job: "_Job", planes: Sequence[dict[Kind, FloatArray]] | None) -> None:
+        """Fill the crops of all kinds, and `planes` of images that are one window."""
         plan, first = job.plan, job.plan.windows[0]
         height, width, size = first.height, first.width, plan.crop_size
         alone = height * width == math.prod(plan.padded)
@@ -200,35 +278,50 @@ class DeviceExecutor:
                 f"this build's U-Net takes no images of {width}×{height}; use tile or crop mode, or build again with: "
                 f"{self._rebuild(f'{height}x{width}')}"
             )
-        for batch in self._batches(len(plan.windows), lambda n: self._unet_takes(n, height, width)):
-            windows = [plan.windows[i] for i in batch.members]
+        windows = [(i, window) for i in range(len(job.seeds)) for window in plan.windows]
+        batches = self._batches(len(windows), len(plan.windows), lambda n: self._unet_takes(n, height, width))
+        if batches[0].size < self.together and not self._memory_note:
+            job.notes.append(
+                f"restored {batches[0].size} at a time, not {self.together}: this build's U-Net takes no more images "
+                f"of {width}×{height}; build again with: {self._rebuild(f'{height}x{width}')}"
+            )
+        for batch in batches:
+            members = [windows[i] for i in batch.members]
             loop = self._loop(batch.size, height, width)
-            corners = [(0, window.top, window.left) for window in windows]
-            self._gather([job.plane], job.size, corners, 1, loop.condition, (height, width), loop.buffers.storage)
-            origins = [plan.noise_origin(window) for window in windows]
+            corners = [(i, window.top, window.left) for i, window in members]
+            self._gather(
+                [job.plane], job.size, corners, len(job.seeds), loop.condition, (height, width), loop.buffers.storage
+            )
             noise = [
-                Window(job.seed, plan.noise_size, *origin, lane=window.lane)
-                for origin, window in zip(origins, windows, strict=True)
+                Window(job.seeds[i], plan.noise_size, *plan.noise_origin(window), lane=window.lane)
+                for i, window in members
             ]
             self._layer.upload(loop.buffers.windows, window_table(noise, (height, width)))
             self._launch(job, loop.work)
+            taps = [loop.tap(slot) for slot in self._slots.values()]
             if blend:
-                blend.add(batch, loop)
+                blend.add(members[: batch.used], loop)
             elif alone:
-                taps = [loop.tap(slot) for slot in self._slots.values()]
-                self._gather([job.plane, *taps], job.size, _places(plan), 1, job.crops, size)
-                return self._planes(loop) if pictures else {}
+                given = job.plane + batch.start * 3 * math.prod(job.size) * _FLOAT
+                out = job.crops + batch.start * len(plan.crops) * self._crop_bytes(plan)
+                places = job.places[: batch.used * len(plan.crops)]
+                self._gather([given, *taps], job.size, places, batch.used, out, size)
+                if planes is not None:
+                    self._take_planes(job, loop, planes[batch.start : batch.start + batch.used])
             else:
                 dis = self._images.get("dis", batch.size * 3 * size**2 * _FLOAT)
-                self._gather([job.plane], job.size, corners[: batch.used], 1, dis, size)
-                self._collect(job, dis, [loop.tap(slot) for slot in self._slots.values()], batch)
+                self._gather([job.plane], job.size, corners[: batch.used], len(job.seeds), dis, size)
+                self._collect(job, dis, taps, batch)
         if blend:
             blend.finish()
-        return {}
 
-    def _planes(self, loop: "_Loop") -> dict[Kind, FloatArray]:
+    def _take_planes(self, job: "_Job", loop: "_Loop", planes: Sequence[dict[Kind, FloatArray]]) -> None:
+        """Copy restored images, their padding cut off; waits, as the next batch needs the memory."""
         taps = self._download_taps(loop)
-        return {kind: taps[slot, 0] for kind, slot in self._slots.items()}
+        self._layer.synchronise()
+        for place, found in enumerate(planes):
+            for kind, slot in self._slots.items():
+                found[kind] = taps[slot, place, :, : job.plan.height, : job.plan.width].copy()
 
     def _download_taps(self, loop: "_Loop") -> FloatArray:
         """Return the taps (slots, batch, 3, height, width), there after `synchronise`."""
@@ -240,16 +333,20 @@ class DeviceExecutor:
 
     def _collect(self, job: "_Job", dis: int, restored: Sequence[int], batch: "_Batch") -> None:
         """Put crops of all kinds together: `dis` and each of `restored` (batch, 3, size, size), in order of kinds."""
-        size = job.plan.crop_size
-        out = job.crops + batch.start * len(self._manifest.kinds) * 3 * size**2 * _FLOAT
+        size, out = job.plan.crop_size, job.crops + batch.start * self._crop_bytes(job.plan)
         places = [(i, 0, 0) for i in range(batch.used)]
         self._gather([dis, *restored], (size, size), places, batch.used, out, size)
 
+    def _crop_bytes(self, plan: Plan) -> int:
+        """Return the size of a crop of all kinds."""
+        return len(self._manifest.kinds) * 3 * plan.crop_size**2 * _FLOAT
+
     def _assess(self, job: "_Job") -> Callable[[], tuple[Verdict, ...]]:
         """Score all crops; the verdicts can be asked for after `synchronise`."""
-        kinds, size, count = len(self._manifest.kinds), job.plan.crop_size, len(job.plan.crops)
+        kinds, size, each = len(self._manifest.kinds), job.plan.crop_size, len(job.plan.crops)
+        count = len(job.seeds) * each
         landed: dict[tuple[StageName, str], Array] = {}
-        for batch in self._batches(count, self._heads_take):
+        for batch in self._batches(count, each, self._heads_take):
             heads = self._heads_of(batch.size)
             planes = [i * kinds + kind for i in batch.members for kind in range(kinds)]
             for storage, images in heads.images.items():
@@ -291,16 +388,24 @@ class DeviceExecutor:
         self._layer.upload(table + _CROP_ROWS, rows)
         self._layer.launch(gather_crops(table, len(sources), size, table + _CROP_ROWS, len(places), out, crop, storage))
 
-    def _batches(self, count: int, takes: Callable[[int], bool]) -> list["_Batch"]:
-        """Split `count` into batches that engines take: the largest that is full, else the smallest with room."""
+    def _batches(self, count: int, each: int, takes: Callable[[int], bool]) -> list["_Batch"]:
+        """Split `count`, of which every image has `each`, into batches that engines take.
+
+        One image alone goes into the largest that is full, else the smallest with room. Images that share batches go
+        into one size, which depends on how many there may be, not on how many there are.
+        """
+
+        def size_for(wanted: int) -> int:
+            for size in (*range(min(wanted, self._limit), 0, -1), *range(wanted + 1, self._limit + 1)):
+                if takes(size):
+                    return int(size)
+            raise BackendError(f"no profile of this build takes a batch of {self._limit} or less")
+
+        shared = size_for(self.together * each) if self.together > 1 else None
         batches, start = [], 0
         while start < count:
-            left = count - start
-            sizes = [*range(min(left, self._limit), 0, -1), *range(left + 1, self._limit + 1)]
-            size = next((n for n in sizes if takes(n)), None)
-            if size is None:
-                raise BackendError(f"no profile of this build takes a batch of {self._limit} or less")
-            batches.append(_Batch(start, min(size, left), size))
+            size = shared or size_for(count - start)
+            batches.append(_Batch(start, min(size, count - start), size))
             start += batches[-1].used
             self._batch_in_use = max(self._batch_in_use, size)
         return batches
@@ -374,7 +479,7 @@ class DeviceExecutor:
             launch(step)
 
         # Steps and taps are the manifest's: one executor has one of each, so the key need not say them.
-        work = Work(key, advance, buffers.steps, lambda: launch(begin), bound.capture_problem)
+        work = Work(key, advance, buffers.steps, lambda: launch(begin), bound.capture_problem, buffers.progress)
         self._loops[key] = _Loop(bound, buffers, condition, work)
         return self._loops[key]
 
@@ -489,15 +594,22 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Job:
-    """One image on its way: `plane` (3, *size) and `crops` (crops, kinds, 3, crop, crop) are float32 on the device."""
+    """Images on their way, one for each seed, float32 on the device: `plane` (images, 3, *size), `crops` of all of them
+    (crops, kinds, 3, crop, crop).
+    """
 
     plan: Plan
-    seed: int
+    seeds: Sequence[int]
     cancelled: Callable[[], bool]
     plane: int
     size: tuple[int, int]
     crops: int
     notes: list[str]
+
+    @property
+    def places(self) -> list[tuple[int, int, int]]:
+        """The places (image, top, left) of all crops."""
+        return [(i, crop.top, crop.left) for i in range(len(self.seeds)) for crop in self.plan.crops]
 
 
 @dataclass(frozen=True)
@@ -530,20 +642,20 @@ class _Blend:
 
     def __init__(self, executor: DeviceExecutor, job: _Job) -> None:
         self._executor, self._job = executor, job
-        count, size = len(job.plan.crops), job.plan.crop_size
+        count, size = len(job.places), job.plan.crop_size
         self._crops = np.zeros((count, len(executor._manifest.kinds), 3, size, size), np.float32)
         self._shares = np.zeros((count, size, size), np.float32)
 
-    def add(self, batch: _Batch, loop: _Loop) -> None:
-        """Wait for the taps of some tiles and add them to the crops that read them."""
+    def add(self, tiles: Sequence[tuple[int, PlanWindow]], loop: _Loop) -> None:
+        """Wait for the taps of some tiles, each of an image, and add them to the crops that read them."""
         executor, plan = self._executor, self._job.plan
         taps = executor._download_taps(loop)
         executor._layer.synchronise()
-        for place, number in enumerate(batch.members[: batch.used]):
-            window = plan.windows[number]
+        for place, (image, window) in enumerate(tiles):
             restored = {kind: taps[slot, place] for kind, slot in executor._slots.items()}
             for index in plan.readers(window):
-                at = self._crops[index], self._shares[index]
+                number = image * len(plan.crops) + index
+                at = self._crops[number], self._shares[number]
                 paste(*at, plan, index, window, restored, plan.blend_weight(window))
 
     def finish(self) -> None:
@@ -555,16 +667,19 @@ class _Blend:
         address = executor._images.get("pieces", pieces.nbytes)
         executor._layer.upload(address, pieces)
         dis = executor._images.get("dis", count * 3 * size**2 * _FLOAT)
-        executor._gather([job.plane], job.size, _places(job.plan), 1, dis, size)
+        executor._gather([job.plane], job.size, job.places, len(job.seeds), dis, size)
         restored = [address + kind * pieces[0].nbytes for kind in range(kinds - 1)]
         executor._collect(job, dis, restored, _Batch(0, count, count))
 
 
 class _Pool:
-    """Named pieces of device memory that only grow. `version` counts how often an address has become invalid."""
+    """Named pieces of device memory that only grow. `version` counts how often an address has become invalid.
 
-    def __init__(self, layer: Layer) -> None:
-        self._layer = layer
+    That of a pool `beside` is for `bring`, and nothing may be using it when it grows.
+    """
+
+    def __init__(self, layer: Layer, *, beside: bool = False) -> None:
+        self._layer, self._beside = layer, beside
         self._held: dict[str, tuple[int, int]] = {}
         self.version = 0
 
@@ -573,11 +688,12 @@ class _Pool:
         address, held = self._held.get(name, (0, 0))
         if held < size:
             if held:
-                self._layer.synchronise()
+                if not self._beside:
+                    self._layer.synchronise()
                 del self._held[name]
                 self.version += 1
                 self._layer.free(address)
-            address = self._layer.allocate(size)
+            address = self._layer.allocate(size, beside=self._beside)
             self._held[name] = address, size
         return address
 
@@ -608,6 +724,42 @@ class _Pinned:
         """Free everything."""
         while self._held:
             self._layer.free_pinned(self._held.popitem()[1])
+
+
+class _Dock:
+    """Memory for images that wait for the device: bytes as they are, others as planes, padded on the host."""
+
+    def __init__(self, layer: Layer) -> None:
+        self._layer, self._pool, self._pinned = layer, _Pool(layer, beside=True), _Pinned(layer)
+        self.images: list[tuple[int, tuple[int, int] | None]] = []  # address, and (height, width) of bytes
+
+    def bring(self, images: Sequence[FloatArray | Bytes], padded: tuple[int, int]) -> None:
+        """Copy images to the device; they are there when this returns."""
+        arrays = [_padded(image, padded) if image.dtype == np.float32 else image for image in images]
+        starts = [0, *itertools.accumulate(_up(array.nbytes, 256) for array in arrays)]
+        staged = self._pinned.get("images", (starts[-1],), np.dtype(np.uint8))
+        for start, array in zip(starts, arrays, strict=False):
+            np.copyto(staged[start : start + array.nbytes].view(array.dtype).reshape(array.shape), array)
+        address = self._pool.get("images", starts[-1])
+        self._layer.bring(address, staged)
+        self.images = [
+            (address + start, None if array.dtype == np.float32 else (array.shape[0], array.shape[1]))
+            for start, array in zip(starts, arrays, strict=False)
+        ]
+
+    def release(self) -> None:
+        """Free the memory."""
+        self._pool.release()
+        self._pinned.release()
+
+
+def _padded(plane: Array, size: tuple[int, int]) -> Array:
+    below, right = size[0] - plane.shape[1], size[1] - plane.shape[2]
+    return np.pad(plane, ((0, 0), (0, below), (0, right)), mode="reflect")
+
+
+def _plane_size(plan: Plan) -> tuple[int, int]:
+    return plan.padded[0], _up(plan.padded[1], 4)  # crop mode and models without a U-Net pad nothing
 
 
 def _check_signatures(stages: Mapping[StageName, LoadedStage]) -> None:
@@ -652,10 +804,6 @@ def _unet_shapes(batch: int, height: int, width: int) -> Shapes:
 
 def _fixed_dims(spec: TensorSpec) -> tuple[int, ...]:
     return tuple(n for n in spec.shape if isinstance(n, int))
-
-
-def _places(plan: Plan) -> list[tuple[int, int, int]]:
-    return [(0, crop.top, crop.left) for crop in plan.crops]
 
 
 def _branch(landed: Mapping[tuple[StageName, str], Array], name: StageName, index: int) -> Branch | None:

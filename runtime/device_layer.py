@@ -2,7 +2,8 @@
 
 `Layer` is narrow so that the tests can put another in its place: NumPy arrays for memory, the same kernels compiled by
 a C++ compiler, ONNX Runtime for engines. What only a GPU can show is in `CudaLayer`, `_Engine` and `_Context`, which
-have not run on one yet: the names they call are those of cuda.core 1.2 and tensorrt-rtx 1.7, not what these do.
+have not run on one yet: the names they call are those of cuda.core 1.2, cuda.bindings 13 and tensorrt-rtx 1.7, not what
+these do.
 """
 
 import contextlib
@@ -16,9 +17,9 @@ import numpy.typing as npt
 
 from ..errors import BackendError, DiffiqaError, EngineError, first_line
 from ..kernels.compile import KernelError
-from ..kernels.launch import Launch
+from ..kernels.launch import Launch, more_steps
 from .builds import rebuild_command
-from .graphs import Graph
+from .graphs import Enqueue, Graph
 from .manifest import Build, BuiltStage, EngineDirectory, ShapeRange, StageName, TensorSpec
 from .runtime_cache import RuntimeCache, cache_of
 from .tensorrt import TensorRT, gpu_capability
@@ -72,6 +73,9 @@ class LoadedStage(Protocol):
 class Layer(Protocol):
     """One device and one stream: all calls take effect in order. Device addresses are multiples of 256.
 
+    Beside it there is a second stream, for `bring` and the memory that this fills: both may be called while another
+    thread captures or waits.
+
     Raises DeviceMemoryError, or BackendError for whatever else the device refuses.
     """
 
@@ -80,8 +84,11 @@ class Layer(Protocol):
     def enter(self) -> None:
         """Make the device the calling thread's; before any other call in a thread."""
 
-    def allocate(self, size: int) -> int:
+    def allocate(self, size: int, *, beside: bool = False) -> int:
         """Return the address of new device memory, its contents arbitrary."""
+
+    def bring(self, address: int, values: Array) -> None:
+        """Copy pinned `values` to memory that was allocated `beside`, and return when they are there."""
 
     def free(self, address: int) -> None:
         """Give back device memory, after what has been launched."""
@@ -104,11 +111,23 @@ class Layer(Protocol):
     def synchronise(self) -> None:
         """Wait for all that was launched and copied."""
 
+    def mark(self) -> object:
+        """Note the time when the stream comes to here; never while capturing."""
+
+    def seconds_between(self, first: object, last: object) -> float:
+        """Return the time on the device between two marks; after `synchronise`."""
+
     def begin_capture(self) -> None:
         """From now on launches of this thread are recorded, not run."""
 
     def end_capture(self) -> Graph:
         """Return what was recorded, ready to run."""
+
+    def capture_loop(self, begin: Enqueue, step: Enqueue, progress: int) -> Graph:
+        """Return a graph of `begin`, and of `step` as long as the PROGRESS at that address has steps left.
+
+        Both are called here, once, and launch kernels and engines, nothing else.
+        """
 
     def abandon_capture(self) -> None:
         """Drop what is being recorded, if anything is; never raises."""
@@ -149,13 +168,14 @@ class CudaLayer:
 
         self.name = f"GPU {ordinal}"
         self._driver, self._ordinal = driver, ordinal
-        self._builder: Any = None
+        self._capturing = False
         self._buffers: dict[int, Any] = {}
         with self._speaking("cannot be used"):
             self._device = Device(ordinal)
             self._device.set_current()
             self.name = str(self._device.name)
             self._stream = self._device.create_stream()
+            self._beside = self._device.create_stream()
             self._pinned = LegacyPinnedMemoryResource()
             self._enqueue = with_cuda_core(compiled(device_arch()))
 
@@ -169,16 +189,23 @@ class CudaLayer:
         with self._speaking("cannot be used"):
             self._device.set_current()
 
-    def allocate(self, size: int) -> int:
-        """Return the address of new device memory."""
+    def allocate(self, size: int, *, beside: bool = False) -> int:
+        """Return the address of new device memory, there for the stream it is allocated on from now on."""
         with self._speaking(f"has no {_mebibytes(size)} left"):
-            buffer = self._device.allocate(size, stream=self._stream)
+            buffer = self._device.allocate(size, stream=self._beside if beside else self._stream)
         address = int(buffer.handle)
         self._buffers[address] = buffer
         return address
 
+    def bring(self, address: int, values: Array) -> None:
+        """Copy host to device on the second stream, and wait for it: the host's time, which others use."""
+        with self._speaking("does not take data"):
+            stream = self._beside
+            self._ok(self._driver.cuMemcpyHtoDAsync(address, values.ctypes.data, values.nbytes, stream.handle))
+            stream.sync()
+
     def free(self, address: int) -> None:
-        """Give back device memory, in stream order."""
+        """Give back device memory, in order of the stream it was allocated on."""
         with self._speaking("does not free memory"):
             self._buffers.pop(address).close()
 
@@ -207,35 +234,80 @@ class CudaLayer:
     def launch(self, launch: Launch) -> None:
         """Launch one of our kernels."""
         with self._speaking(f"does not run {launch.kernel}"):
-            self._enqueue(launch, self._builder or self._stream)
+            self._enqueue(launch, self._stream)
 
     def synchronise(self) -> None:
         """Wait for the stream; errors of what ran on it come out here."""
         with self._speaking("failed"):
             self._stream.sync()
 
+    def mark(self) -> Any:
+        """Record an event that has a time."""
+        from cuda.core import EventOptions
+
+        with self._speaking("does not time"):
+            return self._stream.record(options=EventOptions(timing_enabled=True))
+
+    def seconds_between(self, first: Any, last: Any) -> float:
+        """Return the time between two events, which the driver gives in milliseconds."""
+        with self._speaking("does not time"):
+            return float(last - first) / 1e3
+
     def begin_capture(self) -> None:
-        """Capture this stream, forbidding unsafe calls to this thread alone: others may allocate meanwhile."""
+        """Capture this stream, forbidding unsafe calls to this thread alone: others may allocate meanwhile.
+
+        Through the driver and not cuda.core's GraphBuilder, which destroys a capture that failed although the driver
+        already has, and crashes (its issue 2834, in 1.2): a capture that TensorRT spoils is to cost a note.
+        """
         with self._speaking("cannot capture"):
-            self._builder = self._stream.create_graph_builder()
-            self._builder.begin_building("thread_local")
+            self._capturing = True
+            mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+            self._ok(self._driver.cuStreamBeginCapture(self._stream.handle, mode))
 
     def end_capture(self) -> "_CudaGraph":
         """Instantiate what was captured."""
-        builder, self._builder = self._builder, None
-        try:
-            with self._speaking("could not capture"):
-                return _CudaGraph(self, builder.end_building().complete())
-        finally:
-            builder.close()
+        with self._speaking("could not capture"), contextlib.ExitStack() as graphs:
+            return _CudaGraph(self, self._ok(self._driver.cuGraphInstantiate(self._recorded(graphs), 0)))
+
+    def capture_loop(self, begin: Enqueue, step: Enqueue, progress: int) -> "_CudaGraph":
+        """Put what `step` launches into the body of a `while` node behind what `begin` launches; since CUDA 12.4.
+
+        Both are captured by themselves and copied: a capture that fails inside a body crashes the driver when it is
+        ended (cuda.core's issue 2918). It also leaves engines the one stream they know. What a body may not hold, such
+        as memory, calls of the host and cooperative kernels, the driver refuses here.
+        """
+        driver = self._driver
+        with self._speaking("cannot capture a loop"), contextlib.ExitStack() as graphs:
+            self.launch(more_steps(progress, 0))  # loads the code, which is forbidden while capturing
+            self.synchronise()
+            whole = self._ok(driver.cuGraphCreate(0))
+            graphs.callback(driver.cuGraphDestroy, whole)
+            node = driver.CUgraphNodeParams()
+            node.type = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
+            loop = node.conditional
+            loop.type, loop.size = driver.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_WHILE, 1
+            loop.ctx = context = self._stream.context.handle
+            default = 1, driver.CU_GRAPH_COND_ASSIGN_DEFAULT  # what the condition is at the start of every launch
+            loop.handle = condition = self._ok(driver.cuGraphConditionalHandleCreate(whole, context, *default))
+            self.begin_capture()
+            begin()
+            first = self._recorded(graphs)
+            self.begin_capture()
+            step()
+            self.launch(more_steps(progress, int(condition)))
+            again = self._recorded(graphs)
+            before = self._ok(driver.cuGraphAddChildGraphNode(whole, None, 0, first))
+            self._ok(driver.cuGraphAddNode(whole, [before], None, 1, node))
+            self._ok(driver.cuGraphAddChildGraphNode(loop.phGraph_out[0], None, 0, again))
+            executable = self._ok(driver.cuGraphInstantiate(whole, 0))
+            # Kept, because nobody says whether a condition outlives the graph it was made for.
+            return _CudaGraph(self, executable, graphs.pop_all())
 
     def abandon_capture(self) -> None:
-        """End the capture and clear the error it has left with the CUDA runtime, which TensorRT would find."""
-        builder, self._builder = self._builder, None
-        if builder is None:
-            return
-        with contextlib.suppress(Exception):
-            builder.close()  # ends the capture too
+        """End the capture and clear the error that one has left with the CUDA runtime, which TensorRT would find."""
+        if self._capturing:
+            with contextlib.suppress(Exception), contextlib.ExitStack() as graphs:
+                self._recorded(graphs)
         with contextlib.suppress(Exception):
             from cuda.bindings import runtime
 
@@ -249,8 +321,9 @@ class CudaLayer:
         while self._buffers:
             with contextlib.suppress(Exception):
                 self._buffers.popitem()[1].close()
-        with contextlib.suppress(Exception):
-            self._stream.close()
+        for stream in (self._stream, self._beside):
+            with contextlib.suppress(Exception):
+                stream.close()
 
     @contextlib.contextmanager
     def _speaking(self, what: str) -> Iterator[None]:
@@ -267,26 +340,36 @@ class CudaLayer:
                 raise DeviceMemoryError(text) from exc
             raise BackendError(text) from exc
 
+    def _recorded(self, graphs: contextlib.ExitStack) -> Any:
+        """End the capture and return its graph, which is destroyed with `graphs`."""
+        self._capturing = False
+        graph = self._ok(self._driver.cuStreamEndCapture(self._stream.handle))
+        graphs.callback(self._driver.cuGraphDestroy, graph)
+        return graph
+
     @staticmethod
-    def _ok(answer: tuple[Any, ...]) -> None:
-        if int(answer[0]):
-            raise RuntimeError(str(answer[0]))
+    def _ok(answer: tuple[Any, ...]) -> Any:
+        status, *values = answer
+        if int(status):
+            raise RuntimeError(str(status))
+        return values[0] if values else None
 
 
 class _CudaGraph:
     """An instantiated graph; the memory it works on is kept alive by its executor, not by it."""
 
-    def __init__(self, layer: CudaLayer, graph: Any) -> None:
-        self._layer, self._graph = layer, graph
+    def __init__(self, layer: CudaLayer, executable: Any, kept: contextlib.ExitStack | None = None) -> None:
+        self._layer, self._executable, self._kept = layer, executable, kept or contextlib.ExitStack()
 
     def launch(self) -> None:
         """Run it on the layer's stream."""
         with self._layer._speaking("does not launch a graph"):
-            self._graph.launch(self._layer._stream)
+            self._layer._ok(self._layer._driver.cuGraphLaunch(self._executable, self._layer._stream.handle))
 
     def close(self) -> None:
         """Free it."""
-        self._graph.close()
+        self._layer._driver.cuGraphExecDestroy(self._executable)
+        self._kept.close()
 
 
 def load_engines(

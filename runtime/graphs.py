@@ -19,8 +19,8 @@ from .host import Cancelled
 if TYPE_CHECKING:
     from .device_layer import Layer
 
-# One graph of all steps holds a node for every kernel of every step: beyond this many steps, one of a single step is
-# replayed instead. Not measured: no GPU was at hand.
+# One graph of all steps holds a node for every kernel of every step: beyond this many steps, one that loops over a
+# single step is launched instead. Not measured: no GPU was at hand.
 MAX_LOOP_STEPS = 128
 
 Enqueue = Callable[[], None]
@@ -32,6 +32,10 @@ class Form(enum.StrEnum):
     NONE = "none"
     STEP = "step"  # one step: its counter is in device memory, so that every step is the same graph
     LOOP = "loop"  # the beginning and all steps
+    WHILE = "while"  # the beginning and one step, which the GPU repeats until the counter says that the loop is over
+
+
+_HOLDS = {Form.STEP: "one step", Form.LOOP: "all steps", Form.WHILE: "a loop"}
 
 
 class Graph(Protocol):
@@ -48,7 +52,8 @@ class Graph(Protocol):
 class Work:
     """Something that is launched often: `begin`, if there is one, then `steps` times `step`.
 
-    `key` says all that a graph of it depends on and that is not told by `forget`: shapes, steps and taps.
+    `key` says all that a graph of it depends on and that is not told by `forget`: shapes, steps and taps. `progress` is
+    the device address of the PROGRESS that `begin` sets and `step` counts down; without one no graph can loop.
     """
 
     key: Hashable
@@ -56,6 +61,7 @@ class Work:
     steps: int = 1
     begin: Enqueue | None = None
     problem: Callable[[], str | None] = lambda: None  # why it cannot be captured, if that is known beforehand
+    progress: int | None = None
 
     def enqueue(self, cancelled: Callable[[], bool] = lambda: False) -> None:
         """Launch all of it; raises Cancelled between two steps once nobody wants the result."""
@@ -71,14 +77,14 @@ class Work:
 class _Entry:
     """What is known of one key after its first run."""
 
-    loop: Graph | None = None
+    whole: Graph | None = None
     step: Graph | None = None
     note: str | None = None
     tried: bool = False
 
     @property
     def graphs(self) -> list[Graph]:
-        return [graph for graph in (self.loop, self.step) if graph]
+        return [graph for graph in (self.whole, self.step) if graph]
 
 
 @dataclass
@@ -102,8 +108,8 @@ class Graphs:
         if not entry.tried:
             self._capture(entry, work)
             entry.tried = True  # not before: an interrupted capture is no failed one
-        if entry.loop:
-            entry.loop.launch()
+        if entry.whole:
+            entry.whole.launch()
         elif entry.step:
             Work(work.key, entry.step.launch, work.steps, work.begin).enqueue(cancelled)
         else:
@@ -121,30 +127,53 @@ class Graphs:
             self.forget(key)
 
     def _capture(self, entry: _Entry, work: Work) -> None:
-        """Make the graph of `work`: of all of it, or of one step, or none; say what was wanted and did not come."""
+        """Make the best graph of `work` that can be had, or none; say what was wanted and did not come."""
         if problem := work.problem():
             entry.note = f"ran without a CUDA graph: {problem}"
             return
-        if self.form is Form.LOOP and work.steps <= MAX_LOOP_STEPS:
+        ways, failures = self._ways(work), []
+        for form, capture in ways.items():
             try:
-                entry.loop = self._captured(work.enqueue)
+                graph = self._captured(capture)
             except (BackendError, MemoryError) as exc:
-                entry.note = f"ran with a CUDA graph of one step, not of all: {first_line(exc)}"
+                failures.append(first_line(exc))
+                continue
+            if form is Form.STEP:
+                entry.step = graph
             else:
-                return
-        try:
-            entry.step = self._captured(work.step)
-        except (BackendError, MemoryError) as exc:
-            entry.note = f"ran without a CUDA graph: {first_line(exc)}"
+                entry.whole = graph
+            if failures:
+                wanted = _HOLDS[next(iter(ways))]
+                entry.note = f"ran with a CUDA graph of {_HOLDS[form]}, not of {wanted}: {_once(failures)}"
+            return
+        entry.note = f"ran without a CUDA graph: {_once(failures)}"
 
-    def _captured(self, enqueue: Enqueue) -> Graph:
-        self.layer.synchronise()
+    def _ways(self, work: Work) -> dict[Form, Callable[[], Graph]]:
+        """Return how `work` can be captured, the best form first."""
+        short, begin, progress = work.steps <= MAX_LOOP_STEPS, work.begin, work.progress
+        ways: dict[Form, Callable[[], Graph]] = {}
+        if begin and progress is not None and (self.form is Form.WHILE or (self.form is Form.LOOP and not short)):
+            ways[Form.WHILE] = lambda: self.layer.capture_loop(begin, work.step, progress)
+        if self.form is not Form.STEP and short:
+            ways[Form.LOOP] = lambda: self._recorded(work.enqueue)
+        ways[Form.STEP] = lambda: self._recorded(work.step)
+        return ways
+
+    def _recorded(self, enqueue: Enqueue) -> Graph:
         self.layer.begin_capture()
+        enqueue()
+        return self.layer.end_capture()
+
+    def _captured(self, capture: Callable[[], Graph]) -> Graph:
+        self.layer.synchronise()
         try:
-            enqueue()
-            graph = self.layer.end_capture()
+            graph = capture()
         except BaseException:
             self.layer.abandon_capture()
             raise
         self.captures += 1
         return graph
+
+
+def _once(reasons: list[str]) -> str:
+    return "; ".join(dict.fromkeys(reasons))

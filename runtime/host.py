@@ -2,7 +2,7 @@
 
 import contextlib
 import queue
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from .schedule import Kind
 
 FloatArray = npt.NDArray[np.float32]
 Call = Callable[[], None]
+Task = tuple[Any, int]  # an image, in a form that its executor takes, and a seed
 
 
 class StageRunner(Protocol):
@@ -61,11 +62,13 @@ class Executor(Protocol):
     """Carries out plans, here or on a device."""
 
     takes_pixels: bool  # (height, width, 3) bytes as they are, beside planes (3, height, width) in [-1, 1]
+    together: int  # how many tasks it restores at a time
+    waiting: int  # callers it can do something for while it restores for another, who do not count as workers
 
-    def run(
-        self, image: Any, plan: Plan, seed: int, cancelled: Callable[[], bool], *, pictures: bool = True
-    ) -> Outcome:
-        """Restore and score one image; who wants no `pictures` may get an outcome without crops and planes."""
+    def run_together(
+        self, tasks: Sequence[Task], plan: Plan, cancelled: Callable[[], bool], *, pictures: bool = True
+    ) -> list[Outcome]:
+        """Restore and score images of one size; who wants no `pictures` may get outcomes without crops and planes."""
 
     def close(self) -> None:
         """Free what it holds."""
@@ -75,6 +78,8 @@ class HostExecutor:
     """Runs plans. Several threads may run plans at once; each borrows a workspace of its own."""
 
     takes_pixels = False
+    together = 1  # two cores are busy with one image, and its score depends on no other
+    waiting = 0
 
     def __init__(self, manifest: Manifest, stages: Mapping[StageName, StageRunner]) -> None:
         self._manifest, self._stages = manifest, stages
@@ -104,6 +109,12 @@ class HostExecutor:
                     raise Cancelled
                 verdicts.append(work.assess(crops[index]))
         return Outcome(tuple(verdicts), crops, planes)
+
+    def run_together(
+        self, tasks: Sequence[Task], plan: Plan, cancelled: Callable[[], bool], *, pictures: bool = True
+    ) -> list[Outcome]:
+        """Restore and score one after the other."""
+        return [self.run(image, plan, seed, cancelled, pictures=pictures) for image, seed in tasks]
 
     def close(self) -> None:
         """Drop the workspaces that no plan is using."""

@@ -48,15 +48,18 @@ _NO_MEMORY = ("allocate memory", "available memory", "out of memory", "alloc_fai
 
 
 class OnnxDeviceStage:
-    """A session whose inputs and outputs are device memory. It takes any size: one profile for crops, one for images.
+    """A session whose inputs and outputs are device memory. It takes any size: one profile for crops, one for images,
+    of which it takes `together` at a time.
 
     `place` is ONNX Runtime's name and number of the device, such as ("cuda", 0).
     """
 
     open_ended = True
 
-    def __init__(self, loaded: OnnxStage, stage: Stage, manifest: Manifest, place: tuple[str, int]) -> None:
-        profiles = _profiles(stage, manifest)
+    def __init__(
+        self, loaded: OnnxStage, stage: Stage, manifest: Manifest, place: tuple[str, int], together: int = 1
+    ) -> None:
+        profiles = _profiles(stage, manifest, together)
         self.built = BuiltStage(stage.name, stage.file.sha256, stage.file, stage.inputs, stage.outputs, profiles, ())
         self.loaded: OnnxStage | None = loaded
         self.place = place
@@ -151,7 +154,7 @@ def prepare(settings: OnnxSettings | None) -> None:
 
 
 def on_device(
-    device: str, ordinal: int, manifest: Manifest, loaded: Mapping[StageName, StageRunner]
+    device: str, ordinal: int, manifest: Manifest, loaded: Mapping[StageName, StageRunner], *, together: int = 1
 ) -> dict[StageName, LoadedStage]:
     """Return stages on a GPU, of sessions set up for it. Raises BackendError if much of one would run on the CPU."""
     stages: dict[StageName, LoadedStage] = {}
@@ -163,7 +166,7 @@ def on_device(
                 f"onnxruntime would run nodes of the {stage.name} stage on the CPU, not on {device}: "
                 f"{', '.join(heavy[:3])}{', …' if len(heavy) > 3 else ''}; use the backend onnxruntime for this engine"
             )
-        stages[stage.name] = OnnxDeviceStage(session, stage, manifest, (DEVICE, ordinal))
+        stages[stage.name] = OnnxDeviceStage(session, stage, manifest, (DEVICE, ordinal), together)
     return stages
 
 
@@ -184,11 +187,11 @@ def stranded(loaded: OnnxStage) -> list[str]:
     ]
 
 
-def _profiles(stage: Stage, manifest: Manifest) -> tuple[dict[str, ShapeRange], ...]:
-    """Return what a stage takes: crops in batches, and, for the U-Net, one image of any size."""
-    kinds, crop = len(manifest.kinds), manifest.crop.size
-    crops = {"B": (1, BATCH), "N": (kinds, kinds * BATCH), "H": (crop, crop), "W": (crop, crop)}
-    images = {"B": (1, 1), "H": (1, LARGEST), "W": (1, LARGEST)}
+def _profiles(stage: Stage, manifest: Manifest, together: int) -> tuple[dict[str, ShapeRange], ...]:
+    """Return what a stage takes: crops in batches, and, for the U-Net, images of any size."""
+    kinds, crop, most = len(manifest.kinds), manifest.crop.size, max(BATCH, together)
+    crops = {"B": (1, most), "N": (kinds, kinds * most), "H": (crop, crop), "W": (crop, crop)}
+    images = {"B": (1, together), "H": (1, LARGEST), "W": (1, LARGEST)}
 
     def profile(spans: Mapping[str, tuple[int, int]]) -> dict[str, ShapeRange]:
         sides = {spec.name: [spans[n] if isinstance(n, str) else (n, n) for n in spec.shape] for spec in stage.inputs}

@@ -7,7 +7,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from ..errors import BackendError, EngineError, ImageError, UsageError
 from . import onnx_backend
 from . import openvino as openvino_backend
 from .builds import build_command, newest_build
+from .foreign import is_foreign
 from .host import Branch, Executor, HostExecutor, Outcome, StageRunner, Verdict
 from .images import DEFAULT_MAX_PIXELS, Image, Source, read_image
 from .manifest import Build, EngineDirectory, Library, Manifest, ScoreMeaning, StageName, open_engine
@@ -38,6 +39,7 @@ FloatArray = npt.NDArray[np.float32]
 MID_GREY = 128
 BACKENDS = ("auto", "tensorrt", "onnxruntime-gpu", "onnxruntime", "openvino")
 HostSettings = OnnxSettings | OpenVinoSettings
+_Decoding = tuple["Future[Image]", str]  # an image, and its name
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,16 @@ class Scorer:
         scored; `stream` goes on past it.
         """
         chosen = options or Options()
-        if isinstance(images, list | tuple):
-            return [self._score(self._read(image), _name(image, i), chosen, pictures) for i, image in enumerate(images)]
-        return self._score(self._read(images), _name(images, 0), chosen, pictures)
+        if not isinstance(images, list | tuple):
+            (score,) = self._score([(self._read(images), _name(images, 0))], chosen, pictures)
+            return score
+        scores = []
+        with contextlib.closing(self.stream(images, chosen, pictures=pictures)) as results:
+            for result in results:
+                if isinstance(result, Failure):
+                    raise ImageError(result.error)
+                scores.append(result)
+        return scores
 
     def stream(
         self,
@@ -131,13 +140,15 @@ class Scorer:
         """Yield one result per image, in order; a bad image gives a Failure and the rest goes on.
 
         `ahead` images are decoded in threads while others are scored, `workers` at a time, and one result more than is
-        asked for is made; nothing else is ever held.
+        asked for is made; nothing else is ever held. Where batches are shared, "an image" is as many neighbours of one
+        size as fill one.
         """
         if workers < 1 or ahead < 1:
             raise UsageError("workers and ahead must be at least 1")
-        if isinstance(images, str | bytes | Path | np.ndarray):
+        if isinstance(images, str | bytes | Path | np.ndarray) or is_foreign(images):
             raise UsageError("stream takes an iterable of images; for a single one use score")
-        return self._stream(images, options or Options(), pictures, workers, ahead)
+        chosen = options or Options()
+        return self._stream(images, chosen, pictures, workers, ahead * self._group_size(chosen))
 
     def close(self) -> None:
         """Free the engine. A closed scorer refuses to score."""
@@ -157,32 +168,34 @@ class Scorer:
         self, images: Iterable[Source], options: Options, pictures: bool, workers: int, ahead: int
     ) -> Generator[Score | Failure, None, None]:
         stop = threading.Event()
+        most = self._group_size(options)
 
-        def guarded(name: str, work: Callable[[], Score]) -> Score | Failure:
+        def finish(group: Sequence[_Decoding]) -> Sequence[Score | Failure]:
             try:
-                return work()
+                read = [(decoded.result(), name) for decoded, name in group]
+                return self._score(read, options, pictures, stop.is_set)
             except ImageError as exc:
-                return Failure(name, str(exc))
-
-        def finish(decoded: "Future[Image]", name: str) -> Score | Failure:
-            return guarded(name, lambda: self._score(decoded.result(), name, options, pictures, stop.is_set))
+                if len(group) == 1:
+                    return [Failure(group[0][1], str(exc))]
+            return [result for member in group for result in finish([member])]  # what is too much may be so together
 
         source = enumerate(images)
-        decoding: collections.deque[tuple[Future[Image], str]] = collections.deque()
-        scoring: collections.deque[Future[Score | Failure]] = collections.deque()
+        decoding: collections.deque[_Decoding] = collections.deque()
+        scoring: collections.deque[Future[Sequence[Score | Failure]]] = collections.deque()
+        waiting = self._executor.waiting if self._executor else 0
         with (
             ThreadPoolExecutor(min(ahead, 2), "diffiqa-decode") as decoders,
-            ThreadPoolExecutor(workers, "diffiqa-score") as scorers,
+            ThreadPoolExecutor(workers + waiting, "diffiqa-score") as scorers,
         ):
             try:
                 while True:
                     for index, image in itertools.islice(source, ahead - len(decoding)):
                         decoding.append((decoders.submit(self._read, image), _name(image, index)))
-                    while decoding and len(scoring) <= workers:  # one waits, so that scoring never does
-                        scoring.append(scorers.submit(finish, *decoding.popleft()))
+                    while decoding and len(scoring) <= workers + waiting:  # one waits, so that scoring never does
+                        scoring.append(scorers.submit(finish, _next_group(decoding, most)))
                     if not scoring:
                         return
-                    yield scoring.popleft().result()
+                    yield from scoring.popleft().result()
             finally:
                 # Reached early when the caller stops, Ctrl-C included: what runs ends at its next step.
                 stop.set()
@@ -191,47 +204,67 @@ class Scorer:
                 for scored in scoring:
                     scored.cancel()
 
+    def _group_size(self, options: Options) -> int:
+        """Return how many images are scored at a time; the seeds of one count as so many."""
+        return max(1, self._executor.together // options.seeds) if self._executor else 1
+
     def _read(self, image: Source) -> Image:
         return read_image(image, min_side=self._manifest.crop.size, max_pixels=self._max_pixels)
 
     def _score(
         self,
-        image: Image,
-        name: str,
+        images: Sequence[tuple[Image, str]],
         options: Options,
         pictures: bool,
         cancelled: Callable[[], bool] = lambda: False,
-    ) -> Score:
+    ) -> list[Score]:
+        """Score images of one size, each with its name."""
         executor = self._executor
         if executor is None:
             raise UsageError("this scorer is closed; load the engine again")
-        start = time.perf_counter()
+        start_time = time.perf_counter()
         m = self._manifest
-        plan = make_plan(image.pixels.shape[0], image.pixels.shape[1], m, options)
+        height, width = images[0][0].pixels.shape[:2]
+        plan = make_plan(height, width, m, options)
         seeds = tuple(range(options.seed, options.seed + options.seeds))
-        outcomes = []
-        notes = list(image.notes)
-        kept: Pictures | None = None
+        outcomes: list[Outcome] = []  # of the first image with every seed, of the second, …
         try:
-            given: npt.NDArray[Any] = image.pixels
-            if not executor.takes_pixels or given.dtype != np.uint8:
-                given = to_plane(given)
-            for seed in seeds:
-                wanted = pictures and kept is None
-                outcome = executor.run(given, plan, seed, cancelled, pictures=wanted)
-                if wanted:
-                    kept = _pictures(m, plan, image, outcome)
-                outcomes.append(outcome.verdicts)
-                notes += outcome.notes
+            given = [_given(image, executor) for image, _ in images]
+            tasks = [(pixels, seed) for pixels in given for seed in seeds]
+            for start in range(0, len(tasks), executor.together):
+                some = tasks[start : start + executor.together]
+                # Pictures are of the first seed alone.
+                wanted = pictures and any((start + i) % len(seeds) == 0 for i in range(len(some)))
+                outcomes += executor.run_together(some, plan, cancelled, pictures=wanted)
         except MemoryError as exc:
-            raise ImageError(f"{name}: {_too_large(plan)}" + (f" ({exc})" if str(exc) else "")) from exc
+            raise ImageError(f"{images[0][1]}: {_too_large(plan)}" + (f" ({exc})" if str(exc) else "")) from exc
         except BackendError as exc:
             # ONNX Runtime has no exception of its own for this.
-            raise ImageError(f"{name}: {_too_large(plan) if 'allocat' in str(exc) else exc}") from exc
-        per_seed = [statistics.fmean(_total(m, verdict) for verdict in verdicts) for verdicts in outcomes]
+            why = _too_large(plan) if "allocat" in str(exc) else exc
+            raise ImageError(f"{images[0][1]}: {why}") from exc
+        seconds = (time.perf_counter() - start_time) / len(images)
+        return [
+            self._result(image, name, plan, seeds, outcomes[i * len(seeds) :][: len(seeds)], pictures, seconds)
+            for i, (image, name) in enumerate(images)
+        ]
+
+    def _result(
+        self,
+        image: Image,
+        name: str,
+        plan: Plan,
+        seeds: tuple[int, ...],
+        outcomes: Sequence[Outcome],
+        pictures: bool,
+        seconds: float,
+    ) -> Score:
+        """Put together what the seeds of one image came to."""
+        m, verdicts = self._manifest, [outcome.verdicts for outcome in outcomes]
+        per_seed = [statistics.fmean(_total(m, verdict) for verdict in found) for found in verdicts]
         crops = tuple(
-            _crop_score(m, plan, index, [verdicts[index] for verdicts in outcomes]) for index in range(len(plan.crops))
+            _crop_score(m, plan, index, [found[index] for found in verdicts]) for index in range(len(plan.crops))
         )
+        notes = (*image.notes, *(note for outcome in outcomes for note in outcome.notes))
         return Score(
             source=name,
             score=statistics.fmean(per_seed),
@@ -247,9 +280,31 @@ class Scorer:
             digest=image.digest,
             engine=m.engine_id,
             backend=self._backend,
-            seconds=time.perf_counter() - start,
-            pictures=kept,
+            seconds=seconds,
+            pictures=_pictures(m, plan, image, outcomes[0]) if pictures else None,
         )
+
+
+def _given(image: Image, executor: Executor) -> npt.NDArray[Any]:
+    """Return the pixels as the executor takes them."""
+    if executor.takes_pixels and image.pixels.dtype == np.uint8:
+        return image.pixels
+    return to_plane(image.pixels)
+
+
+def _next_group(decoding: "collections.deque[_Decoding]", most: int) -> "list[_Decoding]":
+    """Take the first image, and those that follow and have its size."""
+    group = [decoding.popleft()]
+    if most > 1 and (shape := _shape(group[0])):
+        while decoding and len(group) < most and _shape(decoding[0]) == shape:
+            group.append(decoding.popleft())
+    return group
+
+
+def _shape(decoding: "_Decoding") -> tuple[int, ...] | None:
+    """Wait for an image and return its shape; None if it could not be read."""
+    error = decoding[0].exception()
+    return None if error else decoding[0].result().pixels.shape
 
 
 def load(
@@ -262,6 +317,7 @@ def load(
     openvino: OpenVinoSettings | None = None,
     device: int | None = None,
     cuda_graph: bool = True,
+    batch: int = 1,
 ) -> Scorer:
     """Load an engine directory. Raises EngineError if it is damaged, BackendError if nothing can run it.
 
@@ -271,8 +327,47 @@ def load(
     installed. What is asked for by name runs or fails.
     `threads=2` is short for `onnx=OnnxSettings(threads=2)`, with OpenVINO for `openvino=OpenVinoSettings(threads=2)`;
     without a backend, either of `threads` and `onnx` asks for ONNX Runtime. Without `cuda_graph` a GPU gives the same
-    scores in more of the host's time.
+    scores in more of the host's time. With a `batch`, a GPU restores so many images of one size, or seeds of one image,
+    at a time: sooner for many of one size, not sooner for others. A score then depends on `batch` in its last bits, but
+    not on what shares it.
     """
+    on_host = _runs_on_host(backend, threads, onnx, openvino, on_gpu=device is not None or not cuda_graph or batch != 1)
+    if batch < 1:
+        raise UsageError("batch must be at least 1")
+    directory = open_engine(Path(engine))
+    refusals: dict[str, str] = {}  # a reason, and what it is one against; that there is no GPU is said once
+    for choice, title, start in () if on_host else _ON_GPU:
+        if backend not in {"auto", choice}:
+            continue
+        try:
+            executor, name = start(directory, device or 0, onnx, cuda_graph=cuda_graph, batch=batch)
+        except (BackendError, EngineError) as exc:
+            if backend == choice:
+                raise
+            refusals.setdefault(str(exc), title)
+        else:
+            reason = _reason(refusals)
+            name += f", {batch} at a time" if batch > 1 else ""
+            return Scorer(directory.manifest, executor, backend=name, reason=reason, max_pixels=max_pixels)
+    reason = "asked for by threads or providers" if backend == "auto" and not refusals else _reason(refusals)
+    if batch > 1:
+        raise BackendError(f"a batch of {batch} needs a GPU; on the CPU images are scored one by one ({reason})")
+    settings = onnx or openvino or host_settings(backend, threads)
+    name = host_name(settings)
+    return Scorer(
+        directory.manifest, load_stages(directory, settings), backend=name, reason=reason, max_pixels=max_pixels
+    )
+
+
+def _runs_on_host(
+    backend: str,
+    threads: int | None,
+    onnx: OnnxSettings | None,
+    openvino: OpenVinoSettings | None,
+    *,
+    on_gpu: bool,
+) -> bool:
+    """Return whether no GPU is to be tried. Raises UsageError for settings of another backend than the one chosen."""
     if backend not in BACKENDS:
         raise UsageError(f"there is no backend {backend!r}; choose {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}")
     if (onnx or openvino) and threads is not None:
@@ -287,33 +382,14 @@ def load(
     if backend == "onnxruntime-gpu" and (threads is not None or (onnx and onnx.threads)):
         raise UsageError("threads are of the CPU; the backend onnxruntime-gpu takes providers and a device")
     on_host = backend in {"onnxruntime", "openvino"} or (backend == "auto" and set_up)
-    if on_host and (device is not None or not cuda_graph):
+    if on_host and on_gpu:
         why = "; threads or providers ask for onnxruntime" if backend == "auto" else ""
-        asked = device is not None and backend != "openvino"
-        why += "; ONNX Runtime's own providers take theirs as options, such as device_id" if asked else ""
+        if backend != "openvino":
+            why += "; ONNX Runtime's own providers take theirs as options, such as device_id"
         raise UsageError(
-            f"device and CUDA graph are of the backends tensorrt and onnxruntime-gpu, not of {backend}{why}"
+            f"device, batch and CUDA graph are of the backends tensorrt and onnxruntime-gpu, not of {backend}{why}"
         )
-    directory = open_engine(Path(engine))
-    refusals: dict[str, str] = {}  # a reason, and what it is one against; that there is no GPU is said once
-    for choice, title, start in () if on_host else _ON_GPU:
-        if backend not in {"auto", choice}:
-            continue
-        try:
-            executor, name = start(directory, device or 0, onnx, cuda_graph=cuda_graph)
-        except (BackendError, EngineError) as exc:
-            if backend == choice:
-                raise
-            refusals.setdefault(str(exc), title)
-        else:
-            reason = _reason(refusals)
-            return Scorer(directory.manifest, executor, backend=name, reason=reason, max_pixels=max_pixels)
-    reason = "asked for by threads or providers" if backend == "auto" and set_up else _reason(refusals)
-    settings = onnx or openvino or host_settings(backend, threads)
-    name = host_name(settings)
-    return Scorer(
-        directory.manifest, load_stages(directory, settings), backend=name, reason=reason, max_pixels=max_pixels
-    )
+    return on_host
 
 
 def host_settings(backend: str, threads: int | None, precision: str = "fp32") -> HostSettings:
@@ -353,7 +429,7 @@ def open_tensorrt(
 
 
 def _with_tensorrt(
-    directory: EngineDirectory, ordinal: int, _onnx: OnnxSettings | None, *, cuda_graph: bool
+    directory: EngineDirectory, ordinal: int, _onnx: OnnxSettings | None, *, cuda_graph: bool, batch: int
 ) -> tuple[Executor, str]:
     """Load the build that fits a GPU, and say what runs. Raises BackendError or EngineError with the way out."""
     layer, stages, build = open_tensorrt(directory, ordinal)
@@ -371,9 +447,8 @@ def _with_tensorrt(
         )
 
     with closed_if_it_fails(layer, directory):
-        executor = DeviceExecutor(
-            directory.manifest, layer, stages, form=Form.LOOP if cuda_graph else Form.NONE, rebuild=rebuild
-        )
+        form = Form.LOOP if cuda_graph else Form.NONE
+        executor = DeviceExecutor(directory.manifest, layer, stages, form=form, together=batch, rebuild=rebuild)
     return executor, f"{build.library} {build.version} {build.precision}: {layer.name}"
 
 
@@ -383,6 +458,7 @@ def _with_onnxruntime(
     onnx: OnnxSettings | None,
     *,
     cuda_graph: bool,
+    batch: int,
 ) -> tuple[Executor, str]:
     """Load the ONNX stages onto a GPU, and say what runs. Raises BackendError or EngineError with the way out."""
     gpu_capability(ordinal)
@@ -395,9 +471,9 @@ def _with_onnxruntime(
     layer = CudaLayer(ordinal)
     with closed_if_it_fails(layer, directory):
         settings = gpu_settings(onnx, ordinal, layer.stream)
-        stages = on_device(layer.name, ordinal, directory.manifest, load_stages(directory, settings))
+        stages = on_device(layer.name, ordinal, directory.manifest, load_stages(directory, settings), together=batch)
         # ONNX Runtime allocates as it runs, which cannot be captured: there is no graph to ask for, or to do without.
-        executor = DeviceExecutor(directory.manifest, layer, stages, form=Form.NONE)
+        executor = DeviceExecutor(directory.manifest, layer, stages, form=Form.NONE, together=batch)
     return executor, f"{host_name(settings)} on {layer.name}"
 
 

@@ -8,6 +8,7 @@ import ctypes
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from diffiqa.errors import BackendError
 from diffiqa.export.profiles import stage_profiles
-from diffiqa.kernels.launch import Launch
+from diffiqa.kernels.launch import PROGRESS, Launch, more_steps
 from diffiqa.runtime.device_layer import Array, Bytes, DeviceMemoryError, LoadedStage, Shapes, choose_profile
 from diffiqa.runtime.manifest import BuiltStage, EngineDirectory, FileEntry, Manifest, Precision, Stage, StageName
 from diffiqa.runtime.onnx_backend import OnnxSettings, OnnxStage
@@ -25,6 +26,7 @@ from diffiqa.runtime.onnx_backend import OnnxSettings, OnnxStage
 from .kernels.devices import Host
 
 BAND = 256  # bytes before and after every piece of memory
+MAX_ROUNDS = 500  # of a loop in a graph; a GPU would go on for ever
 NOTHING = FileEntry("", 0, "")
 
 
@@ -45,6 +47,8 @@ class FakeLayer:
         self._kernels = Host(library)
         self._memory: dict[int, tuple[Bytes, int]] = {}
         self._pinned: dict[int, Bytes] = {}
+        self._beside: set[int] = set()  # addresses of the second stream
+        self.brought = 0  # copies on it
         self._capture: list[Callable[[], None]] | None = None
 
     @property
@@ -60,8 +64,9 @@ class FakeLayer:
     def enter(self) -> None:
         assert not self.closed
 
-    def allocate(self, size: int) -> int:
-        self._not_capturing()
+    def allocate(self, size: int, *, beside: bool = False) -> int:
+        if not beside:
+            self._not_capturing()
         assert size > 0
         if self.held + size > self.capacity:
             raise DeviceMemoryError(f"{self.name} has no {size} bytes left")
@@ -69,10 +74,20 @@ class FakeLayer:
         address = -(-(raw.ctypes.data + BAND) // 256) * 256
         self._memory[address] = raw, size
         self.allocations += 1
+        if beside:
+            self._beside.add(int(address))
         return int(address)
 
+    def bring(self, address: int, values: Array) -> None:
+        assert address in self._beside, "of the second stream"
+        self.brought += 1
+        self.owned(address, values.nbytes)[:] = values.reshape(-1).view(np.uint8)
+
     def free(self, address: int) -> None:
-        self._not_capturing()
+        if address in self._beside:
+            self._beside.remove(address)
+        else:
+            self._not_capturing()
         raw, size = self._memory.pop(address)
         start = address - raw.ctypes.data
         assert (raw[:start] == 255).all(), "something wrote before the memory"
@@ -103,20 +118,55 @@ class FakeLayer:
     def synchronise(self) -> None:
         self._not_capturing()
 
+    def mark(self) -> float:
+        self._not_capturing()
+        return time.perf_counter()  # its calls take effect at once
+
+    def seconds_between(self, first: Any, last: Any) -> float:
+        return float(last - first)
+
     def begin_capture(self) -> None:
         self._not_capturing()
         self._capture = []
 
     def end_capture(self) -> "FakeGraph":
-        assert self._capture is not None
-        if self.capture_fails(len(self._capture)):
-            raise BackendError("the fake GPU captures nothing today")
-        graph, self._capture = FakeGraph(self, self._capture), None
-        self.graphs.append(graph)
-        return graph
+        return self._graph(self._recorded())
+
+    def capture_loop(self, begin: Callable[[], None], step: Callable[[], None], progress: int) -> "FakeGraph":
+        condition = np.zeros((), np.uint32)
+        self.begin_capture()
+        begin()
+        first = self._recorded()
+        self.begin_capture()
+        step()
+        self.launch(more_steps(progress, condition.ctypes.data))
+        again = self._recorded()
+
+        def loop() -> None:
+            self.owned(progress, PROGRESS.itemsize)
+            condition[...] = 1
+            for _ in range(MAX_ROUNDS):
+                if not condition:
+                    return
+                for work in again:
+                    work()
+            raise AssertionError("the loop does not end")
+
+        return self._graph([*first, loop], launches=len(first) + len(again))
 
     def abandon_capture(self) -> None:
         self._capture = None
+
+    def _recorded(self) -> list[Callable[[], None]]:
+        assert self._capture is not None
+        recorded, self._capture = self._capture, None
+        return recorded
+
+    def _graph(self, work: list[Callable[[], None]], launches: int | None = None) -> "FakeGraph":
+        if self.capture_fails(launches or len(work)):
+            raise BackendError("the fake GPU captures nothing today")
+        self.graphs.append(FakeGraph(self, work))
+        return self.graphs[-1]
 
     def close(self) -> None:
         self.closed = True
@@ -135,7 +185,7 @@ class FakeLayer:
 
     def owned(self, address: int, size: int) -> Bytes:
         """Return the bytes at an address, all of one piece of memory that has not been freed."""
-        for start, (raw, held) in self._memory.items():
+        for start, (raw, held) in list(self._memory.items()):  # another thread may be allocating
             if start <= address and address + size <= start + held:
                 return raw[address - raw.ctypes.data :][:size]
         raise AssertionError(f"{size} bytes at {address:#x} are not memory in use")

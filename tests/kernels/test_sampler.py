@@ -1,4 +1,7 @@
-"""sampler.cu against the NumPy loop of runtime/: noise in its place, steps bit for bit, taps, the step counter."""
+"""sampler.cu against the NumPy loop of runtime/: noise in its place, steps bit for bit, taps, the step counter.
+
+And loop.cu, which looks at that counter.
+"""
 
 import dataclasses
 
@@ -10,12 +13,13 @@ from diffiqa.kernels.launch import (
     PROGRESS,
     Storage,
     Window,
+    more_steps,
 )
 from diffiqa.runtime.noise import NoiseField
 from diffiqa.runtime.sampler import restore, step
 from diffiqa.runtime.schedule import Kind, Schedule, Taps
 
-from .devices import Array, Device
+from .devices import Array, Device, Host
 from .loop import Loop
 
 # Units in the last place between our normals and NumPy's, whose float32 log, sin and cos differ from build to build.
@@ -196,6 +200,27 @@ def test_a_launch_after_the_last_step_changes_nothing(device: Device, storage: S
     loop.step()
     assert [device.get(address).tobytes() for address in addresses] == before
     assert loop.progress == (-1, 0)
+
+
+def test_a_condition_holds_until_the_last_step_is_done(host: Host) -> None:
+    """On a GPU only a graph shows that: test_on_gpu.py."""
+    loop = Loop(host, Storage.F32, [Window(1, (8, 8))], (8, 8), Schedule(steps=3))
+    condition = host.like((), np.uint32)
+    loop.begin()
+    loop.predict(np.zeros(loop.shape))
+    held = []
+    for _ in range(4):
+        host.run(more_steps(loop.buffers.progress, condition))
+        held.append(host.get(condition).item())
+        loop.step()
+    assert held == [1, 1, 1, 0]
+
+
+def test_without_a_condition_nothing_is_set(device: Device) -> None:
+    loop = Loop(device, Storage.F32, [Window(1, (8, 8))], (8, 8))
+    loop.begin()
+    device.run(more_steps(loop.buffers.progress, 0))
+    assert loop.progress == (3, 0)
 
 
 @both

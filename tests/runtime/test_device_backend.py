@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
@@ -227,6 +228,64 @@ def test_a_scorer_on_a_device_keeps_every_promise_of_one_on_the_host(
         assert seen.score == alone[0].score
 
 
+def test_a_score_depends_on_the_batch_asked_for_and_not_on_what_shares_it(
+    tiny_build: Path, fake_gpu: FakeLayer
+) -> None:
+    """Neighbours of one size, of others, unreadable ones, more seeds than fit a batch: the same bits as alone."""
+    images: list[Any] = [photo(i, *((32, 32) if i % 5 else (48, 40))) for i in range(9)]
+    images.insert(3, b"no image")
+    for options in (Options(crops=1), Options(crops=1, seeds=2), Options(crops=3, seeds=5, mode=Mode.CROP)):
+        with load(tiny_build, batch=4) as scorer:
+            alone = [scorer.score(image, options, pictures=True) for image in images if not isinstance(image, bytes)]
+            found = list(scorer.stream(images, options, pictures=True))
+        fake_gpu.closed = False
+        assert isinstance(found.pop(3), Failure)
+        for mine, theirs in zip(found, alone, strict=True):
+            assert isinstance(mine, Score)
+            assert (mine.score, mine.spread, mine.digest) == (theirs.score, theirs.spread, theirs.digest)
+            assert mine.pictures is not None
+            assert theirs.pictures is not None
+            for kind, plane in theirs.pictures.planes.items():
+                np.testing.assert_array_equal(mine.pictures.planes[kind], plane)
+
+
+def test_neighbours_of_one_size_and_seeds_of_one_image_share_batches(tiny_build: Path, fake_gpu: FakeLayer) -> None:
+    pictures, steps = [photo(i, 32, 32) for i in range(8)], 6
+    for options, loops in ((Options(crops=1), 2), (Options(crops=1, seeds=2), 4), (Options(crops=1, seeds=6), 16)):
+        with load(tiny_build, batch=4, cuda_graph=False) as scorer:
+            fake_gpu.log.clear()
+            assert all(isinstance(result, Score) for result in scorer.stream(pictures, options))
+            assert fake_gpu.log.count("unet") == loops * steps
+            assert scorer.info.backend.endswith("fake GPU, 4 at a time")
+        fake_gpu.closed = False
+
+
+def test_one_image_too_many_for_the_memory_costs_its_batch_nothing(tiny_build: Path, fake_gpu: FakeLayer) -> None:
+    pictures = [photo(i, 32, 32) for i in range(4)]
+    with load(tiny_build, batch=4) as scorer:
+        scorer.score(pictures[0], Options(crops=1))
+        fake_gpu.capacity = fake_gpu.held  # nothing more than one image needs
+        results = list(scorer.stream(pictures, Options(crops=1)))
+    assert all(isinstance(result, Score) for result in results), results
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "says"),
+    [
+        ({"batch": 0}, UsageError, "at least 1"),
+        ({"batch": 2, "backend": "onnxruntime"}, UsageError, "of the backends tensorrt and onnxruntime-gpu"),
+        ({"batch": 2, "threads": 1}, UsageError, "threads or providers ask for onnxruntime"),
+        ({"batch": 2}, BackendError, "a batch of 2 needs a GPU"),
+    ],
+)
+def test_a_batch_where_no_gpu_runs_is_refused(
+    tiny_engine: Path, how: dict[str, Any], kind: type[DiffiqaError], says: str
+) -> None:
+    if tensorrt.device_capability() is not None and kind is BackendError:
+        pytest.skip("there is a GPU")
+    assert refused(tiny_engine, kind, says, **how)
+
+
 def test_no_cuda_graph_gives_the_same_scores_and_makes_none(tiny_build: Path, fake_gpu: FakeLayer) -> None:
     pictures, options = [photo(i, 48, 48) for i in range(4)], Options(crops=1)
     with load(tiny_build) as with_graphs:
@@ -287,6 +346,10 @@ def image(tmp_path: Path) -> Path:
 def test_the_command_says_what_runs_and_why(
     tiny_build: Path, tiny_engine: Path, fake_gpu: FakeLayer, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    several = call(tiny_build, image, "--batch", "2", "--format", "jsonl")
+    assert several.exit_code == 0, several.output
+    assert json.loads(several.stdout)["backend"] == "tensorrt-rtx 1.7 fp32: fake GPU, 2 at a time"
+    fake_gpu.closed = False
     on_gpu = call(tiny_build, image, "--backend", "tensorrt", "--device", "0", "--format", "jsonl")
     assert on_gpu.exit_code == 0, on_gpu.output
     assert "backend: tensorrt-rtx 1.7 fp32: fake GPU\n" in on_gpu.stderr

@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +29,17 @@ from PIL import Image
 
 from diffiqa.errors import BackendError, EngineError
 from diffiqa.export.tensorrt import BuildOptions, build_engines
-from diffiqa.kernels.launch import Storage, normalise_pad
+from diffiqa.kernels.launch import (
+    PROGRESS,
+    STEP,
+    WINDOW,
+    SamplerBuffers,
+    Storage,
+    Window,
+    normalise_pad,
+    step_table,
+    window_table,
+)
 from diffiqa.runtime.builds import newest_build
 from diffiqa.runtime.device import DeviceExecutor
 from diffiqa.runtime.device_layer import CudaLayer, DeviceMemoryError, choose_profile, load_engines
@@ -38,7 +49,7 @@ from diffiqa.runtime.manifest import EngineDirectory, Library, Precision, StageN
 from diffiqa.runtime.onnx_backend import OnnxSettings, OnnxStage
 from diffiqa.runtime.plan import make_plan
 from diffiqa.runtime.results import Mode, Options
-from diffiqa.runtime.schedule import Kind, Taps
+from diffiqa.runtime.schedule import Kind, Schedule, Taps
 from diffiqa.runtime.scorer import load, load_stages, to_plane
 from diffiqa.runtime.tensorrt import gpu_capability, load_library, usable_library
 
@@ -95,7 +106,9 @@ def skip_if_not_for_this_gpu(message: str) -> None:
         pytest.skip(message)
 
 
-def on_gpu(directory: EngineDirectory, form: Form, layer: CudaLayer, taps: Taps | None = None) -> DeviceExecutor:
+def on_gpu(
+    directory: EngineDirectory, form: Form, layer: CudaLayer, taps: Taps | None = None, together: int = 1
+) -> DeviceExecutor:
     manifest = directory.manifest
     library = load_library(manifest.builds[-1].library)
     build = newest_build(directory, {library.library: library.version}, gpu_capability(0))
@@ -104,7 +117,8 @@ def on_gpu(directory: EngineDirectory, form: Form, layer: CudaLayer, taps: Taps 
     except EngineError as exc:
         skip_if_not_for_this_gpu(str(exc))
         raise
-    return DeviceExecutor(dataclasses.replace(manifest, taps=taps or manifest.taps), layer, stages, form=form)
+    manifest = dataclasses.replace(manifest, taps=taps or manifest.taps)
+    return DeviceExecutor(manifest, layer, stages, form=form, together=together)
 
 
 @pytest.fixture
@@ -207,6 +221,38 @@ def test_layer_captures_and_replays(layer: CudaLayer) -> None:
     graph.close()
 
 
+def test_layer_brings_images_while_another_thread_captures(layer: CudaLayer) -> None:
+    launch, check = _normalise(layer)
+    launch()
+    layer.synchronise()
+    values = np.random.default_rng(0).integers(0, 256, 100_000, np.uint8)
+    brought: list[int] = []
+
+    def bring() -> None:
+        layer.enter()
+        address, pinned = layer.allocate(values.nbytes, beside=True), layer.allocate_pinned(values.nbytes)
+        np.copyto(pinned, values)
+        layer.bring(address, pinned)
+        layer.free_pinned(pinned)
+        brought.append(address)
+
+    layer.begin_capture()
+    launch()
+    other = threading.Thread(target=bring)
+    other.start()
+    other.join(60)
+    graph = layer.end_capture()
+    graph.launch()
+    check()
+    (address,) = brought
+    back = np.empty_like(values)
+    layer.download(back, address)
+    layer.synchronise()
+    np.testing.assert_array_equal(back, values)
+    layer.free(address)
+    graph.close()
+
+
 def test_layer_is_whole_after_an_abandoned_capture(layer: CudaLayer) -> None:
     launch, check = _normalise(layer)
     layer.begin_capture()
@@ -227,6 +273,69 @@ def test_layer_after_a_capture_that_fails_goes_on(layer: CudaLayer) -> None:
     layer.abandon_capture()
     launch()
     check()
+
+
+def _sampler(layer: CudaLayer, steps: int) -> tuple[SamplerBuffers, Callable[[], tuple[bytes, int]]]:
+    """Return a restoration without a network, and a look at its last state and its counter, which spoils both."""
+    pixels = 3 * 16 * 16
+    state = layer.allocate(4 * pixels)
+    buffers = SamplerBuffers(
+        Storage.F32,
+        *(1, 16, 16, steps),
+        state=state,
+        y=state,
+        noise=layer.allocate(4 * pixels),
+        noise_level=layer.allocate(4),
+        taps=0,
+        windows=layer.allocate(WINDOW.itemsize),
+        table=layer.allocate(steps * STEP.itemsize),
+        progress=layer.allocate(PROGRESS.itemsize),
+    )
+    layer.upload(buffers.noise, np.random.default_rng(0).normal(size=pixels).astype(np.float32))
+    layer.upload(buffers.windows, window_table([Window(3, (16, 16))], (16, 16)))
+    layer.upload(buffers.table, step_table(vars(Schedule(steps=steps).coefficients), ()))
+
+    def result() -> tuple[bytes, int]:
+        found, progress = np.empty(pixels, np.float32), np.empty(1, PROGRESS)
+        layer.download(found, state)
+        layer.download(progress, buffers.progress)
+        layer.synchronise()
+        layer.upload(state, np.zeros_like(found))
+        layer.upload(buffers.progress, np.zeros_like(progress))
+        return found.tobytes(), int(progress["step"][0])
+
+    return buffers, result
+
+
+@pytest.mark.parametrize("steps", [1, 7, 300])
+def test_layer_loops_until_the_steps_are_done(layer: CudaLayer, steps: int) -> None:
+    buffers, result = _sampler(layer, steps)
+    begin, step = buffers.begin(), buffers.step()
+    layer.launch(begin)
+    for _ in range(steps):
+        layer.launch(step)
+    expected = result()
+    assert expected[1] == -1
+    graph = layer.capture_loop(lambda: layer.launch(begin), lambda: layer.launch(step), buffers.progress)
+    for _ in range(3):
+        graph.launch()
+        assert result() == expected
+    graph.close()
+
+
+def test_layer_after_a_loop_that_fails_goes_on(layer: CudaLayer) -> None:
+    buffers, result = _sampler(layer, 7)
+    begin, step = buffers.begin(), buffers.step()
+    for spoilt in ((layer.synchronise, lambda: layer.launch(step)), (lambda: layer.launch(begin), layer.synchronise)):
+        with pytest.raises(BackendError):
+            layer.capture_loop(*spoilt, buffers.progress)
+        layer.abandon_capture()
+        layer.launch(begin)
+        assert result()[1] == 6
+    graph = layer.capture_loop(lambda: layer.launch(begin), lambda: layer.launch(step), buffers.progress)
+    graph.launch()
+    assert result()[1] == -1
+    graph.close()
 
 
 def test_layer_tells_memory_that_is_not_there(layer: CudaLayer) -> None:
@@ -323,6 +432,19 @@ def test_batch_neighbours_do_not_change_a_crop(make: Make) -> None:
     assert scores(run(make(), other, crops=4, mode=Mode.CROP))[:2] == scores(outcome)[:2]
 
 
+@pytest.mark.parametrize("mode", [Mode.WHOLE, Mode.CROP])
+def test_batch_of_several_images_gives_each_the_same_bits_whatever_shares_it(make: Make, mode: Mode) -> None:
+    """Places in a batch, neighbours and padding: an engine must compute each place alike, as --batch promises."""
+    executor = make(together=4)
+    pixels = [photo(i, 32, 32) for i in range(6)]
+    plan = make_plan(32, 32, executor._manifest, Options(mode=mode, crops=1))
+    tasks = [(picture, seed) for seed, picture in enumerate(pixels)]
+    first: dict[int, list[bytes]] = {}
+    for group in (tasks[:4], tasks[4:], tasks[3:4], tasks[1:5], tasks[::-1][:4], tasks[:4]):
+        for (_, seed), outcome in zip(group, executor.run_together(group, plan), strict=True):
+            assert bits(outcome) == first.setdefault(seed, bits(outcome))
+
+
 def test_modes_agree_on_a_small_image(make: Make) -> None:
     pixels, executor = photo(5, 50, 60), make()
     assert bits(run(executor, pixels, 3)) == bits(run(executor, pixels, 3, mode=Mode.TILE))
@@ -332,7 +454,7 @@ def test_modes_agree_on_a_small_image(make: Make) -> None:
 
 
 @pytest.mark.parametrize("mode", [Mode.WHOLE, Mode.CROP])
-@pytest.mark.parametrize("form", [Form.STEP, Form.LOOP])
+@pytest.mark.parametrize("form", [Form.STEP, Form.LOOP, Form.WHILE])
 @pytest.mark.parametrize("which", ["fp32", "fp16"])
 def test_graph_gives_the_bits_of_plain_launches(
     make: Make, request: pytest.FixtureRequest, which: str, form: Form, mode: Mode
@@ -367,10 +489,10 @@ def test_memory_stays_flat_over_a_thousand_images(make: Make) -> None:
     layer = executor._layer
     allocate = layer.allocate
 
-    def counted(size: int) -> int:
+    def counted(size: int, *, beside: bool = False) -> int:
         nonlocal allocations
         allocations += 1
-        return allocate(size)
+        return allocate(size, beside=beside)
 
     layer.allocate = counted  # type: ignore[method-assign]
     for number in range(1000):
@@ -390,10 +512,10 @@ def test_memory_that_runs_out_makes_batches_smaller(make: Make, host: HostExecut
 
         limit, used = 0, 0
 
-        def allocate(self, size: int) -> int:
+        def allocate(self, size: int, *, beside: bool = False) -> int:
             if self.limit and self.used + size > self.limit:
                 super().allocate(2**50)  # CUDA's own refusal
-            address = super().allocate(size)
+            address = super().allocate(size, beside=beside)
             self._sizes[address] = size
             self.used += size
             return address

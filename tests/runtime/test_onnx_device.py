@@ -296,7 +296,7 @@ def test_what_keeps_onnxruntime_off_the_gpu_is_said_or_raised(
 
 
 def test_a_gpu_that_is_full_is_given_back(tiny_engine: Path, gpu: FakeLayer, monkeypatch: pytest.MonkeyPatch) -> None:
-    def short(*_: object) -> object:
+    def short(*_: object, **_how: object) -> object:
         raise DeviceMemoryError("9 MiB")
 
     monkeypatch.setattr(onnx_device, "on_device", short)
