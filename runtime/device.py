@@ -15,17 +15,14 @@ restoring them: an estimate, not a measurement), and batches of images that diff
 """
 
 import contextlib
-import itertools
 import math
 import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import BackendError, EngineError, UsageError
 from ..kernels.launch import (
@@ -53,6 +50,7 @@ from .device_layer import (
     Shapes,
     choose_profile,
 )
+from .device_memory import Dock, Pinned, Pool, round_up
 from .graphs import Form, Graphs, Work
 from .host import Branch, FloatArray, Outcome, Task, Verdict, paste
 from .manifest import Manifest, StageName, TensorSpec
@@ -92,13 +90,13 @@ class DeviceExecutor:
         self._lock = threading.Lock()
         self._leaving_one = threading.Lock()  # two that took all docks but one would wait for each other
         self._closed = False
-        self._fixed = _Pool(layer)  # graphs hold its addresses
-        self._images = _Pool(layer)
-        self._pinned = _Pinned(layer)
+        self._fixed = Pool(layer)  # graphs hold its addresses
+        self._images = Pool(layer)
+        self._pinned = Pinned(layer)
         # The last one given back is taken first, so that a single caller has memory for one.
-        self._docks: queue.LifoQueue[_Dock] = queue.LifoQueue()
+        self._docks: queue.LifoQueue[Dock] = queue.LifoQueue()
         for _ in range(1 + self.waiting):
-            self._docks.put(_Dock(layer))
+            self._docks.put(Dock(layer))
         self._bound_version = 0  # of `_fixed`, when the bindings below were made
         self._loops: OrderedDict[tuple[int, int, int], _Loop] = OrderedDict()
         self._heads: dict[int, _Heads] = {}
@@ -169,7 +167,7 @@ class DeviceExecutor:
             if self._closed:
                 return
             self._closed = True
-        docks: list[_Dock] = []
+        docks: list[Dock] = []
         with contextlib.suppress(queue.Empty):  # a thread that was interrupted may have lost one: its memory goes below
             # Who has one is refused now, and gives it back.
             docks.extend(self._docks.get(timeout=10) for _ in range(1 + self.waiting))
@@ -196,7 +194,7 @@ class DeviceExecutor:
             yield
 
     @contextlib.contextmanager
-    def _docked(self, images: Sequence[FloatArray | Bytes], plan: Plan) -> Iterator["_Dock"]:
+    def _docked(self, images: Sequence[FloatArray | Bytes], plan: Plan) -> Iterator[Dock]:
         """Bring images to the device, which may be busy for another thread."""
         dock = self._docks.get()
         try:
@@ -219,7 +217,7 @@ class DeviceExecutor:
             self._docks.put(dock)
 
     def _run(
-        self, dock: "_Dock", plan: Plan, seeds: Sequence[int], cancelled: Callable[[], bool], pictures: bool
+        self, dock: Dock, plan: Plan, seeds: Sequence[int], cancelled: Callable[[], bool], pictures: bool
     ) -> list[Outcome]:
         kinds, size, count = len(self._manifest.kinds), plan.crop_size, len(seeds) * len(plan.crops)
         padded = _plane_size(plan)
@@ -255,7 +253,7 @@ class DeviceExecutor:
             for i in range(len(seeds))
         ]
 
-    def _planes_of(self, dock: "_Dock", padded: tuple[int, int]) -> int:
+    def _planes_of(self, dock: Dock, padded: tuple[int, int]) -> int:
         """Return the address of the images as planes (images, 3, *padded), float32, padded by reflection."""
         each = 3 * math.prod(padded) * _FLOAT
         planes = self._images.get("planes", len(dock.images) * each)
@@ -383,7 +381,7 @@ class DeviceExecutor:
         crop = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
         rows = crop_table(places, images, size, crop)
         # One table for all gathers: the stream reads it before the next one is copied over it.
-        table = self._images.get("table", _up(_CROP_ROWS + rows.nbytes, 4096))
+        table = self._images.get("table", round_up(_CROP_ROWS + rows.nbytes, 4096))
         self._layer.upload(table, source_table([(address, Storage.F32) for address in sources]))
         self._layer.upload(table + _CROP_ROWS, rows)
         self._layer.launch(gather_crops(table, len(sources), size, table + _CROP_ROWS, len(places), out, crop, storage))
@@ -672,94 +670,8 @@ class _Blend:
         executor._collect(job, dis, restored, _Batch(0, count, count))
 
 
-class _Pool:
-    """Named pieces of device memory that only grow. `version` counts how often an address has become invalid.
-
-    That of a pool `beside` is for `bring`, and nothing may be using it when it grows.
-    """
-
-    def __init__(self, layer: Layer, *, beside: bool = False) -> None:
-        self._layer, self._beside = layer, beside
-        self._held: dict[str, tuple[int, int]] = {}
-        self.version = 0
-
-    def get(self, name: str, size: int) -> int:
-        """Return the address of at least `size` bytes; what was in them is lost if they had to move."""
-        address, held = self._held.get(name, (0, 0))
-        if held < size:
-            if held:
-                if not self._beside:
-                    self._layer.synchronise()
-                del self._held[name]
-                self.version += 1
-                self._layer.free(address)
-            address = self._layer.allocate(size, beside=self._beside)
-            self._held[name] = address, size
-        return address
-
-    def release(self) -> None:
-        """Free everything."""
-        self.version += 1
-        while self._held:
-            self._layer.free(self._held.popitem()[1][0])
-
-
-class _Pinned:
-    """Named pieces of page-locked host memory that only grow; no copy may be under way when one does."""
-
-    def __init__(self, layer: Layer) -> None:
-        self._layer = layer
-        self._held: dict[str, Bytes] = {}
-
-    def get(self, name: str, shape: Sequence[int], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """Return an array in that memory, its contents arbitrary."""
-        size = math.prod(shape) * dtype.itemsize
-        if name not in self._held or self._held[name].nbytes < size:
-            if name in self._held:
-                self._layer.free_pinned(self._held.pop(name))
-            self._held[name] = self._layer.allocate_pinned(size)
-        return self._held[name][:size].view(dtype).reshape(shape)
-
-    def release(self) -> None:
-        """Free everything."""
-        while self._held:
-            self._layer.free_pinned(self._held.popitem()[1])
-
-
-class _Dock:
-    """Memory for images that wait for the device: bytes as they are, others as planes, padded on the host."""
-
-    def __init__(self, layer: Layer) -> None:
-        self._layer, self._pool, self._pinned = layer, _Pool(layer, beside=True), _Pinned(layer)
-        self.images: list[tuple[int, tuple[int, int] | None]] = []  # address, and (height, width) of bytes
-
-    def bring(self, images: Sequence[FloatArray | Bytes], padded: tuple[int, int]) -> None:
-        """Copy images to the device; they are there when this returns."""
-        arrays = [_padded(image, padded) if image.dtype == np.float32 else image for image in images]
-        starts = [0, *itertools.accumulate(_up(array.nbytes, 256) for array in arrays)]
-        staged = self._pinned.get("images", (starts[-1],), np.dtype(np.uint8))
-        for start, array in zip(starts, arrays, strict=False):
-            np.copyto(staged[start : start + array.nbytes].view(array.dtype).reshape(array.shape), array)
-        address = self._pool.get("images", starts[-1])
-        self._layer.bring(address, staged)
-        self.images = [
-            (address + start, None if array.dtype == np.float32 else (array.shape[0], array.shape[1]))
-            for start, array in zip(starts, arrays, strict=False)
-        ]
-
-    def release(self) -> None:
-        """Free the memory."""
-        self._pool.release()
-        self._pinned.release()
-
-
-def _padded(plane: Array, size: tuple[int, int]) -> Array:
-    below, right = size[0] - plane.shape[1], size[1] - plane.shape[2]
-    return np.pad(plane, ((0, 0), (0, below), (0, right)), mode="reflect")
-
-
 def _plane_size(plan: Plan) -> tuple[int, int]:
-    return plan.padded[0], _up(plan.padded[1], 4)  # crop mode and models without a U-Net pad nothing
+    return plan.padded[0], round_up(plan.padded[1], 4)  # crop mode and models without a U-Net pad nothing
 
 
 def _check_signatures(stages: Mapping[StageName, LoadedStage]) -> None:
@@ -811,7 +723,3 @@ def _branch(landed: Mapping[tuple[StageName, str], Array], name: StageName, inde
         return None
     score, *maps = (landed[name, output][index] for output in ("score", "score_map", "weight_map"))
     return Branch(float(score), *(plane.astype(np.float32) for plane in maps))
-
-
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
