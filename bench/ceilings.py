@@ -1,4 +1,7 @@
-"""What this machine can do at most, measured in the same run: a matrix product, and a copy of memory."""
+"""What this machine can do at most, measured in the same run: a matrix product, and a copy of memory.
+
+`Probe` asks the CPUs, `DeviceProbe` a GPU.
+"""
 
 import time
 from collections.abc import Callable
@@ -7,17 +10,21 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..errors import BackendError, first_line
 from ..runtime.onnx_backend import OnnxSettings
 
 Clock = Callable[[], float]
 
 SIDE = 1536  # of the matrices: large enough for the full rate, small enough for 20 products a second on two cores
 COPY_BYTES = 2**27  # in each direction: more than any last-level cache holds of it
+DEVICE_SIDE = 8192  # large enough for the full rate of the largest GPU
+DEVICE_COPY_BYTES = 2**29
+DEVICE_CALLS = 5  # in a row: together far longer than it takes to launch one
 
 
 @dataclass
 class Ceilings:
-    """Rates of single products and copies, in the order measured: GFLOP/s in float32, GB/s read and written."""
+    """Rates of single products and copies, in the order measured: GFLOP/s, GB/s read and written."""
 
     matmul_gflops: list[float] = field(default_factory=list)
     copy_gbs: list[float] = field(default_factory=list)
@@ -64,6 +71,83 @@ class Probe:
         out = self._product
         binding.bind_output("c", "cpu", 0, np.float32, out.shape, out.ctypes.data)
         return lambda: session.run_with_iobinding(binding)
+
+
+class DeviceProbe:
+    """Measures the ceilings of a GPU, between what they are compared with. `refused` says what could not be had, why.
+
+    The product is torch's, of fp16 with float32 sums whatever the engine computes in: that is the peak that data sheets
+    state and shares are quoted of. The copy needs no more than cuda.core has.
+    """
+
+    def __init__(self, ordinal: int) -> None:
+        self.found = Ceilings()
+        self.refused: dict[str, str] = {}
+        self._product = self._made("matrix product of the GPU", lambda: torch_product(f"cuda:{ordinal}", DEVICE_SIDE))
+        self._copy = self._made("copy within the GPU's memory", lambda: device_copy(ordinal, DEVICE_COPY_BYTES))
+
+    def sample(self, clock: Clock = time.perf_counter) -> None:
+        """Measure either once more."""
+        for run, amount, rates in (
+            (self._product, 2 * DEVICE_SIDE**3, self.found.matmul_gflops),
+            (self._copy, 2 * DEVICE_COPY_BYTES, self.found.copy_gbs),
+        ):
+            if run:
+                start = clock()
+                run()
+                rates.append(DEVICE_CALLS * amount / max(clock() - start, 1e-9) / 1e9)
+
+    def close(self) -> None:
+        """Free the memory."""
+        self._product = self._copy = None
+
+    def _made(self, what: str, make: Callable[[], Callable[[], None]]) -> Callable[[], None] | None:
+        try:
+            run = make()
+            run()  # the first call allocates, and chooses a kernel
+        except Exception as exc:  # torch's errors and cuda.core's: a ceiling less, no more
+            self.refused[what] = first_line(exc)
+            return None
+        return run
+
+
+def torch_product(device: str, side: int) -> Callable[[], None]:
+    """Return what multiplies two square matrices of fp16 several times and waits for it. Raises where it cannot."""
+    try:
+        import torch
+    except ModuleNotFoundError as exc:
+        raise BackendError("torch is not installed") from exc
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise BackendError(f"torch {torch.__version__} is installed, but has no CUDA or no GPU")
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(side, side, generator=generator, device=device, dtype=torch.float16) for _ in "ab")
+    out = torch.empty_like(a)
+
+    def run() -> None:
+        for _ in range(DEVICE_CALLS):
+            torch.matmul(a, b, out=out)
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+
+    return run
+
+
+def device_copy(ordinal: int, size: int) -> Callable[[], None]:
+    """Return what copies memory of a GPU several times and waits for it. Not run on a GPU yet."""
+    from cuda.core import Device
+
+    device = Device(ordinal)
+    device.set_current()
+    stream = device.create_stream()
+    source, target = (device.allocate(size, stream=stream) for _ in "ab")
+    source.fill(0, stream=stream)
+
+    def run() -> None:
+        for _ in range(DEVICE_CALLS):
+            source.copy_to(target, stream=stream)
+        stream.sync()
+
+    return run
 
 
 def matmul_model(side: int) -> bytes:

@@ -61,6 +61,9 @@ class Counts(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 @click.option("--crops", type=Counts(10_000), metavar="N[,…]", help="Crops per image. Default: the engine's.")
 @click.option("--steps", type=Counts(4000), metavar="N[,…]", help="Sampling steps. Default: the engine's.")
 @click.option("--workers", type=Counts(64), default="1", show_default=True, metavar="N[,…]", help="Images at a time.")
+@click.option(
+    "--batch", type=Counts(1024), default="1", show_default=True, metavar="N[,…]", help="On a GPU: images per batch."
+)
 @click.option("--rounds", type=click.IntRange(1, 100_000), default=10, show_default=True, help="Samples of each case.")
 @click.option(
     "--starts", type=click.IntRange(0, 100), default=3, show_default=True, help="Fresh processes for the start-up."
@@ -70,11 +73,14 @@ class Counts(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Default: the CPUs this process may use.")
 @click.option(
     "--backend",
-    type=click.Choice(["onnxruntime", "openvino"]),
+    type=click.Choice(["tensorrt", "onnxruntime-gpu", "onnxruntime", "openvino"]),
     default="onnxruntime",
     show_default=True,
-    help="What runs the networks.",
+    help="What runs the networks. The first two need a GPU.",
 )
+@click.option("--device", type=click.IntRange(0), metavar="N", help="GPU, counted from 0.")
+@click.option("--no-cuda-graph", is_flag=True, help="Launch every kernel by itself, as iqa-run can.")
+@click.option("--spin", is_flag=True, help="Let ONNX Runtime's idle threads on the CPU wait busily, as iqa-run can.")
 @click.option("--cpu-precision", type=click.Choice(["fp32", "bf16"]), help="Of OpenVINO's U-Net. Default: fp32.")
 @click.option("--peers", is_flag=True, help="Measure all peers too: ONNX Runtime's defaults, OpenVINO, PyTorch, …")
 @click.option("--peer", "chosen", multiple=True, metavar="NAME", help="Only this peer (repeatable).")
@@ -93,6 +99,8 @@ class Counts(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 def bench(engine: Path, images: tuple[str, ...], **given: Any) -> None:
     """Measure how fast this machine scores images, and how fast it could by other means.
 
+    On a GPU also what it does when: transfers, launches, every stage and step, idle time, energy, clocks and limits.
+
     IMAGES are files, folders or glob patterns; without any, seeded pictures are made. Options with commas are swept:
     every combination is a case. All cases take turns, and a verdict says whether the figures can be trusted.
 
@@ -101,11 +109,13 @@ def bench(engine: Path, images: tuple[str, ...], **given: Any) -> None:
       iqa-bench --engine engine/
       iqa-bench --engine engine/ --size 224x224,384x320 --crops 1,9 --json bench.json --html bench.html
       iqa-bench --engine engine/ --peers --ckpt model.safetensors photos/
+      iqa-bench --engine engine/ --backend tensorrt --batch 1,8 --json bench.json
 
     Exit codes: 0 measured, 1 measured, but not stable, an image could not be read, or a peer failed or disagrees (one
     that is not installed is skipped), 2 nothing could be measured, 130 interrupted (what was measured is written).
     """
     from . import results as results_module
+    from .contenders import peers_for
     from .page import to_page
     from .report import to_markdown
     from .run import Run, Wanted
@@ -122,18 +132,24 @@ def bench(engine: Path, images: tuple[str, ...], **given: Any) -> None:
             check_folder_of(file)
     optional = {key: given[key] for key in ("sizes", "count", "crops", "steps") if given[key]}
     same = {key: given[key] for key in ("workers", "rounds", "starts", "soak", "seed", "threads", "ckpt", "backend")}
-    contenders = _contenders(given["chosen"], all_of_them=given["peers"])
+    compared = given["peers"] or given["chosen"]
+    contenders = peers_for(given["backend"], given["chosen"]) if compared else ()
     precision = _precision(given["cpu_precision"], given["backend"], compared=bool(contenders))
+    _refuse_strangers(given)
     wanted = Wanted(
         engine,
         images,
         precision=precision,
+        batches=given["batch"],
+        spinning=given["spin"],
+        device=given["device"] or 0,
+        cuda_graph=not given["no_cuda_graph"],
         contenders=contenders,
         timeout=given["peer_timeout"],
         **optional,
         **same,
     )
-    options = {key: str(value) for key, value in given.items() if value not in {None, (), False}}
+    options = {key: str(value) for key, value in given.items() if value not in (None, ()) and value is not False}
 
     def say(text: str) -> None:
         if not given["quiet"]:
@@ -168,10 +184,20 @@ def _precision(chosen: str | None, backend: str, *, compared: bool) -> str:
     return chosen or "fp32"
 
 
-def _contenders(chosen: tuple[str, ...], *, all_of_them: bool) -> tuple[Any, ...]:
-    from .contenders import PEERS
-
-    by_name = {peer.name: peer for peer in PEERS}
-    if unknown := [name for name in chosen if name not in by_name]:
-        raise UsageError(f"there is no peer {unknown[0]!r}; choose from: {'; '.join(by_name)}")
-    return tuple(by_name[name] for name in chosen) if chosen else PEERS if all_of_them else ()
+def _refuse_strangers(given: dict[str, Any]) -> None:
+    """Raise UsageError for options that are another backend's."""
+    backend = given["backend"]
+    if given["spin"] and backend != "onnxruntime":
+        raise UsageError(f"--spin is about threads of --backend onnxruntime, not of {backend}; leave it out")
+    if backend in {"tensorrt", "onnxruntime-gpu"}:
+        if given["threads"]:
+            raise UsageError(f"--threads are of the CPU; the backend {backend} has none")
+        return
+    if given["device"] is not None or given["no_cuda_graph"]:
+        raise UsageError(
+            f"--device and --no-cuda-graph are of the backends tensorrt and onnxruntime-gpu, not {backend}"
+        )
+    if given["batch"] != (1,):
+        raise UsageError(
+            f"--batch is of the backends tensorrt and onnxruntime-gpu: {backend} scores crops one at a time"
+        )

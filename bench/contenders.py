@@ -1,11 +1,15 @@
 """What scores images in a peer's process: ours, and what one could use instead, each as well set up as we know how.
 
-All but the plain loop differ in what runs the networks alone: images, crops, noise and sampler are ours for each of
-them, in float32.
+On the CPU all but the plain loop differ in what runs the networks alone: images, crops, noise and sampler are ours for
+each of them, in float32. On a GPU PyTorch has a loop of its own (`torch_loop.py`): ours would hold its images on the
+host, which nobody would do who has a GPU.
 """
 
+import contextlib
+import enum
+import importlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,18 +18,35 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import BackendError
+from ..errors import BackendError, UsageError
 from ..runtime.host import Call, StageRunner
 from ..runtime.images import read_image
-from ..runtime.manifest import Manifest, StageName, open_engine
+from ..runtime.manifest import Library, Manifest, StageName, open_engine
+from ..runtime.onnx_backend import OnnxSettings
+from ..runtime.onnx_device import CUDA, prepare
 from ..runtime.results import Options
-from ..runtime.scorer import Scorer, host_name, host_settings, load_stages, to_plane
+from ..runtime.scorer import ON_GPU, Scorer, host_name, host_settings, load, load_stages, to_plane
+from ..runtime.tensorrt import load_library
 from .measure import with_steps
 
 if TYPE_CHECKING:
+    import torch
+
     from ..model.network import DiffV2IQA
 
 FloatArray = npt.NDArray[np.float32]
+
+
+class Place(enum.StrEnum):
+    """Where a contender runs."""
+
+    CPU = "the CPU"
+    GPU = "a GPU"
+
+
+def place_of(backend: str) -> Place:
+    """Return where a backend of ours runs."""
+    return Place.GPU if backend in ON_GPU else Place.CPU
 
 
 @dataclass(frozen=True)
@@ -35,7 +56,15 @@ class Ground:
     engine: Path
     ckpt: Path | None
     threads: int
-    backend: str = "onnxruntime"  # of ours, in float32: what the others are compared with
+    backend: str = "onnxruntime"  # of ours: what the others are compared with
+    device: int | None = None  # the GPU's number; None on the CPU
+    spinning: bool = False  # ONNX Runtime's idle threads wait busily; of ours on the CPU
+    cuda_graph: bool = True  # of ours on a GPU
+
+    def __post_init__(self) -> None:
+        """Refuse what would run somewhere else than it says."""
+        if (self.device is not None) != (place_of(self.backend) is Place.GPU):
+            raise ValueError(f"the backend {self.backend} runs on {place_of(self.backend)}, not device {self.device}")
 
 
 @dataclass(frozen=True)
@@ -58,7 +87,11 @@ class Missing(Exception):  # noqa: N818 — what is not here is no error
 
 def ours(ground: Ground) -> tuple[Score, str]:
     """Return diffiqa as `iqa-run` runs it."""
+    if ground.device is not None:
+        return _on_gpu(ground, ground.backend)
     directory, settings = open_engine(ground.engine), host_settings(ground.backend, ground.threads)
+    if isinstance(settings, OnnxSettings):
+        settings = replace(settings, spinning=ground.spinning)
     return _scored(directory.manifest, load_stages(directory, settings)), host_name(settings).partition(":")[0]
 
 
@@ -66,11 +99,19 @@ def onnxruntime_default(ground: Ground) -> tuple[Score, str]:
     """Return the exported graphs run as ONNX Runtime's own examples do: default settings, arrays in, arrays out."""
     import onnxruntime
 
+    provider, how = "CPUExecutionProvider", {}
+    if ground.device is not None:
+        provider, how = CUDA, {"device_id": str(ground.device)}
+        with _or_missing():
+            prepare(OnnxSettings(providers=[provider]))
+
     class Stage:
         def __init__(self, path: Path) -> None:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = ground.threads  # as many as the others have
-            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(path, options, providers=[(provider, how)])
+            if provider not in self._session.get_providers():  # it only warns, and computes elsewhere
+                raise BackendError(f"onnxruntime cannot start {provider} here")
 
         def bind(self, inputs: Mapping[str, FloatArray], outputs: Mapping[str, FloatArray]) -> Call:
             def call() -> None:
@@ -84,24 +125,68 @@ def onnxruntime_default(ground: Ground) -> tuple[Score, str]:
     return _scored(directory.manifest, stages), f"onnxruntime {onnxruntime.__version__}"
 
 
+def onnxruntime_bound(ground: Ground) -> tuple[Score, str]:
+    """Return `iqa-run --backend onnxruntime-gpu`: images stay on the GPU, and sessions are bound to them."""
+    with _or_missing():
+        prepare(None)
+    return _on_gpu(ground, "onnxruntime-gpu")
+
+
+def onnxruntime_tensorrt(ground: Ground, *, fp16: bool) -> tuple[Score, str]:
+    """Return the same with ONNX Runtime's TensorRT provider, which builds engines for the sizes that it meets."""
+    settings = OnnxSettings(providers=[("TensorrtExecutionProvider", {"trt_fp16_enable": str(int(fp16))}), CUDA])
+    with _or_missing():
+        load_library(Library.TENSORRT)  # into this process: onnxruntime does not look for it where pip puts it
+        prepare(settings)
+    return _on_gpu(ground, "onnxruntime-gpu", settings)
+
+
 def openvino(ground: Ground, *, precision: str) -> tuple[Score, str]:
     """Return `iqa-run --backend openvino`."""
     settings = host_settings("openvino", ground.threads, precision)
-    try:
+    with _or_missing():
         name = host_name(settings)
-    except BackendError as exc:
-        raise Missing(str(exc)) from exc
     directory = open_engine(ground.engine)
     return _scored(directory.manifest, load_stages(directory, settings)), name.partition(":")[0]
 
 
-def torch_stages(ground: Ground, *, precision: str, compiled: bool) -> tuple[Score, str]:
-    """Return PyTorch with the merged modules that we export, channels last; compiled ones have frozen weights."""
+def torch_networks(ground: Ground, *, precision: str, way: str) -> tuple[Score, str]:
+    """Return PyTorch with the merged modules that we export, channels last; `way` is one of `torch_loop.Way`."""
+    return _torch_stages(ground, precision, way) if ground.device is None else _torch_loop(ground, precision, way)
+
+
+def _torch_loop(ground: Ground, precision: str, way: str) -> tuple[Score, str]:
+    """Run everything on the GPU."""
+    model, device = _torch_model(ground), _torch_device(ground)
+    import torch
+
+    from .torch_loop import TorchScorer, Way
+
+    version = f"torch {torch.__version__}"
+    if Way(way) is Way.TENSORRT:
+        try:
+            version += f", torch_tensorrt {importlib.import_module('torch_tensorrt').__version__}"
+        except ModuleNotFoundError as exc:
+            raise Missing("torch_tensorrt is not installed") from exc
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    scorer = TorchScorer(model, device, dtype, Way(way))
+    manifest = open_engine(ground.engine).manifest
+
+    def score(ask: Ask) -> float:
+        pixels = read_image(ask.image, min_side=manifest.crop.size).pixels
+        return scorer.score(pixels, with_steps(manifest, ask.steps), Options(crops=ask.crops, seed=ask.seed))
+
+    return score, version
+
+
+def _torch_stages(ground: Ground, precision: str, way: str) -> tuple[Score, str]:
+    """Run the networks on the CPU within our loop; compiled ones have frozen weights."""
     model = _torch_model(ground)
     import torch
 
     from ..export.stages import StagePlan, stage_plans
 
+    compiled = way == "torch.compile"
     if compiled:
         import torch._inductor.config as inductor
 
@@ -134,7 +219,7 @@ def torch_stages(ground: Ground, *, precision: str, compiled: bool) -> tuple[Sco
 
 def plain_loop(ground: Ground) -> tuple[Score, str]:
     """Return the authors' way of working, in PyTorch: one program restores to PNG files, another scores from them."""
-    model = _torch_model(ground)
+    model, device = _torch_model(ground), _torch_device(ground)
     import torch
     from PIL import Image
 
@@ -142,6 +227,7 @@ def plain_loop(ground: Ground) -> tuple[Score, str]:
     from ..runtime.schedule import Kind
 
     manifest = open_engine(ground.engine).manifest
+    model.to(device)
     trained = model.config
 
     @torch.no_grad()
@@ -153,14 +239,15 @@ def plain_loop(ground: Ground) -> tuple[Score, str]:
         height, width = pixels.shape[:2]
         rows, columns = padded_size(height, width, manifest.alignment)
         padding = ((0, 0), (0, rows - height), (0, columns - width))
-        image = torch.from_numpy(np.pad(to_plane(pixels), padding, mode="reflect"))[None]
+        image = torch.from_numpy(np.pad(to_plane(pixels), padding, mode="reflect"))[None].to(device)
         with tempfile.TemporaryDirectory() as folder:
             files = {kind: Path(folder, f"{kind}.png") for kind in manifest.kinds}
             Image.fromarray(pixels.astype(np.uint8, copy=False)).save(files[Kind.DIS])
             for kind, plane in model.restore(image, ask.seed).items():
                 restored = plane[0, :, :height, :width].add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-                Image.fromarray(restored.permute(1, 2, 0).contiguous().numpy()).save(files[kind])
+                Image.fromarray(restored.permute(1, 2, 0).contiguous().cpu().numpy()).save(files[kind])
             planes = torch.from_numpy(np.stack([to_plane(np.asarray(Image.open(file))) for file in files.values()]))
+        planes = planes.to(device)
         crops = crop_grid(height, width, size, ask.crops)
         cut = (planes[None, :, :, c.top : c.top + size, c.left : c.left + size] for c in crops)
         return float(np.mean([model(crop).total.item() for crop in cut]))
@@ -181,6 +268,34 @@ def _scored(manifest: Manifest, stages: Mapping[StageName, StageRunner]) -> Scor
     return score
 
 
+def _on_gpu(ground: Ground, backend: str, onnx: OnnxSettings | None = None) -> tuple[Score, str]:
+    """Return ours on the GPU. Another number of steps is loaded anew, before the scores that count."""
+    directory = open_engine(ground.engine)
+
+    def loaded(steps: int) -> Scorer:
+        engine = replace(directory, manifest=with_steps(directory.manifest, steps))
+        return load(engine, backend=backend, device=ground.device, onnx=onnx, cuda_graph=ground.cuda_graph)
+
+    scorer = loaded(directory.manifest.schedule.steps)
+
+    def score(ask: Ask) -> float:
+        nonlocal scorer
+        if ask.steps != scorer.info.steps:
+            scorer.close()
+            scorer = loaded(ask.steps)
+        return scorer.score(ask.image, Options(crops=ask.crops, seed=ask.seed)).score
+
+    return score, scorer.info.backend.partition(":")[0]
+
+
+@contextlib.contextmanager
+def _or_missing() -> Iterator[None]:
+    try:
+        yield
+    except BackendError as exc:
+        raise Missing(str(exc)) from exc
+
+
 def _torch_model(ground: Ground) -> "DiffV2IQA":
     if ground.ckpt is None:
         raise Missing("PyTorch needs the weights: give --ckpt FILE")
@@ -188,10 +303,25 @@ def _torch_model(ground: Ground) -> "DiffV2IQA":
         import torch
     except ModuleNotFoundError as exc:
         raise Missing("torch is not installed") from exc
-    from ..model.checkpoint import load
+    from ..model.checkpoint import load as load_model
 
     torch.set_num_threads(ground.threads)
-    return load(ground.ckpt).model
+    return load_model(ground.ckpt).model
+
+
+def _torch_device(ground: Ground) -> "torch.device":
+    """Return where PyTorch is to run, with PyTorch set up for it."""
+    import torch
+
+    if ground.device is None:
+        return torch.device("cpu")
+    if torch.version.cuda is None:
+        raise Missing(f"torch {torch.__version__} is built for the CPU alone")
+    from .torch_loop import prepare as prepare_torch
+
+    device = torch.device("cuda", ground.device)
+    prepare_torch(device)
+    return device
 
 
 @dataclass(frozen=True)
@@ -203,32 +333,74 @@ class Contender:
     exact: bool  # whether it computes the very function, up to the order of sums
     make: Make
     weights: bool = False  # whether it runs the checkpoint, not the engine
+    places: tuple[Place, ...] = (Place.CPU, Place.GPU)
+    backend: str | None = None  # of ours, if it is one: not a peer where ours runs on it
 
 
 OURS = Contender("diffiqa", "fp32", exact=True, make=ours)
+
+
+def ours_in(precision: str) -> Contender:
+    """Return ours as an engine of this precision makes it."""
+    return replace(OURS, precision=precision, exact=precision == "fp32")
+
+
+def _torch(name: str, precision: str, way: str, *places: Place) -> Contender:
+    make = partial(torch_networks, precision=precision, way=way)
+    return Contender(name, precision, exact=precision == "fp32", make=make, weights=True, places=places)
+
+
+_CPU, _GPU = (Place.CPU,), (Place.GPU,)
 PEERS = (
-    Contender("onnxruntime, default settings", "fp32", exact=True, make=onnxruntime_default),
-    Contender("openvino", "fp32", exact=True, make=partial(openvino, precision="fp32")),
-    Contender("openvino, bf16", "bf16", exact=False, make=partial(openvino, precision="bf16")),
+    Contender("onnxruntime, default settings", "fp32", exact=True, make=onnxruntime_default, places=_CPU),
+    Contender("openvino", "fp32", exact=True, make=partial(openvino, precision="fp32"), places=_CPU),
+    Contender("openvino, bf16", "bf16", exact=False, make=partial(openvino, precision="bf16"), places=_CPU),
+    # Left alone, ONNX Runtime's CUDA and TensorRT providers multiply in TF32.
+    Contender("onnxruntime-gpu, default settings", "tf32", exact=False, make=onnxruntime_default, places=_GPU),
+    Contender("onnxruntime-gpu", "fp32", exact=True, make=onnxruntime_bound, places=_GPU, backend="onnxruntime-gpu"),
     Contender(
-        "torch eager", "fp32", exact=True, make=partial(torch_stages, precision="fp32", compiled=False), weights=True
-    ),
-    Contender(
-        "torch eager, bf16",
-        "bf16",
+        "onnxruntime-gpu, TensorRT",
+        "tf32",
         exact=False,
-        make=partial(torch_stages, precision="bf16", compiled=False),
-        weights=True,
+        make=partial(onnxruntime_tensorrt, fp16=False),
+        places=_GPU,
     ),
     Contender(
-        "torch.compile", "fp32", exact=True, make=partial(torch_stages, precision="fp32", compiled=True), weights=True
-    ),
-    Contender(
-        "torch.compile, bf16",
-        "bf16",
+        "onnxruntime-gpu, TensorRT, fp16",
+        "fp16",
         exact=False,
-        make=partial(torch_stages, precision="bf16", compiled=True),
-        weights=True,
+        make=partial(onnxruntime_tensorrt, fp16=True),
+        places=_GPU,
     ),
+    _torch("torch eager", "fp32", "eager", Place.CPU, Place.GPU),
+    _torch("torch eager, bf16", "bf16", "eager", Place.CPU, Place.GPU),
+    _torch("torch eager, fp16", "fp16", "eager", Place.GPU),
+    _torch("torch, CUDA graph", "fp32", "CUDA graph", Place.GPU),
+    _torch("torch, CUDA graph, fp16", "fp16", "CUDA graph", Place.GPU),
+    _torch("torch.compile", "fp32", "torch.compile", Place.CPU, Place.GPU),
+    _torch("torch.compile, bf16", "bf16", "torch.compile", Place.CPU),
+    _torch("torch.compile, fp16", "fp16", "torch.compile", Place.GPU),
+    _torch("Torch-TensorRT", "fp32", "Torch-TensorRT", Place.GPU),
+    _torch("Torch-TensorRT, fp16", "fp16", "Torch-TensorRT", Place.GPU),
     Contender("plain loop", "fp32, PNG between", exact=False, make=plain_loop, weights=True),
 )
+
+
+def peers_for(backend: str, names: Sequence[str] = ()) -> tuple[Contender, ...]:
+    """Return the peers that run where this backend of ours does; with names these alone. Raises UsageError."""
+    place = place_of(backend)
+    here = {peer.name: peer for peer in PEERS if place in peer.places and peer.backend != backend}
+    if not names:
+        return tuple(here.values())
+    for name in names:
+        if name in here:
+            continue
+        known = next((peer for peer in PEERS if peer.name == name), None)
+        if known is None:
+            why = f"there is no peer {name!r}"
+        elif place in known.places:
+            why = f"the peer {name!r} is --backend {backend} itself"
+        else:
+            why = f"the peer {name!r} runs on {known.places[0]}, and --backend {backend} on {place}"
+        raise UsageError(f"{why}; choose from: {'; '.join(here)}")
+    return tuple(here[name] for name in names)

@@ -1,33 +1,37 @@
 """Start-up in a fresh process.
 
-`python -m diffiqa.bench.fresh ENGINE BACKEND PRECISION THREADS CROPS SEED IMAGE` prints JSON.
+`python -m diffiqa.bench.fresh '{"engine": …, "image": …, "crops": …, "seed": …, "backend": {…}}'` prints JSON.
 """
 
 import time
 
 _ENTERED = (time.time(), time.perf_counter())  # before anything else is imported
 
+import dataclasses  # noqa: E402
 import json  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
 
 from .results import Start  # noqa: E402
 
+if TYPE_CHECKING:
+    from .running import Backend
 
-def measure_start(
-    engine: Path, image: Path, *, backend: str, precision: str, threads: int, crops: int, seed: int
-) -> Start:
-    """Start a process that loads the engine and scores an image twice."""
+
+def measure_start(engine: Path, image: Path, backend: "Backend", *, crops: int, seed: int) -> Start:
+    """Start a process that loads the engine and scores an image, twice, on a GPU three times."""
+    asked = {"engine": str(engine), "image": str(image), "crops": crops, "seed": seed}
+    asked["backend"] = dataclasses.asdict(backend)
     started = time.time()
-    command = [sys.executable, "-m", __name__]
-    command += [str(engine), backend, precision, str(threads), str(crops), str(seed), str(image)]
+    command = [sys.executable, "-m", __name__, json.dumps(asked)]
     found = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 — this very module
     data = json.loads(found.stdout.splitlines()[-1])
     return Start(interpreter=max(0.0, data.pop("entered") - started), **data)
 
 
-def main(engine: str, backend: str, precision: str, threads: str, crops: str, seed: str, image: str) -> None:
+def main(asked: str) -> None:
     """Do what a program does that uses `diffiqa.load`, and print when each part was done."""
     entered, last = _ENTERED
     parts: dict[str, float | None] = {"entered": entered}
@@ -40,22 +44,25 @@ def main(engine: str, backend: str, precision: str, threads: str, crops: str, se
 
     from ..runtime.manifest import open_engine
     from ..runtime.results import Options
-    from ..runtime.scorer import Scorer, host_name, host_settings, load_stages
     from .machine import peak_mib
+    from .running import Backend, import_libraries, open_scorer
 
-    settings = host_settings(backend, int(threads), precision)
-    host_name(settings)  # imports what runs the networks; its time is told apart from loading
+    given = json.loads(asked)
+    backend = Backend(**given["backend"])
+    import_libraries(backend)
     done("imports")
-    directory = open_engine(Path(engine))
+    directory = open_engine(Path(given["engine"]))
     done("check")
-    stages = load_stages(directory, settings)
-    scorer = Scorer(directory.manifest, stages, backend="bench")
+    scorer = open_scorer(directory, backend)
     done("load")
-    options = Options(crops=int(crops), seed=int(seed))
-    scorer.score(image, options)
+    options = Options(crops=given["crops"], seed=given["seed"])
+    scorer.score(given["image"], options)
     done("first_score")
     parts["peak_mib"] = peak_mib()
-    scorer.score(image, options)
+    if backend.on_gpu:
+        scorer.score(given["image"], options)
+        done("second_score")
+    scorer.score(given["image"], options)
     done("later_score")
     print(json.dumps(parts))  # noqa: T201 — the parent reads it
 

@@ -11,7 +11,10 @@ from pathlib import Path
 from ..runtime.onnx_backend import available_cpus
 from .results import Load, Machine
 
-_PACKAGES = ("diffiqa", "numpy", "onnxruntime", "onnx", "pillow", "torch", "openvino")
+_PACKAGES = (
+    *("diffiqa", "numpy", "onnxruntime", "onnxruntime-gpu", "onnx", "pillow", "torch", "openvino"),
+    *("tensorrt", "tensorrt-rtx", "cuda-core"),
+)
 _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
 

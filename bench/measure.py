@@ -1,16 +1,11 @@
 """Our own pipeline under the clock: every case in turn, round after round, so that a change of the machine hits all."""
 
 import time
-from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from ..errors import ImageError, UsageError
-from ..runtime.host import StageRunner
 from ..runtime.images import read_image
 from ..runtime.manifest import EngineDirectory, Manifest, StageName
 from ..runtime.plan import make_plan
@@ -18,11 +13,10 @@ from ..runtime.results import Failure, Options
 from ..runtime.schedule import Taps
 from ..runtime.scorer import Scorer
 from .machine import resident_mib
-from .results import Case, Soak, Work
-from .timing import Clock, timed_stages
+from .results import Case, DeviceTimes, Soak, Work
+from .running import DeviceCase, Runtime, Sample
+from .timing import Clock
 from .work import count_work
-
-Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -36,6 +30,7 @@ class Setting:
     steps: int
     workers: int
     seed: int
+    batch: int = 1  # images that are restored together, on a GPU
 
     @property
     def options(self) -> Options:
@@ -43,76 +38,53 @@ class Setting:
         return Options(crops=self.crops, seed=self.seed)
 
 
-@dataclass
-class _Samples:
-    end_to_end: list[float] = field(default_factory=list)
-    compute: list[float] = field(default_factory=list)
-    stages: dict[StageName, list[float]] = field(default_factory=dict)
-    steps: list[list[float]] = field(default_factory=list)  # one list of all steps per sample
-
-
 class Bench:
-    """One case, ready to be measured round by round. It owns its buffers; loaded stages are shared between cases."""
+    """One case, ready to be measured round by round. It owns its buffers; the loaded engine is shared between cases."""
 
     def __init__(
-        self,
-        directory: EngineDirectory,
-        stages: Mapping[StageName, StageRunner],
-        setting: Setting,
-        clock: Clock = time.perf_counter,
+        self, directory: EngineDirectory, runtime: Runtime, setting: Setting, clock: Clock = time.perf_counter
     ) -> None:
         self.setting, self._clock = setting, clock
         manifest = with_steps(directory.manifest, setting.steps)
-        self._timed = timed_stages(stages, clock)
-        self._scorer = Scorer(manifest, self._timed, backend="bench")
+        self._directory, self._runtime = replace(directory, manifest=manifest), runtime
         self._plan = make_plan(setting.height, setting.width, manifest, setting.options)
-        self._pixels = [read_image(path, min_side=manifest.crop.size).pixels for path in setting.images]
-        self._samples = _Samples(stages={name: [] for name in stages})
+        read = {path: read_image(path, min_side=manifest.crop.size).pixels for path in dict.fromkeys(setting.images)}
+        self._pixels = [read[path] for path in setting.images]
+        self._end_to_end: list[float] = []
+        self._joules: list[float] = []
+        self._samples: list[Sample] = []
+        self.runner = runtime.case(manifest, setting.batch, clock)
         self.work: dict[str, Work]
-        self.work, self._uncounted = count_work(replace(directory, manifest=manifest), self._plan)
+        self.work, self._uncounted = self._count_work()
 
     def warm_up(self) -> None:
-        """Score one image: buffers are bound, caches filled."""
-        self._scorer.score(self._pixels[0], self.setting.options)
+        """Score until buffers are bound, caches filled, graphs captured."""
+        self.runner.warm_up(self._pixels[: self.setting.batch], self.setting.options)
 
     def round(self) -> None:
-        """Take one end-to-end sample, and a compute-only one of every image."""
-        self._end_to_end()
-        for pixels in self._pixels:
-            self._compute(pixels)
+        """Take one end-to-end sample, and a compute-only one of every image, or of every batch of them."""
+        self._stream()
+        for start in range(0, len(self._pixels), self.setting.batch):
+            pixels = self._pixels[start : start + self.setting.batch]
+            self._samples.append(self.runner.take(pixels, self.setting.options))
 
-    def _end_to_end(self) -> None:
+    def _stream(self) -> None:
+        joules = self._runtime.joules()
         start = self._clock()
-        results = self._scorer.stream(self.setting.images, self.setting.options, workers=self.setting.workers)
+        results = self.runner.scorer.stream(self.setting.images, self.setting.options, workers=self.setting.workers)
         with closing(results):
             for result in results:
                 if isinstance(result, Failure):  # it could be read when the benchmark began
                     raise ImageError(result.error)
-        self._samples.end_to_end.append((self._clock() - start) / len(self.setting.images))
-
-    def _compute(self, pixels: Pixels) -> None:
-        for stage in self._timed.values():
-            stage.spent.clear()
-        start = self._clock()
-        self._scorer.score(pixels, self.setting.options)
-        seconds = self._clock() - start
-        # All at once, so that Ctrl-C leaves no sample without its parts.
-        calls = np.array(self._timed[StageName.UNET].spent if StageName.UNET in self._timed else [])
-        steps = calls.reshape(-1, self.setting.steps).mean(axis=0).tolist() if calls.size else []
-        parts = {name: sum(stage.spent) for name, stage in self._timed.items()}
-        for name, part in parts.items():
-            self._samples.stages[name].append(part)
-        self._samples.steps.append(steps)
-        self._samples.compute.append(seconds)
-
-    @property
-    def timed_calls(self) -> int:
-        """How many calls of networks a score makes."""
-        return sum(len(stage.spent) for stage in self._timed.values())
+        self._end_to_end.append((self._clock() - start) / len(self.setting.images))
+        if joules is not None and (now := self._runtime.joules()) is not None:
+            self._joules.append((now - joules) / len(self.setting.images))
 
     def case(self) -> Case:
         """Return the samples taken so far."""
-        s, count = self._samples, len(self._samples.compute)
+        samples = self._samples
+        if samples:  # the warm-up binds; what runs how often is known from then on
+            self.work, self._uncounted = self._count_work()
         return Case(
             height=self.setting.height,
             width=self.setting.width,
@@ -120,18 +92,47 @@ class Bench:
             steps=self.setting.steps,
             workers=self.setting.workers,
             mode=self._plan.mode.value,
-            images=tuple(path.name for path in self.setting.images),
-            end_to_end=tuple(s.end_to_end),
-            compute=tuple(s.compute),
-            stages={name.value: tuple(parts[:count]) for name, parts in s.stages.items()},
-            step_seconds=tuple(zip(*s.steps[:count], strict=True)),
+            images=tuple(path.name for path in dict.fromkeys(self.setting.images)),
+            end_to_end=tuple(self._end_to_end),
+            compute=tuple(sample.seconds for sample in samples),
+            stages={
+                stage.name.value: tuple(sample.stages[stage.name] for sample in samples)
+                for stage in self._directory.manifest.stages
+            },
+            step_seconds=tuple(zip(*(sample.steps for sample in samples), strict=True)),
             work=self.work,
             uncounted=self._uncounted,
+            batch=self.setting.batch,
+            device=self._device_times(),
         )
 
     def soak(self, count: int, *, readings: int = 40) -> "SoakRun":
         """Return a run over `count` images of this case."""
-        return SoakRun(self._scorer, self.setting, count, max(1, count // readings), self._clock)
+        return SoakRun(self.runner.scorer, self.setting, count, max(1, count // readings), self._clock)
+
+    def _device_times(self) -> DeviceTimes | None:
+        found, runner = [sample.device for sample in self._samples if sample.device], self.runner
+        if not isinstance(runner, DeviceCase):
+            return None
+        return DeviceTimes(
+            upload=tuple(sample.upload for sample in found),
+            kernels=tuple(sample.kernels for sample in found),
+            download=tuple(sample.download for sample in found),
+            busy=tuple(sample.busy for sample in found),
+            wall=tuple(sample.wall for sample in found),
+            enqueue=tuple(sample.enqueue for sample in found),
+            plain=tuple(sample.plain for sample in found if sample.plain is not None),
+            enqueue_plain=tuple(sample.enqueue_plain for sample in found if sample.enqueue_plain is not None),
+            joules=tuple(self._joules),
+            buffers_mib=runner.layer.peak / 2**20,
+            graphs=runner.executor.graphs.captures,
+            late_allocations=runner.late_allocations,
+            notes=tuple(runner.notes),
+        )
+
+    def _count_work(self) -> tuple[dict[str, Work], str | None]:
+        calls = {name.value: count for name, count in self.runner.calls.items() if count}
+        return count_work(self._directory, self._plan, calls, self.setting.batch, self._runtime.item_bytes)
 
 
 class SoakRun:

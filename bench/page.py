@@ -2,7 +2,9 @@
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import OutputError
@@ -30,7 +32,7 @@ def to_page(results: Results, path: Path) -> None:
     """Write the page, whole or not at all. Raises OutputError."""
     verdict = judge_results(results)
     head, *lines = verdict.lines
-    title = f"iqa-bench: {results.engine.model} on {results.machine.cpu}"
+    title = f"iqa-bench: {results.engine.model} on {results.where}"
     parts = [
         tag("h1", title),
         tag("p", tag("strong", head, class_="bad" if verdict.problems else None)),
@@ -39,7 +41,7 @@ def to_page(results: Results, path: Path) -> None:
     ]
     for name, make in TABLES.items():
         if text := make(results):
-            parts += [tag("h2", name.capitalize()), _table(text)]
+            parts += [tag("h2", name[:1].upper() + name[1:]), _table(text)]
     parts.append(
         tag("ul", *(tag("li", f"{what}: not measured here, {why}") for what, why in results.not_measured.items()))
     )
@@ -58,6 +60,8 @@ def _plots(results: Results) -> list[tuple[str, Html]]:
     plots = []
     if bars := [(case.name, [(1 / statistics.median(case.end_to_end), "")]) for case in results.measured]:
         plots.append(("Images per second, files in and scores out", _bars(bars)))
+    if lines := _over_batch(results):
+        plots.append(("Images per second over images per batch", _lines(lines)))
     lines = [
         (case.name, [(float(i), 1e3 * statistics.median(samples)) for i, samples in enumerate(case.step_seconds)])
         for case in results.measured
@@ -65,11 +69,13 @@ def _plots(results: Results) -> list[tuple[str, Html]]:
     ]
     if lines:
         plots.append(("Milliseconds per U-Net step over the schedule, first step left", _lines(lines)))
-    if results.peak_gflops and results.peak_gbs and any(case.work for case in results.measured):
+    if results.roof and any(case.work for case in results.measured):
         caption = (
             "Roofline: GFLOP/s over the most FLOP per byte that a stage can have; the line is what was probed here"
         )
-        plots.append((caption, _roofline(results, results.peak_gflops, results.peak_gbs)))
+        if not (results.peak_gflops and results.peak_gbs):
+            caption += ", or else what the data sheet promises"
+        plots.append((caption, _roofline(results, *results.roof)))
     if results.starts:
         parts = ("interpreter", "imports", "check", "load", "first_score")
         rows = [
@@ -78,6 +84,14 @@ def _plots(results: Results) -> list[tuple[str, Html]]:
         ]
         plots.append(("Seconds from the start of a process to its first score", _bars(rows)))
     return plots
+
+
+def _over_batch(results: Results) -> list[tuple[str, list[Point]]]:
+    """Return a line for all cases that differ in their batch alone, where some do."""
+    lines: defaultdict[str, list[Point]] = defaultdict(list)
+    for case in results.measured:
+        lines[replace(case, batch=1).name].append((float(case.batch), 1 / statistics.median(case.end_to_end)))
+    return [(name, sorted(points)) for name, points in lines.items() if len(points) > 1]
 
 
 def _bars(rows: Sequence[tuple[str, Sequence[tuple[float, str]]]]) -> Html:

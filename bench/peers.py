@@ -200,11 +200,12 @@ class Contest:
         samples = entrant.samples[-1]
         samples.drift = statistics.fmean(abs(a - b) for a, b in zip(samples.scores, ours.scores, strict=True))
         scale = max(1.0, *map(abs, ours.scores))
-        samples.allowed = EXACT * scale if entrant.contender.exact else statistics.fmean(ours.spread)
+        exact = entrant.contender.exact and self._contenders[0].exact
+        samples.allowed = EXACT * scale if exact else statistics.fmean(ours.spread)
         if not samples.drift <= samples.allowed:  # what is no number differs too
             entrant.problem = f"its scores differ from ours by {samples.drift:.1e}, {samples.allowed:.1e} is allowed"
             # What rounds differently on purpose is timed all the same, for those who would accept such scores.
-            if entrant.contender.exact:
+            if exact:
                 hint = "; is --ckpt what the engine was exported from?" if entrant.contender.weights else ""
                 entrant.leave()
                 entrant.problem += hint

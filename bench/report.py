@@ -4,7 +4,7 @@ import re
 import statistics
 from collections.abc import Callable, Sequence
 
-from .results import Results, plural
+from .results import Gpu, Results, plural
 from .stats import summarise
 from .verdict import judge_results, ratios
 
@@ -15,7 +15,7 @@ _NUMBER = re.compile(rf"[+-]?[\d.,]+(e-?\d+)?%?|{NONE}|")
 def to_markdown(results: Results) -> str:
     """Return the whole report."""
     verdict = "\n".join(f"- {line}" for line in judge_results(results).lines)
-    parts = [f"## {results.engine.model} on {results.machine.cpu}", _facts(results), f"**Verdict**\n\n{verdict}"]
+    parts = [f"## {results.engine.model} on {results.where}", _facts(results), f"**Verdict**\n\n{verdict}"]
     for title, make in TABLES.items():
         if table := make(results):
             parts.append(f"### {title[:1].upper()}{title[1:]}\n\n{table}")
@@ -28,6 +28,8 @@ def to_markdown(results: Results) -> str:
 def throughput(results: Results) -> str:
     """Return a row per case: what a newcomer asks for."""
     head = ["image", "crops", "steps", "workers", "images/s", "crops/s", "seconds per image", "GFLOP/s", "of peak"]
+    if results.gpu:
+        head[4:4], head[9:] = ["batch"], ["of peak", "of data sheet"]
     rows = []
     for case in results.measured:
         seconds = statistics.median(case.end_to_end)
@@ -38,13 +40,31 @@ def throughput(results: Results) -> str:
                 str(case.crops),
                 str(case.steps),
                 str(case.workers),
+                *([str(case.batch)] if results.gpu else []),
                 number(1 / seconds),
                 number(case.crops / seconds),
                 number(seconds),
                 number(rate),
                 percent(results.mfu(rate)),
+                *([percent(results.sheet_mfu(rate))] if results.gpu else []),
             ]
         )
+    return table(head, rows)
+
+
+def gpu(results: Results) -> str:
+    """Return a row per case on a GPU: where the time of an image goes there, and what graphs save."""
+    head = ["case", "H2D, ms", "compute, ms", "D2H, ms", "host launching, ms", "without graphs, ms", "GPU idle"]
+    head += ["time without graphs, with = 1", "J per image", "buffers, MiB"]
+    rows = []
+    for case in results.measured:
+        if not (d := case.device):
+            continue
+        ms = [_ms(samples) for samples in (d.upload, case.computing, d.download, d.enqueue, d.enqueue_plain)]
+        joules = statistics.fmean(d.joules) if d.joules else None  # the counter is slow: single samples say little
+        more = case.without_graph
+        ratio = f"{more:.2f}" if more else NONE
+        rows.append([case.name, *ms, percent(case.idle), ratio, number(joules), number(d.buffers_mib)])
     return table(head, rows)
 
 
@@ -73,7 +93,7 @@ def stages(results: Results) -> str:
     head = ["case", "stage", "calls", "ms per image", "ms per call", "share", "GFLOP/s", "of peak", "CV"]
     rows = []
     for case in results.measured:
-        whole = statistics.median(case.compute)
+        whole = statistics.median(case.whole)
         for name, samples in case.stages.items():
             summary = summarise(samples)
             work, rate = case.work.get(name), case.gflops(name)
@@ -83,7 +103,7 @@ def stages(results: Results) -> str:
                     name,
                     str(work.calls) if work else NONE,
                     number(1e3 * summary.median),
-                    number(1e3 * summary.median / work.calls) if work else NONE,
+                    number(1e3 * summary.median * case.batch / work.calls) if work else NONE,
                     percent(summary.median / whole),
                     number(rate),
                     percent(results.mfu(rate)),
@@ -129,8 +149,11 @@ def startup(results: Results) -> str:
         "check of the engine's files": lambda i: results.starts[i].check,
         "loading the networks": lambda i: results.starts[i].load,
         "first score": lambda i: results.starts[i].first_score,
+        "second score, which captures graphs": lambda i: results.starts[i].second_score or 0.0,
         "a later score": lambda i: results.starts[i].later_score,
     }
+    if results.starts[0].second_score is None:
+        del parts["second score, which captures graphs"]
     indices = range(len(results.starts))
     rows = [[name, number(1e3 * statistics.median(map(get, indices)))] for name, get in parts.items()]
     peaks = [start.peak_mib for start in results.starts if start.peak_mib is not None]
@@ -179,6 +202,7 @@ def peers(results: Results) -> str:
 TABLES: dict[str, Callable[[Results], str]] = {
     "throughput": throughput,
     "latency": latency,
+    "GPU": gpu,
     "stages": stages,
     "steps": step_times,
     "startup": startup,
@@ -215,20 +239,28 @@ def percent(share: float | None) -> str:
     return f"{share:.1%}" if abs(share) < 0.1 else f"{share:.0%}"
 
 
+def _ms(samples: Sequence[float]) -> str:
+    return number(1e3 * statistics.median(samples)) if samples else NONE
+
+
 def _facts(results: Results) -> str:
     m, ceilings = results.machine, results.ceilings
     packages = ", ".join(f"{name} {text}" for name, text in m.packages.items())
+    cpus = f"{plural(m.cpus, 'CPU')} ({', '.join(m.features) or 'features unknown'})"
     facts = [
-        f"{plural(m.threads, 'thread')} on {plural(m.cpus, 'CPU')} ({', '.join(m.features) or 'features unknown'})",
+        *(_of_gpu(results.gpu) if results.gpu else []),
+        f"{m.cpu}: {cpus}" if results.gpu else f"{plural(m.threads, 'thread')} on {cpus}",
         f"{results.engine.backend}; {packages}; Python {m.python}, {m.system}",
         f"engine {results.engine.id}, {results.created}" + (f", commit {m.commit}" if m.commit else ""),
     ]
-    if results.peak_gflops and results.peak_gbs:
-        count = len(ceilings.matmul_gflops)
-        facts.append(
-            f"ceilings measured in this run, medians of {count}: matrix product {number(results.peak_gflops)} GFLOP/s "
-            f"in float32, copy {number(results.peak_gbs)} GB/s"
-        )
+    probed = []
+    if results.peak_gflops:
+        probed.append(f"matrix product {number(results.peak_gflops)} GFLOP/s in {ceilings.dtype}")
+    if results.peak_gbs:
+        probed.append(f"copy {number(results.peak_gbs)} GB/s")
+    if probed:
+        count = max(len(ceilings.matmul_gflops), len(ceilings.copy_gbs))
+        facts.append(f"ceilings measured in this run, medians of {count}: {', '.join(probed)}")
     busy = f"others used {results.load.others:.0%} of the CPUs" if results.load.others is not None else ""
     load = (
         f"load {results.load.load_before} before, {results.load.load_after} after" if results.load.load_before else ""
@@ -238,3 +270,33 @@ def _facts(results: Results) -> str:
         facts.append(f"the benchmark's own clocks took {results.overhead:.3%} of computing")
     facts += [f"left out: {text}" for text in results.left_out]
     return "\n".join(f"- {fact}" for fact in facts)
+
+
+def _of_gpu(found: Gpu) -> list[str]:
+    """Return what there is to say of a GPU, leaving out what nobody told."""
+    load = found.load
+    clocks = [
+        f"{name} clock {number(statistics.median(readings))} of {number(most)} MHz"
+        for name, readings, most in (
+            ("SM", load.sm_clock_mhz, found.max_sm_clock_mhz),
+            ("memory", load.memory_clock_mhz, found.max_memory_clock_mhz),
+        )
+        if readings
+    ]
+    described = {
+        "compute capability {}": found.compute_capability,
+        "driver {}": found.driver,
+        "{} MiB": found.memory_mib and number(found.memory_mib),
+        "power limit {} W": found.power_limit_watts and number(found.power_limit_watts),
+    }
+    seen = [*clocks]
+    if load.celsius:
+        seen.append(f"{number(max(load.celsius))} °C at most")
+    if load.used_mib:
+        seen.append(f"{number(max(load.used_mib))} MiB of its memory in use")
+    sheet = f"data sheet: {number(found.sheet_tflops)} TFLOP/s of dense fp16 products, {number(found.sheet_gbs)} GB/s"
+    return [
+        ", ".join([found.name, *(text.format(value) for text, value in described.items() if value)]),
+        *([", ".join(seen)] if seen else []),
+        *([sheet] if found.sheet_tflops else []),
+    ]

@@ -1,6 +1,7 @@
 """What a benchmark found: raw samples as plain data, the figures that follow from them, and its JSON file."""
 
 import json
+import math
 import statistics
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any
 from ..errors import OutputError, UsageError, first_line
 from ..runtime.atomic import replacing
 from ..runtime.codec import decode, encode
-from .stats import Stability, Summary, judge, summarise
+from .stats import CV_LIMIT, DEVICE_CV_LIMIT, Stability, Summary, judge, summarise
 
 SCHEMA = 1
 
@@ -41,6 +42,35 @@ class Load:
 
 
 @dataclass(frozen=True)
+class GpuLoad:
+    """What the GPU did while our pipeline was measured: a reading after every round, where NVML gives one."""
+
+    celsius: tuple[float, ...]
+    sm_clock_mhz: tuple[float, ...]
+    memory_clock_mhz: tuple[float, ...]
+    used_mib: tuple[float, ...]  # of its memory, by everybody
+    held_back: dict[str, float] | None  # limit → share of the time for which it held the clocks back
+    reasons: tuple[str, ...]  # for other clocks than the fastest, as NVML calls them
+    others: tuple[str, ...] | None  # processes beside ours
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The GPU that ran, and what its data sheet promises: dense fp16 products with float32 sums, its memory's rate."""
+
+    name: str
+    compute_capability: str | None
+    driver: str | None
+    memory_mib: float | None
+    power_limit_watts: float | None
+    max_sm_clock_mhz: float | None
+    max_memory_clock_mhz: float | None
+    sheet_tflops: float | None
+    sheet_gbs: float | None
+    load: GpuLoad
+
+
+@dataclass(frozen=True)
 class Engine:
     """The engine that ran."""
 
@@ -53,24 +83,49 @@ class Engine:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Rates of single products and copies: GFLOP/s in float32, GB/s read and written."""
+    """Rates of single products and copies: GFLOP/s, GB/s read and written."""
 
     matmul_gflops: tuple[float, ...]
     copy_gbs: tuple[float, ...]
+    dtype: str = "float32"  # of the product
 
 
 @dataclass(frozen=True)
 class Work:
     """What one image costs in a stage."""
 
-    calls: int
-    gflop: float  # of all calls, counted from the graph
+    calls: int  # for all images that are computed together
+    gflop: float  # of an image, counted from the graph
     intensity: float  # FLOP per byte if weights, inputs and outputs cross the memory bus once a call: at most this
 
 
 @dataclass(frozen=True)
+class DeviceTimes:
+    """Where a score's time goes on a GPU, in seconds per image: one of each per compute sample.
+
+    Device times stand between two events on the stream, and hold what it waits for the host in between. What is inside
+    a CUDA graph cannot be told apart, so stages, steps and `kernels` are of scores without one; `busy` and `wall` are
+    of scores as they are when nobody measures.
+    """
+
+    upload: tuple[float, ...]
+    kernels: tuple[float, ...]  # our own: noise, sampler, crops
+    download: tuple[float, ...]
+    busy: tuple[float, ...]  # of the stream, copies included
+    wall: tuple[float, ...]  # of these same scores
+    enqueue: tuple[float, ...]  # the host's time in calls that launch and copy, before it waits
+    plain: tuple[float, ...]  # computing without graphs, in the same round; empty if there are none anyway
+    enqueue_plain: tuple[float, ...]
+    joules: tuple[float, ...]  # one per end-to-end sample; empty where nothing counts them
+    buffers_mib: float  # at most, of device memory beside the networks' weights
+    graphs: int  # captured
+    late_allocations: int  # pieces of memory for computing that were asked for after the warm-up
+    notes: tuple[str, ...]  # what the scores say of graphs and memory that could not be had
+
+
+@dataclass(frozen=True)
 class Case:
-    """One combination of image size, crops, steps and workers, and its samples: seconds per image."""
+    """One combination of image size, crops, steps, workers and batch, and its samples: seconds per image."""
 
     height: int
     width: int
@@ -80,16 +135,19 @@ class Case:
     mode: str  # of restoration, as carried out
     images: tuple[str, ...]
     end_to_end: tuple[float, ...]  # files in, scores out: one sample per round
-    compute: tuple[float, ...]  # pixels in, score out: one per image and round
-    stages: dict[str, tuple[float, ...]]  # the part of each compute sample that a stage took
+    compute: tuple[float, ...]  # pixels in, score out: one per image (or batch of them) and round
+    stages: dict[str, tuple[float, ...]]  # the part of each compute sample that a stage took; on a GPU device time
     step_seconds: tuple[tuple[float, ...], ...]  # by step in the order run: a U-Net call, one per compute sample
     work: dict[str, Work]  # by stage; empty where it could not be counted
     uncounted: str | None  # why
+    batch: int = 1  # images that are restored together
+    device: DeviceTimes | None = None  # on a GPU
 
     @property
     def name(self) -> str:
         """The case in words."""
         text = f"{self.width}×{self.height}, {plural(self.crops, 'crop')}, {plural(self.steps, 'step')}"
+        text += f", batch {self.batch}" if self.batch > 1 else ""
         return text if self.workers == 1 else f"{text}, {self.workers} workers"
 
     # What follows is for cases that have samples: those in `Results.measured`.
@@ -107,14 +165,44 @@ class Case:
     @cached_property
     def stability(self) -> Stability:
         """How far the compute-only median can be trusted."""
-        return judge(self.compute)
+        return judge(self.compute, DEVICE_CV_LIMIT if self.device else CV_LIMIT)
+
+    @cached_property
+    def whole(self) -> tuple[float, ...]:
+        """What the stages are parts of: a compute sample, on a GPU all that its stream did."""
+        if not self.device:
+            return self.compute
+        d = self.device
+        return tuple(map(math.fsum, zip(*self.stages.values(), d.upload, d.kernels, d.download, strict=True)))
+
+    @cached_property
+    def computing(self) -> tuple[float, ...]:
+        """What is left of it without copies."""
+        if not self.device:
+            return self.compute
+        moved = zip(self.whole, self.device.upload, self.device.download, strict=True)
+        return tuple(whole - up - down for whole, up, down in moved)
 
     @property
     def outside(self) -> float:
-        """The share of compute time that no network took: noise, sampler, crops, sums."""
-        parts = zip(self.compute, zip(*self.stages.values(), strict=True), strict=True)
+        """The share of that time that no network took: noise, sampler, crops, sums, on a GPU copies too."""
+        parts = zip(self.whole, zip(*self.stages.values(), strict=True), strict=True)
         shares: list[float] = [1 - sum(stages) / whole for whole, stages in parts]
         return statistics.median(shares)
+
+    @property
+    def idle(self) -> float | None:
+        """The share of a score's time for which the GPU's stream had nothing to do; gaps inside a graph not counted."""
+        if not self.device:
+            return None
+        return statistics.median(1 - a / b for a, b in zip(self.device.busy, self.device.wall, strict=True))
+
+    @property
+    def without_graph(self) -> float | None:
+        """How many times as long computing takes without CUDA graphs."""
+        if not self.device or not self.device.plain:
+            return None
+        return statistics.median(a / b for a, b in zip(self.device.plain, self.compute, strict=True))
 
     @property
     def step_ms(self) -> float | None:
@@ -142,6 +230,7 @@ class Start:
     first_score: float
     later_score: float
     peak_mib: float | None  # after the first score
+    second_score: float | None = None  # on a GPU: it captures the graphs
 
 
 @dataclass(frozen=True)
@@ -195,6 +284,12 @@ class Results:
     overhead: float | None  # of the benchmark's own clocks, as a share of compute time
     left_out: tuple[str, ...]  # images that could not be read
     not_measured: dict[str, str]  # figure → why
+    gpu: Gpu | None = None
+
+    @property
+    def where(self) -> str:
+        """What ran the networks."""
+        return self.gpu.name if self.gpu else self.machine.cpu
 
     @property
     def peak_gflops(self) -> float | None:
@@ -209,6 +304,18 @@ class Results:
     def mfu(self, gflops: float | None) -> float | None:
         """A rate as a share of the matrix product's."""
         return gflops / self.peak_gflops if gflops is not None and self.peak_gflops else None
+
+    def sheet_mfu(self, gflops: float | None) -> float | None:
+        """A rate as a share of what the GPU's data sheet promises in fp16, whatever the networks compute in."""
+        sheet = self.gpu.sheet_tflops if self.gpu else None
+        return gflops / (1e3 * sheet) if gflops is not None and sheet else None
+
+    @property
+    def roof(self) -> tuple[float, float] | None:
+        """GFLOP/s and GB/s at most: what was probed, else what the data sheet promises."""
+        gflops = self.peak_gflops or (1e3 * self.gpu.sheet_tflops if self.gpu and self.gpu.sheet_tflops else None)
+        gbs = self.peak_gbs or (self.gpu.sheet_gbs if self.gpu else None)
+        return (gflops, gbs) if gflops and gbs else None
 
     @property
     def measured(self) -> tuple[Case, ...]:
@@ -238,6 +345,27 @@ def read(path: Path) -> Results:
     return decode(Results, {"schema": SCHEMA, **data}, path.name, UsageError)
 
 
+def _device_digest(case: Case) -> dict[str, Any] | None:
+    """Return the figures that trtexec has, and those of graphs and energy; of cases on the CPU nothing."""
+    d = case.device
+    if not d:
+        return None
+    kinds = {
+        "h2d": d.upload,
+        "compute": case.computing,
+        "d2h": d.download,
+        "enqueue": d.enqueue,
+        "enqueue_without_graphs": d.enqueue_plain,
+        "score_without_graphs": d.plain,
+    }
+    return {
+        "ms": {name: encode(summarise([1e3 * s for s in samples])) for name, samples in kinds.items() if samples},
+        "idle_share": case.idle,
+        "time_without_graphs": case.without_graph,
+        "joules_per_image": statistics.fmean(d.joules) if d.joules else None,
+    }
+
+
 def plural(count: int, noun: str) -> str:
     """Return `1 crop`, `2 crops`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
@@ -258,7 +386,9 @@ def _digest(results: Results) -> dict[str, Any]:
                 "ms_per_step": case.step_ms,
                 "gflops": case.gflops(),
                 "mfu": results.mfu(case.gflops()),
+                "mfu_of_data_sheet": results.sheet_mfu(case.gflops()),
                 "share_outside_networks": case.outside,
+                "gpu": _device_digest(case),
                 "stages": {
                     name: {
                         "ms": encode(summarise([1e3 * s for s in seconds])),

@@ -1,11 +1,13 @@
 """A whole benchmark: images, ceilings, start-up, our cases, a soak, peers; what was measured survives any end."""
 
+import contextlib
+import itertools
 import statistics
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,21 +15,27 @@ from ..errors import UsageError
 from ..runtime.inputs import find_images
 from ..runtime.manifest import open_engine
 from ..runtime.onnx_backend import available_cpus
-from ..runtime.scorer import host_name, host_settings, load_stages
-from .ceilings import Probe
-from .contenders import OURS, Contender, Ground
+from .ceilings import DeviceProbe, Probe
+from .contenders import Contender, Ground, ours_in
 from .fresh import measure_start
 from .machine import Watch, describe
 from .measure import Bench, Setting, SoakRun
 from .peers import Contest
 from .pictures import Images, Size, generate, sort_by_size
-from .results import SCHEMA, Ceilings, Engine, Results, Start
+from .results import SCHEMA, Ceilings, Engine, Gpu, Results, Start
+from .running import Backend, DeviceRuntime, open_runtime
 from .timing import Clock, clock_cost
 
-NOT_MEASURED = {
-    "GPU (transfers, enqueue, idle share, energy, capture)": "networks run on the CPU only, for now",
+NOT_ON_CPU = {
+    "GPU (transfers, enqueue, idle share, energy, capture)": "this was a run on the CPU; give --backend tensorrt or "
+    "onnxruntime-gpu",
     "batches of crops": "on the CPU crops run one at a time, so that a score never depends on its neighbours",
 }
+NOT_ON_GPU = {
+    "gaps between kernels": "events stand around a graph, or a network, not inside: what its kernels wait for is in "
+    "its time"
+}
+_GROUPS = 2  # batches in a row in an end-to-end sample, so that one is decoded while another is computed
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Wanted:
     crops: tuple[int, ...] = ()  # none: the engine's own count
     steps: tuple[int, ...] = ()
     workers: tuple[int, ...] = (1,)
+    batches: tuple[int, ...] = (1,)
     rounds: int = 10
     starts: int = 3
     soak: int = 0
@@ -48,6 +57,9 @@ class Wanted:
     threads: int | None = None
     backend: str = "onnxruntime"
     precision: str = "fp32"  # of OpenVINO
+    spinning: bool = False  # of ONNX Runtime on the CPU
+    device: int = 0
+    cuda_graph: bool = True
     contenders: tuple[Contender, ...] = ()
     ckpt: Path | None = None
     timeout: float = 900.0  # seconds until a peer is given up that does not answer
@@ -68,37 +80,53 @@ class Run:
         self._created = datetime.now(UTC).isoformat(timespec="seconds")
         self._threads = wanted.threads or available_cpus()
         self._directory = open_engine(wanted.engine)
-        settings = host_settings(wanted.backend, self._threads, wanted.precision)
-        self._backend = host_name(settings)
-        self._stages = load_stages(self._directory, settings)
+        self._backend = Backend(
+            wanted.backend, self._threads, wanted.precision, wanted.spinning, wanted.device, wanted.cuda_graph
+        )
+        self._open = contextlib.ExitStack()  # what holds memory
+        self._runtime = open_runtime(self._directory, self._backend)
+        self._open.callback(self._runtime.close)
         self._watch = Watch()
         self._images = Images({}, ())
         self._benches: list[Bench] = []
-        self._probe: Probe | None = None
+        self._probe: Probe | DeviceProbe | None = None
         self._starts: list[Start] = []
         self._soak: SoakRun | None = None
         self._contest: Contest | None = None
-        self._not_measured = dict(NOT_MEASURED)
+        self._not_measured = dict(NOT_ON_GPU if self._backend.on_gpu else NOT_ON_CPU)
 
     def run(self) -> None:
-        """Measure everything. Raises UsageError where nothing can be measured."""
-        with tempfile.TemporaryDirectory() as folder:
-            self._images = self._find_images(Path(folder))
-            settings = self._settings()
-            self._progress("counting work")
-            self._benches = [Bench(self._directory, self._stages, setting, self._clock) for setting in settings]
+        """Measure everything, once. Raises UsageError where nothing can be measured."""
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                self._images = self._find_images(Path(folder))
+                self._run(self._settings())
+        finally:
+            self._open.close()
+
+    def _run(self, settings: Sequence[Setting]) -> None:
+        self._progress("counting work")
+        for setting in settings:
+            bench = Bench(self._directory, self._runtime, setting, self._clock)
+            self._open.callback(bench.runner.close)
+            self._benches.append(bench)
+        self._measure_starts(settings[0])
+        for number, bench in enumerate(self._benches, start=1):
+            self._progress(f"warming up case {number} of {len(self._benches)}")
+            bench.warm_up()
+        if self._backend.on_gpu:
+            self._probe = DeviceProbe(self._backend.device)
+            self._open.callback(self._probe.close)
+        else:
             self._probe = Probe(self._threads)
-            self._measure_starts(settings[0])
-            for number, bench in enumerate(self._benches, start=1):
-                self._progress(f"warming up case {number} of {len(self._benches)}")
-                bench.warm_up()
-            self._measure_rounds(self._probe)
-            if self._wanted.soak:
-                self._progress(f"scoring {self._wanted.soak} images in a row")
-                self._soak = self._benches[0].soak(self._wanted.soak)
-                self._soak.run()
-            if self._wanted.contenders:
-                self._measure_peers(settings)
+        self._measure_rounds(self._probe)
+        if self._wanted.soak:
+            self._progress(f"scoring {self._wanted.soak} images in a row")
+            self._soak = self._benches[0].soak(self._wanted.soak)
+            self._soak.run()
+        if self._wanted.contenders:
+            self._open.close()  # peers need a GPU's memory; what was measured stays
+            self._measure_peers(settings)
 
     def results(self, *, interrupted: bool = False) -> Results:
         """Return what was measured so far."""
@@ -106,6 +134,8 @@ class Run:
         cases = tuple(bench.case() for bench in self._benches)
         why = {case.uncounted for case in cases if case.uncounted}
         found = self._probe.found if self._probe else None
+        dtype = "float16" if self._backend.on_gpu else "float32"
+        gpu = self._gpu()
         return Results(
             schema=SCHEMA,
             created=self._created,
@@ -117,10 +147,12 @@ class Run:
                 m.engine_id,
                 m.model_name,
                 m.score.trained,
-                self._backend,
+                self._runtime.name,
                 {stage.name.value: stage.file.sha256 for stage in m.stages},
             ),
-            ceilings=Ceilings(*map(tuple, (found.matmul_gflops, found.copy_gbs))) if found else Ceilings((), ()),
+            ceilings=Ceilings(
+                tuple(found.matmul_gflops if found else ()), tuple(found.copy_gbs if found else ()), dtype
+            ),
             cases=cases,
             starts=tuple(self._starts),
             peers=self._contest.found if self._contest else (),
@@ -128,7 +160,18 @@ class Run:
             overhead=self._overhead(),
             left_out=self._images.left_out,
             not_measured={**self._not_measured, **({"FLOPs": "; ".join(sorted(why))} if why else {})},
+            gpu=gpu,
         )
+
+    def _gpu(self) -> Gpu | None:
+        """Return what is known of the GPU, and take note of what is not."""
+        if not isinstance(self._runtime, DeviceRuntime):
+            return None
+        gpu = self._runtime.watch.found(self._runtime.layer.name)
+        self._not_measured |= self._runtime.watch.refused
+        if isinstance(self._probe, DeviceProbe):
+            self._not_measured |= self._probe.refused
+        return gpu
 
     def _find_images(self, folder: Path) -> Images:
         size = self._directory.manifest.crop.size
@@ -143,11 +186,12 @@ class Run:
     def _settings(self) -> list[Setting]:
         m = self._directory.manifest
         return [
-            Setting(tuple(paths), height, width, crops, steps, workers, self._wanted.seed)
+            Setting(_in_batches(paths, batch), height, width, crops, steps, workers, self._wanted.seed, batch)
             for (height, width), paths in self._images.by_size.items()
             for crops in self._wanted.crops or (m.crop.count,)
             for steps in self._wanted.steps or (m.schedule.steps,)
             for workers in self._wanted.workers
+            for batch in self._wanted.batches
         ]
 
     def _measure_starts(self, setting: Setting) -> None:
@@ -157,9 +201,7 @@ class Run:
                 start = measure_start(
                     self._directory.path,
                     setting.images[0],
-                    backend=self._wanted.backend,
-                    precision=self._wanted.precision,
-                    threads=self._threads,
+                    self._backend,
                     crops=setting.crops,
                     seed=setting.seed,
                 )
@@ -169,24 +211,35 @@ class Run:
                 return
             self._starts.append(start)
 
-    def _measure_rounds(self, probe: Probe) -> None:
+    def _measure_rounds(self, probe: Probe | DeviceProbe) -> None:
+        gpu = self._runtime.watch if isinstance(self._runtime, DeviceRuntime) else contextlib.nullcontext()
         for number in range(self._wanted.rounds):
             self._progress(f"round {number + 1} of {self._wanted.rounds}")
             probe.sample()
-            with self._watch:
+            with self._watch, gpu:
                 for bench in self._benches:
                     bench.round()
 
     def _measure_peers(self, settings: Sequence[Setting]) -> None:
-        ground = Ground(self._directory.path.resolve(), self._wanted.ckpt, self._threads, self._wanted.backend)
-        # Peers score one image at a time: cases that differ in workers alone would be the same.
+        backend = self._backend
+        ground = Ground(
+            self._directory.path.resolve(),
+            self._wanted.ckpt,
+            self._threads,
+            backend.name,
+            device=backend.device if backend.on_gpu else None,
+            spinning=backend.spinning,
+            cuda_graph=backend.cuda_graph,
+        )
+        # Peers score one image at a time: cases that differ in workers or batch alone are one.
         cases = {
-            bench.case().name: setting
+            replace(bench.case(), workers=1, batch=1).name: replace(
+                setting, images=tuple(dict.fromkeys(setting.images)), workers=1, batch=1
+            )
             for bench, setting in zip(self._benches, settings, strict=True)
-            if setting.workers == settings[0].workers
         }
         self._contest = Contest(
-            (OURS, *self._wanted.contenders),
+            (ours_in(self._runtime.precision), *self._wanted.contenders),
             ground,
             list(cases.items()),
             rounds=self._wanted.rounds,
@@ -196,8 +249,16 @@ class Run:
         self._contest.run()
 
     def _overhead(self) -> float | None:
-        calls = [bench.timed_calls for bench in self._benches]
+        calls = [bench.runner.timed_calls / bench.setting.batch for bench in self._benches]  # per image
         medians = [statistics.median(bench.case().compute) for bench in self._benches if bench.case().compute]
         if not medians or len(medians) < len(calls):
             return None
         return clock_cost() * sum(calls) / sum(medians)
+
+
+def _in_batches(paths: Sequence[Path], batch: int) -> tuple[Path, ...]:
+    """Return the images, again and again until they fill some batches."""
+    if batch == 1:
+        return tuple(paths)
+    batches = max(_GROUPS, -(-len(paths) // batch))
+    return tuple(itertools.islice(itertools.cycle(paths), batches * batch))

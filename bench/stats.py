@@ -10,6 +10,7 @@ Samples = npt.NDArray[np.float64]
 
 LIMIT = 0.03  # medians of two runs may differ by so much, as a share, and be called the same
 CV_LIMIT = 0.05
+DEVICE_CV_LIMIT = 0.025  # of computing on a GPU: trtexec's
 FEWEST = 5  # samples: fewer can hide anything
 _RESAMPLES = 1000
 
@@ -48,7 +49,7 @@ def summarise(samples: Sequence[float]) -> Summary:
     return Summary(values.size, float(values.min()), mean, float(np.median(values)), p90, p95, p99, cv)
 
 
-def judge(samples: Sequence[float]) -> Stability:
+def judge(samples: Sequence[float], cv_limit: float = CV_LIMIT) -> Stability:
     """Judge samples in the order they were taken, at least one of them."""
     values = np.asarray(samples, float)
     half = values.size // 2
@@ -57,7 +58,7 @@ def judge(samples: Sequence[float]) -> Stability:
     cv, repeat = summarise(samples).cv, _repeat(values)
     rules = {
         f"{values.size} samples are too few to judge by; take {FEWEST} or more": values.size < FEWEST,
-        f"the coefficient of variation is {cv:.1%}, above {CV_LIMIT:.0%}": cv > CV_LIMIT,
+        f"the coefficient of variation is {cv:.1%}, above {100 * cv_limit:g}%": cv > cv_limit,
         f"the later half took {drift:+.1%}: the machine drifts": abs(drift) > LIMIT,
         f"every second sample took {split:+.1%}": abs(split) > LIMIT,
         f"another run's median may differ by {repeat:.1%}, more than {LIMIT:.0%}": repeat > LIMIT,

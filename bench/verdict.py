@@ -3,12 +3,15 @@
 import statistics
 from dataclasses import dataclass
 
-from .results import Case, Peer, Results
+from .results import Case, DeviceTimes, Peer, Results
 from .stats import judge
 
 OTHERS_LIMIT = 0.05  # of all CPU time: above it, figures are of a shared machine
 OUTSIDE_LIMIT = 0.01  # of a score's time, which may pass outside the networks
 OVERHEAD_LIMIT = 0.005  # of computing, which the benchmark's own clocks may take
+LAUNCH_LIMIT = 0.8  # of the GPU's time, which launching may take before it shows; trtexec's
+IDLE_LIMIT = 0.03  # of a score's time, for which the GPU may have nothing to do
+HELD_LIMIT = 0.01  # of the time, for which a limit may hold the GPU's clocks back
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ def judge_results(results: Results) -> Verdict:
         problems.append(f"Others used {load.others:.0%} of the CPUs meanwhile: stop them, or choose a quieter machine.")
     if load.throttled:
         problems.append(f"A thermal limit or a CPU quota held the CPUs back {load.throttled} times.")
+    problems += _of_gpu(results)
     if results.overhead is not None and results.overhead > OVERHEAD_LIMIT:
         problems.append(f"The benchmark's own clocks took {results.overhead:.1%} of computing: use larger images.")
     if results.interrupted:
@@ -84,6 +88,9 @@ def _remarks(results: Results) -> list[str]:
                 f"Medians of two such runs should differ by less than {max(case.stability.repeat, 1e-3):.1%}."
             )
         remarks += _of_case(results, case)
+    remarks += [
+        f"{case.name}: {text}" for case in results.measured if case.device for text in _limits(case, case.device)
+    ]
     if found := ratios(results):
         remarks.append(_of_peers(results.peers, found))
     if not results.engine.trained:
@@ -91,21 +98,61 @@ def _remarks(results: Results) -> list[str]:
     return remarks
 
 
+def _of_gpu(results: Results) -> list[str]:
+    """Return why figures of a GPU are not to be trusted."""
+    problems = [f"{case.name}: {note}." for case in results.measured if case.device for note in case.device.notes]
+    if not results.gpu:
+        return problems
+    load = results.gpu.load
+    if load.others:
+        others = ", ".join(load.others)
+        problems.append(f"Others computed on the GPU meanwhile: {others}. Stop them, or choose another GPU.")
+    held = {limit: share for limit, share in (load.held_back or {}).items() if share > HELD_LIMIT}
+    problems += [
+        f"The GPU's {limit} held its clocks back for {share:.0%} of the time." for limit, share in held.items()
+    ]
+    if load.reasons and not held:
+        problems.append(f"The GPU's clocks were not at their fastest: {', '.join(load.reasons)}.")
+    return problems
+
+
 def _of_case(results: Results, case: Case) -> list[str]:
     remarks = []
-    whole = statistics.median(case.compute)
     name, seconds = max(case.stages.items(), key=lambda item: statistics.median(item[1]))
-    text = f"{name} takes {statistics.median(seconds) / whole:.0%} of a score"
+    text = f"{name} takes {statistics.median(seconds) / statistics.median(case.whole):.0%} of "
+    text += "the GPU's time" if case.device else "a score"
     rate = case.gflops(name)
-    if rate is not None and results.peak_gflops and results.peak_gbs:
-        ridge = results.peak_gflops / results.peak_gbs
-        bound = "arithmetic" if case.work[name].intensity > ridge else "memory"
-        text += f" and runs at {rate / results.peak_gflops:.0%} of the matrix product's rate; {bound} bounds it"
+    if rate is not None and results.roof:
+        gflops, gbs = results.roof
+        bound = "arithmetic" if case.work[name].intensity > gflops / gbs else "memory"
+        peaks = {"matrix product's rate": results.mfu(rate), "data sheet's peak in fp16": results.sheet_mfu(rate)}
+        shares = ", ".join(f"{share:.0%} of the {peak}" for peak, share in peaks.items() if share is not None)
+        text += f" and runs at {shares}; {bound} bounds it"
     remarks.append(f"{text}.")
     if (outside := case.outside) > OUTSIDE_LIMIT:
-        remarks.append(f"Host-bound in part: {outside:.1%} of a score passes outside the networks.")
-    if (more := statistics.median(case.end_to_end) / whole - 1) > OUTSIDE_LIMIT:
+        of_host = f"Host-bound in part: {outside:.1%} of a score passes outside the networks."
+        of_gpu = f"Noise, sampler, crops and copies take {outside:.1%} of the GPU's time."
+        remarks.append(of_gpu if case.device else of_host)
+    if case.without_graph:
+        remarks.append(f"Without CUDA graphs computing takes {case.without_graph:.2f} times as long.")
+    if (more := statistics.median(case.end_to_end) / statistics.median(case.compute) - 1) > OUTSIDE_LIMIT:
         remarks.append(f"Reading files shows: end to end takes {more:.1%} longer than computing.")
+    return remarks
+
+
+def _limits(case: Case, times: DeviceTimes) -> list[str]:
+    """Return what keeps a GPU from its work; the first two are what trtexec warns of."""
+    remarks = []
+    enqueue, busy = statistics.median(times.enqueue), statistics.median(times.busy)
+    if enqueue > LAUNCH_LIMIT * busy:
+        remarks.append(f"launch-bound, as the host takes {enqueue / busy:.0%} of the GPU's time to launch its work.")
+    moving = [up + down for up, down in zip(times.upload, times.download, strict=True)]
+    if statistics.median(moving) >= statistics.median(case.computing):
+        remarks.append("transfer-bound, as copies take as long as computing, or longer.")
+    if (idle := case.idle or 0.0) > IDLE_LIMIT:
+        remarks.append(f"the GPU has nothing to do for {idle:.1%} of a score.")
+    if times.late_allocations:
+        remarks.append(f"memory was asked for {times.late_allocations} times after the warm-up.")
     return remarks
 
 

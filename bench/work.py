@@ -1,6 +1,7 @@
 """What an image costs: FLOPs counted from the ONNX graphs, and the bytes that must at least be moved for them."""
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -9,27 +10,38 @@ from ..runtime.manifest import EngineDirectory, Stage, StageName
 from ..runtime.plan import Plan
 from .results import Work
 
-_FLOAT = 4  # bytes
+_FLOAT = 4  # bytes, of the engine's files
 
 
-def count_work(directory: EngineDirectory, plan: Plan) -> tuple[dict[str, Work], str | None]:
-    """Return what each stage does for one image under a plan; or nothing, and why."""
-    kinds = len(directory.manifest.kinds)
+def count_work(
+    directory: EngineDirectory,
+    plan: Plan,
+    calls: Mapping[str, int] | None = None,
+    images: int = 1,
+    item_bytes: int = _FLOAT,
+) -> tuple[dict[str, Work], str | None]:
+    """Return what each stage does for one image under a plan; or nothing, and why.
+
+    `calls` says how often each stage runs for so many `images`: by default once for every window, step and crop.
+    """
+    kinds, calls = len(directory.manifest.kinds), calls or {}
     window = plan.windows[0]  # all are of one size
     try:
         found = {}
         for stage in directory.manifest.stages:
             name, size = stage.name, (plan.crop_size, plan.crop_size)
-            calls, batch, macs = len(plan.crops), 1, stage.macs
+            items, batch, macs = len(plan.crops), 1, stage.macs
             if name is StageName.UNET:
-                calls, size = len(plan.windows) * directory.manifest.schedule.steps, (window.height, window.width)
+                items, size = len(plan.windows) * directory.manifest.schedule.steps, (window.height, window.width)
                 if size != (plan.crop_size, plan.crop_size):
                     macs = _unet_macs(directory.file(stage.file), *size)
             elif name is StageName.VIT:
                 batch = kinds  # in one call
-            flop = 2 * macs * batch
-            moved = stage.file.bytes + _bytes(stage, batch, size)
-            found[name.value] = Work(calls, calls * flop / 1e9, flop / moved)
+            items *= images
+            made = calls.get(name.value, items)
+            flop = 2 * macs * batch * items
+            moved = (made * stage.file.bytes + items * _bytes(stage, batch, size)) * item_bytes / _FLOAT
+            found[name.value] = Work(made, flop / images / 1e9, flop / moved)
     except ModuleNotFoundError as exc:
         return {}, f"{exc.name} is not installed: pip install 'diffiqa[export]'"
     except (DiffiqaError, OSError) as exc:

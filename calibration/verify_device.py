@@ -21,7 +21,7 @@ from ..runtime.graphs import Form
 from ..runtime.host import Call, FloatArray, Outcome
 from ..runtime.manifest import EngineDirectory, Manifest
 from ..runtime.plan import Plan
-from ..runtime.scorer import closed_if_it_fails, open_tensorrt
+from ..runtime.scorer import open_tensorrt
 from .verify_figures import total_score
 from .verify_sides import Party, Side, Whole, onnx_precision
 from .verify_trace import NotForShapesError, branch_scores
@@ -32,16 +32,15 @@ _DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat
 @contextlib.contextmanager
 def open_device_side(directory: EngineDirectory, ordinal: int) -> Generator[Side]:
     """Lend the build that fits a GPU. Raises BackendError or EngineError with the way out."""
-    layer, engines, build = open_tensorrt(directory, ordinal)
-    with closed_if_it_fails(layer, directory):
-        opened = DeviceExecutor(directory.manifest, layer, engines)
-    with contextlib.closing(opened) as executor:
-        stages = {name: DeviceStage(layer, engine) for name, engine in engines.items()}
+    opened = open_tensorrt(directory, ordinal)
+    assert opened.build is not None  # noqa: S101 — what it opens is a build
+    with contextlib.closing(opened.executor(directory)) as executor:
+        stages = {name: DeviceStage(opened.layer, engine) for name, engine in opened.stages(1).items()}
         party = Party(
-            f"{directory.path}, {build.library} {build.version} {build.precision} on {layer.name}",
-            f"{directory.manifest.engine_id}+{build.key}",
+            f"{directory.path}, {opened.name}",
+            f"{directory.manifest.engine_id}+{opened.build.key}",
             onnx_precision(directory),
-            build.precision,
+            opened.precision,
         )
         try:
             yield Side(party, directory.manifest, stages, lambda *run: score_whole(directory.manifest, executor, *run))

@@ -17,7 +17,7 @@ from ..errors import ImageError, first_line
 _ON_HOST = {1, 3, 11}  # DLPack's numbers for memory that the CPU reads: its own, page-locked by CUDA, by ROCm
 
 
-class OnGpu(Protocol):
+class GpuArray(Protocol):
     """An array of CuPy, PyCUDA, Numba or PyTorch on a GPU."""
 
     @property

@@ -22,9 +22,9 @@ import numpy.typing as npt
 import PIL.Image
 
 from ..errors import ImageError
-from .foreign import Exchangeable, OnGpu, is_foreign, to_numpy
+from .foreign import Exchangeable, GpuArray, is_foreign, to_numpy
 
-Source = str | os.PathLike[str] | bytes | PIL.Image.Image | npt.NDArray[Any] | OnGpu | Exchangeable
+Source = str | os.PathLike[str] | bytes | PIL.Image.Image | npt.NDArray[Any] | GpuArray | Exchangeable
 Array = npt.NDArray[Any]
 
 # Pillow's own guard against decompression bombs: a quarter of a GiB of RGB.

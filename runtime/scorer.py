@@ -22,9 +22,10 @@ from . import onnx_backend
 from . import openvino as openvino_backend
 from .builds import build_command, newest_build
 from .foreign import is_foreign
+from .graphs import Form
 from .host import Branch, Executor, HostExecutor, Outcome, StageRunner, Verdict
 from .images import DEFAULT_MAX_PIXELS, Image, Source, read_image
-from .manifest import Build, EngineDirectory, Library, Manifest, ScoreMeaning, StageName, open_engine
+from .manifest import Build, EngineDirectory, Library, Manifest, Precision, ScoreMeaning, StageName, open_engine
 from .onnx_backend import OnnxSettings, OnnxStage
 from .openvino import OpenVinoSettings, OpenVinoStage
 from .plan import Plan, make_plan
@@ -33,6 +34,7 @@ from .schedule import Kind, Taps
 from .tensorrt import gpu_capability, installed_libraries, load_library
 
 if TYPE_CHECKING:
+    from .device import DeviceExecutor
     from .device_layer import CudaLayer, LoadedStage
 
 FloatArray = npt.NDArray[np.float32]
@@ -308,7 +310,7 @@ def _shape(decoding: "_Decoding") -> tuple[int, ...] | None:
 
 
 def load(
-    engine: str | Path,
+    engine: str | Path | EngineDirectory,
     *,
     backend: str = "auto",
     threads: int | None = None,
@@ -334,20 +336,21 @@ def load(
     on_host = _runs_on_host(backend, threads, onnx, openvino, on_gpu=device is not None or not cuda_graph or batch != 1)
     if batch < 1:
         raise UsageError("batch must be at least 1")
-    directory = open_engine(Path(engine))
+    directory = engine if isinstance(engine, EngineDirectory) else open_engine(Path(engine))
     refusals: dict[str, str] = {}  # a reason, and what it is one against; that there is no GPU is said once
-    for choice, title, start in () if on_host else _ON_GPU:
+    for choice, (title, start) in {} if on_host else ON_GPU.items():
         if backend not in {"auto", choice}:
             continue
         try:
-            executor, name = start(directory, device or 0, onnx, cuda_graph=cuda_graph, batch=batch)
+            opened = start(directory, device or 0, onnx)
+            executor = opened.executor(directory, cuda_graph=cuda_graph, batch=batch)
         except (BackendError, EngineError) as exc:
             if backend == choice:
                 raise
             refusals.setdefault(str(exc), title)
         else:
             reason = _reason(refusals)
-            name += f", {batch} at a time" if batch > 1 else ""
+            name = opened.name + (f", {batch} at a time" if batch > 1 else "")
             return Scorer(directory.manifest, executor, backend=name, reason=reason, max_pixels=max_pixels)
     reason = "asked for by threads or providers" if backend == "auto" and not refusals else _reason(refusals)
     if batch > 1:
@@ -410,9 +413,35 @@ def _reason(refusals: Mapping[str, str]) -> str:
     return "; ".join(f"not {title}: {why}" for why, title in refusals.items())
 
 
-def open_tensorrt(
-    directory: EngineDirectory, ordinal: int
-) -> tuple["CudaLayer", "dict[StageName, LoadedStage]", Build]:
+@dataclass(frozen=True)
+class OnGpu:
+    """An engine on a GPU, for an executor to take over."""
+
+    layer: "CudaLayer"
+    stages: "Callable[[int], Mapping[StageName, LoadedStage]]"  # for batches of so many images
+    name: str  # of what runs them, as records have it
+    precision: Precision
+    captured: bool  # whether what runs them can be
+    build: Build | None = None
+    rebuild: Callable[[str], str] = "iqa-build --sizes {}".format  # the command for a build that takes a size as well
+
+    @property
+    def form(self) -> Form:
+        """What one CUDA graph holds, where graphs are wanted."""
+        return Form.LOOP if self.captured else Form.NONE
+
+    def executor(self, directory: EngineDirectory, *, cuda_graph: bool = True, batch: int = 1) -> "DeviceExecutor":
+        """Return what carries plans out, and closes the layer. Raises BackendError or EngineError, the layer closed."""
+        from .device import DeviceExecutor
+
+        form = self.form if cuda_graph else Form.NONE
+        with closed_if_it_fails(self.layer, directory):
+            return DeviceExecutor(
+                directory.manifest, self.layer, self.stages(batch), form=form, together=batch, rebuild=self.rebuild
+            )
+
+
+def open_tensorrt(directory: EngineDirectory, ordinal: int, _onnx: OnnxSettings | None = None) -> OnGpu:
     """Load the build that fits a GPU onto it. Raises BackendError or EngineError with the way out."""
     capability = gpu_capability(ordinal)
     # Only where there is a GPU: most machines that score have none, and start sooner without.
@@ -423,18 +452,6 @@ def open_tensorrt(
     libraries = {name: load_library(name) for name in installed_libraries() or [missed]}
     versions = {name: library.version for name, library in libraries.items()}
     build = newest_build(directory, versions, capability)
-    layer = CudaLayer(ordinal)
-    with closed_if_it_fails(layer, directory):
-        return layer, load_engines(layer, libraries[build.library], directory, build), build
-
-
-def _with_tensorrt(
-    directory: EngineDirectory, ordinal: int, _onnx: OnnxSettings | None, *, cuda_graph: bool, batch: int
-) -> tuple[Executor, str]:
-    """Load the build that fits a GPU, and say what runs. Raises BackendError or EngineError with the way out."""
-    layer, stages, build = open_tensorrt(directory, ordinal)
-    from .device import DeviceExecutor
-    from .graphs import Form
 
     def rebuild(size: str) -> str:
         return build_command(
@@ -446,35 +463,30 @@ def _with_tensorrt(
             capabilities=build.compute_capabilities if build.library is Library.TENSORRT_RTX else (),
         )
 
+    layer = CudaLayer(ordinal)
     with closed_if_it_fails(layer, directory):
-        form = Form.LOOP if cuda_graph else Form.NONE
-        executor = DeviceExecutor(directory.manifest, layer, stages, form=form, together=batch, rebuild=rebuild)
-    return executor, f"{build.library} {build.version} {build.precision}: {layer.name}"
+        engines = load_engines(layer, libraries[build.library], directory, build)
+    name = f"{build.library} {build.version} {build.precision}: {layer.name}"
+    return OnGpu(layer, lambda _batch: engines, name, build.precision, captured=True, build=build, rebuild=rebuild)
 
 
-def _with_onnxruntime(
-    directory: EngineDirectory,
-    ordinal: int,
-    onnx: OnnxSettings | None,
-    *,
-    cuda_graph: bool,
-    batch: int,
-) -> tuple[Executor, str]:
-    """Load the ONNX stages onto a GPU, and say what runs. Raises BackendError or EngineError with the way out."""
+def open_onnxruntime(directory: EngineDirectory, ordinal: int, onnx: OnnxSettings | None = None) -> OnGpu:
+    """Load the ONNX stages onto a GPU. Raises BackendError or EngineError with the way out."""
     gpu_capability(ordinal)
-    from .device import DeviceExecutor
     from .device_layer import CudaLayer
-    from .graphs import Form
     from .onnx_device import gpu_settings, on_device, prepare
 
     prepare(onnx)
     layer = CudaLayer(ordinal)
     with closed_if_it_fails(layer, directory):
         settings = gpu_settings(onnx, ordinal, layer.stream)
-        stages = on_device(layer.name, ordinal, directory.manifest, load_stages(directory, settings), together=batch)
-        # ONNX Runtime allocates as it runs, which cannot be captured: there is no graph to ask for, or to do without.
-        executor = DeviceExecutor(directory.manifest, layer, stages, form=Form.NONE, together=batch)
-    return executor, f"{host_name(settings)} on {layer.name}"
+        sessions = load_stages(directory, settings)
+
+    def stages(batch: int) -> "Mapping[StageName, LoadedStage]":
+        return on_device(layer.name, ordinal, directory.manifest, sessions, together=batch)
+
+    # ONNX Runtime allocates as it runs, which cannot be captured: there is no graph to ask for, or to do without.
+    return OnGpu(layer, stages, f"{host_name(settings)} on {layer.name}", Precision.FP32, captured=False)
 
 
 @contextlib.contextmanager
@@ -491,7 +503,10 @@ def closed_if_it_fails(layer: "CudaLayer", directory: EngineDirectory) -> Genera
 
 
 # In the order in which auto tries them.
-_ON_GPU = (("tensorrt", "TensorRT", _with_tensorrt), ("onnxruntime-gpu", "ONNX Runtime on a GPU", _with_onnxruntime))
+ON_GPU = {
+    "tensorrt": ("TensorRT", open_tensorrt),
+    "onnxruntime-gpu": ("ONNX Runtime on a GPU", open_onnxruntime),
+}
 
 
 def load_stages(directory: EngineDirectory, settings: HostSettings) -> dict[StageName, StageRunner]:

@@ -10,12 +10,11 @@ from diffiqa import UsageError
 from diffiqa.bench.measure import Bench, Setting, with_steps
 from diffiqa.bench.pictures import generate, sort_by_size
 from diffiqa.bench.results import Case
+from diffiqa.bench.running import Backend, HostRuntime
 from diffiqa.bench.work import count_work
 from diffiqa.runtime.manifest import EngineDirectory, StageName, open_engine
-from diffiqa.runtime.onnx_backend import OnnxSettings
 from diffiqa.runtime.plan import make_plan
 from diffiqa.runtime.results import Options
-from diffiqa.runtime.scorer import load_stages
 
 
 class FakeClock:
@@ -37,7 +36,7 @@ def directory(tiny_engine: Path) -> EngineDirectory:
 def bench(directory: EngineDirectory, folder: Path, clock: FakeClock, *, steps: int = 6, crops: int = 2) -> Bench:
     images = tuple(generate(folder, [(40, 48)], 2, seed=3).by_size[40, 48])
     setting = Setting(images, 40, 48, crops=crops, steps=steps, workers=1, seed=0)
-    return Bench(directory, load_stages(directory, OnnxSettings(threads=1)), setting, clock)
+    return Bench(directory, HostRuntime(directory, Backend()), setting, clock)
 
 
 def measured(directory: EngineDirectory, folder: Path, ticks: list[float]) -> Case:

@@ -61,6 +61,18 @@ def test_reduced_precision_may_change_a_score_by_the_spread_between_seeds() -> N
     assert len(found["beyond"].cases[0].seconds) == 6  # timed, for those who would accept such scores
 
 
+def test_where_ours_rounds_no_peer_has_to_be_exact() -> None:
+    found = contest(
+        Contender("ours", "fp16", exact=False, make=fakes.good),
+        Contender("fp32", "fp32", exact=True, make=fakes.rounds_a_little),
+        Contender("beyond", "fp32", exact=True, make=fakes.differs, weights=True),
+    )
+    assert found["fp32"].problem is None
+    assert found["fp32"].cases[0].allowed == pytest.approx(0.01)
+    assert found["beyond"].problem == "its scores differ from ours by 1.0e-01, 1.0e-02 is allowed"
+    assert len(found["beyond"].cases[0].seconds) == 6
+
+
 def test_nothing_is_compared_when_ours_fails() -> None:
     with pytest.raises(BackendError, match="ValueError: no such device"):
         contest(Contender("ours", "fp32", exact=True, make=fakes.refuses), GOOD)

@@ -42,7 +42,7 @@ def test_a_build_is_verified_against_its_own_onnx_stages_by_step_and_as_a_whole(
     result = call(tiny_build, images, "--json", tmp_path / "a.json")
     assert result.exit_code == 0, result.output
     found = checks(tmp_path / "a.json")
-    assert json.loads((tmp_path / "a.json").read_text())["candidate"]["label"].endswith("fp32 on fake GPU")
+    assert json.loads((tmp_path / "a.json").read_text())["candidate"]["label"].endswith("fp32: fake GPU")
     assert found["unet-max"]["value"] == 0  # ONNX Runtime stands in for engines: the same numbers step by step
     assert found["graph"]["value"] == 0
     assert 0 <= found["device"]["value"] < 1e-5  # our kernels, beside the sampler on the host

@@ -1,0 +1,349 @@
+"""What runs the cases, on the host or on a GPU, and where the time of a score goes there."""
+
+import contextlib
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from ..runtime.graphs import Form
+from ..runtime.host import StageRunner
+from ..runtime.manifest import EngineDirectory, Manifest, StageName
+from ..runtime.onnx_backend import OnnxSettings
+from ..runtime.results import Options
+from ..runtime.scorer import (
+    ON_GPU,
+    HostSettings,
+    OnGpu,
+    Scorer,
+    closed_if_it_fails,
+    host_name,
+    host_settings,
+    load_stages,
+)
+from ..runtime.tensorrt import gpu_capability, installed_libraries, load_library
+from .gpu import GpuWatch
+from .timing import Clock, timed_stages
+
+if TYPE_CHECKING:
+    from ..runtime.device_layer import Layer
+
+Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What is asked for by name runs, or fails."""
+
+    name: str = "onnxruntime"
+    threads: int = 1  # of the backends on the CPU
+    precision: str = "fp32"  # of OpenVINO
+    spinning: bool = False  # of ONNX Runtime on the CPU
+    device: int = 0
+    cuda_graph: bool = True
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it runs on a GPU."""
+        return self.name in ON_GPU
+
+    @property
+    def settings(self) -> HostSettings:
+        """How networks on the CPU are set up."""
+        settings = host_settings(self.name, self.threads, self.precision)
+        return replace(settings, spinning=self.spinning) if isinstance(settings, OnnxSettings) else settings
+
+
+@dataclass(frozen=True)
+class DeviceSample:
+    """A row of `results.DeviceTimes`; none of `plain` and `enqueue_plain` where scores run without graphs anyway."""
+
+    upload: float
+    kernels: float
+    download: float
+    busy: float
+    wall: float
+    enqueue: float
+    plain: float | None
+    enqueue_plain: float | None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A score under the clock, or several that were computed together: seconds per image."""
+
+    seconds: float
+    stages: dict[StageName, float]
+    steps: list[float]  # U-Net calls, by step in the order run: each as it was, whatever it was of
+    device: DeviceSample | None = None
+
+
+class CaseRunner(Protocol):
+    """A scorer for one case."""
+
+    scorer: Scorer
+    timed_calls: int  # that the clock was read around, in the last sample
+    calls: dict[StageName, int]  # of networks, in the last sample
+
+    def warm_up(self, pixels: Sequence[Pixels], options: Options) -> None:
+        """Score until nothing is done for the first time any more."""
+
+    def take(self, pixels: Sequence[Pixels], options: Options) -> Sample:
+        """Score images, all at once, and tell where the time went."""
+
+    def close(self) -> None:
+        """Free what this case alone has."""
+
+
+class Runtime(Protocol):
+    """An engine that is loaded once for all cases."""
+
+    name: str  # of the backend, as records have it
+    precision: str  # of the networks, as contenders call it
+
+    @property
+    def item_bytes(self) -> int:
+        """The size of the numbers that networks compute with, as far as that is one size."""
+
+    def joules(self) -> float | None:
+        """Return the energy that was spent since some time in the past, where something counts it."""
+
+    def case(self, manifest: Manifest, batch: int, clock: Clock) -> CaseRunner:
+        """Return what runs one case, which differs from the engine in its steps."""
+
+    def close(self) -> None:
+        """Free the engine, after its cases."""
+
+
+class HostRuntime:
+    """Networks on the CPU."""
+
+    precision = "fp32"  # of the engine's files
+    item_bytes = 4
+
+    def __init__(self, directory: EngineDirectory, backend: Backend) -> None:
+        self.name = host_name(backend.settings) + (", idle threads wait busily" if backend.spinning else "")
+        self._stages = load_stages(directory, backend.settings)
+
+    def joules(self) -> float | None:
+        """Return nothing: that of the CPUs is for the system's administrator to read."""
+        return None
+
+    def case(self, manifest: Manifest, batch: int, clock: Clock) -> "HostCase":
+        """Return a case on buffers of its own."""
+        return HostCase(manifest, self._stages, clock)
+
+    def close(self) -> None:
+        """Let go of the networks."""
+        self._stages = {}
+
+
+class HostCase:
+    """A case on the CPU."""
+
+    def __init__(self, manifest: Manifest, stages: Mapping[StageName, StageRunner], clock: Clock) -> None:
+        self._timed, self._clock, self._steps = timed_stages(stages, clock), clock, manifest.schedule.steps
+        self.scorer = Scorer(manifest, self._timed, backend="bench")
+        self.timed_calls = 0
+        self.calls: dict[StageName, int] = {}
+
+    def warm_up(self, pixels: Sequence[Pixels], options: Options) -> None:
+        """Score one image: buffers are bound, caches filled."""
+        self.scorer.score(pixels[0], options)
+
+    def take(self, pixels: Sequence[Pixels], options: Options) -> Sample:
+        """Score one image."""
+        for stage in self._timed.values():
+            stage.spent.clear()
+        start = self._clock()
+        self.scorer.score(pixels[0], options)
+        seconds = self._clock() - start
+        spent = {name: stage.spent for name, stage in self._timed.items()}
+        self.calls = {name: len(calls) for name, calls in spent.items()}
+        self.timed_calls = sum(self.calls.values())
+        return Sample(seconds, {name: sum(calls) for name, calls in spent.items()}, _by_step(spent, self._steps))
+
+    def close(self) -> None:
+        """Drop the buffers."""
+        self.scorer.close()
+
+
+class DeviceRuntime:
+    """Networks on a GPU, and what is told of it. Raises as `load` does where there is none."""
+
+    def __init__(self, directory: EngineDirectory, backend: Backend) -> None:
+        self.watch = GpuWatch(backend.device)
+        self.opened = _open(directory, backend)
+        self.watch.opened()
+        self.layer, self.name, self.precision = self.opened.layer, self.opened.name, self.opened.precision.value
+        self.form = self.opened.form if backend.cuda_graph else Form.NONE
+        with closed_if_it_fails(self.layer, directory):
+            self._loaded = self.opened.stages(1)
+
+    @property
+    def item_bytes(self) -> int:
+        """The size of the U-Net's numbers where it is joined to the others; of the first stage's, without one."""
+        from ..runtime.device_layer import ITEM_BYTES
+
+        first = self._loaded.get(StageName.UNET) or next(iter(self._loaded.values()))
+        return ITEM_BYTES[first.built.inputs[0].dtype]
+
+    def joules(self) -> float | None:
+        """Return the energy that the GPU's counter shows."""
+        return self.watch.joules()
+
+    def case(self, manifest: Manifest, batch: int, clock: Clock) -> "DeviceCase":
+        """Return a case on memory of its own."""
+        return DeviceCase(self, manifest, batch, clock)
+
+    def close(self) -> None:
+        """Free the engines and the device."""
+        for stage in self._loaded.values():
+            stage.close()
+        del self.opened  # and with it ONNX Runtime's sessions
+        self.layer.close()
+
+
+class DeviceCase:
+    """A case on a GPU."""
+
+    def __init__(self, runtime: DeviceRuntime, manifest: Manifest, batch: int, clock: Clock) -> None:
+        from ..runtime.device import DeviceExecutor
+        from .device_timing import TimedLayer, timed_stages
+
+        self._runtime, self._clock, self._steps = runtime, clock, manifest.schedule.steps
+        self.layer = TimedLayer(runtime.layer, clock)
+        self.executor = DeviceExecutor(
+            manifest,
+            cast("Layer", self.layer),
+            timed_stages(runtime.opened.stages(batch), self.layer),
+            form=runtime.form,
+            together=batch,
+            rebuild=runtime.opened.rebuild,
+        )
+        self.scorer = Scorer(manifest, self.executor, backend="bench")
+        self.timed_calls = 0
+        self.calls: dict[StageName, int] = {}
+        self.notes: dict[str, None] = {}
+        self._warm = 0  # allocations when it was
+
+    @property
+    def late_allocations(self) -> int:
+        """Pieces of memory asked for since the warm-up."""
+        return self.layer.allocations - self._warm
+
+    def warm_up(self, pixels: Sequence[Pixels], options: Options) -> None:
+        """Score three times: the first time binds, the second captures, the third replays."""
+        for _ in range(3):
+            self._score(pixels, options)
+        self._warm = self.layer.allocations
+
+    def take(self, pixels: Sequence[Pixels], options: Options) -> Sample:
+        """Score as it is, and again to look closer: without graphs, and with events around all that is launched."""
+        from .device_timing import DOWNLOAD, KERNELS, UPLOAD
+
+        count, layer = len(pixels), self.layer
+        seconds = self._score(pixels, options)
+        self.timed_calls, enqueue = layer.calls, layer.enqueue
+        with self._marking():
+            wall = self._score(pixels, options)
+        spans, brought = layer.spans(), layer.brought
+        busy = sum(map(sum, spans.values()))
+        plain = enqueue_plain = None
+        if self._runtime.form is not Form.NONE:
+            with self._without_graphs():
+                plain, enqueue_plain = self._score(pixels, options), layer.enqueue
+                with self._marking():
+                    self._score(pixels, options)
+            spans, brought = layer.spans(), layer.brought
+        stages = {name: spans[name] for name in StageName if name in spans}
+        self.calls = {name: len(calls) for name, calls in stages.items()}
+
+        def each(value: float) -> float:
+            return value / count
+
+        return Sample(
+            each(seconds),
+            {name: each(sum(calls)) for name, calls in stages.items()},
+            _by_step(stages, self._steps),
+            DeviceSample(
+                upload=each(sum(spans[UPLOAD]) + brought),
+                kernels=each(sum(spans[KERNELS])),
+                download=each(sum(spans[DOWNLOAD])),
+                busy=each(busy),
+                wall=each(wall),
+                enqueue=each(enqueue),
+                plain=None if plain is None else each(plain),
+                enqueue_plain=None if enqueue_plain is None else each(enqueue_plain),
+            ),
+        )
+
+    def close(self) -> None:
+        """Free this case's memory, contexts and graphs."""
+        self.scorer.close()
+
+    def _score(self, pixels: Sequence[Pixels], options: Options) -> float:
+        """Score images and return the seconds it took; what the layer has noted is of this score."""
+        self.layer.reset()
+        start = self._clock()
+        score = self.scorer.score
+        found = [score(pixels[0], options)] if len(pixels) == 1 else score(list(pixels), options)
+        seconds = self._clock() - start
+        for result in found:
+            self.notes |= dict.fromkeys(result.notes)
+        return seconds
+
+    @contextlib.contextmanager
+    def _marking(self) -> Generator[None, None, None]:
+        self.layer.marking = True
+        try:
+            yield
+        finally:
+            self.layer.marking = False
+
+    @contextlib.contextmanager
+    def _without_graphs(self) -> Generator[None, None, None]:
+        graphs = self.executor.graphs
+        graphs.form = Form.NONE
+        try:
+            yield
+        finally:
+            graphs.form = self._runtime.form
+
+
+def open_runtime(directory: EngineDirectory, backend: Backend) -> HostRuntime | DeviceRuntime:
+    """Load an engine. Raises BackendError or EngineError where this machine cannot run it."""
+    return DeviceRuntime(directory, backend) if backend.on_gpu else HostRuntime(directory, backend)
+
+
+def open_scorer(directory: EngineDirectory, backend: Backend) -> Scorer:
+    """Load an engine as `load` does, with no clock anywhere."""
+    if not backend.on_gpu:
+        return Scorer(directory.manifest, load_stages(directory, backend.settings), backend="bench")
+    opened = _open(directory, backend)
+    return Scorer(directory.manifest, opened.executor(directory, cuda_graph=backend.cuda_graph), backend="bench")
+
+
+def _open(directory: EngineDirectory, backend: Backend) -> OnGpu:
+    return ON_GPU[backend.name][1](directory, backend.device)
+
+
+def import_libraries(backend: Backend) -> None:
+    """Import what runs the networks, so that its time is told apart from loading. Raises BackendError without it."""
+    if not backend.on_gpu:
+        host_name(backend.settings)
+        return
+    gpu_capability(backend.device)
+    if backend.name == "tensorrt":
+        for library in installed_libraries():
+            load_library(library)
+    else:
+        host_name(OnnxSettings())
+
+
+def _by_step(calls: Mapping[StageName, Sequence[float]], steps: int) -> list[float]:
+    """Return the mean over windows, and batches of them, of every step's call."""
+    unet = np.array(calls.get(StageName.UNET, ()))
+    return list(unet.reshape(-1, steps).mean(axis=0).tolist()) if unet.size else []

@@ -1,0 +1,383 @@
+"""Contenders score as ours does: PyTorch's loop for a GPU runs on the CPU here, the rest on what there is.
+
+`pytest -m gpu tests/bench/test_contenders.py` tries every way of PyTorch's on a GPU; not run where it was written.
+"""
+
+import copy
+import ctypes
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffiqa.bench import contenders
+from diffiqa.bench.contenders import OURS, PEERS, Ask, Ground, Missing, Place, ours_in, peers_for
+from diffiqa.bench.measure import with_steps
+from diffiqa.bench.peers import EXACT
+from diffiqa.bench.torch_loop import TorchScorer, Way, normals
+from diffiqa.errors import UsageError
+from diffiqa.model.bundle import save_bundle
+from diffiqa.model.config import Norm
+from diffiqa.model.network import DiffV2IQA, build
+from diffiqa.runtime import device_layer
+from diffiqa.runtime.manifest import Manifest, StageName, open_engine
+from diffiqa.runtime.noise import WEYL, NoiseField, split_seed
+from diffiqa.runtime.onnx_backend import OnnxSettings, providers_here
+from diffiqa.runtime.onnx_device import CUDA
+from diffiqa.runtime.results import Options
+from diffiqa.runtime.schedule import Kind
+from diffiqa.runtime.scorer import ON_GPU, Scorer, load_stages, to_plane
+
+from ..fake_device import FakeLayer
+from ..tiny import TINY, perturbed, photo
+
+CPU = torch.device("cpu")
+SUMS = 1e-6  # of a score near 1: what another order of sums may change
+HALVES = 2**-7  # what 16 bits may: bfloat16 has 8 of precision, and the CPU's autocast keeps no sums in float32
+PNG = 2**-6  # what 8 bits between restoring and scoring may
+
+
+@pytest.fixture(scope="module")
+def manifest(tiny_engine: Path) -> Manifest:
+    return open_engine(tiny_engine).manifest
+
+
+@pytest.fixture(scope="module")
+def ckpt(tiny_model: DiffV2IQA, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_bundle(tiny_model, path)
+    return path
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    Image.fromarray(photo(7, 45, 70)).save(path)
+    return path
+
+
+def restored_and_scored(model: DiffV2IQA, pixels: Any, options: Options) -> float:
+    """Return the score of the model's own plain loop."""
+    image = torch.from_numpy(to_plane(pixels))[None]
+    return model.score(image, options.seed, options.crops or TINY.crop).total.item()
+
+
+# ------------------------------------------------------------------------------------------- PyTorch's loop for a GPU
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**40 + 3])
+def test_noise_is_that_of_every_backend(seed: int) -> None:
+    low, high = split_seed(seed)
+    keys = [[(low + i * WEYL[0]) % 2**32, (high + i * WEYL[1]) % 2**32] for i in range(10)]
+    steps = torch.tensor([[1], [2], [4000]])
+    found = normals(torch.tensor(keys), torch.arange(3 * 8 * 12 // 4), steps).reshape(3, 3, 8, 12).numpy()
+    field, expected = NoiseField(seed, (8, 12)), np.empty((3, 8, 12), np.float32)
+    for index, step in enumerate(steps.flatten().tolist()):
+        field.fill(step, expected)
+        np.testing.assert_allclose(found[index], expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(("height", "width", "crops"), [(32, 32, 1), (45, 70, 5), (64, 64, 9)])
+def test_scores_are_ours(
+    scorer: Scorer, tiny_model: DiffV2IQA, manifest: Manifest, height: int, width: int, crops: int
+) -> None:
+    torch_scorer = TorchScorer(tiny_model, CPU)
+    for seed in (0, 2**33):
+        pixels, options = photo(height, height, width), Options(crops=crops, seed=seed)
+        assert torch_scorer.score(pixels, manifest, options) == pytest.approx(
+            scorer.score(pixels, options).score, abs=SUMS
+        )
+
+
+def test_floating_point_pixels_are_taken_as_they_are(scorer: Scorer, tiny_model: DiffV2IQA, manifest: Manifest) -> None:
+    pixels = photo(1, 40, 40).astype(np.float32) / 255
+    found = TorchScorer(tiny_model, CPU).score(pixels, manifest, Options(crops=1))
+    assert found == pytest.approx(scorer.score(pixels, Options(crops=1)).score, abs=SUMS)
+
+
+def test_another_number_of_steps_is_followed(tiny_engine: Path, tiny_model: DiffV2IQA, manifest: Manifest) -> None:
+    stepped = with_steps(manifest, 12)
+    ours = Scorer(stepped, load_stages(open_engine(tiny_engine), OnnxSettings(threads=1)), backend="test")
+    torch_scorer, pixels, options = TorchScorer(tiny_model, CPU), photo(2, 40, 48), Options(crops=2)
+    assert torch_scorer.score(pixels, stepped, options) == pytest.approx(ours.score(pixels, options).score, abs=SUMS)
+    assert torch_scorer.score(pixels, manifest, options) != torch_scorer.score(pixels, stepped, options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("norm", Norm)
+def test_16_bits_round_a_score_and_no_more(manifest: Manifest, norm: Norm, dtype: torch.dtype) -> None:
+    assert TINY.unet
+    model = perturbed(build(replace(TINY, unet=replace(TINY.unet, norm=norm, groups=4)), seed=1), seed=2)
+    pixels, options = photo(3, 40, 48), Options(crops=2)
+    exact = restored_and_scored(model, pixels, options)
+    assert TorchScorer(model, CPU).score(pixels, manifest, options) == pytest.approx(exact, abs=SUMS)
+    rounded = TorchScorer(model, CPU, dtype).score(pixels, manifest, options)
+    assert SUMS < abs(rounded - exact) < HALVES
+
+
+def test_the_model_it_was_made_from_stays_as_it_was(tiny_model: DiffV2IQA) -> None:
+    model = copy.deepcopy(tiny_model)
+    TorchScorer(model, CPU, torch.bfloat16)
+    for (name, before), after in zip(tiny_model.state_dict().items(), model.state_dict().values(), strict=True):
+        assert before.dtype == after.dtype, name
+        assert before.stride() == after.stride(), name
+        assert torch.equal(before, after), name
+
+
+def test_a_model_that_restores_nothing_is_scored_from_the_image_alone(manifest: Manifest) -> None:
+    assert TINY.vcg
+    vcg = replace(TINY.vcg, selection={Kind.DIS: (0, 1)})
+    model = perturbed(build(replace(TINY, unet=None, vda=None, vcg=vcg), seed=1), seed=2)
+    alone = replace(manifest, kinds=model.config.kinds, alignment=1)
+    pixels, options = photo(4, 45, 70), Options(crops=3)
+    found = TorchScorer(model, CPU).score(pixels, alone, options)
+    assert found == pytest.approx(restored_and_scored(model, pixels, options), abs=SUMS)
+
+
+def test_images_that_ours_restores_in_tiles_are_refused(tiny_model: DiffV2IQA, manifest: Manifest) -> None:
+    with pytest.raises(UsageError, match="800×700 pixels are more than this peer restores"):
+        TorchScorer(tiny_model, CPU).score(photo(1, 700, 800), manifest, Options())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own imports
+@pytest.mark.parametrize(("way", "dtype"), [(Way.COMPILED, torch.bfloat16), (Way.TENSORRT, torch.float32)])
+def test_compilers_get_each_network_whole(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: DiffV2IQA, manifest: Manifest, way: Way, dtype: torch.dtype
+) -> None:
+    compile_, asked = torch.compile, []
+
+    def traced(function: Callable[..., Any], *, dynamic: bool, fullgraph: bool, **how: Any) -> Callable[..., Any]:
+        asked.append(how.get("mode") or how["backend"])
+        compiled: Callable[..., Any] = compile_(function, backend="aot_eager", dynamic=dynamic, fullgraph=fullgraph)
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", traced)
+    torch._dynamo.reset()
+    compiled = TorchScorer(tiny_model, CPU, dtype, way)
+    monkeypatch.undo()
+    network = "max-autotune" if way is Way.COMPILED else "torch_tensorrt"
+    assert asked == ["max-autotune", network, network]
+    pixels, options = photo(5, 40, 48), Options(crops=2)
+    eager = TorchScorer(tiny_model, CPU, dtype).score(pixels, manifest, options)
+    with torch._dynamo.config.patch(error_on_recompile=True):  # once for all steps
+        for _ in range(2):
+            found = compiled.score(pixels, manifest, options)
+            assert found == pytest.approx(eager, abs=SUMS if dtype == torch.float32 else HALVES)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("way", Way)
+def test_every_way_scores_as_ours_on_a_gpu(
+    scorer: Scorer, tiny_engine: Path, ckpt: Path, manifest: Manifest, picture: Path, way: Way, dtype: torch.dtype
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("torch has no GPU")
+    name = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    ground = Ground(tiny_engine, ckpt, 1, "onnxruntime-gpu", device=0)
+    try:
+        score, _version = contenders.torch_networks(ground, precision=name, way=way)
+    except Missing as reason:
+        pytest.skip(str(reason))
+    for seed in (0, 1, 0):  # the second captures or replays, the third must not see what the others left
+        ask = Ask(picture, crops=9, seed=seed, steps=manifest.schedule.steps)
+        expected = scorer.score(picture, Options(crops=9, seed=seed)).score
+        assert score(ask) == pytest.approx(expected, abs=EXACT if dtype == torch.float32 else HALVES)
+
+
+# --------------------------------------------------------------------------------------------------- contenders
+
+
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have PyTorch's contenders for a GPU run on the CPU."""
+    monkeypatch.setattr(contenders, "_torch_device", lambda _ground: CPU)
+
+
+@pytest.mark.parametrize("place", Place)
+@pytest.mark.parametrize(
+    ("name", "allowed"), [("torch eager", SUMS), ("torch eager, bf16", HALVES), ("plain loop", PNG)]
+)
+def test_peers_of_both_places_score_files_as_ours(
+    monkeypatch: pytest.MonkeyPatch,
+    scorer: Scorer,
+    tiny_engine: Path,
+    ckpt: Path,
+    picture: Path,
+    place: Place,
+    name: str,
+    allowed: float,
+) -> None:
+    peer = next(peer for peer in PEERS if peer.name == name)
+    assert place in peer.places
+    on_cpu(monkeypatch)
+    ground = Ground(tiny_engine, ckpt, 1)
+    if place is Place.GPU:
+        ground = replace(ground, backend="onnxruntime-gpu", device=0)
+    score, version = peer.make(ground)
+    assert version == f"torch {torch.__version__}"
+    expected = scorer.score(picture, Options(crops=3, seed=4)).score
+    assert score(Ask(picture, crops=3, seed=4, steps=6)) == pytest.approx(expected, abs=allowed)
+
+
+def test_onnxruntime_as_its_examples_have_it_scores_as_ours(tiny_engine: Path, scorer: Scorer, picture: Path) -> None:
+    score, _version = contenders.onnxruntime_default(Ground(tiny_engine, None, 1))
+    expected = scorer.score(picture, Options(crops=2)).score
+    assert score(Ask(picture, crops=2, seed=0, steps=6)) == pytest.approx(expected, abs=SUMS)
+
+
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_ours_on_a_gpu_is_what_load_runs(
+    tiny_build: Path, fake_gpu: FakeLayer, scorer: Scorer, picture: Path, cuda_graph: bool
+) -> None:
+    ground = Ground(tiny_build, None, 1, "tensorrt", device=0, cuda_graph=cuda_graph)
+    score, version = OURS.make(ground)
+    assert version == "tensorrt-rtx 1.7 fp32"
+    expected = scorer.score(picture, Options(crops=2, seed=3)).score
+    for _ in range(3):
+        assert score(Ask(picture, crops=2, seed=3, steps=6)) == pytest.approx(expected, abs=1e-5)
+    assert bool(fake_gpu.graphs) is cuda_graph
+
+
+def test_ours_on_a_gpu_is_loaded_anew_for_another_number_of_steps(
+    tiny_build: Path,
+    tiny_engine: Path,
+    fake_gpu: FakeLayer,
+    library: ctypes.CDLL,
+    monkeypatch: pytest.MonkeyPatch,
+    picture: Path,
+) -> None:
+    layers: list[FakeLayer] = []
+
+    def opened(_ordinal: int) -> FakeLayer:
+        layers.append(FakeLayer(library))
+        return layers[-1]
+
+    monkeypatch.setattr(device_layer, "CudaLayer", opened)
+    score, _version = OURS.make(Ground(tiny_build, None, 1, "tensorrt", device=0))
+    on_host, _version = OURS.make(Ground(tiny_engine, None, 1))
+    for steps in (6, 12, 12, 6):
+        ask = Ask(picture, crops=2, seed=3, steps=steps)
+        assert score(ask) == pytest.approx(on_host(ask), abs=1e-5)
+    assert [layer.closed for layer in layers] == [True, True, False]
+    assert [layer.alive for layer in layers[:2]] == [0, 0]
+
+
+@pytest.mark.parametrize("spinning", [True, False])
+def test_ours_waits_as_it_is_told(monkeypatch: pytest.MonkeyPatch, tiny_engine: Path, spinning: bool) -> None:
+    asked: list[OnnxSettings] = []
+
+    def loaded(_directory: object, settings: OnnxSettings) -> dict[StageName, Any]:
+        asked.append(settings)
+        return {}
+
+    monkeypatch.setattr(contenders, "load_stages", loaded)
+    OURS.make(Ground(tiny_engine, None, 2, spinning=spinning))
+    assert [(settings.threads, settings.spinning) for settings in asked] == [(2, spinning)]
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built for GPUs")
+def test_pytorch_without_a_gpu_is_missing_not_slow(tiny_engine: Path, ckpt: Path) -> None:
+    ground = Ground(tiny_engine, ckpt, 1, "tensorrt", device=0)
+    for peer in peers_for("tensorrt"):
+        if peer.weights:
+            with pytest.raises(Missing, match="is built for the CPU alone"):
+                peer.make(ground)
+
+
+@pytest.mark.skipif(CUDA in providers_here(), reason="this onnxruntime is built for GPUs")
+def test_onnxruntime_without_a_gpu_is_missing_not_slow(monkeypatch: pytest.MonkeyPatch, tiny_engine: Path) -> None:
+    monkeypatch.setattr(contenders, "load_library", lambda library: SimpleNamespace(library=library))
+    ground = Ground(tiny_engine, None, 1, "tensorrt", device=0)
+    found = [peer for peer in peers_for("tensorrt") if not peer.weights]
+    assert len(found) == 4
+    for peer in found:
+        with pytest.raises(Missing, match=r"this onnxruntime has no .*; put the package onnxruntime-gpu in the place"):
+            peer.make(ground)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="tensorrt is installed")
+def test_onnxruntimes_tensorrt_needs_tensorrt(tiny_engine: Path) -> None:
+    with pytest.raises(Missing, match="tensorrt is not installed"):
+        contenders.onnxruntime_tensorrt(Ground(tiny_engine, None, 1, "tensorrt", device=0), fp16=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch_tensorrt") is not None, reason="torch_tensorrt is installed")
+def test_torch_tensorrt_is_missing_by_name(monkeypatch: pytest.MonkeyPatch, tiny_engine: Path, ckpt: Path) -> None:
+    on_cpu(monkeypatch)
+    with pytest.raises(Missing, match="torch_tensorrt is not installed"):
+        contenders.torch_networks(
+            Ground(tiny_engine, ckpt, 1, "tensorrt", device=0), precision="fp16", way="Torch-TensorRT"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ the choice
+
+
+def test_every_peer_of_pytorch_names_a_way_and_a_precision_that_there_is() -> None:
+    for peer in PEERS:
+        if isinstance(peer.make, functools.partial) and peer.make.func is contenders.torch_networks:
+            assert peer.make.keywords["way"] in list(Way)
+            assert peer.make.keywords["precision"] == peer.precision
+            assert peer.exact is (peer.precision == "fp32")
+
+
+def test_peers_run_where_ours_does() -> None:
+    on_host = [peer.name for peer in peers_for("onnxruntime")]
+    assert on_host == [peer.name for peer in peers_for("openvino")]
+    assert on_host == [
+        "onnxruntime, default settings",
+        "openvino",
+        "openvino, bf16",
+        "torch eager",
+        "torch eager, bf16",
+        "torch.compile",
+        "torch.compile, bf16",
+        "plain loop",
+    ]
+    for backend in ON_GPU:
+        assert all(Place.GPU in peer.places for peer in peers_for(backend))
+    assert {peer.name for peer in PEERS} == set(on_host) | {peer.name for peer in peers_for("tensorrt")}
+
+
+def test_a_backend_is_no_peer_of_itself() -> None:
+    beside = {peer.name for peer in peers_for("tensorrt")}
+    assert beside - {peer.name for peer in peers_for("onnxruntime-gpu")} == {"onnxruntime-gpu"}
+
+
+def test_peers_are_given_in_the_order_asked_for() -> None:
+    assert [peer.name for peer in peers_for("tensorrt", ["plain loop", "torch eager"])] == ["plain loop", "torch eager"]
+
+
+@pytest.mark.parametrize(
+    ("backend", "name", "says"),
+    [
+        ("onnxruntime", "magic", "there is no peer 'magic'; choose from: onnxruntime, default settings; "),
+        ("tensorrt", "openvino", "the peer 'openvino' runs on the CPU, and --backend tensorrt on a GPU; choose from: "),
+        ("openvino", "torch eager, fp16", "runs on a GPU, and --backend openvino on the CPU; choose from: "),
+        ("onnxruntime-gpu", "onnxruntime-gpu", "the peer 'onnxruntime-gpu' is --backend onnxruntime-gpu itself; "),
+    ],
+)
+def test_a_peer_that_cannot_run_beside_ours_is_refused_by_name(backend: str, name: str, says: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        peers_for(backend, ["torch eager", name])
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(("backend", "device"), [("tensorrt", None), ("onnxruntime-gpu", None), ("onnxruntime", 0)])
+def test_ground_on_another_device_than_it_says_is_refused(backend: str, device: int | None) -> None:
+    with pytest.raises(ValueError, match=f"the backend {backend} runs on"):
+        Ground(Path("engine"), None, 1, backend, device)
+
+
+def test_ours_is_exact_in_float32_alone() -> None:
+    assert ours_in("fp32") == OURS
+    assert ours_in("fp16").precision == "fp16"
+    assert not ours_in("fp16").exact
