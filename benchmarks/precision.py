@@ -11,7 +11,8 @@ part "train", and scores each picture in all precisions in turn: one crop, resto
 mixed of those that `--precision mixed` takes. fp16, bf16 and fp8 are emulated, every result rounded as the plan of
 `iqa-build` says (fp8: of all stages, the rest in fp16), because no CPU computes in them as TensorRT does: their scores
 count, their times do not. `speed` (results/precision-speed.json) runs the full-size U-Net step, float32 and int8 in
-turn, on seeded weights: time and sizes, nothing about scores. `sizes` (results/precision-sizes.json) has those of all
+turn, on seeded weights, beside OpenVINO and ONNX Runtime with its default settings, whose threads wait busily: time and
+sizes, nothing about scores. `sizes` (results/precision-sizes.json) has those of all
 its stages. `engines` (results/precision-engines.json) builds `mini` with TensorRT-RTX, and has what its engines weigh.
 `verify` (results/precision-verify.json) is how long iqa-verify takes over 20 of the pictures.
 """
@@ -31,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 from record import ROOT, write
 
 from diffiqa.calibration.mixed import Trial, choose_stages
@@ -44,8 +46,10 @@ from diffiqa.export.macs import macs_by_node
 from diffiqa.export.precision import PrecisionPlan
 from diffiqa.export.tensorrt import BuildOptions, build_engines
 from diffiqa.model.checkpoint import load as load_checkpoint
+from diffiqa.runtime.host import Call
 from diffiqa.runtime.manifest import EngineDirectory, Library, Precision, StageName, open_engine
 from diffiqa.runtime.onnx_backend import OnnxSettings, OnnxStage
+from diffiqa.runtime.openvino import OpenVinoSettings, OpenVinoStage
 from diffiqa.runtime.results import Mode, Options
 from diffiqa.runtime.scorer import Scorer, load_stages
 from diffiqa.training.correlation import plcc, srcc
@@ -184,7 +188,7 @@ def beside(reference: list[float], scores: list[float], truth: list[float]) -> d
 
 
 def measure_speed(given: argparse.Namespace, folder: Path) -> None:
-    """Run the full-size U-Net step in both precisions in turn, on seeded weights and random inputs."""
+    """Run the full-size U-Net step in all ways in turn, on seeded weights and random inputs."""
     export_engine(load_checkpoint(None, preset="paper", seed=SEED), folder / "fp32")
     directory = open_engine(folder / "fp32")
     stage = directory.manifest.stage(StageName.UNET)
@@ -193,21 +197,29 @@ def measure_speed(given: argparse.Namespace, folder: Path) -> None:
     random = np.random.default_rng(SEED)
     inputs = {name: random.standard_normal((1, 3, 224, 224)).astype(np.float32) for name in ("y", "condition")}
     inputs["noise_level"] = np.full((1, 1), 0.5, np.float32)
-    noise = {name: np.empty((1, 3, 224, 224), np.float32) for name in ("fp32", "int8")}
     model = onnx.load(fp32)
     ranges = StageStatistics.empty(watched(model), directory.manifest.schedule.steps)
     others = {name: random.standard_normal(array.shape).astype(np.float32) for name, array in inputs.items()}
     others["noise_level"] = np.full((1, 1), 0.5, np.float32)  # the same step: there are ranges of no other
-    Recorder(directory, StageName.UNET, ranges).bind(others, {"noise": noise["fp32"]})()
+    Recorder(directory, StageName.UNET, ranges).bind(others, {"noise": np.empty((1, 3, 224, 224), np.float32)})()
     onnx.save_model(quantise_stage(model, stage, ranges, Recipe.of("int8"))[0], int8)
-    calls = {
-        name: OnnxStage(path, OnnxSettings()).bind(inputs, {"noise": noise[name]})
-        for name, path in (("fp32", fp32), ("int8", int8))
+    plain, busy = OnnxSettings(), OnnxSettings(spinning=True)
+    stages = {
+        "fp32": OnnxStage(fp32, plain),
+        "int8": OnnxStage(int8, plain),
+        "fp32, spinning": OnnxStage(fp32, busy),
+        "int8, spinning": OnnxStage(int8, busy),
+        "openvino fp32": OpenVinoStage(fp32, OpenVinoSettings()),
+        "openvino bf16": OpenVinoStage(fp32, OpenVinoSettings(precision="bf16")),
+        "onnxruntime's defaults": _Defaults(fp32),
     }
+    noise = {name: np.empty((1, 3, 224, 224), np.float32) for name in stages}
+    calls = {name: stage.bind(inputs, {"noise": noise[name]}) for name, stage in stages.items()}
     wall: dict[str, list[float]] = {name: [] for name in calls}
     cpu: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(given.steps + 1):
         for name, call in calls.items():
+            time.sleep(0.1)  # threads that wait busily give up after some milliseconds
             start, used = time.perf_counter(), time.process_time()
             call()
             if number:  # the first warms up
@@ -220,11 +232,28 @@ def measure_speed(given: argparse.Namespace, folder: Path) -> None:
         "wall_seconds": wall,
         "cpu_seconds": cpu,
         "speed_over_fp32": ratio(wall["fp32"], wall["int8"]),
+        "speed_over_defaults": {name: ratio(wall["onnxruntime's defaults"], seconds) for name, seconds in wall.items()},
         "cpu_time_over_fp32": ratio(cpu["fp32"], cpu["int8"]),
         "bytes": {"fp32": fp32.stat().st_size, "int8": int8.stat().st_size},
         "relative_rms_error": float(np.sqrt(np.mean(error**2) / np.mean(noise["fp32"] ** 2))),
     }
     write("precision-speed", figures)
+
+
+class _Defaults:
+    """A stage as ONNX Runtime's own examples run one: a session without settings, arrays in, arrays out."""
+
+    def __init__(self, path: Path) -> None:
+        self._session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Call:
+        """Return a call that runs it from and into these arrays."""
+
+        def call() -> None:
+            for name, value in zip(outputs, self._session.run(list(outputs), dict(inputs)), strict=True):
+                outputs[name][...] = value
+
+        return call
 
 
 def measure_sizes(given: argparse.Namespace, folder: Path) -> None:
