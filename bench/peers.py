@@ -18,10 +18,10 @@ from .contenders import Ask, Contender, Ground
 from .measure import Setting
 from .peer_process import Answer, Ready, Refused, serve
 from .results import Peer, PeerCase
+from .timing import SETTLE
 
 EXACT = 1e-4  # mean difference of scores near 1 that another order of sums can explain
 SEEDS = 3  # of ours, whose spread is what reduced precision may change a score by
-_SETTLE = 0.05  # seconds between two contenders: thread pools spin on for some milliseconds after their work
 
 Progress = Callable[[str], None]
 
@@ -181,7 +181,7 @@ class Contest:
                 running = self._running()
                 # Each goes first in turn: nobody always follows the same neighbour.
                 for entrant in running[turn % len(running) :] + running[: turn % len(running)]:
-                    time.sleep(_SETTLE)
+                    time.sleep(SETTLE)
                     self._try(entrant, partial(self._time, entrant, setting, index, image))
 
     def _score(self, entrant: Entrant, setting: Setting) -> None:

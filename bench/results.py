@@ -264,6 +264,12 @@ class Soak:
     seconds: tuple[float, ...]
     resident_mib: tuple[float, ...]
 
+    @property
+    def drift(self) -> float:
+        """How much longer the later half of two or more images took, as a share."""
+        half = len(self.seconds) // 2
+        return statistics.median(self.seconds[half:]) / statistics.median(self.seconds[:half]) - 1
+
 
 @dataclass(frozen=True)
 class Results:

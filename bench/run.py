@@ -24,7 +24,7 @@ from .peers import Contest
 from .pictures import Images, Size, generate, sort_by_size
 from .results import SCHEMA, Ceilings, Engine, Gpu, Results, Start
 from .running import Backend, DeviceRuntime, open_runtime
-from .timing import Clock, clock_cost
+from .timing import SETTLE, Clock, clock_cost
 
 NOT_ON_CPU = {
     "GPU (transfers, enqueue, idle share, energy, capture)": "this was a run on the CPU; give --backend tensorrt or "
@@ -215,6 +215,7 @@ class Run:
         gpu = self._runtime.watch if isinstance(self._runtime, DeviceRuntime) else contextlib.nullcontext()
         for number in range(self._wanted.rounds):
             self._progress(f"round {number + 1} of {self._wanted.rounds}")
+            time.sleep(SETTLE)
             probe.sample()
             with self._watch, gpu:
                 for bench in self._benches:

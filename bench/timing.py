@@ -12,6 +12,8 @@ from ..runtime.manifest import StageName
 FloatArray = npt.NDArray[np.float32]
 Clock = Callable[[], float]
 
+SETTLE = 0.05  # seconds until somebody else is measured: threads may wait busily for milliseconds after their work
+
 
 class TimedStage:
     """A stage whose calls append their seconds to `spent`."""

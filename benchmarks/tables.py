@@ -89,6 +89,8 @@ def figures(results: Path) -> str:
     memory, large, full_memory = load("score-memory"), load("score-large"), load("score-full-memory")
     eight, verify = load("precision-speed"), load("precision-verify")
     full_bytes = load("precision-sizes")["bytes"].values()
+    soak = read(results / "bench-mini-soak.json").soak
+    assert soak is not None
     spin = {(case["condition"], case["side"]): case["ratio"] for case in load("score-spin")["cases"]}
     errors = [
         [
@@ -132,12 +134,20 @@ def figures(results: Path) -> str:
             f"{eight['bytes']['int8'] / eight['bytes']['fp32']:.0%} of the size",
         ],
         [
+            "its U-Net step beside ONNX Runtime's default settings: float32, OpenVINO bf16, int8",
+            ", ".join(f"{eight['speed_over_defaults'][name]:.2f}×" for name in ("fp32", "openvino bf16", "int8")),
+        ],
+        [
             "all its stages in int8, beside float32",
             f"{sum(b['int8'] for b in full_bytes) / sum(b['fp32'] for b in full_bytes):.0%} of the size",
         ],
         [
             f"`iqa-verify --precision fp16`, {verify['images']} images of 176×176, `mini`",
             f"{verify['seconds'] / 60:.1f} min",
+        ],
+        [
+            f"memory over {len(soak.seconds):,} images in a row; time of the later half",
+            f"{soak.resident_mib[0]:.0f} MiB, at the end {soak.resident_mib[-1]:.0f}; {soak.drift:+.1%}",
         ],
         [
             "resident memory over 1,000 images of five sizes",

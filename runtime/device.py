@@ -16,11 +16,11 @@ restoring them: an estimate, not a measurement), and batches of images that diff
 
 import contextlib
 import math
-import queue
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -69,7 +69,7 @@ _CROP_ROWS = 256  # where the crops start in the table of a gather, behind its s
 class DeviceExecutor:
     """Runs plans on one device, one at a time; callers in other threads wait. `close()` frees the device.
 
-    `rebuild` gives the command that makes a build for a size such as "512x400" as well.
+    `rebuild` gives the command that makes a build for a size such as "512x400", and so many images, as well.
     """
 
     takes_pixels = True
@@ -83,24 +83,21 @@ class DeviceExecutor:
         *,
         form: Form = Form.LOOP,
         together: int = 1,
-        rebuild: Callable[[str], str] = "iqa-build --sizes {}".format,
+        rebuild: Callable[[str, int], str] = "iqa-build --sizes {} --batch {}".format,
     ) -> None:
         self._manifest, self._layer, self._stages, self._rebuild = manifest, layer, stages, rebuild
-        self.graphs, self.together = Graphs(layer, form), together
-        self._lock = threading.Lock()
-        self._leaving_one = threading.Lock()  # two that took all docks but one would wait for each other
+        self.graphs, self._asked = Graphs(layer, form), together
+        self._lock = threading.Lock()  # of all that follows; a dock's own is taken before it
         self._closed = False
         self._fixed = Pool(layer)  # graphs hold its addresses
         self._images = Pool(layer)
         self._pinned = Pinned(layer)
-        # The last one given back is taken first, so that a single caller has memory for one.
-        self._docks: queue.LifoQueue[Dock] = queue.LifoQueue()
-        for _ in range(1 + self.waiting):
-            self._docks.put(Dock(layer))
+        self._docks = Dock(layer), Dock(layer)  # the second is for who waits: a single caller has memory for one
         self._bound_version = 0  # of `_fixed`, when the bindings below were made
         self._loops: OrderedDict[tuple[int, int, int], _Loop] = OrderedDict()
         self._heads: dict[int, _Heads] = {}
         self._limit: int = max(max(self._crop_batches(name, "maximum")) for name in stages)
+        self.together = min(together, self._limit)
         self._batch_in_use = 1
         self._memory_note: str | None = None
         steps = sorted({manifest.taps.step_of(kind) for kind in manifest.kinds[1:]})
@@ -121,7 +118,8 @@ class DeviceExecutor:
         """Restore and score one image: pixels (height, width, 3), or a plane (3, height, width) in [-1, 1].
 
         Without `pictures` the outcome has verdicts alone: its crops are empty and its planes none. Raises Cancelled
-        soon after `cancelled()`, DeviceMemoryError if not even one crop at a time fits.
+        before the next launch once `cancelled()`: a step, or where there is a graph, all of them. Raises
+        DeviceMemoryError if not even one crop at a time fits.
         """
         (outcome,) = self.run_together([(image, seed)], plan, cancelled, pictures=pictures)
         return outcome
@@ -135,31 +133,55 @@ class DeviceExecutor:
         pictures: bool = True,
     ) -> list[Outcome]:
         """Restore and score images with their seeds, in batches; all are of the plan's size, none depends on others."""
-        images, seeds = [image for image, _ in tasks], [seed for _, seed in tasks]
-
-        def attempt() -> list[Outcome]:
-            with self._docked(images, plan) as dock, self._lock:
-                if self._closed:
-                    raise UsageError("this executor is closed")
-                self._layer.enter()
-                while True:
-                    try:
-                        return self._run(dock, plan, seeds, cancelled, pictures)
-                    except DeviceMemoryError:
-                        self._settle()
-                        self._release()
-                        if not self._shrink():
-                            dock.release()
-                            raise
-                    except BaseException:
-                        self._settle()
-                        raise
-
+        wanted = _Wanted(tasks, plan, cancelled, pictures)
+        first, second = self._docks
+        free = second if first.lock.locked() and not second.lock.locked() else first
         try:
-            return attempt()
+            with free.lock:
+                return self._attempt(free, wanted)
         except DeviceMemoryError:
-            with self._alone():  # images that wait for their turn may be what the memory is full of
-                return attempt()
+            # An image that waits for its turn may be what the memory is full of: from here on nobody else has one.
+            with second.lock, first.lock:
+                second.release()
+                return self._fewer(first, wanted)
+
+    def _fewer(self, dock: Dock, wanted: "_Wanted") -> list[Outcome]:
+        """Carry it out with fewer images at a time, then with smaller batches, which change the last bits."""
+        try:
+            return self._attempt(dock, wanted)
+        except DeviceMemoryError:
+            half = len(wanted.tasks) // 2
+            if half == 0 and not self._shrink():
+                raise
+        parts = (wanted.tasks[:half], wanted.tasks[half:]) if half else (wanted.tasks,)
+        return [outcome for tasks in parts for outcome in self._fewer(dock, replace(wanted, tasks=tasks))]
+
+    def _attempt(self, dock: Dock, wanted: "_Wanted") -> list[Outcome]:
+        """Carry it out, with a dock that the caller has locked; if memory runs out, all of it is given up."""
+        images, size = [image for image, _ in wanted.tasks], _plane_size(wanted.plan)
+        self._refuse_if_closed()
+        self._layer.enter()
+        try:
+            dock.bring(images, size)
+        except DeviceMemoryError:
+            with self._lock:
+                self._refuse_if_closed()
+                self._settle()
+                self._release()  # what larger images have left behind
+            dock.release()
+            dock.bring(images, size)
+        with self._lock:
+            self._refuse_if_closed()
+            try:
+                return self._run(dock, wanted)
+            except DeviceMemoryError:
+                self._settle()
+                self._release()
+                dock.release()
+                raise
+            except BaseException:
+                self._settle()
+                raise
 
     def close(self) -> None:
         """Free the engines and all memory, after what other threads have begun."""
@@ -167,65 +189,32 @@ class DeviceExecutor:
             if self._closed:
                 return
             self._closed = True
-        docks: list[Dock] = []
-        with contextlib.suppress(queue.Empty):  # a thread that was interrupted may have lost one: its memory goes below
-            # Who has one is refused now, and gives it back.
-            docks.extend(self._docks.get(timeout=10) for _ in range(1 + self.waiting))
         with contextlib.suppress(BackendError):
             self._layer.enter()
         self._settle()
         with contextlib.suppress(BackendError):
             self._release()
-            for dock in docks:
+        for dock in self._docks:
+            with dock.lock, contextlib.suppress(BackendError):  # who has it finds out, and lets go
                 dock.release()
-                self._docks.put(dock)
         for stage in self._stages.values():
             stage.close()
         self._layer.close()
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Wait until nobody else has an image on the device, and let nobody bring one."""
-        with self._leaving_one, contextlib.ExitStack() as back:
-            for _ in range(self.waiting):
-                dock = self._docks.get()
-                back.callback(self._docks.put, dock)
-                dock.release()
-            yield
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise UsageError("this executor is closed")
 
-    @contextlib.contextmanager
-    def _docked(self, images: Sequence[FloatArray | Bytes], plan: Plan) -> Iterator[Dock]:
-        """Bring images to the device, which may be busy for another thread."""
-        dock = self._docks.get()
-        try:
-            if not self._closed:
-                self._layer.enter()
-                try:
-                    dock.bring(images, _plane_size(plan))
-                except DeviceMemoryError:
-                    with self._lock:
-                        if not self._closed:
-                            self._settle()
-                            self._release()  # what larger images have left behind
-                    try:
-                        dock.bring(images, _plane_size(plan))
-                    except DeviceMemoryError:
-                        dock.release()
-                        raise
-            yield dock
-        finally:
-            self._docks.put(dock)
-
-    def _run(
-        self, dock: Dock, plan: Plan, seeds: Sequence[int], cancelled: Callable[[], bool], pictures: bool
-    ) -> list[Outcome]:
+    def _run(self, dock: Dock, wanted: "_Wanted") -> list[Outcome]:
+        start = time.perf_counter()
+        plan, seeds, pictures = wanted.plan, [seed for _, seed in wanted.tasks], wanted.pictures
         kinds, size, count = len(self._manifest.kinds), plan.crop_size, len(seeds) * len(plan.crops)
         padded = _plane_size(plan)
         self._batch_in_use = 1
         job = _Job(
             plan,
             seeds,
-            cancelled,
+            wanted.cancelled,
             self._planes_of(dock, padded),
             padded,
             self._images.get("crops", count * self._crop_bytes(plan)),
@@ -243,12 +232,14 @@ class DeviceExecutor:
             self._layer.download(crops, job.crops)
         self._layer.synchronise()
         found, each = verdicts(), len(plan.crops)
+        seconds = (time.perf_counter() - start) / len(seeds)
         return [
             Outcome(
                 found[i * each : (i + 1) * each],
                 crops[i * each : (i + 1) * each].copy(),
                 planes[i],
                 tuple(dict.fromkeys(job.notes)),
+                seconds,
             )
             for i in range(len(seeds))
         ]
@@ -274,14 +265,14 @@ class DeviceExecutor:
         if not any(self._unet_takes(n, height, width) for n in range(1, self._limit + 1)):
             raise BackendError(
                 f"this build's U-Net takes no images of {width}×{height}; use tile or crop mode, or build again with: "
-                f"{self._rebuild(f'{height}x{width}')}"
+                f"{self._rebuild(f'{height}x{width}', self._asked)}"
             )
         windows = [(i, window) for i in range(len(job.seeds)) for window in plan.windows]
         batches = self._batches(len(windows), len(plan.windows), lambda n: self._unet_takes(n, height, width))
-        if batches[0].size < self.together and not self._memory_note:
+        if len(plan.windows) == 1 and batches[0].size < self._asked and not self._memory_note:
             job.notes.append(
-                f"restored {batches[0].size} at a time, not {self.together}: this build's U-Net takes no more images "
-                f"of {width}×{height}; build again with: {self._rebuild(f'{height}x{width}')}"
+                f"restored {batches[0].size} at a time, not {self._asked}: this build's U-Net takes no more images "
+                f"of {width}×{height}; build again with: {self._rebuild(f'{height}x{width}', self._asked)}"
             )
         for batch in batches:
             members = [windows[i] for i in batch.members]
@@ -575,6 +566,16 @@ class DeviceExecutor:
             f"{self._layer.name} has no memory for {used} crops at a time: at most {self._limit} ran at once"
         )
         return True
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What `run_together` is asked for."""
+
+    tasks: Sequence[Task]
+    plan: Plan
+    cancelled: Callable[[], bool]
+    pictures: bool
 
 
 @dataclass(frozen=True)

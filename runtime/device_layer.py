@@ -1,4 +1,4 @@
-"""A GPU as plans need it, in a dozen calls; and the one real implementation, on cuda.core and TensorRT.
+"""A GPU as plans need it, in a few calls; and the one real implementation, on cuda.core and TensorRT.
 
 `Layer` is narrow so that the tests can put another in its place: NumPy arrays for memory, the same kernels compiled by
 a C++ compiler, ONNX Runtime for engines. What only a GPU can show is in `CudaLayer`, `_Engine` and `_Context`, which
@@ -157,7 +157,7 @@ def choose_profile(profiles: tuple[dict[str, ShapeRange], ...], shapes: Shapes) 
 
 
 class CudaLayer:
-    """A GPU through cuda.core. One thread at a time, after `enter`."""
+    """A GPU through cuda.core. One thread at a time, after `enter`, but for what goes `beside`."""
 
     def __init__(self, ordinal: int) -> None:
         gpu_capability(ordinal)  # raises saying what is missing

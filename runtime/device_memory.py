@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,25 +68,31 @@ class Pinned:
 
 
 class Dock:
-    """Memory for images that wait for the device: bytes as they are, others as planes, padded on the host."""
+    """Memory for images that wait for the device: bytes as they are, others as planes, padded on the host.
+
+    Who uses it holds its lock, by `with`: of all that could be waited for, an interrupt loses only that never.
+    """
 
     def __init__(self, layer: Layer) -> None:
+        self.lock = threading.Lock()
         self._layer, self._pool, self._pinned = layer, Pool(layer, beside=True), Pinned(layer)
         self.images: list[tuple[int, tuple[int, int] | None]] = []  # address, and (height, width) of bytes
 
     def bring(self, images: Sequence[FloatArray | Bytes], padded: tuple[int, int]) -> None:
-        """Copy images to the device; they are there when this returns."""
-        arrays = [_padded(image, padded) if image.dtype == np.float32 else image for image in images]
+        """Copy images to the device, each once; they are there when this returns."""
+        distinct = {id(image): image for image in images}  # seeds of one image come with the same array
+        arrays = [_padded(image, padded) if image.dtype == np.float32 else image for image in distinct.values()]
         starts = [0, *itertools.accumulate(round_up(array.nbytes, 256) for array in arrays)]
         staged = self._pinned.get("images", (starts[-1],), np.dtype(np.uint8))
         for start, array in zip(starts, arrays, strict=False):
             np.copyto(staged[start : start + array.nbytes].view(array.dtype).reshape(array.shape), array)
         address = self._pool.get("images", starts[-1])
         self._layer.bring(address, staged)
-        self.images = [
-            (address + start, None if array.dtype == np.float32 else (array.shape[0], array.shape[1]))
-            for start, array in zip(starts, arrays, strict=False)
-        ]
+        where = {
+            key: (address + start, None if array.dtype == np.float32 else (array.shape[0], array.shape[1]))
+            for key, start, array in zip(distinct, starts, arrays, strict=False)
+        }
+        self.images = [where[id(image)] for image in images]
 
     def release(self) -> None:
         """Free the memory."""

@@ -1,7 +1,8 @@
 """Arrays of other libraries, in the host's memory or a GPU's, as NumPy arrays: by DLPack or `__cuda_array_interface__`.
 
-What is on a GPU is copied to the host first, whatever is to score it: its digest, alpha and size are seen to there, as
-those of any image. That is two copies, beside a loop that takes many times as long (an estimate: about a thousandth).
+An array on a GPU says which stream it is made on, or must be ready: PyTorch's does not say. It is copied to the host,
+whatever is to score it, because its digest, alpha and size are seen to there as those of any image. That is two copies,
+beside a loop that takes many times as long (an estimate: about a thousandth).
 """
 
 import math
@@ -38,7 +39,7 @@ def is_foreign(source: object) -> bool:
 
 
 def to_numpy(source: Any) -> npt.NDArray[Any]:
-    """Return the values, after what their producer has enqueued. Raises ImageError."""
+    """Return the values, after what is enqueued on the stream that they say they are made on. Raises ImageError."""
     try:
         if hasattr(source, "__cuda_array_interface__"):
             return _from_gpu(source.__cuda_array_interface__)

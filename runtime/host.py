@@ -2,6 +2,7 @@
 
 import contextlib
 import queue
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -52,6 +53,7 @@ class Outcome:
     crops: FloatArray
     planes: dict[Kind, FloatArray]  # whole mode: the restored images (3, H, W), padding cut off
     notes: tuple[str, ...] = ()  # what a result should say about how it came about
+    seconds: float = 0.0  # that its executor spent on it, or its share of what was done together
 
 
 class Cancelled(Exception):  # noqa: N818 — it reports a wish, not an error
@@ -95,6 +97,7 @@ class HostExecutor:
         pictures: bool = True,
     ) -> Outcome:
         """Restore and score one image (3, height, width) in [-1, 1]. Raises Cancelled soon after `cancelled()`."""
+        start = time.perf_counter()
         kinds, size = self._manifest.kinds, plan.crop_size
         crops = np.empty((len(plan.crops), len(kinds), 3, size, size), np.float32)
         for index, crop in enumerate(plan.crops):
@@ -108,7 +111,7 @@ class HostExecutor:
                 if cancelled():
                     raise Cancelled
                 verdicts.append(work.assess(crops[index]))
-        return Outcome(tuple(verdicts), crops, planes)
+        return Outcome(tuple(verdicts), crops, planes, seconds=time.perf_counter() - start)
 
     def run_together(
         self, tasks: Sequence[Task], plan: Plan, cancelled: Callable[[], bool], *, pictures: bool = True

@@ -44,6 +44,7 @@ ARRAY_TYPES = ("uint8", "uint16", "float32", "float64")
 # Pillow logs about some broken files; Python prints that to stderr unless somebody listens.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 _pillow_limit = threading.Lock()
+_callers_images = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +146,8 @@ def _decode(source: Source, max_pixels: int | None, notes: list[str]) -> Array:
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels, notes)
     if isinstance(source, PIL.Image.Image):
-        return _from_pillow(source, max_pixels, notes)
+        with _callers_images:  # two of them may be one, or read one file: Pillow decodes when it is asked for pixels
+            return _from_pillow(source, max_pixels, notes)
     if is_foreign(source):
         return _from_array(to_numpy(source), max_pixels, notes)
     if max_pixels is None or max_pixels > DEFAULT_MAX_PIXELS:

@@ -6,7 +6,6 @@ import itertools
 import os
 import statistics
 import threading
-import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -122,12 +121,11 @@ class Scorer:
         if not isinstance(images, list | tuple):
             (score,) = self._score([(self._read(images), _name(images, 0))], chosen, pictures)
             return score
-        scores = []
-        with contextlib.closing(self.stream(images, chosen, pictures=pictures)) as results:
-            for result in results:
-                if isinstance(result, Failure):
-                    raise ImageError(result.error)
-                scores.append(result)
+        read = ((self._read(image), _name(image, index)) for index, image in enumerate(images))
+        scores: list[Score] = []
+        for _, same in itertools.groupby(read, lambda item: item[0].pixels.shape):
+            while group := list(itertools.islice(same, self._group_size(chosen))):
+                scores += self._score(group, chosen, pictures)
         return scores
 
     def stream(
@@ -142,15 +140,15 @@ class Scorer:
         """Yield one result per image, in order; a bad image gives a Failure and the rest goes on.
 
         `ahead` images are decoded in threads while others are scored, `workers` at a time, and one result more than is
-        asked for is made; nothing else is ever held. Where batches are shared, "an image" is as many neighbours of one
-        size as fill one.
+        asked for is made, on a GPU two; nothing else is ever held. Where images share batches, read "as many neighbours
+        of one size as fill one" for a result, and images enough for the next are decoded too.
         """
         if workers < 1 or ahead < 1:
             raise UsageError("workers and ahead must be at least 1")
         if isinstance(images, str | bytes | Path | np.ndarray) or is_foreign(images):
             raise UsageError("stream takes an iterable of images; for a single one use score")
         chosen = options or Options()
-        return self._stream(images, chosen, pictures, workers, ahead * self._group_size(chosen))
+        return self._stream(images, chosen, pictures, workers, ahead - 1 + self._group_size(chosen))
 
     def close(self) -> None:
         """Free the engine. A closed scorer refuses to score."""
@@ -191,15 +189,17 @@ class Scorer:
         ):
             try:
                 while True:
-                    for index, image in itertools.islice(source, ahead - len(decoding)):
-                        decoding.append((decoders.submit(self._read, image), _name(image, index)))
-                    while decoding and len(scoring) <= workers + waiting:  # one waits, so that scoring never does
+                    while len(scoring) <= workers + waiting:  # one waits, so that scoring never does
+                        for index, image in itertools.islice(source, ahead - len(decoding)):
+                            decoding.append((decoders.submit(self._read, image), _name(image, index)))
+                        if not decoding:
+                            break
                         scoring.append(scorers.submit(finish, _next_group(decoding, most)))
                     if not scoring:
                         return
                     yield from scoring.popleft().result()
             finally:
-                # Reached early when the caller stops, Ctrl-C included: what runs ends at its next step.
+                # Reached early when the caller stops, Ctrl-C included: what runs ends at its next step or graph.
                 stop.set()
                 for decoded, _ in decoding:
                     decoded.cancel()
@@ -224,7 +224,6 @@ class Scorer:
         executor = self._executor
         if executor is None:
             raise UsageError("this scorer is closed; load the engine again")
-        start_time = time.perf_counter()
         m = self._manifest
         height, width = images[0][0].pixels.shape[:2]
         plan = make_plan(height, width, m, options)
@@ -244,9 +243,8 @@ class Scorer:
             # ONNX Runtime has no exception of its own for this.
             why = _too_large(plan) if "allocat" in str(exc) else exc
             raise ImageError(f"{images[0][1]}: {why}") from exc
-        seconds = (time.perf_counter() - start_time) / len(images)
         return [
-            self._result(image, name, plan, seeds, outcomes[i * len(seeds) :][: len(seeds)], pictures, seconds)
+            self._result(image, name, plan, seeds, outcomes[i * len(seeds) :][: len(seeds)], pictures)
             for i, (image, name) in enumerate(images)
         ]
 
@@ -258,7 +256,6 @@ class Scorer:
         seeds: tuple[int, ...],
         outcomes: Sequence[Outcome],
         pictures: bool,
-        seconds: float,
     ) -> Score:
         """Put together what the seeds of one image came to."""
         m, verdicts = self._manifest, [outcome.verdicts for outcome in outcomes]
@@ -282,7 +279,7 @@ class Scorer:
             digest=image.digest,
             engine=m.engine_id,
             backend=self._backend,
-            seconds=seconds,
+            seconds=sum(outcome.seconds for outcome in outcomes),
             pictures=_pictures(m, plan, image, outcomes[0]) if pictures else None,
         )
 
@@ -423,7 +420,8 @@ class OnGpu:
     precision: Precision
     captured: bool  # whether what runs them can be
     build: Build | None = None
-    rebuild: Callable[[str], str] = "iqa-build --sizes {}".format  # the command for a build that takes a size as well
+    # The command for a build that takes images of a size, and so many at a time, as well.
+    rebuild: Callable[[str, int], str] = "iqa-build --sizes {} --batch {}".format
 
     @property
     def form(self) -> Form:
@@ -453,13 +451,13 @@ def open_tensorrt(directory: EngineDirectory, ordinal: int, _onnx: OnnxSettings 
     versions = {name: library.version for name, library in libraries.items()}
     build = newest_build(directory, versions, capability)
 
-    def rebuild(size: str) -> str:
+    def rebuild(size: str, batch: int) -> str:
         return build_command(
             directory.path,
             library=build.library,
             precision=build.precision,
-            batches=build.batches,
-            sizes=(*build.sizes, size),
+            batches=tuple(dict.fromkeys((*build.batches, str(batch)) if batch > 1 else build.batches)),
+            sizes=tuple(dict.fromkeys((*build.sizes, size))),
             capabilities=build.compute_capabilities if build.library is Library.TENSORRT_RTX else (),
         )
 

@@ -1,7 +1,10 @@
 """Which backend runs, and that it is said: a build that fits a GPU, ONNX Runtime, or an error with the way out."""
 
+import contextlib
 import json
 import shlex
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +17,12 @@ from PIL import Image
 from diffiqa import Failure, Mode, Options, Score, Scorer
 from diffiqa.cli import main
 from diffiqa.errors import BackendError, DiffiqaError, EngineError, ImageError, UsageError
+from diffiqa.export.profiles import stage_profiles
 from diffiqa.runtime import device_layer, tensorrt
 from diffiqa.runtime import scorer as scorer_module
+from diffiqa.runtime.device_layer import choose_profile
 from diffiqa.runtime.graphs import Form
-from diffiqa.runtime.manifest import Library
+from diffiqa.runtime.manifest import Library, StageName
 from diffiqa.runtime.onnx_backend import OnnxSettings
 from diffiqa.runtime.scorer import load
 from diffiqa.runtime.tensorrt import gpu_capability, installed_libraries, load_library
@@ -179,21 +184,42 @@ def test_the_installed_library_has_every_name_the_device_calls(name: Library) ->
 def test_the_installed_cuda_core_has_every_name_the_device_calls() -> None:
     core = pytest.importorskip("cuda.core")
     calls = {
-        "Device": ["allocate", "arch", "compute_capability", "create_stream", "get_all_devices", "name", "set_current"],
-        "Stream": ["close", "create_graph_builder", "handle", "sync"],
         "Buffer": ["close", "handle"],
+        "Context": ["handle"],
+        "Device": ["allocate", "arch", "compute_capability", "create_stream", "get_all_devices", "name", "set_current"],
+        "EventOptions": [],
         "LegacyPinnedMemoryResource": ["allocate"],
         "ObjectCode": ["from_cubin", "get_kernel"],
+        "Stream": ["close", "context", "handle", "record", "sync"],
     }
-    graph = {"GraphBuilder": ["begin_building", "end_building", "complete", "close"], "Graph": ["launch", "close"]}
-    missing = [
-        f"{kind}.{call}"
-        for api, kinds in ((core, calls), (core.graph, graph))
-        for kind, names in kinds.items()
-        for call in names
-        if not has(api, kind, call)
-    ]
+    missing = [f"{kind}.{call}" for kind, names in calls.items() for call in names if not has(core, kind, call)]
     assert missing == []
+    assert core.EventOptions(timing_enabled=True)
+
+
+def test_the_installed_driver_bindings_take_as_many_arguments_as_the_device_gives() -> None:
+    driver = pytest.importorskip("cuda.bindings.driver")
+    calls = {
+        "cuCtxPushCurrent": 1,
+        "cuDevicePrimaryCtxRetain": 1,
+        "cuGraphAddChildGraphNode": 4,
+        "cuGraphAddNode": 5,
+        "cuGraphConditionalHandleCreate": 4,
+        "cuGraphCreate": 1,
+        "cuGraphDestroy": 1,
+        "cuGraphExecDestroy": 1,
+        "cuGraphInstantiate": 2,
+        "cuGraphLaunch": 2,
+        "cuMemcpyDtoH": 3,
+        "cuMemcpyDtoHAsync": 4,
+        "cuMemcpyHtoDAsync": 4,
+        "cuPointerGetAttribute": 2,
+        "cuStreamBeginCapture": 2,
+        "cuStreamEndCapture": 1,
+        "cuStreamSynchronize": 1,
+    }
+    taken = {name: getattr(driver, name).__doc__.partition("(")[2].partition(")")[0].split(", ") for name in calls}
+    assert {name: len(parameters) for name, parameters in taken.items()} == calls
 
 
 def has(api: Any, kind: str, call: str) -> bool:
@@ -258,6 +284,46 @@ def test_neighbours_of_one_size_and_seeds_of_one_image_share_batches(tiny_build:
             assert fake_gpu.log.count("unet") == loops * steps
             assert scorer.info.backend.endswith("fake GPU, 4 at a time")
         fake_gpu.closed = False
+
+
+def test_the_build_that_a_smaller_batch_asks_for_takes_the_whole_one(tiny_build: Path, fake_gpu: FakeLayer) -> None:
+    with load(tiny_build, batch=8) as scorer:
+        (result,) = scorer.score([photo(1, 48, 64)], Options(crops=1))
+        manifest = scorer.manifest
+    (note,) = result.notes
+    command = shlex.split(note.partition("build again with: ")[2])
+    given = dict(zip(command[1::2], command[2::2], strict=False))
+    unet = manifest.stage(StageName.UNET)
+    assert unet
+    profiles = stage_profiles(manifest, unet, given["--batch"].split(","), given["--sizes"].split(","))
+    shape = (8, 3, 48, 64)
+    assert choose_profile(profiles, {"y": shape, "condition": shape, "noise_level": (8, 1)}) is not None
+    assert len(set(given["--sizes"].split(","))) == len(given["--sizes"].split(","))
+
+
+def test_seconds_are_those_of_an_image_and_not_of_the_one_before_it(tiny_build: Path, fake_gpu: FakeLayer) -> None:
+    """A device does one thing at a time, so that what it spent on all of them is no more than there was."""
+    with load(tiny_build) as scorer:
+        for workers in (1, 3):
+            start = time.perf_counter()
+            results = list(scorer.stream([photo(i, 48, 64) for i in range(6)], Options(crops=1), workers=workers))
+            wall = time.perf_counter() - start
+            assert 0 < sum(result.seconds for result in results if isinstance(result, Score)) <= wall
+
+
+def test_batches_hold_no_more_images_than_fill_one_and_those_ahead(tiny_build: Path, fake_gpu: FakeLayer) -> None:
+    taken = 0
+
+    def source() -> Iterator[Any]:
+        nonlocal taken
+        for i in range(60):
+            taken += 1
+            yield photo(i, 32, 32 + i)  # no two of one size
+
+    with load(tiny_build, batch=4) as scorer, contextlib.closing(scorer.stream(source(), ahead=3)) as results:
+        next(results)
+        # Three are scored or wait for that, beside three ahead and the rest of a batch.
+        assert taken <= 3 + 3 + 3
 
 
 def test_one_image_too_many_for_the_memory_costs_its_batch_nothing(tiny_build: Path, fake_gpu: FakeLayer) -> None:

@@ -160,13 +160,15 @@ def test_memory_that_onnxruntime_does_not_get_makes_batches_smaller(
     directory: EngineDirectory, sessions: dict[StageName, Any], host: HostExecutor, layer: FakeLayer, says: str
 ) -> None:
     class Short(Failing):
-        """The first batch is too large."""
+        """The first batch is too large, tried again with nothing else on the device too."""
+
+        left = 2
 
         def run_with_iobinding(self, binding: Any, options: Any) -> None:
-            try:
-                super().run_with_iobinding(binding, options)
-            finally:
+            self.left -= 1
+            if self.left < 0:
                 self.message = ""
+            super().run_with_iobinding(binding, options)
 
     short = Short(sessions[StageName.VDA].session, says)
     executor = executor_on(layer, directory, sessions | {StageName.VDA: SimpleNamespace(session=short)})

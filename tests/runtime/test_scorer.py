@@ -176,6 +176,17 @@ def test_a_closed_scorer_refuses_to_score(tiny_engine: Path) -> None:
         closing.score(photo(1, 32, 32))
 
 
+def test_one_pillow_image_may_be_in_a_list_twice(scorer: Scorer, tmp_path: Path) -> None:
+    """Opened, it is not read yet: whoever asks first reads it, and two at once would read each other's bytes."""
+    path = saved(photo(5, 200, 300), tmp_path / "a.png")
+    expected = scorer.score(path, Options(crops=1))
+    for _ in range(3):
+        image, other = Image.open(path), Image.open(path)
+        listed = scorer.score([image, image], Options(crops=1))
+        streamed = list(scorer.stream([other] * 4, Options(crops=1)))
+        assert all(same(result, expected) for result in (*listed, *streamed))
+
+
 def test_an_image_object_keeps_its_file_name(scorer: Scorer, tmp_path: Path) -> None:
     path = saved(photo(1, 32, 32), tmp_path / "named.png")
     with Image.open(path) as image:
