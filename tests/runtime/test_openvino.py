@@ -269,8 +269,8 @@ def test_settings_openvino_would_misread_are_refused(settings: dict[str, Any]) -
         ({"backend": "onnxruntime", "openvino": OpenVinoSettings()}, "not onnxruntime"),
         ({"backend": "openvino", "onnx": OnnxSettings()}, "providers are ONNX Runtime's"),
         ({"backend": "openvino", "threads": 1, "openvino": OpenVinoSettings()}, "not both"),
-        ({"backend": "openvino", "device": 0}, "device and CUDA graph are of the backend"),
-        ({"backend": "openvino", "cuda_graph": False}, "device and CUDA graph"),
+        ({"backend": "openvino", "device": 0}, "device, batch and CUDA graph are of the backend"),
+        ({"backend": "openvino", "cuda_graph": False}, "device, batch and CUDA graph"),
     ],
 )
 def test_settings_of_another_backend_are_refused(tiny_engine: Path, how: dict[str, Any], says: str) -> None:
