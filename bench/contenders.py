@@ -19,13 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import BackendError, UsageError
+from ..runtime.backends import ON_GPU, host_name, host_settings, load_stages
 from ..runtime.host import Call, StageRunner
 from ..runtime.images import read_image
 from ..runtime.manifest import Library, Manifest, StageName, open_engine
 from ..runtime.onnx_backend import OnnxSettings
 from ..runtime.onnx_device import CUDA, prepare
 from ..runtime.results import Options
-from ..runtime.scorer import ON_GPU, Scorer, host_name, host_settings, load, load_stages, to_plane
+from ..runtime.scorer import Scorer, load, to_plane
 from ..runtime.tensorrt import load_library
 from .measure import with_steps
 

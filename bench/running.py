@@ -8,21 +8,13 @@ from typing import TYPE_CHECKING, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
+from ..runtime.backends import ON_GPU, HostSettings, OnGpu, closed_if_it_fails, host_name, host_settings, load_stages
 from ..runtime.graphs import Form
 from ..runtime.host import StageRunner
 from ..runtime.manifest import EngineDirectory, Manifest, StageName
 from ..runtime.onnx_backend import OnnxSettings
 from ..runtime.results import Options
-from ..runtime.scorer import (
-    ON_GPU,
-    HostSettings,
-    OnGpu,
-    Scorer,
-    closed_if_it_fails,
-    host_name,
-    host_settings,
-    load_stages,
-)
+from ..runtime.scorer import Scorer
 from ..runtime.tensorrt import gpu_capability, installed_libraries, load_library
 from .gpu import GpuWatch
 from .timing import Clock, timed_stages

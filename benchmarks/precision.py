@@ -46,12 +46,13 @@ from diffiqa.export.macs import macs_by_node
 from diffiqa.export.precision import PrecisionPlan
 from diffiqa.export.tensorrt import BuildOptions, build_engines
 from diffiqa.model.checkpoint import load as load_checkpoint
+from diffiqa.runtime.backends import load_stages
 from diffiqa.runtime.host import Call
 from diffiqa.runtime.manifest import EngineDirectory, Library, Precision, StageName, open_engine
 from diffiqa.runtime.onnx_backend import OnnxSettings, OnnxStage
 from diffiqa.runtime.openvino import OpenVinoSettings, OpenVinoStage
 from diffiqa.runtime.results import Mode, Options
-from diffiqa.runtime.scorer import Scorer, load_stages
+from diffiqa.runtime.scorer import Scorer
 from diffiqa.training.correlation import plcc, srcc
 from diffiqa.training.datasets import Item, load_csv
 from diffiqa.training.splits import Split

@@ -22,14 +22,14 @@ from record import write
 from diffiqa.export.engine import export_engine
 from diffiqa.model.checkpoint import load as load_checkpoint
 from diffiqa.model.network import build
-from diffiqa.runtime import scorer as scorer_module
-from diffiqa.runtime.host import Call
+from diffiqa.runtime.backends import load_stages
+from diffiqa.runtime.host import Call, StageRunner
 from diffiqa.runtime.images import synthetic as photo
 from diffiqa.runtime.manifest import open_engine
 from diffiqa.runtime.onnx_backend import OnnxSettings, OnnxStage
 from diffiqa.runtime.results import Options, Score
 from diffiqa.runtime.schedule import Schedule, Taps
-from diffiqa.runtime.scorer import Scorer, load, load_stages
+from diffiqa.runtime.scorer import Scorer, load
 
 STARTUP = """
 import time; start = time.perf_counter()
@@ -70,7 +70,7 @@ def export(preset: str, folder: Path) -> Path:
 class TimedStage:
     """A stage whose calls add up their time."""
 
-    def __init__(self, stage: scorer_module.StageRunner, spent: list[float]) -> None:
+    def __init__(self, stage: StageRunner, spent: list[float]) -> None:
         self._stage, self._spent = stage, spent
 
     def bind(self, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> Call:  # type: ignore[type-arg]

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ExportError, UsageError
+from ..runtime.backends import load_stages
 from ..runtime.manifest import EngineDirectory, Stage, StageName, open_engine
 from ..runtime.onnx_backend import OnnxSettings, OnnxStage
 from ..runtime.results import Mode, Options
-from ..runtime.scorer import Scorer, load_stages
+from ..runtime.scorer import Scorer
 from .quantise import Recipe, Target, read_fitting, write_stage
 
 LIMIT = 0.01  # of the mean difference in score

@@ -15,13 +15,13 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import BackendError
+from ..runtime.backends import open_tensorrt
 from ..runtime.device import DeviceExecutor
 from ..runtime.device_layer import ITEM_BYTES, BoundStage, Layer, LoadedStage, choose_profile
 from ..runtime.graphs import Form
 from ..runtime.host import Call, FloatArray, Outcome
 from ..runtime.manifest import EngineDirectory, Manifest
 from ..runtime.plan import Plan
-from ..runtime.scorer import open_tensorrt
 from .verify_figures import total_score
 from .verify_sides import Party, Side, Whole, onnx_precision
 from .verify_trace import NotForShapesError, branch_scores

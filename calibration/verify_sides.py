@@ -26,6 +26,7 @@ from ..export.precision import (
     refuse_unsigned,
     rounded,
 )
+from ..runtime.backends import load_stages
 from ..runtime.codec import encode
 from ..runtime.host import Call, FloatArray, StageRunner
 from ..runtime.manifest import (
@@ -40,7 +41,6 @@ from ..runtime.manifest import (
 )
 from ..runtime.onnx_backend import OnnxSettings, OnnxStage
 from ..runtime.plan import Plan
-from ..runtime.scorer import load_stages
 from .statistics import NAME as STATISTICS
 
 _QUANTISED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"}

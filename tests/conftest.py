@@ -13,8 +13,7 @@ import torch
 from diffiqa.export.engine import export_engine
 from diffiqa.model.checkpoint import Loaded
 from diffiqa.model.network import DiffV2IQA, build
-from diffiqa.runtime import device_layer
-from diffiqa.runtime import scorer as scorer_module
+from diffiqa.runtime import backends, device_layer
 from diffiqa.runtime.manifest import (
     MANIFEST,
     Build,
@@ -104,9 +103,9 @@ def fake_gpu(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> FakeLayer
     def engines(found: FakeLayer, _library: object, directory: EngineDirectory, _build: Build) -> object:
         return fake_stages(found, directory)
 
-    monkeypatch.setattr(scorer_module, "gpu_capability", lambda ordinal: "8.9")
-    monkeypatch.setattr(scorer_module, "installed_libraries", lambda: [Library.TENSORRT_RTX])
-    monkeypatch.setattr(scorer_module, "load_library", lambda name: SimpleNamespace(library=name, version="1.7"))
+    monkeypatch.setattr(backends, "gpu_capability", lambda ordinal: "8.9")
+    monkeypatch.setattr(backends, "installed_libraries", lambda: [Library.TENSORRT_RTX])
+    monkeypatch.setattr(backends, "load_library", lambda name: SimpleNamespace(library=name, version="1.7"))
     monkeypatch.setattr(device_layer, "CudaLayer", lambda ordinal: layer)
     monkeypatch.setattr(device_layer, "load_engines", engines)
     return layer

@@ -28,13 +28,14 @@ from diffiqa.model.bundle import save_bundle
 from diffiqa.model.config import Norm
 from diffiqa.model.network import DiffV2IQA, build
 from diffiqa.runtime import device_layer
+from diffiqa.runtime.backends import ON_GPU, load_stages
 from diffiqa.runtime.manifest import Manifest, StageName, open_engine
 from diffiqa.runtime.noise import WEYL, NoiseField, split_seed
 from diffiqa.runtime.onnx_backend import OnnxSettings, providers_here
 from diffiqa.runtime.onnx_device import CUDA
 from diffiqa.runtime.results import Options
 from diffiqa.runtime.schedule import Kind
-from diffiqa.runtime.scorer import ON_GPU, Scorer, load_stages, to_plane
+from diffiqa.runtime.scorer import Scorer, to_plane
 
 from ..fake_device import FakeLayer
 from ..tiny import TINY, perturbed, photo

@@ -29,12 +29,12 @@ from diffiqa.bench.results import Case, DeviceTimes, Gpu, GpuLoad, Results, Star
 from diffiqa.bench.running import Backend, DeviceCase, DeviceRuntime
 from diffiqa.bench.verdict import judge_results
 from diffiqa.cli import main
-from diffiqa.runtime import onnx_device, tensorrt
-from diffiqa.runtime import scorer as scorer_module
+from diffiqa.runtime import backends, onnx_device, tensorrt
+from diffiqa.runtime.backends import ON_GPU
 from diffiqa.runtime.graphs import Form
 from diffiqa.runtime.manifest import Library, StageName, open_engine
 from diffiqa.runtime.onnx_backend import OnnxSettings
-from diffiqa.runtime.scorer import ON_GPU, load
+from diffiqa.runtime.scorer import load
 
 from ..fake_device import FakeLayer
 from ..tiny import photo
@@ -375,7 +375,7 @@ def test_images_are_repeated_until_they_fill_batches(count: int, batch: int, len
 def onnx_gpu(fake_gpu: FakeLayer, monkeypatch: pytest.MonkeyPatch) -> FakeLayer:
     """A machine with a GPU and an onnxruntime that has CUDA."""
     monkeypatch.setattr(running, "gpu_capability", lambda ordinal: "8.9")
-    monkeypatch.setattr(scorer_module, "installed_libraries", list)
+    monkeypatch.setattr(backends, "installed_libraries", list)
     monkeypatch.setattr(onnx_device, "prepare", lambda settings: None)
     monkeypatch.setattr(onnx_device, "gpu_settings", lambda settings, ordinal, stream: OnnxSettings(threads=1))
     monkeypatch.setattr(onnx_device, "stranded", lambda session: [])
@@ -421,7 +421,7 @@ def test_start_up_tells_the_score_that_captures_apart(
     capsys: pytest.CaptureFixture[str],
     backend: str,
 ) -> None:
-    monkeypatch.setattr(scorer_module, "installed_libraries", lambda: [Library.TENSORRT_RTX])
+    monkeypatch.setattr(backends, "installed_libraries", lambda: [Library.TENSORRT_RTX])
     monkeypatch.setattr(running, "gpu_capability", lambda ordinal: "8.9")
     (image,) = generate(tmp_path, [(40, 40)], 1, seed=0).by_size[40, 40]
     asked = {"engine": str(tiny_build), "image": str(image), "crops": 1, "seed": 0, "backend": asdict(Backend(backend))}

@@ -7,11 +7,12 @@ import pytest
 
 from diffiqa.calibration.verify_figures import measure, total_score
 from diffiqa.calibration.verify_trace import HEAD_CALLS, Pipeline
+from diffiqa.runtime.backends import load_stages
 from diffiqa.runtime.manifest import StageName, open_engine
 from diffiqa.runtime.onnx_backend import OnnxSettings
 from diffiqa.runtime.plan import Plan, make_plan
 from diffiqa.runtime.results import Mode, Options
-from diffiqa.runtime.scorer import Scorer, load_stages, to_plane
+from diffiqa.runtime.scorer import Scorer, to_plane
 
 from ..tiny import photo
 from .verify_engines import edited, scale_weights

@@ -25,6 +25,7 @@ from diffiqa.model.network import build
 from diffiqa.runtime import device as device_module
 from diffiqa.runtime import graphs as graphs_module
 from diffiqa.runtime import plan as plan_module
+from diffiqa.runtime.backends import load_stages
 from diffiqa.runtime.device import DeviceExecutor
 from diffiqa.runtime.device_layer import DeviceMemoryError, choose_profile
 from diffiqa.runtime.graphs import Form, Graphs, Work
@@ -34,7 +35,7 @@ from diffiqa.runtime.onnx_backend import OnnxSettings
 from diffiqa.runtime.plan import Plan, make_plan
 from diffiqa.runtime.results import Mode, Options, Picture
 from diffiqa.runtime.schedule import Kind, Taps
-from diffiqa.runtime.scorer import load_stages, to_plane
+from diffiqa.runtime.scorer import to_plane
 
 from ..fake_device import FakeLayer, FakeStage, fake_stages
 from ..tiny import TINY, perturbed, photo

@@ -18,8 +18,7 @@ from diffiqa import Failure, Mode, Options, Score, Scorer
 from diffiqa.cli import main
 from diffiqa.errors import BackendError, DiffiqaError, EngineError, ImageError, UsageError
 from diffiqa.export.profiles import stage_profiles
-from diffiqa.runtime import device_layer, tensorrt
-from diffiqa.runtime import scorer as scorer_module
+from diffiqa.runtime import backends, device_layer, tensorrt
 from diffiqa.runtime.device_layer import choose_profile
 from diffiqa.runtime.graphs import Form
 from diffiqa.runtime.manifest import Library, StageName
@@ -68,7 +67,7 @@ def test_auto_falls_back_to_onnxruntime_and_says_why_and_tensorrt_refuses(
             raise value
         return SimpleNamespace(library=RTX, version=value) if replaced == "load_library" else value
 
-    monkeypatch.setattr(scorer_module, replaced, answer)
+    monkeypatch.setattr(backends, replaced, answer)
     with load(tiny_build) as scorer:
         assert scorer.info.backend.startswith("onnxruntime ")
         assert scorer.info.reason.startswith("not TensorRT: ")

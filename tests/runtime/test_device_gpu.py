@@ -40,6 +40,7 @@ from diffiqa.kernels.launch import (
     step_table,
     window_table,
 )
+from diffiqa.runtime.backends import load_stages
 from diffiqa.runtime.builds import newest_build
 from diffiqa.runtime.device import DeviceExecutor
 from diffiqa.runtime.device_layer import CudaLayer, DeviceMemoryError, choose_profile, load_engines
@@ -50,7 +51,7 @@ from diffiqa.runtime.onnx_backend import OnnxSettings, OnnxStage
 from diffiqa.runtime.plan import make_plan
 from diffiqa.runtime.results import Mode, Options
 from diffiqa.runtime.schedule import Kind, Schedule, Taps
-from diffiqa.runtime.scorer import load, load_stages, to_plane
+from diffiqa.runtime.scorer import load, to_plane
 from diffiqa.runtime.tensorrt import gpu_capability, load_library, usable_library
 
 from ..tiny import photo

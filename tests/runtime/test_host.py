@@ -8,12 +8,13 @@ import torch
 
 from diffiqa.model.network import DiffV2IQA
 from diffiqa.runtime import plan as plan_module
+from diffiqa.runtime.backends import load_stages
 from diffiqa.runtime.host import Cancelled, HostExecutor, Outcome
 from diffiqa.runtime.manifest import Manifest, open_engine
 from diffiqa.runtime.onnx_backend import OnnxSettings
 from diffiqa.runtime.plan import make_plan
 from diffiqa.runtime.results import Mode, Options, Picture
-from diffiqa.runtime.scorer import load_stages, to_plane
+from diffiqa.runtime.scorer import to_plane
 
 from ..tiny import photo
 

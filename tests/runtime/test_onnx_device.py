@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from diffiqa.errors import BackendError, UsageError
-from diffiqa.runtime import device_layer, onnx_device
-from diffiqa.runtime import scorer as scorer_module
+from diffiqa.runtime import backends, device_layer, onnx_device
+from diffiqa.runtime.backends import load_stages
 from diffiqa.runtime.device import DeviceExecutor
 from diffiqa.runtime.device_layer import DeviceMemoryError, LoadedStage
 from diffiqa.runtime.graphs import Form
@@ -22,7 +22,7 @@ from diffiqa.runtime.manifest import EngineDirectory, StageName, open_engine
 from diffiqa.runtime.onnx_backend import OnnxSettings, OnnxStage
 from diffiqa.runtime.onnx_device import BATCH, CUDA, OnnxDeviceStage, gpu_settings, on_device, prepare, stranded
 from diffiqa.runtime.results import Mode, Options
-from diffiqa.runtime.scorer import load, load_stages, to_plane
+from diffiqa.runtime.scorer import load, to_plane
 
 from ..fake_device import FakeLayer
 from ..tiny import photo
@@ -254,8 +254,8 @@ def test_batches_and_sizes_are_bounded(directory: EngineDirectory, sessions: dic
 def gpu(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> FakeLayer:
     """A machine with a GPU and an onnxruntime that has CUDA, but no TensorRT."""
     layer = FakeLayer(library)
-    monkeypatch.setattr(scorer_module, "gpu_capability", lambda ordinal: "8.9")
-    monkeypatch.setattr(scorer_module, "installed_libraries", list)
+    monkeypatch.setattr(backends, "gpu_capability", lambda ordinal: "8.9")
+    monkeypatch.setattr(backends, "installed_libraries", list)
     monkeypatch.setattr(device_layer, "CudaLayer", lambda ordinal: layer)
     monkeypatch.setattr(onnx_device, "prepare", lambda settings: None)
     monkeypatch.setattr(onnx_device, "gpu_settings", lambda settings, ordinal, stream: OnnxSettings(threads=1))
@@ -281,7 +281,7 @@ def test_auto_without_a_gpu_says_so_once(tiny_engine: Path, monkeypatch: pytest.
     def none(_ordinal: int) -> str:
         raise BackendError("no NVIDIA GPU: none")
 
-    monkeypatch.setattr(scorer_module, "gpu_capability", none)
+    monkeypatch.setattr(backends, "gpu_capability", none)
     assert load(tiny_engine).info.reason == "not TensorRT: no NVIDIA GPU: none"
 
 

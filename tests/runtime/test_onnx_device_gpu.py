@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from diffiqa.errors import BackendError
+from diffiqa.runtime.backends import load_stages
 from diffiqa.runtime.device import DeviceExecutor
 from diffiqa.runtime.device_layer import CudaLayer
 from diffiqa.runtime.graphs import Form
@@ -20,7 +21,7 @@ from diffiqa.runtime.onnx_backend import OnnxSettings, OnnxStage
 from diffiqa.runtime.onnx_device import gpu_settings, on_device, prepare
 from diffiqa.runtime.plan import make_plan
 from diffiqa.runtime.results import Mode, Options
-from diffiqa.runtime.scorer import load, load_stages, to_plane
+from diffiqa.runtime.scorer import load, to_plane
 
 from ..tiny import photo
 from .test_device import scores

@@ -21,10 +21,11 @@ from diffiqa.calibration.statistics import collect
 from diffiqa.cli import main
 from diffiqa.errors import BackendError, EngineError
 from diffiqa.runtime import openvino as backend
+from diffiqa.runtime.backends import load_stages
 from diffiqa.runtime.manifest import EngineDirectory, StageName, open_engine
 from diffiqa.runtime.onnx_backend import OnnxSettings, OnnxStage
 from diffiqa.runtime.openvino import OpenVinoSettings, OpenVinoStage
-from diffiqa.runtime.scorer import load, load_stages
+from diffiqa.runtime.scorer import load
 
 from ..tiny import photo
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from diffiqa import Scorer
 from diffiqa.cli import main
-from diffiqa.runtime import scorer
+from diffiqa.runtime import backends
 from diffiqa.runtime.onnx_backend import OnnxSettings, OnnxStage
 
 from ..tiny import photo
@@ -81,7 +81,7 @@ def test_threads_that_wait_busily_give_the_same_scores(
             seen.append(settings.spinning)
             super().__init__(path, settings)
 
-    monkeypatch.setattr(scorer, "OnnxStage", Watched)
+    monkeypatch.setattr(backends, "OnnxStage", Watched)
     arguments = (folder / "a.png", "--threads", "2", "--format", "jsonl")
     waiting, spinning = (call(tiny_engine, *arguments, *more) for more in ((), ("--spin",)))
     assert [spinning.exit_code, waiting.exit_code] == [0, 0]
