@@ -89,7 +89,8 @@ def figures(results: Path) -> str:
     memory, large, full_memory = load("score-memory"), load("score-large"), load("score-full-memory")
     eight, verify = load("precision-speed"), load("precision-verify")
     full_bytes = load("precision-sizes")["bytes"].values()
-    soak = read(results / "bench-mini-soak.json").soak
+    soaked = read(results / "bench-mini-soak.json")
+    soak = soaked.soak
     assert soak is not None
     spin = {(case["condition"], case["side"]): case["ratio"] for case in load("score-spin")["cases"]}
     errors = [
@@ -146,7 +147,7 @@ def figures(results: Path) -> str:
             f"{verify['seconds'] / 60:.1f} min",
         ],
         [
-            f"memory over {len(soak.seconds):,} images in a row; time of the later half",
+            f"`mini`, {soaked.cases[0].name}: memory over {len(soak.seconds):,} images; time of the later half",
             f"{soak.resident_mib[0]:.0f} MiB, at the end {soak.resident_mib[-1]:.0f}; {soak.drift:+.1%}",
         ],
         [
