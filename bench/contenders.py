@@ -25,7 +25,7 @@ from ..runtime.images import read_image
 from ..runtime.manifest import Library, Manifest, StageName, open_engine
 from ..runtime.onnx_backend import OnnxSettings
 from ..runtime.onnx_device import CUDA, prepare
-from ..runtime.results import Options
+from ..runtime.results import Mode, Options
 from ..runtime.scorer import Scorer, load, to_plane
 from ..runtime.tensorrt import load_library
 from .measure import with_steps
@@ -96,6 +96,36 @@ def ours(ground: Ground) -> tuple[Score, str]:
     return _scored(directory.manifest, load_stages(directory, settings)), host_name(settings).partition(":")[0]
 
 
+class DefaultStage:
+    """A stage as ONNX Runtime's own examples run one: a session without settings, arrays in, arrays out."""
+
+    def __init__(
+        self,
+        path: Path,
+        provider: str = "CPUExecutionProvider",
+        how: Mapping[str, str] | None = None,
+        *,
+        threads: int | None = None,  # as many as others have; None: as many as it likes
+    ) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        self._session = onnxruntime.InferenceSession(path, options, providers=[(provider, dict(how or {}))])
+        if provider not in self._session.get_providers():  # it only warns, and computes elsewhere
+            raise BackendError(f"onnxruntime cannot start {provider} here")
+
+    def bind(self, inputs: Mapping[str, FloatArray], outputs: Mapping[str, FloatArray]) -> Call:
+        """Return a call that runs it from and into these arrays."""
+
+        def call() -> None:
+            for name, value in zip(outputs, self._session.run(list(outputs), dict(inputs)), strict=True):
+                outputs[name][...] = value
+
+        return call
+
+
 def onnxruntime_default(ground: Ground) -> tuple[Score, str]:
     """Return the exported graphs run as ONNX Runtime's own examples do: default settings, arrays in, arrays out."""
     import onnxruntime
@@ -105,24 +135,11 @@ def onnxruntime_default(ground: Ground) -> tuple[Score, str]:
         provider, how = CUDA, {"device_id": str(ground.device)}
         with _or_missing():
             prepare(OnnxSettings(providers=[provider]))
-
-    class Stage:
-        def __init__(self, path: Path) -> None:
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = ground.threads  # as many as the others have
-            self._session = onnxruntime.InferenceSession(path, options, providers=[(provider, how)])
-            if provider not in self._session.get_providers():  # it only warns, and computes elsewhere
-                raise BackendError(f"onnxruntime cannot start {provider} here")
-
-        def bind(self, inputs: Mapping[str, FloatArray], outputs: Mapping[str, FloatArray]) -> Call:
-            def call() -> None:
-                for name, value in zip(outputs, self._session.run(list(outputs), dict(inputs)), strict=True):
-                    outputs[name][...] = value
-
-            return call
-
     directory = open_engine(ground.engine)
-    stages = {stage.name: Stage(directory.file(stage.file)) for stage in directory.manifest.stages}
+    stages = {
+        stage.name: DefaultStage(directory.file(stage.file), provider, how, threads=ground.threads)
+        for stage in directory.manifest.stages
+    }
     return _scored(directory.manifest, stages), f"onnxruntime {onnxruntime.__version__}"
 
 
@@ -166,9 +183,11 @@ def _torch_loop(ground: Ground, precision: str, way: str) -> tuple[Score, str]:
     version = f"torch {torch.__version__}"
     if Way(way) is Way.TENSORRT:
         try:
-            version += f", torch_tensorrt {importlib.import_module('torch_tensorrt').__version__}"
+            torch_tensorrt = importlib.import_module("torch_tensorrt")
         except ModuleNotFoundError as exc:
             raise Missing("torch_tensorrt is not installed") from exc
+        version += f", torch_tensorrt {torch_tensorrt.__version__}"
+        torch_tensorrt.runtime.set_cudagraphs_mode(True)  # off by default, which would measure launches
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     scorer = TorchScorer(model, device, dtype, Way(way))
     manifest = open_engine(ground.engine).manifest
@@ -336,6 +355,11 @@ class Contender:
     weights: bool = False  # whether it runs the checkpoint, not the engine
     places: tuple[Place, ...] = (Place.CPU, Place.GPU)
     backend: str | None = None  # of ours, if it is one: not a peer where ours runs on it
+    untiled: tuple[Place, ...] = ()  # where it restores images whole, however large
+
+    def takes(self, mode: Mode, place: Place) -> bool:
+        """Return whether it can be compared with ours on images that ours restores in this mode."""
+        return mode is Mode.WHOLE or place not in self.untiled
 
 
 OURS = Contender("diffiqa", "fp32", exact=True, make=ours)
@@ -348,7 +372,7 @@ def ours_in(precision: str) -> Contender:
 
 def _torch(name: str, precision: str, way: str, *places: Place) -> Contender:
     make = partial(torch_networks, precision=precision, way=way)
-    return Contender(name, precision, exact=precision == "fp32", make=make, weights=True, places=places)
+    return Contender(name, precision, exact=precision == "fp32", make=make, weights=True, places=places, untiled=_GPU)
 
 
 _CPU, _GPU = (Place.CPU,), (Place.GPU,)
@@ -383,7 +407,7 @@ PEERS = (
     _torch("torch.compile, fp16", "fp16", "torch.compile", Place.GPU),
     _torch("Torch-TensorRT", "fp32", "Torch-TensorRT", Place.GPU),
     _torch("Torch-TensorRT, fp16", "fp16", "Torch-TensorRT", Place.GPU),
-    Contender("plain loop", "fp32, PNG between", exact=False, make=plain_loop, weights=True),
+    Contender("plain loop", "fp32, PNG between", exact=False, make=plain_loop, weights=True, untiled=_CPU + _GPU),
 )
 
 

@@ -141,16 +141,19 @@ class _TimedStage:
     """A stage that other cases use too."""
 
     def __init__(self, stage: LoadedStage, layer: TimedLayer) -> None:
-        self._stage, self._layer = stage, layer
+        self._stage: LoadedStage | None = stage
+        self._layer = layer
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stage, name)
 
     def bind(self, profile: int, shapes: Shapes, addresses: Mapping[str, int]) -> BoundStage:
+        assert self._stage is not None  # noqa: S101 — closed by the executor that binds
         bound = self._stage.bind(profile, shapes, addresses)
         return cast(BoundStage, _TimedBound(bound, self._stage.built.name, self._layer))
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self._stage = None  # a session lives as long as anything holds it
 
 
 class _TimedBound:

@@ -26,6 +26,7 @@ SHEETS = {
     "RTX 4090": (165.2, 1008.0),
     "RTX 3090": (71.0, 936.0),
 }
+POWER_LIMIT, POWER_REASON = "power limit", "sw_power_cap"  # ours for it, and NVML's where it is a reason
 # Not reasons to doubt figures: nothing ran when it was asked, or somebody fixed the clocks for their sake.
 _HARMLESS = {"none", "gpu_idle", "applications_clocks_setting"}
 
@@ -90,7 +91,7 @@ class Nvml:
     def held_back(self) -> dict[str, float]:
         """Return what the counters say, which nvml.h gives in nanoseconds. Raises if there are none."""
         counters = {
-            "power limit": "DEV_CLOCKS_EVENT_REASON_SW_POWER_CAP",
+            POWER_LIMIT: "DEV_CLOCKS_EVENT_REASON_SW_POWER_CAP",
             "temperature limit": "DEV_CLOCKS_EVENT_REASON_SW_THERM_SLOWDOWN",
             "overheating": "DEV_CLOCKS_EVENT_REASON_HW_THERM_SLOWDOWN",
             "power brake": "DEV_CLOCKS_EVENT_REASON_HW_POWER_BRAKE_SLOWDOWN",
@@ -132,6 +133,7 @@ def open_sensors(ordinal: int) -> Sensors:
 class GpuWatch:
     """Looks after a GPU over `with` blocks; make it before anything of ours runs there.
 
+    What counts up is read at both ends of a block, what is so at one moment by `glance`: at either end the GPU is idle.
     `refused` says of every figure that could not be had why.
     """
 
@@ -167,11 +169,14 @@ class GpuWatch:
         if before is not None and after is not None:
             held = self._held or {}
             self._held = {limit: held.get(limit, 0.0) + after[limit] - before[limit] for limit in before & after.keys()}
+        self._now_there()
+
+    def glance(self) -> None:
+        """Read clocks and what lowers them, temperature and memory; for the midst of the GPU's work."""
         for name, readings in self._readings.items():
             if (value := self._number(name)) is not None:
                 readings.append(value)
         self._reasons |= dict.fromkeys(self._of("clock event reasons", lambda s: s.reasons()) or ())
-        self._now_there()
 
     def found(self, name: str) -> Gpu:
         """Return all of it, for a GPU of this name."""

@@ -1,6 +1,7 @@
 """Our own pipeline under the clock: every case in turn, round after round, so that a change of the machine hits all."""
 
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,6 +61,8 @@ class Bench:
     def warm_up(self) -> None:
         """Score until buffers are bound, caches filled, graphs captured."""
         self.runner.warm_up(self._pixels[: self.setting.batch], self.setting.options)
+        if isinstance(self.runner, DeviceCase):  # who waits there has memory for pixels beside, from the second on
+            self._score_all()
 
     def round(self) -> None:
         """Take one end-to-end sample, and a compute-only one of every image, or of every batch of them."""
@@ -71,14 +74,20 @@ class Bench:
     def _stream(self) -> None:
         joules = self._runtime.joules()
         start = self._clock()
-        results = self.runner.scorer.stream(self.setting.images, self.setting.options, workers=self.setting.workers)
-        with closing(results):
-            for result in results:
-                if isinstance(result, Failure):  # it could be read when the benchmark began
-                    raise ImageError(result.error)
+        self._score_all(self._runtime.glance)
         self._end_to_end.append((self._clock() - start) / len(self.setting.images))
         if joules is not None and (now := self._runtime.joules()) is not None:
             self._joules.append((now - joules) / len(self.setting.images))
+
+    def _score_all(self, amid: Callable[[], None] = lambda: None) -> None:
+        """Score files as users do, and call `amid` after the first result, while the next is computed."""
+        results = self.runner.scorer.stream(self.setting.images, self.setting.options, workers=self.setting.workers)
+        with closing(results):
+            for index, result in enumerate(results):
+                if isinstance(result, Failure):  # it could be read when the benchmark began
+                    raise ImageError(result.error)
+                if index == 0 and len(self.setting.images) > self.setting.batch:
+                    amid()
 
     def case(self) -> Case:
         """Return the samples taken so far."""
@@ -118,6 +127,7 @@ class Bench:
             upload=tuple(sample.upload for sample in found),
             kernels=tuple(sample.kernels for sample in found),
             download=tuple(sample.download for sample in found),
+            computing=tuple(sample.computing for sample in found),
             busy=tuple(sample.busy for sample in found),
             wall=tuple(sample.wall for sample in found),
             enqueue=tuple(sample.enqueue for sample in found),
@@ -136,7 +146,7 @@ class Bench:
 
 
 class SoakRun:
-    """Many images in a row: latency and memory must stay what they were."""
+    """Many images in a row, in whole batches: latency and memory must stay what they were."""
 
     def __init__(self, scorer: Scorer, setting: Setting, count: int, every: int, clock: Clock) -> None:
         self._scorer, self._setting, self._count, self._every, self._clock = scorer, setting, count, every, clock
@@ -145,21 +155,22 @@ class SoakRun:
 
     def run(self) -> None:
         """Score them all; what was measured stays if this is interrupted."""
-        images = self._setting.images
-        stream = (images[i % len(images)] for i in range(self._count))
+        images, batch = self._setting.images, self._setting.batch
+        stream = (images[i % len(images)] for i in range(-(-self._count // batch) * batch))
         last = self._clock()
         with closing(self._scorer.stream(stream, self._setting.options, workers=self._setting.workers)) as results:
             for index, _ in enumerate(results, start=1):
-                now = self._clock()
-                self._seconds.append(now - last)
-                last = now
+                if index % batch == 0:  # the results of a batch come all at once
+                    now = self._clock()
+                    self._seconds.append((now - last) / batch)
+                    last = now
                 if index % self._every == 0 and (mib := resident_mib()) is not None:
                     self._resident.append(mib)
 
     @property
     def found(self) -> Soak:
         """What was seen so far."""
-        return Soak(tuple(self._seconds), tuple(self._resident))
+        return Soak(tuple(self._seconds), tuple(self._resident), self._setting.batch)
 
 
 def with_steps(manifest: Manifest, steps: int) -> Manifest:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import OutputError
 from ..runtime.atomic import replacing
 from ..runtime.markup import Html, join, tag
-from .report import TABLES, number
+from .report import TABLES, WITHOUT_GRAPHS, number
 from .results import Results
 from .verdict import judge_results
 
@@ -68,7 +68,8 @@ def _plots(results: Results) -> list[tuple[str, Html]]:
         if case.step_seconds
     ]
     if lines:
-        plots.append(("Milliseconds per U-Net step over the schedule, first step left", _lines(lines)))
+        plain = f", {WITHOUT_GRAPHS}" if results.gpu else ""
+        plots.append((f"Milliseconds per U-Net step over the schedule, first step left{plain}", _lines(lines)))
     if results.roof and any(case.work for case in results.measured):
         caption = (
             "Roofline: GFLOP/s over the most FLOP per byte that a stage can have; the line is what was probed here"

@@ -14,7 +14,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from ..errors import BackendError
-from .contenders import Ask, Contender, Ground
+from ..runtime.manifest import read_manifest
+from ..runtime.plan import make_plan
+from ..runtime.results import Mode
+from .contenders import Ask, Contender, Ground, place_of
 from .measure import Setting
 from .peer_process import Answer, Ready, Refused, serve
 from .results import Peer, PeerCase
@@ -22,6 +25,8 @@ from .timing import SETTLE
 
 EXACT = 1e-4  # mean difference of scores near 1 that another order of sums can explain
 SEEDS = 3  # of ours, whose spread is what reduced precision may change a score by
+
+_UNTILED = "it restores no images in tiles"
 
 Progress = Callable[[str], None]
 
@@ -154,6 +159,10 @@ class Contest:
                     place.mkdir()
                     self._entrants.append(Entrant(contender, place, self._timeout))
                 for entrant in self._entrants:  # one by one: another's compiler would slow this one's start
+                    if not any(self._takes(entrant, setting) for _name, setting in self._settings):
+                        entrant.skipped = True
+                        entrant.leave(f"{_UNTILED}, as ours does all of these")
+                        continue
                     self._progress(f"starting {entrant.contender.name}")
                     self._try(entrant, partial(entrant.start, self._ground))
                 for name, setting in self._settings:
@@ -168,17 +177,22 @@ class Contest:
         return tuple(entrant.found for entrant in self._entrants)
 
     def _case(self, name: str, setting: Setting) -> None:
-        for entrant in self._running():
+        taking = []
+        for entrant in _running(self._entrants):
+            if not self._takes(entrant, setting):  # which costs it this case alone
+                self._progress(f"{name}: {entrant.contender.name} is left out: {_UNTILED}, as ours does these")
+                continue
+            taking.append(entrant)
             entrant.samples.append(_Samples(name))
             self._progress(f"{name}: {entrant.contender.name} scores")
             self._try(entrant, partial(self._score, entrant, setting))
         first = self._entrants[0].samples[-1]
-        for entrant in self._running():
+        for entrant in _running(taking):
             self._compare(entrant, first)
         for turn in range(self._rounds):
             self._progress(f"{name}: peers, round {turn + 1} of {self._rounds}")
             for index, image in enumerate(setting.images):
-                running = self._running()
+                running = _running(taking)
                 # Each goes first in turn: nobody always follows the same neighbour.
                 for entrant in running[turn % len(running) :] + running[: turn % len(running)]:
                     time.sleep(SETTLE)
@@ -218,8 +232,12 @@ class Contest:
             raise Out(f"it scored {image.name} twice, {apart:.1e} apart")
         samples.seconds.append(answer.seconds)
 
-    def _running(self) -> list[Entrant]:
-        return [entrant for entrant in self._entrants if not entrant.gone]
+    def _takes(self, entrant: Entrant, setting: Setting) -> bool:
+        place = place_of(self._ground.backend)
+        if all(entrant.contender.takes(mode, place) for mode in Mode):
+            return True
+        manifest = read_manifest(self._ground.engine)
+        return entrant.contender.takes(make_plan(setting.height, setting.width, manifest, setting.options).mode, place)
 
     def _try(self, entrant: Entrant, action: Callable[[], None]) -> None:
         try:
@@ -228,6 +246,10 @@ class Contest:
             entrant.leave(str(exc))
             if entrant is self._entrants[0]:
                 raise BackendError(f"there is nothing to compare peers with: {exc}") from None
+
+
+def _running(entrants: Sequence[Entrant]) -> list[Entrant]:
+    return [entrant for entrant in entrants if not entrant.gone]
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from .stats import summarise
 from .verdict import judge_results, ratios
 
 NONE = "–"
+WITHOUT_GRAPHS = "without CUDA graphs"  # as what is inside one cannot be told apart
 _NUMBER = re.compile(rf"[+-]?[\d.,]+(e-?\d+)?%?|{NONE}|")
 
 
@@ -53,14 +54,18 @@ def throughput(results: Results) -> str:
 
 
 def gpu(results: Results) -> str:
-    """Return a row per case on a GPU: where the time of an image goes there, and what graphs save."""
-    head = ["case", "H2D, ms", "compute, ms", "D2H, ms", "host launching, ms", "without graphs, ms", "GPU idle"]
+    """Return a row per case on a GPU: where the time of an image goes there, and what graphs save.
+
+    The host's time to launch without graphs may hold waiting: `DeviceTimes.launching`.
+    """
+    head = ["case", "H2D, ms", "compute, ms", "D2H, ms", "host launching with graphs, ms"]
+    head += ["host launching without graphs, ms (may hold waiting)", "GPU idle"]
     head += ["time without graphs, with = 1", "J per image", "buffers, MiB"]
     rows = []
     for case in results.measured:
         if not (d := case.device):
             continue
-        ms = [_ms(samples) for samples in (d.upload, case.computing, d.download, d.enqueue, d.enqueue_plain)]
+        ms = [_ms(samples) for samples in (d.upload, case.computing, d.download, *d.launching)]
         joules = statistics.fmean(d.joules) if d.joules else None  # the counter is slow: single samples say little
         more = case.without_graph
         ratio = f"{more:.2f}" if more else NONE
@@ -91,6 +96,8 @@ def latency(results: Results) -> str:
 def stages(results: Results) -> str:
     """Return a row per stage of every case, and one for what no network takes."""
     head = ["case", "stage", "calls", "ms per image", "ms per call", "share", "GFLOP/s", "of peak", "CV"]
+    if results.gpu:
+        head[1] = f"stage, {WITHOUT_GRAPHS}"
     rows = []
     for case in results.measured:
         whole = statistics.median(case.whole)
@@ -136,7 +143,8 @@ def step_times(results: Results) -> str:
             first = 1e3 * statistics.median(case.step_seconds[0])
             cells = [case.step_ms, steps.minimum, steps.median, steps.p90, steps.p99, first]
             rows.append([case.name, *map(number, cells)])
-    return table(["case", "ms/step", "fastest step", "median step", "p90", "p99", "first step"], rows)
+    step = f"ms/step, {WITHOUT_GRAPHS}" if results.gpu else "ms/step"
+    return table(["case", step, "fastest step", "median step", "p90", "p99", "first step"], rows)
 
 
 def startup(results: Results) -> str:
@@ -149,11 +157,11 @@ def startup(results: Results) -> str:
         "check of the engine's files": lambda i: results.starts[i].check,
         "loading the networks": lambda i: results.starts[i].load,
         "first score": lambda i: results.starts[i].first_score,
-        "second score, which captures graphs": lambda i: results.starts[i].second_score or 0.0,
+        "second score": lambda i: results.starts[i].second_score or 0.0,
         "a later score": lambda i: results.starts[i].later_score,
     }
     if results.starts[0].second_score is None:
-        del parts["second score, which captures graphs"]
+        del parts["second score"]
     indices = range(len(results.starts))
     rows = [[name, number(1e3 * statistics.median(map(get, indices)))] for name, get in parts.items()]
     peaks = [start.peak_mib for start in results.starts if start.peak_mib is not None]
@@ -166,8 +174,8 @@ def soak(results: Results) -> str:
     """Return how latency and memory went over many images."""
     if not results.soak or len(results.soak.seconds) < 2:
         return ""
-    seconds, resident = results.soak.seconds, results.soak.resident_mib
-    rows = [["images", str(len(seconds))], ["later half of them took", f"{results.soak.drift:+.1%}"]]
+    resident = results.soak.resident_mib
+    rows = [["images", str(results.soak.images)], ["later half of them took", f"{results.soak.drift:+.1%}"]]
     if len(resident) > 1:
         rows.append(["resident memory, first and last reading, MiB", f"{number(resident[0])}, {number(resident[-1])}"])
     return table(["soak", ""], rows)

@@ -43,7 +43,7 @@ class Load:
 
 @dataclass(frozen=True)
 class GpuLoad:
-    """What the GPU did while our pipeline was measured: a reading after every round, where NVML gives one."""
+    """What the GPU did while our pipeline was measured: readings amid end-to-end samples, where NVML has one."""
 
     celsius: tuple[float, ...]
     sm_clock_mhz: tuple[float, ...]
@@ -104,8 +104,9 @@ class DeviceTimes:
     """Where a score's time goes on a GPU, in seconds per image: one of each per compute sample.
 
     Device times stand between two events on the stream, and hold what it waits for the host in between. What is inside
-    a CUDA graph cannot be told apart, so stages, steps and `kernels` are of scores without one; `busy` and `wall` are
-    of scores as they are when nobody measures.
+    a CUDA graph cannot be told apart, so stages, steps and `kernels` are of scores without one; the rest is of scores
+    as they are when nobody measures, with graphs where they are wanted. No graph holds copies: either way they are the
+    same.
     """
 
     upload: tuple[float, ...]
@@ -113,7 +114,7 @@ class DeviceTimes:
     download: tuple[float, ...]
     busy: tuple[float, ...]  # of the stream, copies included
     wall: tuple[float, ...]  # of these same scores
-    enqueue: tuple[float, ...]  # the host's time in calls that launch and copy, before it waits
+    enqueue: tuple[float, ...]  # the host's time in calls that launch and copy; `launching` says what it holds
     plain: tuple[float, ...]  # computing without graphs, in the same round; empty if there are none anyway
     enqueue_plain: tuple[float, ...]
     joules: tuple[float, ...]  # one per end-to-end sample; empty where nothing counts them
@@ -121,6 +122,16 @@ class DeviceTimes:
     graphs: int  # captured
     late_allocations: int  # pieces of memory for computing that were asked for after the warm-up
     notes: tuple[str, ...]  # what the scores say of graphs and memory that could not be had
+    computing: tuple[float, ...] = ()  # of `busy`, all but its copies; files from before it was kept have none
+
+    @property
+    def launching(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The host's time to launch with graphs, and without: either is empty where nothing is scored so.
+
+        Without, it may hold waiting: a stream takes about a thousand launches ahead of what it does, and from then on
+        each waits for room. With the GPU busy all the time, the host then seems to be launching all the time.
+        """
+        return (self.enqueue, self.enqueue_plain) if self.plain and self.graphs else ((), self.enqueue)
 
 
 @dataclass(frozen=True)
@@ -169,7 +180,7 @@ class Case:
 
     @cached_property
     def whole(self) -> tuple[float, ...]:
-        """What the stages are parts of: a compute sample, on a GPU all that its stream did."""
+        """What the stages are parts of: a compute sample, on a GPU all that it did for a score without graphs."""
         if not self.device:
             return self.compute
         d = self.device
@@ -177,9 +188,11 @@ class Case:
 
     @cached_property
     def computing(self) -> tuple[float, ...]:
-        """What is left of it without copies."""
+        """What a score takes without copies, on a GPU of its time, as it is when nobody measures."""
         if not self.device:
             return self.compute
+        if self.device.computing:
+            return self.device.computing
         moved = zip(self.whole, self.device.upload, self.device.download, strict=True)
         return tuple(whole - up - down for whole, up, down in moved)
 
@@ -230,7 +243,7 @@ class Start:
     first_score: float
     later_score: float
     peak_mib: float | None  # after the first score
-    second_score: float | None = None  # on a GPU: it captures the graphs
+    second_score: float | None = None  # on a GPU, where it captures the graphs if any are wanted
 
 
 @dataclass(frozen=True)
@@ -261,12 +274,18 @@ class Peer:
 class Soak:
     """Many images in a row: seconds each, and resident memory now and then."""
 
-    seconds: tuple[float, ...]
+    seconds: tuple[float, ...]  # per image, a value for every batch
     resident_mib: tuple[float, ...]
+    batch: int = 1
+
+    @property
+    def images(self) -> int:
+        """How many they were."""
+        return len(self.seconds) * self.batch
 
     @property
     def drift(self) -> float:
-        """How much longer the later half of two or more images took, as a share."""
+        """How much longer the later half of two or more values took, as a share."""
         half = len(self.seconds) // 2
         return statistics.median(self.seconds[half:]) / statistics.median(self.seconds[:half]) - 1
 
@@ -356,12 +375,13 @@ def _device_digest(case: Case) -> dict[str, Any] | None:
     d = case.device
     if not d:
         return None
+    launching, launching_plain = d.launching
     kinds = {
         "h2d": d.upload,
         "compute": case.computing,
         "d2h": d.download,
-        "enqueue": d.enqueue,
-        "enqueue_without_graphs": d.enqueue_plain,
+        "enqueue": launching,
+        "enqueue_without_graphs": launching_plain,
         "score_without_graphs": d.plain,
     }
     return {

@@ -55,6 +55,7 @@ class DeviceSample:
     upload: float
     kernels: float
     download: float
+    computing: float
     busy: float
     wall: float
     enqueue: float
@@ -102,6 +103,9 @@ class Runtime(Protocol):
     def joules(self) -> float | None:
         """Return the energy that was spent since some time in the past, where something counts it."""
 
+    def glance(self) -> None:
+        """Take note of the state of what runs the networks; called while they run."""
+
     def case(self, manifest: Manifest, batch: int, clock: Clock) -> CaseRunner:
         """Return what runs one case, which differs from the engine in its steps."""
 
@@ -122,6 +126,9 @@ class HostRuntime:
     def joules(self) -> float | None:
         """Return nothing: that of the CPUs is for the system's administrator to read."""
         return None
+
+    def glance(self) -> None:
+        """Take note of nothing: the watch over the CPUs counts what happens between two readings."""
 
     def case(self, manifest: Manifest, batch: int, clock: Clock) -> "HostCase":
         """Return a case on buffers of its own."""
@@ -186,6 +193,10 @@ class DeviceRuntime:
         """Return the energy that the GPU's counter shows."""
         return self.watch.joules()
 
+    def glance(self) -> None:
+        """Read clocks and temperature."""
+        self.watch.glance()
+
     def case(self, manifest: Manifest, batch: int, clock: Clock) -> "DeviceCase":
         """Return a case on memory of its own."""
         return DeviceCase(self, manifest, batch, clock)
@@ -242,14 +253,14 @@ class DeviceCase:
         with self._marking():
             wall = self._score(pixels, options)
         spans, brought = layer.spans(), layer.brought
-        busy = sum(map(sum, spans.values()))
+        up, down, busy = sum(spans[UPLOAD]), sum(spans[DOWNLOAD]), sum(map(sum, spans.values()))
         plain = enqueue_plain = None
         if self._runtime.form is not Form.NONE:
             with self._without_graphs():
                 plain, enqueue_plain = self._score(pixels, options), layer.enqueue
                 with self._marking():
                     self._score(pixels, options)
-            spans, brought = layer.spans(), layer.brought
+            spans = layer.spans()
         stages = {name: spans[name] for name in StageName if name in spans}
         self.calls = {name: len(calls) for name, calls in stages.items()}
 
@@ -261,9 +272,10 @@ class DeviceCase:
             {name: each(sum(calls)) for name, calls in stages.items()},
             _by_step(stages, self._steps),
             DeviceSample(
-                upload=each(sum(spans[UPLOAD]) + brought),
+                upload=each(up + brought),
                 kernels=each(sum(spans[KERNELS])),
-                download=each(sum(spans[DOWNLOAD])),
+                download=each(down),
+                computing=each(busy - up - down),
                 busy=each(busy),
                 wall=each(wall),
                 enqueue=each(enqueue),

@@ -217,8 +217,14 @@ def _fast(function: Function, way: Way, *, network: bool = True) -> Function:
     if way is Way.GRAPH:
         return _Captured(function)
     if way is Way.TENSORRT and network:
-        # Types are those of the weights, and what it cannot compile is an error, not PyTorch's to run.
-        options = {"use_explicit_typing": True, "disable_tf32": True, "pass_through_build_failures": True}
+        # Types are those of the weights. PyTorch runs the operators that TensorRT does not support, which no option
+        # forbids, but not those that it does, however few lie together; an engine that cannot be built is an error.
+        options = {
+            "use_explicit_typing": True,
+            "disable_tf32": True,
+            "min_block_size": 1,
+            "pass_through_build_failures": True,
+        }
         return _compiled(function, backend="torch_tensorrt", options=options)
     return _compiled(function, mode="max-autotune")
 

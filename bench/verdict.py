@@ -3,13 +3,14 @@
 import statistics
 from dataclasses import dataclass
 
-from .results import Case, DeviceTimes, Peer, Results
+from .gpu import POWER_LIMIT, POWER_REASON
+from .results import Case, DeviceTimes, GpuLoad, Peer, Results
 from .stats import judge
 
 OTHERS_LIMIT = 0.05  # of all CPU time: above it, figures are of a shared machine
 OUTSIDE_LIMIT = 0.01  # of a score's time, which may pass outside the networks
 OVERHEAD_LIMIT = 0.005  # of computing, which the benchmark's own clocks may take
-LAUNCH_LIMIT = 0.8  # of the GPU's time, which launching may take before it shows; trtexec's
+LAUNCH_LIMIT = 0.8  # of the GPU's time, which launching graphs may take before it shows; trtexec's
 IDLE_LIMIT = 0.03  # of a score's time, for which the GPU may have nothing to do
 HELD_LIMIT = 0.01  # of the time, for which a limit may hold the GPU's clocks back
 
@@ -88,6 +89,8 @@ def _remarks(results: Results) -> list[str]:
                 f"Medians of two such runs should differ by less than {max(case.stability.repeat, 1e-3):.1%}."
             )
         remarks += _of_case(results, case)
+    if results.gpu and (power := _of_power(results.gpu.load)):
+        remarks.append(power)
     remarks += [
         f"{case.name}: {text}" for case in results.measured if case.device for text in _limits(case, case.device)
     ]
@@ -107,13 +110,28 @@ def _of_gpu(results: Results) -> list[str]:
     if load.others:
         others = ", ".join(load.others)
         problems.append(f"Others computed on the GPU meanwhile: {others}. Stop them, or choose another GPU.")
-    held = {limit: share for limit, share in (load.held_back or {}).items() if share > HELD_LIMIT}
+    held = {limit: share for limit, share in _held(load).items() if limit != POWER_LIMIT}
     problems += [
         f"The GPU's {limit} held its clocks back for {share:.0%} of the time." for limit, share in held.items()
     ]
-    if load.reasons and not held:
-        problems.append(f"The GPU's clocks were not at their fastest: {', '.join(load.reasons)}.")
+    reasons = [reason for reason in load.reasons if reason != POWER_REASON]
+    if reasons and not held:
+        problems.append(f"The GPU's clocks were not at their fastest: {', '.join(reasons)}.")
     return problems
+
+
+def _of_power(load: GpuLoad) -> str | None:
+    """Return what to know of a GPU at its power limit. Much arithmetic brings any there: no reason to doubt figures."""
+    share = _held(load).get(POWER_LIMIT)
+    if share is None and POWER_REASON not in load.reasons:
+        return None
+    when = "at times" if share is None else f"for {share:.0%} of the time"
+    return f"The GPU's {POWER_LIMIT} held its clocks back {when}, as it does under a full load."
+
+
+def _held(load: GpuLoad) -> dict[str, float]:
+    """Return the shares of the time for which limits held the clocks back, where they are worth a word."""
+    return {limit: share for limit, share in (load.held_back or {}).items() if share > HELD_LIMIT}
 
 
 def _of_case(results: Results, case: Case) -> list[str]:
@@ -141,10 +159,13 @@ def _of_case(results: Results, case: Case) -> list[str]:
 
 
 def _limits(case: Case, times: DeviceTimes) -> list[str]:
-    """Return what keeps a GPU from its work; the first two are what trtexec warns of."""
+    """Return what keeps a GPU from its work; the first two are what trtexec warns of.
+
+    Launching is judged with graphs alone: without, its time holds waiting too (`DeviceTimes.launching`).
+    """
     remarks = []
-    enqueue, busy = statistics.median(times.enqueue), statistics.median(times.busy)
-    if enqueue > LAUNCH_LIMIT * busy:
+    (launching, _), busy = times.launching, statistics.median(times.busy)
+    if launching and (enqueue := statistics.median(launching)) > LAUNCH_LIMIT * busy:
         remarks.append(f"launch-bound, as the host takes {enqueue / busy:.0%} of the GPU's time to launch its work.")
     moving = [up + down for up, down in zip(times.upload, times.download, strict=True)]
     if statistics.median(moving) >= statistics.median(case.computing):

@@ -32,9 +32,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from record import ROOT, write
 
+from diffiqa.bench.contenders import DefaultStage
 from diffiqa.calibration.mixed import Trial, choose_stages
 from diffiqa.calibration.pictures import draw
 from diffiqa.calibration.quantise import Recipe, quantise_engine, quantise_stage
@@ -47,7 +47,6 @@ from diffiqa.export.precision import PrecisionPlan
 from diffiqa.export.tensorrt import BuildOptions, build_engines
 from diffiqa.model.checkpoint import load as load_checkpoint
 from diffiqa.runtime.backends import load_stages
-from diffiqa.runtime.host import Call
 from diffiqa.runtime.manifest import EngineDirectory, Library, Precision, StageName, open_engine
 from diffiqa.runtime.onnx_backend import OnnxSettings, OnnxStage
 from diffiqa.runtime.openvino import OpenVinoSettings, OpenVinoStage
@@ -212,7 +211,7 @@ def measure_speed(given: argparse.Namespace, folder: Path) -> None:
         "int8, spinning": OnnxStage(int8, busy),
         "openvino fp32": OpenVinoStage(fp32, OpenVinoSettings()),
         "openvino bf16": OpenVinoStage(fp32, OpenVinoSettings(precision="bf16")),
-        "onnxruntime's defaults": _Defaults(fp32),
+        "onnxruntime's defaults": DefaultStage(fp32),
     }
     noise = {name: np.empty((1, 3, 224, 224), np.float32) for name in stages}
     calls = {name: stage.bind(inputs, {"noise": noise[name]}) for name, stage in stages.items()}
@@ -239,22 +238,6 @@ def measure_speed(given: argparse.Namespace, folder: Path) -> None:
         "relative_rms_error": float(np.sqrt(np.mean(error**2) / np.mean(noise["fp32"] ** 2))),
     }
     write("precision-speed", figures)
-
-
-class _Defaults:
-    """A stage as ONNX Runtime's own examples run one: a session without settings, arrays in, arrays out."""
-
-    def __init__(self, path: Path) -> None:
-        self._session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-
-    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Call:
-        """Return a call that runs it from and into these arrays."""
-
-        def call() -> None:
-            for name, value in zip(outputs, self._session.run(list(outputs), dict(inputs)), strict=True):
-                outputs[name][...] = value
-
-        return call
 
 
 def measure_sizes(given: argparse.Namespace, folder: Path) -> None:

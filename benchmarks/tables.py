@@ -147,7 +147,7 @@ def figures(results: Path) -> str:
             f"{verify['seconds'] / 60:.1f} min",
         ],
         [
-            f"`mini`, {soaked.cases[0].name}: memory over {len(soak.seconds):,} images; time of the later half",
+            f"`mini`, {soaked.cases[0].name}: memory over {soak.images:,} images; time of the later half",
             f"{soak.resident_mib[0]:.0f} MiB, at the end {soak.resident_mib[-1]:.0f}; {soak.drift:+.1%}",
         ],
         [

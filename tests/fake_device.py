@@ -38,6 +38,7 @@ class FakeLayer:
         self.capacity = capacity  # bytes of device memory
         self.log: list[str] = []
         self.allocations = 0
+        self.peak = 0  # of `held`
         self.graphs: list[FakeGraph] = []
         self.contexts = 0
         self.closed = False
@@ -73,6 +74,7 @@ class FakeLayer:
         raw = np.full(size + 2 * BAND + 256, 255, np.uint8)
         address = -(-(raw.ctypes.data + BAND) // 256) * 256
         self._memory[address] = raw, size
+        self.peak = max(self.peak, self.held)
         self.allocations += 1
         if beside:
             self._beside.add(int(address))

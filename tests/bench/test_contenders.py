@@ -7,19 +7,21 @@ import copy
 import ctypes
 import functools
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
 
 from diffiqa.bench import contenders
-from diffiqa.bench.contenders import OURS, PEERS, Ask, Ground, Missing, Place, ours_in, peers_for
+from diffiqa.bench.contenders import OURS, PEERS, Ask, DefaultStage, Ground, Missing, Place, ours_in, peers_for
 from diffiqa.bench.measure import with_steps
 from diffiqa.bench.peers import EXACT
 from diffiqa.bench.torch_loop import TorchScorer, Way, normals
@@ -33,7 +35,7 @@ from diffiqa.runtime.manifest import Manifest, StageName, open_engine
 from diffiqa.runtime.noise import WEYL, NoiseField, split_seed
 from diffiqa.runtime.onnx_backend import OnnxSettings, providers_here
 from diffiqa.runtime.onnx_device import CUDA
-from diffiqa.runtime.results import Options
+from diffiqa.runtime.results import Mode, Options
 from diffiqa.runtime.schedule import Kind
 from diffiqa.runtime.scorer import Scorer, to_plane
 
@@ -153,10 +155,11 @@ def test_images_that_ours_restores_in_tiles_are_refused(tiny_model: DiffV2IQA, m
 def test_compilers_get_each_network_whole(
     monkeypatch: pytest.MonkeyPatch, tiny_model: DiffV2IQA, manifest: Manifest, way: Way, dtype: torch.dtype
 ) -> None:
-    compile_, asked = torch.compile, []
+    compile_, asked, options = torch.compile, [], []
 
     def traced(function: Callable[..., Any], *, dynamic: bool, fullgraph: bool, **how: Any) -> Callable[..., Any]:
         asked.append(how.get("mode") or how["backend"])
+        options.append(how.get("options", {}))
         compiled: Callable[..., Any] = compile_(function, backend="aot_eager", dynamic=dynamic, fullgraph=fullgraph)
         return compiled
 
@@ -166,11 +169,13 @@ def test_compilers_get_each_network_whole(
     monkeypatch.undo()
     network = "max-autotune" if way is Way.COMPILED else "torch_tensorrt"
     assert asked == ["max-autotune", network, network]
-    pixels, options = photo(5, 40, 48), Options(crops=2)
-    eager = TorchScorer(tiny_model, CPU, dtype).score(pixels, manifest, options)
+    if way is Way.TENSORRT:  # of few operators too
+        assert [option.get("min_block_size") for option in options] == [None, 1, 1]
+    pixels, wanted = photo(5, 40, 48), Options(crops=2)
+    eager = TorchScorer(tiny_model, CPU, dtype).score(pixels, manifest, wanted)
     with torch._dynamo.config.patch(error_on_recompile=True):  # once for all steps
         for _ in range(2):
-            found = compiled.score(pixels, manifest, options)
+            found = compiled.score(pixels, manifest, wanted)
             assert found == pytest.approx(eager, abs=SUMS if dtype == torch.float32 else HALVES)
 
 
@@ -226,6 +231,22 @@ def test_peers_of_both_places_score_files_as_ours(
     assert version == f"torch {torch.__version__}"
     expected = scorer.score(picture, Options(crops=3, seed=4)).score
     assert score(Ask(picture, crops=3, seed=4, steps=6)) == pytest.approx(expected, abs=allowed)
+
+
+@pytest.mark.parametrize(("threads", "asked"), [(None, 0), (2, 2)])
+def test_a_stage_with_default_settings_changes_threads_at_most(
+    monkeypatch: pytest.MonkeyPatch, tiny_engine: Path, threads: int | None, asked: int
+) -> None:
+    directory, given = open_engine(tiny_engine), []
+
+    class Session(onnxruntime.InferenceSession):  # type: ignore[misc, unused-ignore]
+        def __init__(self, path: Path, options: Any, **how: Any) -> None:
+            given.append((options.intra_op_num_threads, how))
+            super().__init__(path, options, **how)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    DefaultStage(directory.file(directory.manifest.stages[0].file), threads=threads)
+    assert given == [(asked, {"providers": [("CPUExecutionProvider", {})]})]
 
 
 def test_onnxruntime_as_its_examples_have_it_scores_as_ours(tiny_engine: Path, scorer: Scorer, picture: Path) -> None:
@@ -319,7 +340,31 @@ def test_torch_tensorrt_is_missing_by_name(monkeypatch: pytest.MonkeyPatch, tiny
         )
 
 
+def test_torch_tensorrt_replays_cuda_graphs(monkeypatch: pytest.MonkeyPatch, tiny_engine: Path, ckpt: Path) -> None:
+    asked: list[bool] = []
+    fake = ModuleType("torch_tensorrt")
+    vars(fake).update(__version__="2.0", runtime=SimpleNamespace(set_cudagraphs_mode=asked.append))
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", fake)
+    monkeypatch.setattr(torch, "compile", lambda function, **_how: function)
+    on_cpu(monkeypatch)
+    ground = Ground(tiny_engine, ckpt, 1, "tensorrt", device=0)
+    _score, version = contenders.torch_networks(ground, precision="fp32", way="CUDA graph")
+    assert not asked
+    _score, version = contenders.torch_networks(ground, precision="fp32", way="Torch-TensorRT")
+    assert asked == [True]
+    assert version == f"torch {torch.__version__}, torch_tensorrt 2.0"
+
+
 # ------------------------------------------------------------------------------------------------------ the choice
+
+
+@pytest.mark.parametrize("place", Place)
+@pytest.mark.parametrize("mode", Mode)
+def test_peers_without_tiles_take_whole_images_alone(mode: Mode, place: Place) -> None:
+    without = {peer.name for peer in PEERS if not peer.takes(mode, place)}
+    on_gpu = {peer.name for peer in PEERS if peer.name.lower().startswith("torch")}
+    whole = {"plain loop"} | (on_gpu if place is Place.GPU else set())
+    assert without == (set() if mode is Mode.WHOLE else whole)
 
 
 def test_every_peer_of_pytorch_names_a_way_and_a_precision_that_there_is() -> None:

@@ -3,11 +3,15 @@
 Times are those of NumPy and of the kernels on the CPU, so no test asks how large one is.
 """
 
+import gc
 import itertools
 import json
-from collections.abc import Callable
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,11 +19,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from diffiqa import BackendError, Options
-from diffiqa.bench import fresh, running
+from diffiqa.bench import ceilings, fresh, running
 from diffiqa.bench import gpu as gpu_module
 from diffiqa.bench import run as run_module
 from diffiqa.bench.ceilings import DEVICE_CALLS, DeviceProbe, torch_product
-from diffiqa.bench.device_timing import DOWNLOAD, GRAPH, KERNELS, UPLOAD
+from diffiqa.bench.device_timing import DOWNLOAD, GRAPH, KERNELS, UPLOAD, TimedLayer
 from diffiqa.bench.gpu import GpuWatch, sheet
 from diffiqa.bench.measure import Bench, Setting
 from diffiqa.bench.page import to_page
@@ -34,7 +38,7 @@ from diffiqa.runtime.backends import ON_GPU
 from diffiqa.runtime.graphs import Form
 from diffiqa.runtime.manifest import Library, StageName, open_engine
 from diffiqa.runtime.onnx_backend import OnnxSettings
-from diffiqa.runtime.scorer import load
+from diffiqa.runtime.scorer import Scorer, load
 
 from ..fake_device import FakeLayer
 from ..tiny import photo
@@ -152,13 +156,13 @@ def test_a_run_has_all_that_one_on_the_cpu_has_and_what_a_gpu_has_beside(
     assert "fake GPU, compute capability 8.9, driver 580.65.06, 81,559 MiB, power limit 700 W" in result.stdout
     assert "SM clock 1,980 of 1,980 MHz" in result.stdout
     assert results.gpu
-    assert len(results.gpu.load.celsius) == 2  # one a round
+    assert len(results.gpu.load.celsius) == 8  # one for each case and round
     assert "matrix product of the GPU" in results.not_measured  # there is none
     assert not any("on the CPU" in why for why in results.not_measured.values())
     assert "Images per second over images per batch" in files[1].read_text(encoding="utf-8")
     summary = json.loads(files[0].read_text())["summary"]["cases"][0]
     assert summary["gpu"]["ms"].keys() >= {"h2d", "compute", "d2h", "enqueue", "enqueue_without_graphs"}
-    assert summary["gpu"]["joules_per_image"] == 3
+    assert summary["gpu"]["joules_per_image"] == 1.5  # 6 for four images
     assert fake_gpu.left == 0
     assert fake_gpu.closed
 
@@ -200,7 +204,7 @@ def test_ctrl_c_keeps_what_was_measured_and_frees_the_device(
     (case,) = results.measured
     assert case.device
     assert len(case.end_to_end) == 2
-    assert len(case.compute) == len(case.device.busy) == 4
+    assert len(case.compute) == len(case.device.busy) == 8  # two rounds of two images, twice over
     assert fake_gpu.left == 0
 
 
@@ -250,7 +254,83 @@ def test_every_call_has_a_name_and_a_time_on_the_device(tiny_build: Path, fake_g
     assert times.graphs == 2  # the loop, the heads
     assert times.late_allocations == 0
     assert times.notes == ()
-    assert times.buffers_mib * 2**20 <= fake_gpu.held + 1
+    assert times.buffers_mib > 0
+    assert times.buffers_mib * 2**20 == fake_gpu.peak
+
+
+def test_figures_of_scores_with_graphs_and_without_are_kept_apart(
+    tiny_build: Path, fake_gpu: FakeLayer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seconds(spans: TimedLayer) -> dict[str, list[float]]:
+        return graphs if any(name == GRAPH for name, _, _ in spans._spans) else plain
+
+    graphs = {UPLOAD: [1.0, 2.0], KERNELS: [4.0], GRAPH: [8.0, 16.0], DOWNLOAD: [32.0]}
+    plain = {UPLOAD: [500.0], KERNELS: [100.0], DOWNLOAD: [500.0]}
+    plain |= {name.value: [300.0] * 6 for name in StageName}
+    monkeypatch.setattr(TimedLayer, "spans", seconds)
+    case, times = measured(on(tiny_build, tmp_path, crops=1), rounds=1)
+    assert times.busy == (63.0, 63.0)
+    assert times.computing == case.computing == (28.0, 28.0)
+    assert times.upload == pytest.approx((3.0, 3.0), abs=0.5)  # and what came by the second stream
+    assert times.download == (32.0, 32.0)
+    assert times.kernels == (100.0, 100.0)
+    assert case.stages["unet"] == (1800.0, 1800.0)
+    text = to_markdown(replace(of(), cases=(case,)))
+    assert "| 28,000 | 32,000 |" in text
+    assert "| stage, without CUDA graphs |" in text
+    assert "| ms/step, without CUDA graphs |" in text
+    assert "host launching without graphs, ms (may hold waiting)" in text
+    assert "without CUDA graphs" not in to_markdown(QUIET)
+
+
+def test_the_steps_that_a_page_draws_are_said_to_be_without_graphs(tmp_path: Path) -> None:
+    to_page(of(), tmp_path / "a.html")
+    assert "first step left, without CUDA graphs" in (tmp_path / "a.html").read_text(encoding="utf-8")
+    to_page(QUIET, tmp_path / "b.html")
+    assert "without CUDA graphs" not in (tmp_path / "b.html").read_text(encoding="utf-8")
+
+
+def test_what_the_second_of_those_who_wait_allocates_is_there_when_a_case_is_warm(
+    tiny_build: Path, fake_gpu: FakeLayer, tmp_path: Path
+) -> None:
+    bench = on(tiny_build, tmp_path)
+    bench.warm_up()
+    assert len(fake_gpu._beside) == 2  # one for each
+    allocated, case = fake_gpu.allocations, bench.case()
+    bench.round()
+    assert fake_gpu.allocations == allocated
+    assert case.end_to_end == case.compute == ()  # of the warm-up nothing is kept
+
+
+@pytest.mark.parametrize(("count", "batch", "images"), [(6, 1, 6), (4, 2, 4), (5, 2, 6)])
+def test_a_soak_has_a_value_for_every_batch(
+    tiny_build: Path,
+    fake_gpu: FakeLayer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+    batch: int,
+    images: int,
+) -> None:
+    """The clock is stepped by what is scored: a second for an image, all at once for a batch."""
+    bench = on(tiny_build, tmp_path, (32, 32), batch=batch, crops=1)
+    given = 0
+
+    def results(_self: Scorer, paths: Iterable[Path], _options: Options, workers: int) -> Iterator[int]:
+        nonlocal given
+        for start, same in itertools.groupby(enumerate(paths), lambda item: item[0] // batch):
+            for _ in same:
+                given = (start + 1) * batch
+                yield given
+
+    monkeypatch.setattr(Scorer, "stream", results)
+    run = bench.soak(count)
+    run._clock = lambda: float(given)
+    run.run()
+    assert run.found.seconds == (1.0,) * (images // batch)
+    assert run.found.images == images
+    if len(run.found.seconds) > 1:
+        assert f"| images | {images} |" in TABLES["soak"](replace(QUIET, soak=run.found))
 
 
 def test_events_stand_around_graphs_and_never_inside_them(
@@ -360,7 +440,9 @@ def test_a_batch_that_the_build_does_not_take_is_a_problem(
     assert any("batch 2: restored 1 at a time, not 2" in problem for problem in found.problems)
 
 
-@pytest.mark.parametrize(("count", "batch", "length"), [(2, 1, 2), (2, 8, 16), (3, 2, 4), (20, 4, 20), (1, 4, 8)])
+@pytest.mark.parametrize(
+    ("count", "batch", "length"), [(2, 1, 4), (9, 1, 9), (2, 8, 32), (3, 2, 8), (20, 4, 20), (1, 4, 16)]
+)
 def test_images_are_repeated_until_they_fill_batches(count: int, batch: int, length: int) -> None:
     paths = [Path(str(i)) for i in range(count)]
     found = run_module._in_batches(paths, batch)
@@ -396,7 +478,43 @@ def test_onnxruntime_on_a_gpu_is_measured_without_graphs(
     assert three.work["unet"].calls == alone.work["unet"].calls == 6
     assert alone.device
     assert alone.device.plain == ()
+    assert alone.device.launching == ((), alone.device.enqueue)
+    assert json.loads(file.read_text())["summary"]["cases"][0]["gpu"]["ms"].keys() == {
+        "h2d",
+        "compute",
+        "d2h",
+        "enqueue_without_graphs",
+    }
     assert onnx_gpu.left == 0
+
+
+def test_sessions_on_a_gpu_are_gone_when_peers_start(
+    tiny_engine: Path, onnx_gpu: FakeLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions: list[weakref.ref[Any]] = []
+    looked: list[bool] = []
+    make = onnx_device.on_device
+
+    def noted(device: str, ordinal: int, manifest: Any, loaded: Mapping[StageName, Any], **how: int) -> Any:
+        sessions.extend(weakref.ref(stage.session) for stage in loaded.values())
+        return make(device, ordinal, manifest, loaded, **how)
+
+    class Looker:
+        found = ()
+
+        def __init__(self, *_what: Any, **_how: Any) -> None: ...
+
+        def run(self) -> None:
+            gc.collect()
+            looked.extend(session() is None for session in sessions)
+
+    monkeypatch.setattr(onnx_device, "on_device", noted)
+    monkeypatch.setattr(run_module, "Contest", Looker)
+    options = ("--size", "40x40", "--crops", "1", "--rounds", "1", "--starts", "0", "--peer", "torch eager")
+    result = call(tiny_engine, "--backend", "onnxruntime-gpu", *options)
+    assert result.exit_code in {0, 1}, result.output
+    assert looked
+    assert all(looked)
 
 
 def test_a_gpu_that_would_leave_much_to_the_cpu_is_given_back(
@@ -431,7 +549,7 @@ def test_start_up_tells_the_score_that_captures_apart(
     start = Start(interpreter=0.0, **parts)
     assert start.second_score is not None
     assert len(onnx_gpu.graphs) == (2 if backend == "tensorrt" else 0)
-    assert "second score, which captures graphs" in TABLES["startup"](replace(QUIET, starts=(start,)))
+    assert "| second score | " in TABLES["startup"](replace(QUIET, starts=(start,)))
 
 
 def test_a_fresh_process_that_fails_is_said(tiny_build: Path, fake_gpu: FakeLayer, tmp_path: Path) -> None:
@@ -454,6 +572,7 @@ def watched(nvml: FakeNvml, during: Callable[[], None] = lambda: None) -> tuple[
     watch.opened()
     with watch:
         during()
+        watch.glance()
     return watch.found("NVIDIA H100 80GB HBM3"), watch.refused
 
 
@@ -533,13 +652,108 @@ def test_another_process_on_the_gpu_is_a_problem_and_ours_is_none(nvml: FakeNvml
 
 
 def test_a_limit_that_held_the_clocks_back_is_a_problem(nvml: FakeNvml) -> None:
-    found = watched(nvml, lambda: nvml.held.update({"power limit": 1e6}))[0]
-    assert "The GPU's power limit held its clocks back for 100% of the time." in problems(found)
+    nvml.held["overheating"] = 1.0
+    found = watched(nvml, lambda: nvml.held.update({"overheating": 1e6}))[0]
+    assert "The GPU's overheating held its clocks back for 100% of the time." in problems(found)
     nvml.refuses.add("held_back")
     nvml.why = ["sw_thermal_slowdown", "gpu_idle"]
     found = watched(nvml)[0]
     assert found.load.held_back is None
     assert problems(found) == "The GPU's clocks were not at their fastest: sw_thermal_slowdown."
+
+
+def test_a_power_limit_is_what_a_full_load_brings(nvml: FakeNvml) -> None:
+    nvml.why = ["sw_power_cap"]
+    found = watched(nvml, lambda: nvml.held.update({"power limit": 1e6}))[0]
+    assert problems(found) == ""
+    said = judge_results(replace(QUIET, gpu=found)).remarks
+    assert sum("power limit held its clocks back for 100% of the time, as it does under" in text for text in said) == 1
+    nvml.refuses.add("held_back")
+    found = watched(nvml)[0]
+    assert problems(found) == ""
+    said = judge_results(replace(QUIET, gpu=found)).remarks
+    assert any("power limit held its clocks back at times" in text for text in said)
+    nvml.why = ["sw_power_cap", "hw_power_brake_slowdown"]
+    assert problems(watched(nvml)[0]) == "The GPU's clocks were not at their fastest: hw_power_brake_slowdown."
+
+
+def test_clocks_are_read_while_the_gpu_works(
+    tiny_build: Path, fake_gpu: FakeLayer, nvml: FakeNvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, streaming, seen = on(tiny_build, tmp_path), [False], []
+    stream = Scorer.stream
+
+    def streamed(*what: Any, **how: Any) -> Any:
+        streaming[0] = True
+        yield from stream(*what, **how)
+        streaming[0] = False
+
+    def number(what: str) -> float:
+        if what != "joules":
+            seen.append(streaming[0])
+        return 1.0
+
+    monkeypatch.setattr(Scorer, "stream", streamed)
+    monkeypatch.setattr(nvml, "number", number)
+    bench.warm_up()
+    assert seen == []
+    assert isinstance(bench._runtime, DeviceRuntime)
+    with bench._runtime.watch:
+        bench.round()
+    assert seen == [True] * 4  # once: temperature, two clocks, memory
+
+
+def test_nvml_is_asked_in_its_own_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    class System:
+        memory_info = SimpleNamespace(total=81559 * 2**20, used=900 * 2**20)
+        temperature = SimpleNamespace(get_sensor=lambda: 45)
+        current_clock_event_reasons = ("gpu_idle",)
+        compute_running_processes = (SimpleNamespace(pid=7),)
+
+        def get_clock(self, kind: str) -> Any:
+            now, most = {"sm": (1755, 1980), "memory": (2600, 2619)}[kind]
+            return SimpleNamespace(get_current_mhz=lambda: now, get_max_mhz=lambda: most)
+
+        def get_field_values(self, names: list[str]) -> list[Any]:
+            if names[0].endswith("HW_POWER_BRAKE_SLOWDOWN"):
+                raise RuntimeError("Not Supported")
+            return [SimpleNamespace(value={"DEV_POWER_CURRENT_LIMIT": 700_000}.get(names[0], 5_000_000))]
+
+    class Fields:
+        def __getattr__(self, name: str) -> str:
+            return name
+
+    class Device:
+        compute_capability = SimpleNamespace(major=9, minor=0)
+
+        def __init__(self, ordinal: int) -> None:
+            assert ordinal == 3
+
+        def to_system_device(self) -> System:
+            return System()
+
+    system = SimpleNamespace(
+        get_kernel_mode_driver_version=lambda: (580, 65), get_process_name=lambda number: "/usr/bin/python"
+    )
+    monkeypatch.setitem(sys.modules, "cuda.core", SimpleNamespace(Device=Device, system=system))
+    monkeypatch.setitem(sys.modules, "cuda.core.system", system)
+    monkeypatch.setitem(sys.modules, "cuda.core.system.typing", SimpleNamespace(FieldId=Fields()))
+    found = gpu_module.open_sensors(3)
+    assert {name: found.number(name) for name in (*FakeNvml().numbers, "joules")} == {
+        "memory_mib": 81559,
+        "used_mib": 900,
+        "power_limit_watts": 700,  # NVML's milliwatts
+        "sm_clock_mhz": 1755,
+        "memory_clock_mhz": 2600,
+        "max_sm_clock_mhz": 1980,
+        "max_memory_clock_mhz": 2619,
+        "celsius": 45,
+        "joules": 5000,  # millijoules
+    }
+    seconds = 0.005  # nanoseconds
+    assert found.held_back() == {"power limit": seconds, "temperature limit": seconds, "overheating": seconds}
+    assert (found.driver(), found.compute_capability()) == ("580.65", "9.0")
+    assert (found.reasons(), found.processes()) == (["gpu_idle"], {7: "python"})
 
 
 # ------------------------------------------------------------------------------------------------------- the verdict
@@ -555,6 +769,7 @@ def of(**changed: Any) -> Results:
         busy=tuple(0.99 * s for s in SAMPLES),
         wall=SAMPLES,
         enqueue=tenth,
+        computing=tuple(0.988 * s for s in SAMPLES),
         plain=tuple(1.5 * s for s in SAMPLES),
         enqueue_plain=SAMPLES,
         joules=(5.0,) * len(SAMPLES),
@@ -599,6 +814,20 @@ def test_what_bounds_a_gpu_is_said(changed: dict[str, Any], says: str) -> None:
     assert says in remarks(**changed)
 
 
+@pytest.mark.parametrize("changed", [{"plain": (), "enqueue_plain": ()}, {"graphs": 0}], ids=["unwanted", "not had"])
+def test_without_graphs_launching_is_told_and_not_judged(changed: dict[str, Any]) -> None:
+    """A stream that is full makes the host wait in its launches: that takes as long as the GPU, whatever bounds it."""
+    waiting = tuple(0.95 * s for s in SAMPLES)
+    assert "launch-bound" in remarks(enqueue=waiting)
+    assert "launch-bound" not in remarks(enqueue=waiting, **changed)
+    assert "| – | 951 |" in TABLES["GPU"](of(enqueue=waiting, **changed))
+
+
+def test_a_record_from_before_computing_was_kept_is_read() -> None:
+    (case,) = of(computing=()).cases
+    assert case.computing == pytest.approx(tuple(0.996 * s for s in SAMPLES))
+
+
 def test_a_gpu_is_held_to_trtexecs_limit_of_variation() -> None:
     noisy = tuple(1 + 0.06 * (i % 2) for i in range(12))
     (case,) = of().cases
@@ -631,6 +860,37 @@ def test_ceilings_that_cannot_be_had_say_why() -> None:
     assert len(probe.refused) == 2
     assert "has no CUDA or no GPU" in probe.refused["matrix product of the GPU"]
     assert (probe.found.matmul_gflops, probe.found.copy_gbs) == ([], [])
+
+
+def test_rates_are_those_of_all_calls_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    sizes: list[tuple[str | int, int]] = []
+
+    def taking(seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            nonlocal now
+            now += seconds
+
+        return run
+
+    def copy(ordinal: int, size: int) -> Callable[[], None]:
+        sizes.append((ordinal, size))
+        return taking(0.5)
+
+    def product(device: str, side: int) -> Callable[[], None]:
+        sizes.append((device, side))
+        return taking(0.25)
+
+    monkeypatch.setattr(ceilings, "torch_product", product)
+    monkeypatch.setattr(ceilings, "device_copy", copy)
+    probe = DeviceProbe(1)
+    for _ in range(2):
+        probe.sample(lambda: now)
+    assert sizes == [("cuda:1", 8192), (1, 2**29)]
+    assert probe.refused == {}
+    assert probe.found.matmul_gflops == [5 * 2 * 8192**3 / 0.25 / 1e9] * 2
+    assert probe.found.copy_gbs == [5 * 2 * 2**29 / 0.5 / 1e9] * 2  # read and written
+    assert DEVICE_CALLS == 5
 
 
 def test_the_installed_cuda_core_has_every_name_that_is_asked() -> None:

@@ -6,14 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from diffiqa import cli
 from diffiqa.errors import BackendError
+from diffiqa.kernels.launch import CROP, Launch
 from diffiqa.runtime.tensorrt import device_capability, gpu_capability
 
 from ..fake_device import FakeLayer
 
+# By kernel: which arguments are addresses of images, and of a loop's progress.
+BUFFERS = {"noise_init": (0, 1, 5), "sampler_step": (0, 1, 2, 7), "normalise_pad": (0, 1), "gather_crops": (2,)}
 SCRIPT = Path(cli.__file__).parent / "benchmarks" / "kernel_rates.py"
 
 
@@ -22,7 +26,7 @@ def test_every_kernel_is_timed_as_a_graph_of_many_launches(
 ) -> None:
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     script, layer = importlib.import_module("kernel_rates"), FakeLayer(library)
-    rows = {row["kernel"]: row for row in script.measure(layer, 2, 40, 48, crop=32)}
+    rows = {row["kernel"]: row for row in script.measure(layer, 2, 40, 48, crop=32, touched=0)}
     pixels, cut = 2 * 3 * 40 * 48, 2 * 3 * 32 * 32
     assert {name: row["bytes"] for name, row in rows.items()} == {
         "noise_init_f32": 4 * pixels,
@@ -36,7 +40,52 @@ def test_every_kernel_is_timed_as_a_graph_of_many_launches(
     }
     assert all(len(row["seconds"]) == script.ROUNDS and row["gb_per_second"] > 0 for row in rows.values())
     assert len(layer.graphs) == len(rows)
-    assert all(len(graph.work) == script.LAUNCHES for graph in layer.graphs)
+    assert all(script.LAUNCHES <= len(graph.work) < 2 * script.LAUNCHES for graph in layer.graphs)
+    assert layer.alive == 0
+
+
+class Watched(FakeLayer):
+    """Keeps what is captured, with the crops that it cuts."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        super().__init__(library)
+        self.captured: list[list[Launch]] = []
+        self.crops: list[bytes] = []
+
+    def begin_capture(self) -> None:
+        super().begin_capture()
+        self.captured.append([])
+
+    def launch(self, launch: Launch) -> None:
+        if self._capture is not None:
+            self.captured[-1].append(launch)
+            if launch.kernel.startswith("gather_crops"):
+                self.crops.append(self.owned(int(launch.arguments[1]), 2 * CROP.itemsize).tobytes())
+        super().launch(launch)
+
+
+def test_memory_is_not_met_again_before_more_was_touched_than_caches_hold(
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    script, layer, touched = importlib.import_module("kernel_rates"), Watched(library), 600_000
+    rows = {row["kernel"]: row for row in script.measure(layer, 2, 40, 72, crop=32, touched=touched)}
+    assert len(rows) == len(layer.captured)
+    for captured in layer.captured:
+        kernel, sets = captured[0].kernel, len({launch.arguments for launch in captured})
+        assert sets > 1
+        assert sets * rows[kernel]["bytes"] >= touched
+        assert len(captured) >= script.LAUNCHES
+        assert len(captured) % sets == 0
+        assert captured == captured[:sets] * (len(captured) // sets)
+        for index in BUFFERS[kernel[: -len("_f32")]]:  # no set shares them with another
+            assert len({launch.arguments[index] for launch in captured[:sets]}) == sets
+        if kernel.startswith("sampler_step"):  # the last step draws no noise, and after it there is nothing to do
+            assert int(captured[0].arguments[-1]) > len(captured) // sets
+        if kernel.startswith("gather_crops"):
+            cut = {row for rows in layer.crops[:sets] for row in np.frombuffer(rows, CROP).tolist()}
+            assert len(cut) == 2 * sets
+            del layer.crops[: len(captured)]
     assert layer.alive == 0
 
 

@@ -58,6 +58,7 @@ def test_nvml_describes_the_gpu_that_cuda_counts_first(layer: CudaLayer) -> None
     with watch:
         for _ in range(200):
             layer.upload(layer.allocate(2**20), layer.allocate_pinned(2**20))
+        watch.glance()
         layer.synchronise()
     found = watch.found(layer.name)
     print(found, watch.refused)  # noqa: T201 — what a driver refuses is worth knowing

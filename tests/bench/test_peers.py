@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from diffiqa import BackendError
-from diffiqa.bench.contenders import OURS, PEERS, Ask, Contender, Ground
+from diffiqa.bench.contenders import OURS, PEERS, Ask, Contender, Ground, Place
 from diffiqa.bench.measure import Setting
 from diffiqa.bench.peers import Contest, Entrant, Out
 from diffiqa.bench.results import Peer
@@ -86,6 +86,39 @@ def test_a_peer_that_hangs_is_given_up_and_its_process_ended(tmp_path: Path) -> 
         entrant.ask(Ask(Path("a.png"), 1, 0, 6))
     entrant.leave("slow")
     assert entrant.found.problem == "slow"
+
+
+def test_images_too_large_for_a_peer_cost_it_their_case_alone(tiny_engine: Path) -> None:
+    said: list[str] = []
+    large = Setting((Path("c.png"),), 700, 800, crops=1, steps=6, workers=1, seed=0)
+    untiled = Contender("untiled", "fp32", exact=True, make=fakes.good, untiled=(Place.CPU,))
+    elsewhere = Contender("untiled on a GPU", "fp32", exact=True, make=fakes.good, untiled=(Place.GPU,))
+    settings = [("large", large), ("small", SETTING)]
+    run = Contest(
+        [GOOD, untiled, elsewhere],
+        Ground(tiny_engine, None, 1),
+        settings,
+        rounds=2,
+        timeout=60,
+        progress=said.append,
+    )
+    run.run()
+    ours, found, other = run.found
+    assert found.problem is None
+    assert [(case.case, len(case.seconds)) for case in found.cases] == [("small", 4)]
+    assert [[case.case for case in peer.cases] for peer in (ours, other)] == [["large", "small"]] * 2
+    assert "large: untiled is left out: it restores no images in tiles, as ours does these" in said
+    assert not any(text.startswith("small: untiled is left out") for text in said)
+
+
+def test_a_peer_is_skipped_whose_images_are_all_too_large(tiny_engine: Path) -> None:
+    large = Setting((Path("c.png"),), 700, 800, crops=1, steps=6, workers=1, seed=0)
+    untiled = Contender("untiled", "fp32", exact=True, make=fakes.refuses, untiled=(Place.CPU,))  # nor is it started
+    run = Contest([GOOD, untiled], Ground(tiny_engine, None, 1), [("large", large)], rounds=1, timeout=60)
+    run.run()
+    found = run.found[1]
+    assert (found.skipped, found.cases) == (True, ())
+    assert found.problem == "it restores no images in tiles, as ours does all of these"
 
 
 def test_peers_have_names_of_their_own() -> None:
