@@ -90,9 +90,8 @@ def ours(ground: Ground) -> tuple[Score, str]:
     """Return diffiqa as `iqa-run` runs it."""
     if ground.device is not None:
         return _on_gpu(ground, ground.backend)
-    directory, settings = open_engine(ground.engine), host_settings(ground.backend, ground.threads)
-    if isinstance(settings, OnnxSettings):
-        settings = replace(settings, spinning=ground.spinning)
+    directory = open_engine(ground.engine)
+    settings = host_settings(ground.backend, ground.threads, spinning=ground.spinning)
     return _scored(directory.manifest, load_stages(directory, settings)), host_name(settings).partition(":")[0]
 
 

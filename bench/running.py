@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
@@ -44,8 +44,7 @@ class Backend:
     @property
     def settings(self) -> HostSettings:
         """How networks on the CPU are set up."""
-        settings = host_settings(self.name, self.threads, self.precision)
-        return replace(settings, spinning=self.spinning) if isinstance(settings, OnnxSettings) else settings
+        return host_settings(self.name, self.threads, self.precision, spinning=self.spinning)
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 HostSettings = OnnxSettings | OpenVinoSettings
 
 
-def host_settings(backend: str, threads: int | None, precision: str = "fp32") -> HostSettings:
+def host_settings(
+    backend: str, threads: int | None, precision: str = "fp32", *, spinning: bool = False
+) -> HostSettings:
     """Return how to set up what runs stages on the host; ONNX Runtime computes as the engine's files say."""
     if backend == "openvino":
         return OpenVinoSettings(threads, precision)
-    return OnnxSettings(threads)
+    return OnnxSettings(threads, spinning=spinning)
 
 
 def host_name(settings: HostSettings) -> str:

@@ -19,6 +19,7 @@ from ..errors import BackendError, DiffiqaError, EngineError, first_line
 from ..kernels.compile import KernelError
 from ..kernels.launch import Launch, more_steps
 from .builds import rebuild_command
+from .foreign import result_of
 from .graphs import Enqueue, Graph
 from .manifest import Build, BuiltStage, EngineDirectory, ShapeRange, StageName, TensorSpec
 from .runtime_cache import RuntimeCache, cache_of
@@ -201,7 +202,7 @@ class CudaLayer:
         """Copy host to device on the second stream, and wait for it: the host's time, which others use."""
         with self._speaking("does not take data"):
             stream = self._beside
-            self._ok(self._driver.cuMemcpyHtoDAsync(address, values.ctypes.data, values.nbytes, stream.handle))
+            result_of(self._driver.cuMemcpyHtoDAsync(address, values.ctypes.data, values.nbytes, stream.handle))
             stream.sync()
 
     def free(self, address: int) -> None:
@@ -224,12 +225,12 @@ class CudaLayer:
     def upload(self, address: int, values: Array) -> None:
         """Copy host to device. From pageable memory the driver returns once it has the values, says its manual."""
         with self._speaking("does not take data"):
-            self._ok(self._driver.cuMemcpyHtoDAsync(address, values.ctypes.data, values.nbytes, self._stream.handle))
+            result_of(self._driver.cuMemcpyHtoDAsync(address, values.ctypes.data, values.nbytes, self._stream.handle))
 
     def download(self, values: Array, address: int) -> None:
         """Copy device to host."""
         with self._speaking("does not give data"):
-            self._ok(self._driver.cuMemcpyDtoHAsync(values.ctypes.data, address, values.nbytes, self._stream.handle))
+            result_of(self._driver.cuMemcpyDtoHAsync(values.ctypes.data, address, values.nbytes, self._stream.handle))
 
     def launch(self, launch: Launch) -> None:
         """Launch one of our kernels."""
@@ -262,12 +263,12 @@ class CudaLayer:
         with self._speaking("cannot capture"):
             self._capturing = True
             mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-            self._ok(self._driver.cuStreamBeginCapture(self._stream.handle, mode))
+            result_of(self._driver.cuStreamBeginCapture(self._stream.handle, mode))
 
     def end_capture(self) -> "_CudaGraph":
         """Instantiate what was captured."""
         with self._speaking("could not capture"), contextlib.ExitStack() as graphs:
-            return _CudaGraph(self, self._ok(self._driver.cuGraphInstantiate(self._recorded(graphs), 0)))
+            return _CudaGraph(self, result_of(self._driver.cuGraphInstantiate(self._recorded(graphs), 0)))
 
     def capture_loop(self, begin: Enqueue, step: Enqueue, progress: int) -> "_CudaGraph":
         """Put what `step` launches into the body of a `while` node behind what `begin` launches; since CUDA 12.4.
@@ -280,7 +281,7 @@ class CudaLayer:
         with self._speaking("cannot capture a loop"), contextlib.ExitStack() as graphs:
             self.launch(more_steps(progress, 0))  # loads the code, which is forbidden while capturing
             self.synchronise()
-            whole = self._ok(driver.cuGraphCreate(0))
+            whole = result_of(driver.cuGraphCreate(0))
             graphs.callback(driver.cuGraphDestroy, whole)
             node = driver.CUgraphNodeParams()
             node.type = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
@@ -288,7 +289,7 @@ class CudaLayer:
             loop.type, loop.size = driver.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_WHILE, 1
             loop.ctx = context = self._stream.context.handle
             default = 1, driver.CU_GRAPH_COND_ASSIGN_DEFAULT  # what the condition is at the start of every launch
-            loop.handle = condition = self._ok(driver.cuGraphConditionalHandleCreate(whole, context, *default))
+            loop.handle = condition = result_of(driver.cuGraphConditionalHandleCreate(whole, context, *default))
             self.begin_capture()
             begin()
             first = self._recorded(graphs)
@@ -296,10 +297,10 @@ class CudaLayer:
             step()
             self.launch(more_steps(progress, int(condition)))
             again = self._recorded(graphs)
-            before = self._ok(driver.cuGraphAddChildGraphNode(whole, None, 0, first))
-            self._ok(driver.cuGraphAddNode(whole, [before], None, 1, node))
-            self._ok(driver.cuGraphAddChildGraphNode(loop.phGraph_out[0], None, 0, again))
-            executable = self._ok(driver.cuGraphInstantiate(whole, 0))
+            before = result_of(driver.cuGraphAddChildGraphNode(whole, None, 0, first))
+            result_of(driver.cuGraphAddNode(whole, [before], None, 1, node))
+            result_of(driver.cuGraphAddChildGraphNode(loop.phGraph_out[0], None, 0, again))
+            executable = result_of(driver.cuGraphInstantiate(whole, 0))
             # Kept, because nobody says whether a condition outlives the graph it was made for.
             return _CudaGraph(self, executable, graphs.pop_all())
 
@@ -343,16 +344,9 @@ class CudaLayer:
     def _recorded(self, graphs: contextlib.ExitStack) -> Any:
         """End the capture and return its graph, which is destroyed with `graphs`."""
         self._capturing = False
-        graph = self._ok(self._driver.cuStreamEndCapture(self._stream.handle))
+        graph = result_of(self._driver.cuStreamEndCapture(self._stream.handle))
         graphs.callback(self._driver.cuGraphDestroy, graph)
         return graph
-
-    @staticmethod
-    def _ok(answer: tuple[Any, ...]) -> Any:
-        status, *values = answer
-        if int(status):
-            raise RuntimeError(str(status))
-        return values[0] if values else None
 
 
 class _CudaGraph:
@@ -364,7 +358,7 @@ class _CudaGraph:
     def launch(self) -> None:
         """Run it on the layer's stream."""
         with self._layer._speaking("does not launch a graph"):
-            self._layer._ok(self._layer._driver.cuGraphLaunch(self._executable, self._layer._stream.handle))
+            result_of(self._layer._driver.cuGraphLaunch(self._executable, self._layer._stream.handle))
 
     def close(self) -> None:
         """Free it."""

@@ -73,23 +73,23 @@ def _copy(address: int, values: npt.NDArray[Any], stream: int | None) -> None:
 
     with _context_of(driver, address):
         if stream is not None:
-            _ok(driver.cuStreamSynchronize(driver.CUstream(stream)))
-        _ok(driver.cuMemcpyDtoH(values.ctypes.data, address, values.nbytes))
+            result_of(driver.cuStreamSynchronize(driver.CUstream(stream)))
+        result_of(driver.cuMemcpyDtoH(values.ctypes.data, address, values.nbytes))
 
 
 @contextmanager
 def _context_of(driver: Any, address: int) -> Iterator[None]:
     """Make the context current that memory is of; that of memory pools is of none: then the device's own."""
-    _ok(driver.cuInit(0))
+    result_of(driver.cuInit(0))
     attribute = driver.CUpointer_attribute
     status, context = driver.cuPointerGetAttribute(attribute.CU_POINTER_ATTRIBUTE_CONTEXT, address)
     device = None
     if int(status) or not int(context):
-        ordinal = _ok(driver.cuPointerGetAttribute(attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address))
-        device = _ok(driver.cuDeviceGet(ordinal))
-        context = _ok(driver.cuDevicePrimaryCtxRetain(device))
+        ordinal = result_of(driver.cuPointerGetAttribute(attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address))
+        device = result_of(driver.cuDeviceGet(ordinal))
+        context = result_of(driver.cuDevicePrimaryCtxRetain(device))
     try:
-        _ok(driver.cuCtxPushCurrent(driver.CUcontext(int(context))))
+        result_of(driver.cuCtxPushCurrent(driver.CUcontext(int(context))))
         try:
             yield
         finally:
@@ -99,8 +99,8 @@ def _context_of(driver: Any, address: int) -> Iterator[None]:
             driver.cuDevicePrimaryCtxRelease(device)
 
 
-def _ok(answer: tuple[Any, ...]) -> Any:
-    """Return a call's result. Raises RuntimeError."""
+def result_of(answer: tuple[Any, ...]) -> Any:
+    """Return the result of a call of cuda.bindings, None if it has none. Raises RuntimeError with its status."""
     status, *results = answer
     if int(status):
         raise RuntimeError(str(status))

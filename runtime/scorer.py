@@ -323,7 +323,7 @@ def load(
     at a time: sooner for many of one size, not sooner for others. A score then depends on `batch` in its last bits, but
     not on what shares it.
     """
-    on_host = _runs_on_host(backend, threads, onnx, openvino, on_gpu=device is not None or not cuda_graph or batch != 1)
+    on_host = _runs_on_host(backend, threads, onnx, openvino, device, on_gpu=not cuda_graph or batch != 1)
     if batch < 1:
         raise UsageError("batch must be at least 1")
     directory = engine if isinstance(engine, EngineDirectory) else open_engine(Path(engine))
@@ -357,6 +357,7 @@ def _runs_on_host(
     threads: int | None,
     onnx: OnnxSettings | None,
     openvino: OpenVinoSettings | None,
+    device: int | None,
     *,
     on_gpu: bool,
 ) -> bool:
@@ -375,9 +376,9 @@ def _runs_on_host(
     if backend == "onnxruntime-gpu" and (threads is not None or (onnx and onnx.threads)):
         raise UsageError("threads are of the CPU; the backend onnxruntime-gpu takes providers and a device")
     on_host = backend in {"onnxruntime", "openvino"} or (backend == "auto" and set_up)
-    if on_host and on_gpu:
+    if on_host and (device is not None or on_gpu):
         why = "; threads or providers ask for onnxruntime" if backend == "auto" else ""
-        if backend != "openvino":
+        if device is not None and backend != "openvino":
             why += "; ONNX Runtime's own providers take theirs as options, such as device_id"
         raise UsageError(
             f"device, batch and CUDA graph are of the backends tensorrt and onnxruntime-gpu, not of {backend}{why}"

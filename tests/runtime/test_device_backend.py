@@ -110,6 +110,13 @@ def test_settings_of_the_other_backend_are_refused(tiny_engine: Path, how: dict[
     assert refused(tiny_engine, UsageError, **how)
 
 
+def test_only_who_gave_a_device_is_told_where_providers_take_theirs(tiny_engine: Path) -> None:
+    for how, told in (({"device": 0}, True), ({"cuda_graph": False}, False), ({"batch": 2}, False)):
+        with pytest.raises(UsageError, match="of the backends tensorrt and onnxruntime-gpu") as caught:
+            load(tiny_engine, backend="onnxruntime", **how)
+        assert ("such as device_id" in str(caught.value)) is told
+
+
 def test_engines_that_do_not_fit_memory_leave_nothing_behind(
     tiny_build: Path, fake_gpu: FakeLayer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
