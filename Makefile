@@ -26,7 +26,7 @@ slow: $(VENV)/ready
 check: $(VENV)/ready
 	@echo "== format, lint, types, the README's tables"
 	@$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet . && scripts/typecheck $(BIN)/mypy
-	@$(BIN)/python benchmarks/tables.py --check
+	@$(BIN)/python figures/tables.py --check
 
 $(VENV)/ready: requirements.lock pyproject.toml
 	@echo "== setting up $(VENV) (a minute or two)"

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
         OutputError,
         UsageError,
     )
-    from .runtime.onnx_backend import OnnxSettings
-    from .runtime.openvino import OpenVinoSettings
+    from .runtime.host.onnx_stage import OnnxSettings
+    from .runtime.host.openvino_stage import OpenVinoSettings
     from .runtime.results import CropScore, Failure, Mode, Options, Pictures, Score
     from .runtime.scorer import Info, Scorer, load
 
@@ -54,8 +54,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "OnnxSettings": "onnx_backend",
-    "OpenVinoSettings": "openvino",
+    "OnnxSettings": "host.onnx_stage",
+    "OpenVinoSettings": "host.openvino_stage",
     **dict.fromkeys(["CropScore", "Failure", "Mode", "Options", "Pictures", "Score"], "results"),
     **dict.fromkeys(["Info", "Scorer", "load"], "scorer"),
 }

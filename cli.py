@@ -5,10 +5,10 @@ import click
 from . import __version__
 from .bench.cli import bench
 from .calibration.cli import calibrate, quantise
-from .calibration.cli_verify import verify
 from .export.cli import build, convert, export
-from .runtime.cli import run
+from .runtime.command.cli import run
 from .training.cli import evaluate, train
+from .verify.cli import verify
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -9,7 +9,7 @@ DiffiqaError
 ├── ImageError        one image that cannot be scored
 ├── OutputError       a result that cannot be written
 ├── UsageError        options that contradict each other
-├── DatasetError      (training/datasets.py) a data set, a split or a score table that cannot be used
+├── DatasetError      (data/datasets.py) a data set, a split or a score table that cannot be used
 └── TrainingError     (training/loop.py) a training run that cannot go on
 """
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..errors import BackendError, first_line
-from ..runtime.onnx_backend import OnnxSettings
+from ..runtime.host.onnx_stage import OnnxSettings
 
 Clock = Callable[[], float]
 

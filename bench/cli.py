@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from ..command import Command
+from ..engine.atomic import check_folder_of
 from ..errors import DiffiqaError, UsageError
-from ..runtime.atomic import check_folder_of
 
 _PATH = click.Path(path_type=Path)
 

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from ..engine.manifest import Library, Manifest, StageName, open_engine
 from ..errors import BackendError, UsageError
 from ..runtime.backends import ON_GPU, host_name, host_settings, load_stages
-from ..runtime.host import Call, StageRunner
+from ..runtime.executor import Call, StageRunner
+from ..runtime.gpu.onnx_stage import CUDA, prepare
+from ..runtime.gpu.tensorrt import load_library
+from ..runtime.host.onnx_stage import OnnxSettings
 from ..runtime.images import read_image
-from ..runtime.manifest import Library, Manifest, StageName, open_engine
-from ..runtime.onnx_backend import OnnxSettings
-from ..runtime.onnx_device import CUDA, prepare
 from ..runtime.results import Mode, Options
 from ..runtime.scorer import Scorer, load, to_plane
-from ..runtime.tensorrt import load_library
 from .measure import with_steps
 
 if TYPE_CHECKING:
@@ -242,8 +242,8 @@ def plain_loop(ground: Ground) -> tuple[Score, str]:
     import torch
     from PIL import Image
 
-    from ..runtime.crops import crop_grid, padded_size
-    from ..runtime.schedule import Kind
+    from ..engine.crops import crop_grid, padded_size
+    from ..engine.schedule import Kind
 
     manifest = open_engine(ground.engine).manifest
     model.to(device)

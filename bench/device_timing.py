@@ -9,10 +9,9 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
+from ..engine.manifest import StageName
 from ..kernels.launch import Launch
-from ..runtime.device_layer import Array, BoundStage, Layer, LoadedStage, Shapes
-from ..runtime.graphs import Graph
-from ..runtime.manifest import StageName
+from ..runtime.gpu.layer import Array, BoundStage, Graph, Layer, LoadedStage, Shapes
 from .timing import Clock
 
 T = TypeVar("T")

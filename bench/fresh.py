@@ -42,7 +42,7 @@ def main(asked: str) -> None:
         parts[part] = now - last
         last = now
 
-    from ..runtime.manifest import open_engine
+    from ..engine.manifest import open_engine
     from ..runtime.results import Options
     from .machine import peak_mib
     from .running import Backend, import_libraries, open_scorer

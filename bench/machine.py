@@ -8,7 +8,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ..runtime.onnx_backend import available_cpus
+from ..runtime.host.onnx_stage import available_cpus
 from .results import Load, Machine
 
 _PACKAGES = (

@@ -6,12 +6,12 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..engine.manifest import EngineDirectory, Manifest, StageName
+from ..engine.schedule import Taps
 from ..errors import ImageError, UsageError
 from ..runtime.images import read_image
-from ..runtime.manifest import EngineDirectory, Manifest, StageName
 from ..runtime.plan import make_plan
 from ..runtime.results import Failure, Options
-from ..runtime.schedule import Taps
 from ..runtime.scorer import Scorer
 from .machine import resident_mib
 from .results import Case, DeviceTimes, Soak, Work

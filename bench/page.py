@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ..engine.atomic import replacing
 from ..errors import OutputError
-from ..runtime.atomic import replacing
-from ..runtime.markup import Html, join, tag
+from ..runtime.report.markup import Html, join, tag
 from .report import TABLES, WITHOUT_GRAPHS, number
 from .results import Results
 from .verdict import judge_results

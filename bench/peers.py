@@ -13,8 +13,8 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from ..engine.manifest import read_manifest
 from ..errors import BackendError
-from ..runtime.manifest import read_manifest
 from ..runtime.plan import make_plan
 from ..runtime.results import Mode
 from .contenders import Ask, Contender, Ground, place_of

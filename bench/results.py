@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..engine.atomic import replacing
+from ..engine.codec import decode, encode
 from ..errors import OutputError, UsageError, first_line
-from ..runtime.atomic import replacing
-from ..runtime.codec import decode, encode
 from .stats import CV_LIMIT, DEVICE_CV_LIMIT, Stability, Summary, judge, summarise
 
 SCHEMA = 1

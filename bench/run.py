@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from ..engine.manifest import open_engine
 from ..errors import UsageError
+from ..runtime.host.onnx_stage import available_cpus
 from ..runtime.inputs import find_images
-from ..runtime.manifest import open_engine
-from ..runtime.onnx_backend import available_cpus
 from .ceilings import DeviceProbe, Probe
 from .contenders import Contender, Ground, ours_in
 from .fresh import measure_start

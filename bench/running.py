@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
+from ..engine.manifest import EngineDirectory, Manifest, StageName
 from ..runtime.backends import ON_GPU, HostSettings, OnGpu, closed_if_it_fails, host_name, host_settings, load_stages
-from ..runtime.graphs import Form
-from ..runtime.host import StageRunner
-from ..runtime.manifest import EngineDirectory, Manifest, StageName
-from ..runtime.onnx_backend import OnnxSettings
+from ..runtime.executor import StageRunner
+from ..runtime.gpu.graphs import Form
+from ..runtime.gpu.tensorrt import gpu_capability, installed_libraries, load_library
+from ..runtime.host.onnx_stage import OnnxSettings
 from ..runtime.results import Options
 from ..runtime.scorer import Scorer
-from ..runtime.tensorrt import gpu_capability, installed_libraries, load_library
 from .gpu import GpuWatch
 from .timing import Clock, timed_stages
 
 if TYPE_CHECKING:
-    from ..runtime.device_layer import Layer
+    from ..runtime.gpu.layer import Layer
 
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 
@@ -183,7 +183,7 @@ class DeviceRuntime:
     @property
     def item_bytes(self) -> int:
         """The size of the U-Net's numbers where it is joined to the others; of the first stage's, without one."""
-        from ..runtime.device_layer import ITEM_BYTES
+        from ..runtime.gpu.layer import ITEM_BYTES
 
         first = self._loaded.get(StageName.UNET) or next(iter(self._loaded.values()))
         return ITEM_BYTES[first.built.inputs[0].dtype]
@@ -212,7 +212,7 @@ class DeviceCase:
     """A case on a GPU."""
 
     def __init__(self, runtime: DeviceRuntime, manifest: Manifest, batch: int, clock: Clock) -> None:
-        from ..runtime.device import DeviceExecutor
+        from ..runtime.gpu.executor import DeviceExecutor
         from .device_timing import TimedLayer, timed_stages
 
         self._runtime, self._clock, self._steps = runtime, clock, manifest.schedule.steps

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from ..runtime.host import Call, StageRunner
-from ..runtime.manifest import StageName
+from ..engine.manifest import StageName
+from ..runtime.executor import Call, StageRunner
 
 FloatArray = npt.NDArray[np.float32]
 Clock = Callable[[], float]

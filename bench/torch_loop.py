@@ -1,7 +1,7 @@
 """A whole score in PyTorch with everything in one device's memory: what one would write who knows PyTorch well.
 
 The networks are those that we export, merged alike. State, noise, taps and crops never leave the device; its float32
-sampler takes the steps of `runtime/sampler.py`. An image is uploaded once, and its scores come back.
+sampler takes the steps of `runtime/host/sampler.py`. An image is uploaded once, and its scores come back.
 """
 
 import contextlib
@@ -16,17 +16,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from ..engine.manifest import Manifest, StageName
+from ..engine.noise import MULTIPLIERS, ROUNDS, WEYL, split_seed
+from ..engine.schedule import Kind
 from ..errors import UsageError
 from ..export.stages import stage_plans
 from ..model.config import ModelConfig
 from ..model.network import DiffV2IQA
 from ..model.unet import UNet
-from ..runtime.manifest import Manifest, StageName
-from ..runtime.noise import MULTIPLIERS, ROUNDS, WEYL, split_seed
-from ..runtime.onnx_device import BATCH
+from ..runtime.gpu.onnx_stage import BATCH
 from ..runtime.plan import Plan, make_plan
 from ..runtime.results import Mode, Options
-from ..runtime.schedule import Kind
 
 Function = Callable[..., Tensor]
 
@@ -131,7 +131,7 @@ class TorchScorer:
 
 
 def normals(keys: Tensor, blocks: Tensor, steps: Tensor) -> Tensor:
-    """Return the normals of `runtime/noise.py`: round keys (10, 2), blocks (n,), steps (T, 1), int64 → (T, n, 4).
+    """Return the normals of `engine/noise.py`: round keys (10, 2), blocks (n,), steps (T, 1), int64 → (T, n, 4).
 
     Of a product of two 32-bit words only the bits are used, which wrapping around int64 leaves as they are.
     """

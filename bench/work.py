@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
+from ..engine.manifest import EngineDirectory, Stage, StageName
 from ..errors import DiffiqaError, first_line
-from ..runtime.manifest import EngineDirectory, Stage, StageName
 from ..runtime.plan import Plan
 from .results import Work
 

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 import click
 
 from ..command import Command
+from ..engine.atomic import check_folder_of, replacing
+from ..engine.manifest import StageName
 from ..errors import UsageError
-from ..runtime.atomic import check_folder_of, replacing
-from ..runtime.manifest import StageName
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
     from rich.console import Console
 
-    from ..runtime.manifest import Manifest
+    from ..engine.manifest import Manifest
     from .quantise import QuantisedStage, Recipe
     from .statistics import Skipped, Statistics
 
@@ -70,7 +70,7 @@ def calibrate(
     """
     from rich.console import Console
 
-    from ..runtime.manifest import open_engine
+    from ..engine.manifest import open_engine
     from .statistics import fp16_plan as make_plan
 
     for file in (fp16_plan, plot):
@@ -184,7 +184,7 @@ def quantise(
 @contextlib.contextmanager
 def _made_up(console: "Console", engine: Path, folder: Path) -> "Generator[str]":
     """Lend a folder of made-up pictures. Raises UsageError where their ranges would be mixed with those of others."""
-    from ..runtime.manifest import read_manifest
+    from ..engine.manifest import read_manifest
     from .pictures import COUNT, draw
     from .statistics import NAME
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..engine.manifest import EngineDirectory, Stage, StageName, open_engine
 from ..errors import ExportError, UsageError
 from ..runtime.backends import load_stages
-from ..runtime.manifest import EngineDirectory, Stage, StageName, open_engine
-from ..runtime.onnx_backend import OnnxSettings, OnnxStage
+from ..runtime.host.onnx_stage import OnnxSettings, OnnxStage
 from ..runtime.results import Mode, Options
 from ..runtime.scorer import Scorer
 from .quantise import Recipe, Target, read_fitting, write_stage

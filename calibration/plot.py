@@ -4,8 +4,8 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
+from ..engine.manifest import StageName
 from ..errors import UsageError
-from ..runtime.manifest import StageName
 from ..training.plot import COLOURS, GRID, HEIGHT, WIDTH, Axis, Canvas, draw_legend, make_axis
 from . import ranges
 from .statistics import StageStatistics, Statistics

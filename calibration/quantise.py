@@ -19,13 +19,9 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, checker, helper, numpy_helper, shape_inference
 
-from ..errors import EngineError, ExportError, UsageError, first_line
-from ..export.drift import draw_inputs
-from ..export.engine import writing
-from ..export.precision import Kept
-from ..runtime.atomic import sync
-from ..runtime.codec import encode
-from ..runtime.manifest import (
+from ..engine.atomic import sync
+from ..engine.codec import encode
+from ..engine.manifest import (
     MANIFEST,
     Check,
     EngineDirectory,
@@ -37,6 +33,10 @@ from ..runtime.manifest import (
     file_sha256,
     open_engine,
 )
+from ..errors import EngineError, ExportError, UsageError, first_line
+from ..export.drift import draw_inputs
+from ..export.engine import writing
+from ..export.precision import Kept
 from .ranges import Method, choose_range
 from .statistics import NAME, StageStatistics, Statistics, check_engine, read
 

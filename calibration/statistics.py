@@ -21,14 +21,14 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, shape_inference
 
+from ..engine.atomic import replacing
+from ..engine.codec import decode, encode
+from ..engine.manifest import EngineDirectory, Precision, StageName, open_engine
 from ..errors import BackendError, EngineError, ImageError, OutputError, UsageError, first_line
 from ..export.precision import PLAN_SCHEMA, Kept, PrecisionPlan, plan_stage
-from ..runtime.atomic import replacing
-from ..runtime.codec import decode, encode
-from ..runtime.host import Call
+from ..runtime.executor import Call
+from ..runtime.host.onnx_stage import available_cpus
 from ..runtime.images import Image, read_image
-from ..runtime.manifest import EngineDirectory, Precision, StageName, open_engine
-from ..runtime.onnx_backend import available_cpus
 from ..runtime.results import Options
 from ..runtime.scorer import Scorer
 from . import ranges

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..command import Command
+from ..engine.manifest import Library, Precision, StageName
 from ..errors import DiffiqaError, ExportError, OutputError, UsageError
-from ..runtime.manifest import Library, Precision, StageName
 
 if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
+    from ..engine.manifest import Manifest
     from ..model.checkpoint import Loaded
-    from ..runtime.manifest import Manifest
     from .engine import StageCost
     from .tensorrt import BuildOptions, StageBuild
 
@@ -220,7 +220,7 @@ def build(
     """
     from rich.console import Console
 
-    from ..runtime.tensorrt import usable_library
+    from ..runtime.gpu.tensorrt import usable_library
     from .precision import read_plan
     from .tensorrt import BuildOptions
 
@@ -327,7 +327,7 @@ def _export_quantised(
 
 def _library(target: str | None, stages: tuple[StageName, ...]) -> Library | None:
     """Return the library to build with after the export, refusing early what could not work at the end."""
-    from ..runtime.tensorrt import load_library, usable_library
+    from ..runtime.gpu.tensorrt import load_library, usable_library
 
     if target == "none" or (stages and target is None):
         return None

@@ -5,10 +5,10 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 
+from ..engine.manifest import Check, EngineDirectory, Precision, Stage, StageName
 from ..errors import ExportError
+from ..runtime.host.onnx_stage import compute_as_written
 from ..runtime.images import synthetic
-from ..runtime.manifest import Check, EngineDirectory, Precision, Stage, StageName
-from ..runtime.onnx_backend import compute_as_written
 from ..runtime.scorer import to_plane
 from .precision import in_8_bits, rounded
 

@@ -15,13 +15,9 @@ from pathlib import Path
 import onnx
 
 from .. import __version__
-from ..errors import EngineError, ExportError
-from ..model.checkpoint import Loaded
-from ..model.config import ModelConfig
-from ..model.network import DiffV2IQA, count_parameters
-from ..runtime.atomic import locked, sync
-from ..runtime.codec import encode
-from ..runtime.manifest import (
+from ..engine.atomic import locked, sync
+from ..engine.codec import encode
+from ..engine.manifest import (
     MANIFEST,
     SCHEMA,
     CropPolicy,
@@ -33,6 +29,10 @@ from ..runtime.manifest import (
     StageName,
     file_sha256,
 )
+from ..errors import EngineError, ExportError
+from ..model.checkpoint import Loaded
+from ..model.config import ModelConfig
+from ..model.network import DiffV2IQA, count_parameters
 from .graph import OPSET, export_graph, tensor_specs
 from .macs import count_macs
 from .stages import Shape, StagePlan, stage_plans

@@ -12,8 +12,8 @@ import torch
 from onnx import TensorProto, checker, helper, shape_inference
 from torch.export import Dim
 
+from ..engine.manifest import TensorSpec
 from ..errors import ExportError
-from ..runtime.manifest import TensorSpec
 from .stages import Shape, StagePlan
 
 OPSET = 20

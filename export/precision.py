@@ -11,9 +11,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, checker, helper, numpy_helper, shape_inference
 
+from ..engine.codec import decode, encode
+from ..engine.manifest import EngineDirectory, Precision, Stage, StageName
 from ..errors import ExportError, UsageError, first_line
-from ..runtime.codec import decode, encode
-from ..runtime.manifest import EngineDirectory, Precision, Stage, StageName
 
 PLAN_SCHEMA = 1
 _LOW: dict[Precision, int] = {Precision.FP16: TensorProto.FLOAT16, Precision.BF16: TensorProto.BFLOAT16}

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from ..engine.manifest import Manifest, ShapeRange, Stage
 from ..errors import UsageError
-from ..runtime.manifest import Manifest, ShapeRange, Stage
 
 BATCHES = ("1", "8")
 LARGEST = 65_536  # of a number in a profile: more is a slip of the keyboard

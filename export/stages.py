@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ..engine.manifest import StageName
 from ..model.config import ModelConfig
 from ..model.heads import VCG, VDA
 from ..model.network import DiffV2IQA
@@ -19,7 +20,6 @@ from ..model.resnet import Bottleneck, ResNet
 from ..model.unet import SelfAttention, UNet
 from ..model.unet import Stage as UNetStage
 from ..model.vit import ViT
-from ..runtime.manifest import StageName
 
 Shape = tuple[int | str, ...]
 

@@ -18,10 +18,9 @@ from typing import Any
 
 import onnx
 
-from ..errors import BackendError, EngineError, ExportError, UsageError
-from ..runtime.atomic import locked, replacing, sync
-from ..runtime.codec import encode
-from ..runtime.manifest import (
+from ..engine.atomic import locked, replacing, sync
+from ..engine.codec import encode
+from ..engine.manifest import (
     MANIFEST,
     Build,
     BuiltStage,
@@ -38,7 +37,8 @@ from ..runtime.manifest import (
     open_engine,
     read_manifest,
 )
-from ..runtime.tensorrt import TensorRT, device_capability, load_library
+from ..errors import BackendError, EngineError, ExportError, UsageError
+from ..runtime.gpu.tensorrt import TensorRT, device_capability, load_library
 from .drift import measure_drift
 from .precision import PLAN_SCHEMA, PrecisionPlan, cast, plan_stage, refuse_unsigned
 from .profiles import BATCHES, default_sizes, stage_profiles

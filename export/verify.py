@@ -7,9 +7,9 @@ import numpy.typing as npt
 import onnxruntime
 import torch
 
+from ..engine.manifest import Check, StageName
 from ..errors import ExportError
 from ..model.network import DiffV2IQA
-from ..runtime.manifest import Check, StageName
 from .stages import StagePlan
 
 FloatArray = npt.NDArray[np.float32]

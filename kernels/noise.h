@@ -1,4 +1,4 @@
-// Counter-based Gaussian noise, the device side of runtime/noise.py: Philox4x32-10 (Salmon et al., SC'11), Box-Muller.
+// Counter-based Gaussian noise, the device side of engine/noise.py: Philox4x32-10 (Salmon et al., SC'11), Box-Muller.
 //
 // The logarithm, sine and cosine are our own because libm's and libdevice's differ in the last bits. Written in plain
 // IEEE operations they make the host build, which CI compares with NumPy, speak for every GPU bit for bit. They also

@@ -11,7 +11,7 @@
 #include "device.h"
 #include "noise.h"
 
-// Where a window's noise comes from; runtime/noise.py says how elements are numbered.
+// Where a window's noise comes from; engine/noise.py says how elements are numbered.
 struct alignas(16) Window {
     unsigned key_low, key_high, lane;
     int height, width;  // of the whole padded image
@@ -33,7 +33,7 @@ struct Progress {
 
 __host__ __device__ inline Float4 window_normals(const Window& w, int channel, unsigned row, unsigned column, int step)
 {
-    // At most 2^32 quads in an image, says runtime/noise.py: 32 bits are enough.
+    // At most 2^32 quads in an image, says engine/noise.py: 32 bits are enough.
     const unsigned line = static_cast<unsigned>(channel * w.height + w.top) + row;
     const unsigned block = line * (w.width / 4) + w.left / 4 + column;
     return normals(block, step, w.lane, w.key_low, w.key_high);

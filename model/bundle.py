@@ -16,9 +16,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..engine.codec import decode, encode
+from ..engine.manifest import Source
 from ..errors import CheckpointError, ConfigError, OutputError, UsageError
-from ..runtime.codec import decode, encode
-from ..runtime.manifest import Source
 from .config import ModelConfig
 from .network import DiffV2IQA
 from .weightfile import listed, not_finite, shown

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..engine.manifest import Source
 from ..errors import CheckpointError, UsageError
-from ..runtime.manifest import Source
 from .bundle import Bundle, read_description, save_bundle
 from .config import PRESETS, ModelConfig
 from .config import preset as preset_config
-from .foreign import BUNDLE, IQA, MANIQA, SR3, Format, adapt, recognise
+from .naming import BUNDLE, IQA, MANIQA, SR3, Format, adapt, recognise
 from .network import DiffV2IQA, build
 from .weightfile import WeightFile, listed, not_finite, read, shown
 

@@ -8,9 +8,9 @@ import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..engine.codec import decode
+from ..engine.schedule import Kind, Schedule, Taps
 from ..errors import ConfigError
-from ..runtime.codec import decode
-from ..runtime.schedule import Kind, Schedule, Taps
 
 
 class Norm(enum.StrEnum):

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..runtime.crops import crop_grid, padded_size
-from ..runtime.noise import NoiseField
-from ..runtime.schedule import Kind
+from ..engine.crops import crop_grid, padded_size
+from ..engine.noise import NoiseField
+from ..engine.schedule import Kind
 from .attention import TransposedAttention
 from .config import ModelConfig
 from .heads import VCG, VDA, BranchScore

@@ -5,20 +5,21 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ..engine.manifest import Build, EngineDirectory, Library, Manifest, Precision, StageName
 from ..errors import BackendError, EngineError
-from . import onnx_backend
-from . import openvino as openvino_backend
-from .builds import build_command, newest_build
-from .graphs import Form
-from .host import StageRunner
-from .manifest import Build, EngineDirectory, Library, Manifest, Precision, StageName
-from .onnx_backend import OnnxSettings, OnnxStage
-from .openvino import OpenVinoSettings, OpenVinoStage
-from .tensorrt import gpu_capability, installed_libraries, load_library
+from .executor import StageRunner
+from .gpu.builds import build_command, newest_build
+from .gpu.graphs import Form
+from .gpu.tensorrt import gpu_capability, installed_libraries, load_library
+from .host import onnx_stage as onnx_backend
+from .host import openvino_stage as openvino_backend
+from .host.onnx_stage import OnnxSettings, OnnxStage
+from .host.openvino_stage import OpenVinoSettings, OpenVinoStage
 
 if TYPE_CHECKING:
-    from .device import DeviceExecutor
-    from .device_layer import CudaLayer, LoadedStage
+    from .gpu.cuda import CudaLayer
+    from .gpu.executor import DeviceExecutor
+    from .gpu.layer import LoadedStage
 
 HostSettings = OnnxSettings | OpenVinoSettings
 
@@ -105,7 +106,7 @@ class OnGpu:
 
     def executor(self, directory: EngineDirectory, *, cuda_graph: bool = True, batch: int = 1) -> "DeviceExecutor":
         """Return what carries plans out, and closes the layer. Raises BackendError or EngineError, the layer closed."""
-        from .device import DeviceExecutor
+        from .gpu.executor import DeviceExecutor
 
         form = self.form if cuda_graph else Form.NONE
         with closed_if_it_fails(self.layer, directory):
@@ -118,7 +119,8 @@ def open_tensorrt(directory: EngineDirectory, ordinal: int, _onnx: OnnxSettings 
     """Load the build that fits a GPU onto it. Raises BackendError or EngineError with the way out."""
     capability = gpu_capability(ordinal)
     # Only where there is a GPU: most machines that score have none, and start sooner without.
-    from .device_layer import CudaLayer, load_engines
+    from .gpu.cuda import CudaLayer
+    from .gpu.tensorrt_stage import load_engines
 
     # With none installed, the one that the newest build is for is missed.
     missed = directory.manifest.builds[-1].library if directory.manifest.builds else Library.TENSORRT
@@ -146,8 +148,8 @@ def open_tensorrt(directory: EngineDirectory, ordinal: int, _onnx: OnnxSettings 
 def open_onnxruntime(directory: EngineDirectory, ordinal: int, onnx: OnnxSettings | None = None) -> OnGpu:
     """Load the ONNX stages onto a GPU. Raises BackendError or EngineError with the way out."""
     gpu_capability(ordinal)
-    from .device_layer import CudaLayer
-    from .onnx_device import gpu_settings, on_device, prepare
+    from .gpu.cuda import CudaLayer
+    from .gpu.onnx_stage import gpu_settings, on_device, prepare
 
     prepare(onnx)
     layer = CudaLayer(ordinal)

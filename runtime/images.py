@@ -22,7 +22,7 @@ import numpy.typing as npt
 import PIL.Image
 
 from ..errors import ImageError
-from .foreign import Exchangeable, GpuArray, is_foreign, to_numpy
+from .arrays import Exchangeable, GpuArray, is_foreign, to_numpy
 
 Source = str | os.PathLike[str] | bytes | PIL.Image.Image | npt.NDArray[Any] | GpuArray | Exchangeable
 Array = npt.NDArray[Any]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .crops import Crop, crop_grid, padded_size
-from .manifest import Manifest
+from ..engine.crops import Crop, crop_grid, padded_size
+from ..engine.manifest import Manifest
 from .results import Mode, Options
 
 TILE = 512  # side of a tile, pixels

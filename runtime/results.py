@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from ..engine.noise import MAX_SEED
+from ..engine.schedule import Kind
 from ..errors import UsageError
-from .noise import MAX_SEED
-from .schedule import Kind
 
 Picture = npt.NDArray[np.uint8]
 

@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING, Any, Self, overload
 import numpy as np
 import numpy.typing as npt
 
+from ..engine.manifest import EngineDirectory, Manifest, ScoreMeaning, StageName, open_engine
+from ..engine.schedule import Kind, Taps
 from ..errors import BackendError, EngineError, ImageError, UsageError
+from .arrays import is_foreign
 from .backends import ON_GPU, host_name, host_settings, load_stages
-from .foreign import is_foreign
-from .host import Branch, Executor, HostExecutor, Outcome, StageRunner, Verdict
+from .executor import Branch, Executor, Outcome, StageRunner, Verdict
+from .host.executor import HostExecutor
+from .host.onnx_stage import OnnxSettings
+from .host.openvino_stage import OpenVinoSettings
 from .images import DEFAULT_MAX_PIXELS, Image, Source, read_image
-from .manifest import EngineDirectory, Manifest, ScoreMeaning, StageName, open_engine
-from .onnx_backend import OnnxSettings
-from .openvino import OpenVinoSettings
 from .plan import Plan, make_plan
 from .results import CropScore, Failure, Options, Picture, Pictures, Score
-from .schedule import Kind, Taps
 
 if TYPE_CHECKING:
     pass

@@ -10,11 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from diffiqa.export.engine import export_engine
-from diffiqa.model.checkpoint import Loaded
-from diffiqa.model.network import DiffV2IQA, build
-from diffiqa.runtime import backends, device_layer
-from diffiqa.runtime.manifest import (
+from diffiqa.engine.manifest import (
     MANIFEST,
     Build,
     EngineDirectory,
@@ -25,6 +21,11 @@ from diffiqa.runtime.manifest import (
     file_sha256,
     read_manifest,
 )
+from diffiqa.export.engine import export_engine
+from diffiqa.model.checkpoint import Loaded
+from diffiqa.model.network import DiffV2IQA, build
+from diffiqa.runtime import backends
+from diffiqa.runtime.gpu import cuda, tensorrt_stage
 from diffiqa.runtime.scorer import Scorer, load
 
 from .fake_device import FakeLayer, fake_stages
@@ -106,6 +107,6 @@ def fake_gpu(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> FakeLayer
     monkeypatch.setattr(backends, "gpu_capability", lambda ordinal: "8.9")
     monkeypatch.setattr(backends, "installed_libraries", lambda: [Library.TENSORRT_RTX])
     monkeypatch.setattr(backends, "load_library", lambda name: SimpleNamespace(library=name, version="1.7"))
-    monkeypatch.setattr(device_layer, "CudaLayer", lambda ordinal: layer)
-    monkeypatch.setattr(device_layer, "load_engines", engines)
+    monkeypatch.setattr(cuda, "CudaLayer", lambda ordinal: layer)
+    monkeypatch.setattr(tensorrt_stage, "load_engines", engines)
     return layer

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from diffiqa.engine.manifest import BuiltStage, EngineDirectory, FileEntry, Manifest, Precision, Stage, StageName
 from diffiqa.errors import BackendError
 from diffiqa.export.profiles import stage_profiles
 from diffiqa.kernels.launch import PROGRESS, Launch, more_steps
-from diffiqa.runtime.device_layer import Array, Bytes, DeviceMemoryError, LoadedStage, Shapes, choose_profile
-from diffiqa.runtime.manifest import BuiltStage, EngineDirectory, FileEntry, Manifest, Precision, Stage, StageName
-from diffiqa.runtime.onnx_backend import OnnxSettings, OnnxStage
+from diffiqa.runtime.gpu.layer import Array, Bytes, DeviceMemoryError, LoadedStage, Shapes, choose_profile
+from diffiqa.runtime.host.onnx_stage import OnnxSettings, OnnxStage
 
 from .kernels.devices import Host
 

@@ -11,11 +11,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from diffiqa import cli
+from diffiqa.engine.manifest import StageName, read_manifest
 from diffiqa.export.engine import export_engine
 from diffiqa.model.bundle import save_bundle
 from diffiqa.model.checkpoint import Loaded
 from diffiqa.model.network import DiffV2IQA
-from diffiqa.runtime.manifest import StageName, read_manifest
 
 COMMANDS = ("export", "build", "calibrate", "quantise", "verify", "run", "convert", "bench")
 

@@ -45,7 +45,7 @@ def test_every_option_the_readme_names_exists() -> None:
 
 
 def test_every_record_field_the_readme_lists_is_written() -> None:
-    from diffiqa.runtime.records import COLUMNS
+    from diffiqa.runtime.command.records import COLUMNS
 
     listed = re.search(r"\*\*Records\*\* hold `(.*?)`", README, re.DOTALL)
     assert listed is not None

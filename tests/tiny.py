@@ -4,9 +4,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from diffiqa.engine.schedule import Kind, Schedule, Taps
 from diffiqa.model.config import ModelConfig, SwinConfig, UNetConfig, VCGConfig, VDAConfig, ViTConfig
 from diffiqa.model.network import DiffV2IQA
-from diffiqa.runtime.schedule import Kind, Schedule, Taps
 
 TINY = ModelConfig(
     name="tiny",

@@ -11,9 +11,9 @@ import torch
 from ..errors import CheckpointError, ConfigError
 from ..model.checkpoint import load
 from .config import ScoreConfig, read_config
-from .crops import Pictures
 from .loop import QUIETLY, VALIDATION, Conduct, Machine, TrainingError, open_machine
 from .outputs import to_csv, write_file
+from .pictures import Pictures
 from .score import Rated, Restorations, ScoreTask, run_score
 
 TABLE = "ablation.csv"

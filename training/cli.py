@@ -10,11 +10,11 @@ import click
 
 from ..command import Command
 from ..errors import OutputError, UsageError
-from ..runtime.cli import RunCommand
+from ..runtime.command.cli import RunCommand
 
 if TYPE_CHECKING:
+    from ..data.datasets import Dataset
     from .config import RunConfig
-    from .datasets import Dataset
     from .loop import Conduct, Result
     from .score import Rated
 
@@ -309,8 +309,8 @@ def ablate(
 
     Exit codes: 0 finished, 1 some recipes failed (the table says why), 2 failed, 130 interrupted; --resume goes on.
     """
+    from ..evaluation.evaluate import table
     from .ablate import COLUMNS, ablate, read_recipes
-    from .evaluate import table
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("ablate is one process; under torchrun, give each recipe's configuration to iqa-train score")
@@ -392,7 +392,8 @@ def evaluate(
 
     Exit codes: 0 all images have a score, 1 some have none, 2 nothing to evaluate, 130 interrupted (--resume goes on).
     """
-    from .evaluate import (
+    from ..data.splits import Split
+    from ..evaluation.evaluate import (
         evaluate,
         gmad_table,
         pictures_of,
@@ -404,7 +405,6 @@ def evaluate(
         write_evaluation,
     )
     from .outputs import to_csv, write_file
-    from .splits import Split
 
     if sum(value is not None for value in (engine, scores, gmad)) != 1:
         raise UsageError("give one of --engine, --scores and --gmad: where do the scores come from?")
@@ -463,7 +463,7 @@ def _refuse_idle(source: str) -> None:
 
 def _labelled(path: Path, name: str | None, *, lower_better: bool, need_files: bool = True) -> "Dataset":
     """Read a published data set by its name, or a CSV file."""
-    from .datasets import load, load_csv
+    from ..data.datasets import load, load_csv
 
     if name is None and path.is_dir():
         raise UsageError(f"{path} is a folder: say with --dataset which data set it holds, or give a CSV file")
@@ -476,8 +476,8 @@ def _labelled(path: Path, name: str | None, *, lower_better: bool, need_files: b
 
 def _parts(given: Mapping[str, Any], seed: int, output: Path, *held_out: str) -> "dict[str, list[Rated]]":
     """Return "train" and the held-out parts of the split in a file; without one, draw it and write it to the folder."""
+    from ..data.splits import Split, split_by_content
     from .score import Rated
-    from .splits import Split, split_by_content
 
     rated = _labelled(given["data"], given["dataset"], lower_better=given["lower_better"])
     split_file = given["split_file"]

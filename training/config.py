@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..engine.codec import decode, encode
 from ..errors import ConfigError
 from ..model.config import ModelConfig, preset
-from ..runtime.codec import decode, encode
 
 C = TypeVar("C", "RestoreConfig", "PretrainConfig", "ScoreConfig")
 OPTIONAL_PARTS = ("unet", "vcg", "vda")  # TOML has no null: `false` leaves these out

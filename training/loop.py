@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..engine.atomic import replacing
 from ..errors import CheckpointError, ConfigError, DiffiqaError, OutputError, UsageError
-from ..runtime.atomic import replacing
 from .config import Optimisation, Precision, RunConfig, differences, digest, identity
 from .outputs import write_file
 

@@ -5,8 +5,8 @@ import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ..engine.atomic import replacing
 from ..errors import OutputError
-from ..runtime.atomic import replacing
 
 
 def write_file(path: Path, data: bytes | str) -> None:

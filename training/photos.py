@@ -19,12 +19,12 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
+from ..data.datasets import DatasetError
+from ..data.splits import DEFAULT_RATIOS, shares
 from ..errors import ImageError, OutputError, first_line
 from ..runtime.inputs import find_images
-from .crops import read_pixels, reduced
-from .datasets import DatasetError
 from .outputs import to_csv, write_file
-from .splits import DEFAULT_RATIOS, shares
+from .pictures import read_pixels, reduced
 
 LIST = "photographs.csv"
 

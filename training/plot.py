@@ -12,10 +12,10 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
+from ..data.datasets import DatasetError
+from ..engine.atomic import replacing
 from ..errors import OutputError
-from ..runtime.atomic import replacing
-from .correlation import LOGISTIC_MIN, fit_logistic, plcc, srcc
-from .datasets import DatasetError
+from ..evaluation.correlation import LOGISTIC_MIN, fit_logistic, plcc, srcc
 
 PLOT_NAME = "plot.png"
 

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.datasets import DatasetError
+from ..engine.crops import crop_grid
 from ..errors import ConfigError
 from ..model.bundle import save_bundle
 from ..model.network import DiffV2IQA
-from ..runtime.crops import crop_grid
 from .config import PretrainConfig, digest, identity
-from .crops import Pictures, to_network
-from .datasets import DatasetError
 from .loop import DATA, QUIETLY, Conduct, Machine, Result, Sample, Verdict, generator, open_machine, picked, train
+from .pictures import Pictures, to_network
 from .plot import PLOT_NAME, draw_runs, save
 from .score import Rated, judged, prepared
 from .start import begin

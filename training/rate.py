@@ -13,15 +13,15 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
+from ..data.datasets import DatasetError
+from ..data.distortions import DISTORTIONS, LEVELS, distort
+from ..data.fullref import METRICS, MS_SSIM_SIDE, fit_pseudo_scale, measure
+from ..data.splits import Split
 from ..errors import ConfigError, OutputError
-from .crops import Pictures, Pixels
-from .datasets import DatasetError
-from .distortions import DISTORTIONS, LEVELS, distort
-from .fullref import METRICS, MS_SSIM_SIDE, fit_pseudo_scale, measure
 from .loop import generator
 from .outputs import to_csv, write_file
 from .photos import detailed
-from .splits import Split
+from .pictures import Pictures, Pixels
 
 LABELS, SPLIT, SCALE = "labels.csv", "split.json", "scale.json"
 WINDOW, ORDER, APPLY, LEVEL = 20, 21, 22, 23  # what generators are for; not those of a training run

@@ -16,15 +16,15 @@ import PIL.Image
 import torch
 from torch import Tensor, nn
 
+from ..data.distortions import DISTORTIONS, LEVELS, compose
+from ..engine.schedule import Kind, Schedule
 from ..errors import ConfigError
 from ..model.bundle import save_bundle
 from ..model.network import DiffV2IQA
-from ..runtime.schedule import Kind, Schedule
 from .config import Loss, RestoreConfig, digest, identity
-from .crops import Pictures, to_network
-from .distortions import DISTORTIONS, LEVELS, compose
 from .loop import DATA, QUIETLY, Conduct, Machine, Result, Sample, Verdict, generator, open_machine, train
 from .outputs import to_csv, write_file
+from .pictures import Pictures, to_network
 from .plot import PLOT_NAME, draw_runs, save
 from .start import Start, begin
 

@@ -19,25 +19,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
+from ..data.datasets import DatasetError
+from ..engine.codec import encode
+from ..engine.crops import Crop, crop_grid, padded_size
+from ..engine.manifest import StageName
+from ..engine.noise import NoiseField
 from ..errors import OutputError
+from ..evaluation.correlation import plcc, rmse, srcc
 from ..export.graph import export_graph
 from ..export.stages import stage_plans
 from ..model.bundle import save_bundle
 from ..model.config import ModelConfig
 from ..model.network import DiffV2IQA, Scores
 from ..model.unet import UNet
-from ..runtime.codec import encode
-from ..runtime.crops import Crop, crop_grid, padded_size
-from ..runtime.host import BoundDenoiser
-from ..runtime.manifest import StageName
-from ..runtime.noise import NoiseField
-from ..runtime.onnx_backend import OnnxSettings, OnnxStage
-from ..runtime.sampler import restore
+from ..runtime.host.executor import BoundDenoiser
+from ..runtime.host.onnx_stage import OnnxSettings, OnnxStage
+from ..runtime.host.sampler import restore
 from .config import Rates, ScoreConfig, digest, identity
-from .correlation import plcc, rmse, srcc
-from .crops import FloatArray, Pictures, Pixels, save_array, to_network
-from .datasets import DatasetError
 from .loop import DATA, QUIETLY, Conduct, Machine, Result, Sample, Verdict, generator, open_machine, picked, train
+from .pictures import FloatArray, Pictures, Pixels, save_array, to_network
 from .plot import PLOT_NAME, draw_runs, save
 from .start import begin, weights_digest
 

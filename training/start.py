@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..engine.manifest import Source
 from ..errors import CheckpointError
 from ..model.checkpoint import PARTS, load, misfits, part_of
 from ..model.config import ModelConfig
 from ..model.network import DiffV2IQA, build
-from ..runtime.manifest import Source
 
 
 @dataclass

@@ -17,7 +17,7 @@ from diffiqa.bench.ceilings import Probe, matmul_model
 from diffiqa.bench.results import read
 from diffiqa.bench.running import Backend
 from diffiqa.cli import main
-from diffiqa.runtime.onnx_backend import OnnxSettings
+from diffiqa.runtime.host.onnx_stage import OnnxSettings
 
 
 def call(engine: Path | str, *arguments: str | Path) -> Result:

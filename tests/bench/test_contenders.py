@@ -25,18 +25,18 @@ from diffiqa.bench.contenders import OURS, PEERS, Ask, DefaultStage, Ground, Mis
 from diffiqa.bench.measure import with_steps
 from diffiqa.bench.peers import EXACT
 from diffiqa.bench.torch_loop import TorchScorer, Way, normals
+from diffiqa.engine.manifest import Manifest, StageName, open_engine
+from diffiqa.engine.noise import WEYL, NoiseField, split_seed
+from diffiqa.engine.schedule import Kind
 from diffiqa.errors import UsageError
 from diffiqa.model.bundle import save_bundle
 from diffiqa.model.config import Norm
 from diffiqa.model.network import DiffV2IQA, build
-from diffiqa.runtime import device_layer
 from diffiqa.runtime.backends import ON_GPU, load_stages
-from diffiqa.runtime.manifest import Manifest, StageName, open_engine
-from diffiqa.runtime.noise import WEYL, NoiseField, split_seed
-from diffiqa.runtime.onnx_backend import OnnxSettings, providers_here
-from diffiqa.runtime.onnx_device import CUDA
+from diffiqa.runtime.gpu import cuda
+from diffiqa.runtime.gpu.onnx_stage import CUDA
+from diffiqa.runtime.host.onnx_stage import OnnxSettings, providers_here
 from diffiqa.runtime.results import Mode, Options
-from diffiqa.runtime.schedule import Kind
 from diffiqa.runtime.scorer import Scorer, to_plane
 
 from ..fake_device import FakeLayer
@@ -282,7 +282,7 @@ def test_ours_on_a_gpu_is_loaded_anew_for_another_number_of_steps(
         layers.append(FakeLayer(library))
         return layers[-1]
 
-    monkeypatch.setattr(device_layer, "CudaLayer", opened)
+    monkeypatch.setattr(cuda, "CudaLayer", opened)
     score, _version = OURS.make(Ground(tiny_build, None, 1, "tensorrt", device=0))
     on_host, _version = OURS.make(Ground(tiny_engine, None, 1))
     for steps in (6, 12, 12, 6):

@@ -33,11 +33,13 @@ from diffiqa.bench.results import Case, DeviceTimes, Gpu, GpuLoad, Results, Star
 from diffiqa.bench.running import Backend, DeviceCase, DeviceRuntime
 from diffiqa.bench.verdict import judge_results
 from diffiqa.cli import main
-from diffiqa.runtime import backends, onnx_device, tensorrt
+from diffiqa.engine.manifest import Library, StageName, open_engine
+from diffiqa.runtime import backends
 from diffiqa.runtime.backends import ON_GPU
-from diffiqa.runtime.graphs import Form
-from diffiqa.runtime.manifest import Library, StageName, open_engine
-from diffiqa.runtime.onnx_backend import OnnxSettings
+from diffiqa.runtime.gpu import onnx_stage as onnx_device
+from diffiqa.runtime.gpu import tensorrt
+from diffiqa.runtime.gpu.graphs import Form
+from diffiqa.runtime.host.onnx_stage import OnnxSettings
 from diffiqa.runtime.scorer import Scorer, load
 
 from ..fake_device import FakeLayer

@@ -1,4 +1,4 @@
-"""`benchmarks/kernel_rates.py`, as far as it goes without a GPU: what is launched, how often, and what that moves."""
+"""`figures/kernel_rates.py`, as far as it goes without a GPU: what is launched, how often, and what that moves."""
 
 import ctypes
 import importlib
@@ -12,13 +12,13 @@ import pytest
 from diffiqa import cli
 from diffiqa.errors import BackendError
 from diffiqa.kernels.launch import CROP, Launch
-from diffiqa.runtime.tensorrt import device_capability, gpu_capability
+from diffiqa.runtime.gpu.tensorrt import device_capability, gpu_capability
 
 from ..fake_device import FakeLayer
 
 # By kernel: which arguments are addresses of images, and of a loop's progress.
 BUFFERS = {"noise_init": (0, 1, 5), "sampler_step": (0, 1, 2, 7), "normalise_pad": (0, 1), "gather_crops": (2,)}
-SCRIPT = Path(cli.__file__).parent / "benchmarks" / "kernel_rates.py"
+SCRIPT = Path(cli.__file__).parent / "figures" / "kernel_rates.py"
 
 
 def test_every_kernel_is_timed_as_a_graph_of_many_launches(

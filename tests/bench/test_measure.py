@@ -12,7 +12,7 @@ from diffiqa.bench.pictures import generate, sort_by_size
 from diffiqa.bench.results import Case
 from diffiqa.bench.running import Backend, HostRuntime
 from diffiqa.bench.work import count_work
-from diffiqa.runtime.manifest import EngineDirectory, StageName, open_engine
+from diffiqa.engine.manifest import EngineDirectory, StageName, open_engine
 from diffiqa.runtime.plan import make_plan
 from diffiqa.runtime.results import Options
 

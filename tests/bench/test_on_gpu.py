@@ -1,6 +1,6 @@
 """What only a GPU can show of `iqa-bench`. Never run where it was written (no GPU there).
 
-`pytest -m gpu tests/bench/test_on_gpu.py`, after tests/runtime/test_device_gpu.py. Read failures from the top: events,
+`pytest -m gpu tests/bench/test_on_gpu.py`, after tests/runtime/gpu/test_on_gpu.py. Read failures from the top: events,
 NVML, the ceilings, a whole run.
 """
 
@@ -14,13 +14,13 @@ from diffiqa.bench.ceilings import DeviceProbe
 from diffiqa.bench.gpu import GpuWatch
 from diffiqa.bench.results import Results, read
 from diffiqa.cli import main
+from diffiqa.engine.manifest import EngineDirectory
 from diffiqa.errors import BackendError
-from diffiqa.runtime.device_layer import CudaLayer
-from diffiqa.runtime.manifest import EngineDirectory
-from diffiqa.runtime.onnx_device import prepare
-from diffiqa.runtime.tensorrt import gpu_capability
+from diffiqa.runtime.gpu.cuda import CudaLayer
+from diffiqa.runtime.gpu.onnx_stage import prepare
+from diffiqa.runtime.gpu.tensorrt import gpu_capability
 
-from ..runtime.test_device_gpu import directory, library, skip_if_not_for_this_gpu  # noqa: F401 — fixtures
+from ..runtime.gpu.test_on_gpu import directory, library, skip_if_not_for_this_gpu  # noqa: F401 — fixtures
 
 pytestmark = pytest.mark.gpu
 

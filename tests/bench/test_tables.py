@@ -1,4 +1,4 @@
-"""`benchmarks/tables.py`: the README's tables come from the JSON, and a check tells when they do not."""
+"""`figures/tables.py`: the README's tables come from the JSON, and a check tells when they do not."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffiqa import cli
 
-SCRIPT = Path(cli.__file__).parent / "benchmarks" / "tables.py"
+SCRIPT = Path(cli.__file__).parent / "figures" / "tables.py"
 TABLE = "before\n<!-- table: figures -->\n{}<!-- end of table -->\nafter\n"
 
 

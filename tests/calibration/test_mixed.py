@@ -12,8 +12,8 @@ from diffiqa.calibration import quantise as quantise_module
 from diffiqa.calibration.cli import quantise
 from diffiqa.calibration.mixed import OPTIONS, choose_stages
 from diffiqa.calibration.quantise import Number, Recipe, Target, quantise_engine
+from diffiqa.engine.manifest import Check, EngineDirectory, Stage, StageName, file_sha256, open_engine
 from diffiqa.errors import ExportError, UsageError
-from diffiqa.runtime.manifest import Check, EngineDirectory, Stage, StageName, file_sha256, open_engine
 from diffiqa.runtime.scorer import load
 
 from ..tiny import photo

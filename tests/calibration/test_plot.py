@@ -11,8 +11,8 @@ from click.testing import CliRunner
 from diffiqa.calibration.cli import calibrate
 from diffiqa.calibration.plot import draw_ranges, magnitudes
 from diffiqa.calibration.statistics import StageStatistics, Statistics
+from diffiqa.engine.manifest import StageName
 from diffiqa.errors import UsageError
-from diffiqa.runtime.manifest import StageName
 
 
 def test_percentile_and_maximum_are_those_of_the_values() -> None:

@@ -17,9 +17,9 @@ from diffiqa.calibration.cli import quantise
 from diffiqa.calibration.quantise import Number, Recipe, StageQuantisation, Target, quantise_engine, quantise_stage
 from diffiqa.calibration.ranges import Method
 from diffiqa.calibration.statistics import StageStatistics, Statistics, watched, write
+from diffiqa.engine.manifest import EngineDirectory, StageName, open_engine
 from diffiqa.errors import EngineError, UsageError
 from diffiqa.export.cli import export
-from diffiqa.runtime.manifest import EngineDirectory, StageName, open_engine
 from diffiqa.runtime.scorer import Scorer, load
 
 from ..tiny import photo

@@ -8,11 +8,11 @@ import pytest
 
 from diffiqa.calibration.quantise import Number, Recipe, Target, quantise_engine, quantise_stage
 from diffiqa.calibration.statistics import Statistics, collect
+from diffiqa.engine.manifest import Build, FileEntry, Precision, StageName, open_engine, read_manifest
 from diffiqa.errors import UsageError
 from diffiqa.export.drift import TOLERANCE_8_BITS, measure_drift
 from diffiqa.export.precision import cast, plan_stage
 from diffiqa.export.tensorrt import BuildOptions, build_engines
-from diffiqa.runtime.manifest import Build, FileEntry, Precision, StageName, open_engine, read_manifest
 
 from ..rtx import RTX, SMALL, check_profiles_of_small, check_signatures, needs_rtx
 

@@ -27,9 +27,9 @@ from diffiqa.calibration.statistics import (
     watched,
     write,
 )
+from diffiqa.engine.manifest import EngineDirectory, Precision, StageName, open_engine
 from diffiqa.errors import EngineError, UsageError
 from diffiqa.export.precision import cast, plan_stage, read_plan
-from diffiqa.runtime.manifest import EngineDirectory, Precision, StageName, open_engine
 
 from ..tiny import TINY, photo
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from diffiqa.engine.manifest import Manifest, Source, Stage, StageName, file_sha256, open_engine, read_manifest
 from diffiqa.errors import DiffiqaError, EngineError, ExportError
 from diffiqa.export import engine as engine_module
 from diffiqa.export import verify
@@ -18,7 +19,6 @@ from diffiqa.export.stages import StagePlan, stage_plans
 from diffiqa.export.verify import reference, verify_stage
 from diffiqa.model.checkpoint import Loaded
 from diffiqa.model.network import build
-from diffiqa.runtime.manifest import Manifest, Source, Stage, StageName, file_sha256, open_engine, read_manifest
 
 from ..tiny import TINY
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from diffiqa.engine.manifest import StageName, open_engine
 from diffiqa.export.engine import export_engine
 from diffiqa.model.checkpoint import load
-from diffiqa.runtime.manifest import StageName, open_engine
 
 pytestmark = pytest.mark.slow
 

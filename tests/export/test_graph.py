@@ -7,12 +7,12 @@ import onnx
 import pytest
 import torch
 
+from diffiqa.engine.manifest import StageName, read_manifest
 from diffiqa.errors import ExportError
 from diffiqa.export.graph import export_graph
 from diffiqa.export.macs import count_macs
 from diffiqa.export.stages import StagePlan, stage_plans
 from diffiqa.model.network import DiffV2IQA
-from diffiqa.runtime.manifest import StageName, read_manifest
 
 from ..tiny import TINY
 

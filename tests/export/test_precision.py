@@ -12,19 +12,11 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
+from diffiqa.engine.manifest import EngineDirectory, FileEntry, Precision, Stage, StageName, TensorSpec, open_engine
 from diffiqa.errors import ExportError, UsageError
 from diffiqa.export import drift as drift_module
 from diffiqa.export.drift import draw_inputs, measure_drift
-from diffiqa.export.precision import (
-    Kept,
-    PrecisionPlan,
-    StagePrecision,
-    cast,
-    plan_stage,
-    read_plan,
-    rounded,
-)
-from diffiqa.runtime.manifest import EngineDirectory, FileEntry, Precision, Stage, StageName, TensorSpec, open_engine
+from diffiqa.export.precision import Kept, PrecisionPlan, StagePrecision, cast, plan_stage, read_plan, rounded
 
 LOW = {Precision.FP16: TensorProto.FLOAT16, Precision.BF16: TensorProto.BFLOAT16}
 low_precisions = pytest.mark.parametrize("precision", LOW)

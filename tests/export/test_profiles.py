@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from diffiqa.engine.manifest import Manifest, ShapeRange, StageName, read_manifest
 from diffiqa.errors import UsageError
 from diffiqa.export.profiles import default_sizes, stage_profiles
-from diffiqa.runtime.manifest import Manifest, ShapeRange, StageName, read_manifest
 
 Profiles = tuple[dict[str, ShapeRange], ...]
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from diffiqa.engine.manifest import StageName
 from diffiqa.export.stages import StagePlan, stage_plans
 from diffiqa.export.verify import reference
 from diffiqa.model.config import PRESETS, ModelConfig, Norm, UNetConfig
 from diffiqa.model.network import DiffV2IQA, build
-from diffiqa.runtime.manifest import StageName
 
 from ..tiny import TINY, perturbed
 

@@ -14,13 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from diffiqa import cli
-from diffiqa.errors import BackendError, EngineError, ExportError, UsageError
-from diffiqa.export import tensorrt as tensorrt_module
-from diffiqa.export.precision import read_plan
-from diffiqa.export.tensorrt import BuildOptions, build_engines
-from diffiqa.runtime.atomic import locked
-from diffiqa.runtime.builds import open_build
-from diffiqa.runtime.manifest import (
+from diffiqa.engine.atomic import locked
+from diffiqa.engine.manifest import (
     MANIFEST,
     Build,
     Library,
@@ -32,6 +27,11 @@ from diffiqa.runtime.manifest import (
     open_engine,
     read_manifest,
 )
+from diffiqa.errors import BackendError, EngineError, ExportError, UsageError
+from diffiqa.export import tensorrt as tensorrt_module
+from diffiqa.export.precision import read_plan
+from diffiqa.export.tensorrt import BuildOptions, build_engines
+from diffiqa.runtime.gpu.builds import open_build
 
 from ..rtx import RTX, SMALL, check_profiles_of_small, check_signatures, needs_rtx
 
@@ -365,7 +365,7 @@ def test_iqa_export_builds_where_it_is_asked_to_or_engines_could_run(
     gpu: str | None,
     library: Library | None,
 ) -> None:
-    monkeypatch.setattr("diffiqa.runtime.tensorrt.device_capability", lambda: gpu)
+    monkeypatch.setattr("diffiqa.runtime.gpu.tensorrt.device_capability", lambda: gpu)
     result = call("export", "--preset", "mini", "--seed", "0", "-o", tmp_path / "engine", *target)
     assert result.exit_code == 0, result.output
     assert asked == ([BuildOptions(library)] if library else [])

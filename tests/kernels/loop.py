@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from diffiqa.engine.schedule import Schedule
 from diffiqa.kernels.launch import PROGRESS, SamplerBuffers, Storage, Window, step_table, window_table
-from diffiqa.runtime.schedule import Schedule
 
 from .devices import Array, Device
 

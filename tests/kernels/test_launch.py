@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from diffiqa.engine.schedule import Schedule
 from diffiqa.kernels.launch import (
     Launch,
     SamplerBuffers,
@@ -19,7 +20,6 @@ from diffiqa.kernels.launch import (
     step_table,
     window_table,
 )
-from diffiqa.runtime.schedule import Schedule
 
 COEFFICIENTS = vars(Schedule(steps=6).coefficients)
 

@@ -4,8 +4,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from diffiqa.engine.noise import philox4x32
 from diffiqa.kernels.launch import Launch
-from diffiqa.runtime.noise import philox4x32
 
 from .devices import Array, Device
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from diffiqa.engine.schedule import Schedule
 from diffiqa.kernels.launch import Launch, Storage, Window, more_steps, normalise_pad
 from diffiqa.kernels.load import with_cuda_core, with_pycuda
-from diffiqa.runtime.schedule import Schedule
 
 from .devices import Array, Device, Gpu, Host
 from .loop import Loop

@@ -8,16 +8,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from diffiqa.kernels.launch import (
-    COEFFICIENTS,
-    PROGRESS,
-    Storage,
-    Window,
-    more_steps,
-)
-from diffiqa.runtime.noise import NoiseField
-from diffiqa.runtime.sampler import restore, step
-from diffiqa.runtime.schedule import Kind, Schedule, Taps
+from diffiqa.engine.noise import NoiseField
+from diffiqa.engine.schedule import Kind, Schedule, Taps
+from diffiqa.kernels.launch import COEFFICIENTS, PROGRESS, Storage, Window, more_steps
+from diffiqa.runtime.host.sampler import restore, step
 
 from .devices import Array, Device, Host
 from .loop import Loop
@@ -49,7 +43,7 @@ def some_size(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def numpy_normals(windows: list[Window], size: tuple[int, int], step_index: int) -> Array:
-    """The same noise by runtime/noise.py."""
+    """The same noise by engine/noise.py."""
     out = np.empty((len(windows), 3, *size), np.float32)
     for window, image in zip(windows, out, strict=True):
         NoiseField(window.seed, window.size, window=size, top=window.top, left=window.left, lane=window.lane).fill(

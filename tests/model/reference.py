@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from diffiqa.engine.schedule import Kind
 from diffiqa.model.config import ModelConfig, Norm, SwinConfig, UNetConfig, VCGConfig, VDAConfig, ViTConfig
-from diffiqa.runtime.schedule import Kind
 
 Array = npt.NDArray[np.float64]
 Weights = Mapping[str, Array]

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffiqa.engine.noise import NoiseField
+from diffiqa.engine.schedule import Kind, Schedule, Taps
 from diffiqa.model.config import PRESETS, ModelConfig, Norm, SwinConfig, UNetConfig, VCGConfig, VDAConfig, ViTConfig
 from diffiqa.model.network import DiffV2IQA, build
 from diffiqa.model.resnet import ResNet
 from diffiqa.model.unet import UNet
 from diffiqa.model.vit import ViT
-from diffiqa.runtime.noise import NoiseField
-from diffiqa.runtime.sampler import restore
-from diffiqa.runtime.schedule import Kind, Schedule, Taps
+from diffiqa.runtime.host.sampler import restore
 
 from . import reference as ref
 

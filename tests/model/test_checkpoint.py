@@ -13,23 +13,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from diffiqa.engine.codec import encode
+from diffiqa.engine.manifest import Source
+from diffiqa.engine.schedule import Kind
 from diffiqa.errors import CheckpointError, ConfigError, DiffiqaError, OutputError, UsageError
 from diffiqa.model import checkpoint
 from diffiqa.model.checkpoint import load, save_bundle
-from diffiqa.model.config import (
-    PRESETS,
-    ModelConfig,
-    Norm,
-    SwinConfig,
-    UNetConfig,
-    VCGConfig,
-    VDAConfig,
-    ViTConfig,
-)
+from diffiqa.model.config import PRESETS, ModelConfig, Norm, SwinConfig, UNetConfig, VCGConfig, VDAConfig, ViTConfig
 from diffiqa.model.network import DiffV2IQA, build, count_parameters
-from diffiqa.runtime.codec import encode
-from diffiqa.runtime.manifest import Source
-from diffiqa.runtime.schedule import Kind
 
 Weights = dict[str, Tensor]
 

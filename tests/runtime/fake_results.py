@@ -7,19 +7,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
-from diffiqa.runtime.crops import crop_grid
-from diffiqa.runtime.manifest import (
-    CropPolicy,
-    FileEntry,
-    Manifest,
-    Provenance,
-    ScoreMeaning,
-    Source,
-    Stage,
-    StageName,
-)
+from diffiqa.engine.crops import crop_grid
+from diffiqa.engine.manifest import CropPolicy, FileEntry, Manifest, Provenance, ScoreMeaning, Source, Stage, StageName
+from diffiqa.engine.schedule import Kind, Schedule, Taps
 from diffiqa.runtime.results import CropScore, Mode, Pictures, Score
-from diffiqa.runtime.schedule import Kind, Schedule, Taps
 
 CROP = 224
 CELL = 8

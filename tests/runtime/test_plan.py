@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from diffiqa.runtime.manifest import Manifest, read_manifest
+from diffiqa.engine.manifest import Manifest, read_manifest
 from diffiqa.runtime.plan import OVERLAP, TILE, TILE_STEP, Plan, make_plan
 from diffiqa.runtime.results import Mode, Options
 

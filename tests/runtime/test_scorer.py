@@ -14,11 +14,11 @@ from PIL import Image
 
 import diffiqa
 from diffiqa import Failure, ImageError, Mode, Options, Score, Scorer, UsageError
+from diffiqa.engine.schedule import Kind
 from diffiqa.errors import BackendError
 from diffiqa.runtime import scorer as scorer_module
-from diffiqa.runtime.onnx_backend import OnnxSettings
+from diffiqa.runtime.host.onnx_stage import OnnxSettings
 from diffiqa.runtime.results import Picture
-from diffiqa.runtime.schedule import Kind
 from diffiqa.runtime.scorer import load, to_plane
 
 from ..tiny import photo

@@ -8,7 +8,7 @@ from xml.sax.saxutils import escape
 import numpy as np
 from scipy.io import savemat
 
-from diffiqa.training.datasets import CSIQ_TYPES
+from diffiqa.data.datasets import CSIQ_TYPES
 
 
 def touch(path: Path) -> None:

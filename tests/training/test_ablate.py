@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from diffiqa.engine.codec import encode
+from diffiqa.engine.schedule import Kind
 from diffiqa.errors import ConfigError
 from diffiqa.model.config import PRESETS
-from diffiqa.runtime.codec import encode
-from diffiqa.runtime.schedule import Kind
 from diffiqa.tests.tiny import TINY
 from diffiqa.training import ablate as module
 from diffiqa.training.ablate import read_recipes

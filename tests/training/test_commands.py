@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from diffiqa.engine.codec import encode
 from diffiqa.model.checkpoint import load
-from diffiqa.runtime.codec import encode
 from diffiqa.tests.tiny import TINY
 from diffiqa.training.cli import train
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffiqa.data.datasets import DatasetError
 from diffiqa.errors import OutputError
 from diffiqa.tests.tiny import photo
 from diffiqa.training import photos
-from diffiqa.training.datasets import DatasetError
 from diffiqa.training.photos import LIST, detailed, gather, parts_in
 
 COPYRIGHT = """Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/

@@ -8,8 +8,8 @@ import PIL.Image
 import pytest
 from click.testing import CliRunner
 
+from diffiqa.data.datasets import DatasetError
 from diffiqa.training.cli import train
-from diffiqa.training.datasets import DatasetError
 from diffiqa.training.plot import COLOURS, Points, draw_runs, draw_scatter, make_axis, tick_text
 
 

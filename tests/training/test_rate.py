@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffiqa.data.datasets import DatasetError, load_csv
+from diffiqa.data.distortions import DISTORTIONS
+from diffiqa.data.fullref import PseudoScale, measure
+from diffiqa.data.splits import Split
 from diffiqa.errors import ConfigError, OutputError
 from diffiqa.runtime.images import read_image
-from diffiqa.training.datasets import DatasetError, load_csv
-from diffiqa.training.distortions import DISTORTIONS
-from diffiqa.training.fullref import PseudoScale, measure
 from diffiqa.training.rate import Amount, rate
-from diffiqa.training.splits import Split
 
 from .synthetic import picture
 

@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffiqa.data.datasets import DatasetError
+from diffiqa.data.distortions import DISTORTIONS, LEVELS, Distortion
+from diffiqa.engine.schedule import Schedule
 from diffiqa.errors import ConfigError
 from diffiqa.model.config import ModelConfig, preset
-from diffiqa.runtime.schedule import Schedule
 from diffiqa.tests.tiny import photo
 from diffiqa.training.config import Loss, Optimisation, RestoreConfig, parse_config, read_config
-from diffiqa.training.crops import Pictures, to_network
-from diffiqa.training.datasets import DatasetError
-from diffiqa.training.distortions import DISTORTIONS, LEVELS, Distortion
 from diffiqa.training.loop import Conduct, train
+from diffiqa.training.pictures import Pictures, to_network
 from diffiqa.training.restore import (
     Gain,
     distorted_crop,

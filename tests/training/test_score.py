@@ -8,25 +8,18 @@ import numpy as np
 import pytest
 import torch
 
+from diffiqa.data.datasets import DatasetError
+from diffiqa.engine.crops import Crop
+from diffiqa.engine.schedule import Kind, Schedule, Taps
 from diffiqa.errors import CheckpointError, ConfigError, OutputError
 from diffiqa.model.checkpoint import load
 from diffiqa.model.config import ModelConfig, SwinConfig, UNetConfig, VCGConfig, ViTConfig
 from diffiqa.model.network import DiffV2IQA, build
-from diffiqa.runtime.crops import Crop
-from diffiqa.runtime.schedule import Kind, Schedule, Taps
 from diffiqa.tests.tiny import TINY, photo
 from diffiqa.training.config import Optimisation, Rates, Reporting, ScoreConfig
-from diffiqa.training.crops import Pictures
-from diffiqa.training.datasets import DatasetError
 from diffiqa.training.loop import Conduct, read_checkpoint, train
-from diffiqa.training.score import (
-    Rated,
-    Restorations,
-    ScoreTask,
-    ranking_loss,
-    restoration_key,
-    run_score,
-)
+from diffiqa.training.pictures import Pictures
+from diffiqa.training.score import Rated, Restorations, ScoreTask, ranking_loss, restoration_key, run_score
 from diffiqa.training.start import weights_digest
 
 from .runs import CPU, restore_config, write_photos

@@ -1,0 +1,1 @@
+"""Pictures with labels: published data sets, splits, synthetic damage, full-reference metrics."""

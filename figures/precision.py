@@ -1,0 +1,325 @@
+"""Precisions of the trained `mini`: how far scores of held-out pictures move, how large, how fast on the CPU.
+
+    python figures/precision.py scores --labels rated/labels.csv --split rated/split.json [--images 200]
+    python figures/precision.py speed
+    python figures/precision.py sizes
+    python figures/precision.py engines
+    python figures/precision.py verify --labels rated/labels.csv --split rated/split.json
+
+`scores` (results/precision.json) takes pictures of the part "test" that `iqa-train rate` made, calibrates on 16 of the
+part "train", and scores each picture in all precisions in turn: one crop, restored by itself. int8 is of all stages,
+mixed of those that `--precision mixed` takes. fp16, bf16 and fp8 are emulated, every result rounded as the plan of
+`iqa-build` says (fp8: of all stages, the rest in fp16), because no CPU computes in them as TensorRT does: their scores
+count, their times do not. `speed` (results/precision-speed.json) runs the full-size U-Net step, float32 and int8 in
+turn, on seeded weights, beside OpenVINO and ONNX Runtime with its default settings, whose threads wait busily: time and
+sizes, nothing about scores. `sizes` (results/precision-sizes.json) has those of all
+its stages. `engines` (results/precision-engines.json) builds `mini` with TensorRT-RTX, and has what its engines weigh.
+`verify` (results/precision-verify.json) is how long iqa-verify takes over 20 of the pictures.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from record import ROOT, write
+
+from diffiqa.bench.contenders import DefaultStage
+from diffiqa.calibration.mixed import Trial, choose_stages
+from diffiqa.calibration.pictures import draw
+from diffiqa.calibration.quantise import Recipe, quantise_engine, quantise_stage
+from diffiqa.calibration.statistics import Recorder, StageStatistics, collect, watched
+from diffiqa.data.datasets import Item, load_csv
+from diffiqa.data.splits import Split
+from diffiqa.engine.manifest import EngineDirectory, Library, Precision, StageName, open_engine
+from diffiqa.errors import DiffiqaError
+from diffiqa.evaluation.correlation import plcc, srcc
+from diffiqa.export.engine import export_engine, one_image
+from diffiqa.export.macs import macs_by_node
+from diffiqa.export.precision import PrecisionPlan
+from diffiqa.export.tensorrt import BuildOptions, build_engines
+from diffiqa.model.checkpoint import load as load_checkpoint
+from diffiqa.runtime.backends import load_stages
+from diffiqa.runtime.host.onnx_stage import OnnxSettings, OnnxStage
+from diffiqa.runtime.host.openvino_stage import OpenVinoSettings, OpenVinoStage
+from diffiqa.runtime.results import Mode, Options
+from diffiqa.runtime.scorer import Scorer
+from diffiqa.verify.sides import Given, chosen_plan, emulated_side
+
+CALIBRATION_IMAGES = 16
+VERIFIED_IMAGES = 20
+# The emulation of each takes as long as that of fp16, and nobody builds for them by default.
+FEWER_IMAGES = 25
+FEWER = {"bf16", "fp8"}
+OPTIONS = Options(crops=1, mode=Mode.CROP)
+SEED = 11
+
+
+def main() -> None:
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("--ckpt", type=Path, default=ROOT / "models" / "mini" / "model.safetensors")
+    pictures = argparse.ArgumentParser(add_help=False, parents=[model])
+    pictures.add_argument("--labels", type=Path, required=True)
+    pictures.add_argument("--split", type=Path, required=True)
+    scores = commands.add_parser("scores", parents=[pictures])
+    scores.set_defaults(measure=measure_scores)
+    scores.add_argument("--images", type=int, default=200)
+    scores.add_argument("--no-int8", action="store_true", help="Leave 8 bits out, and with them the calibration.")
+    verify = commands.add_parser("verify", parents=[pictures])
+    verify.set_defaults(measure=measure_verify)
+    commands.add_parser("sizes").set_defaults(measure=measure_sizes)
+    commands.add_parser("engines", parents=[model]).set_defaults(measure=measure_engines)
+    speed = commands.add_parser("speed")
+    speed.set_defaults(measure=measure_speed)
+    speed.add_argument("--steps", type=int, default=12, help="Timed steps of each kind.")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        given.measure(given, Path(folder))
+
+
+def measure_scores(given: argparse.Namespace, folder: Path) -> None:
+    """Score the same pictures in each precision."""
+    labels, split = load_csv(given.labels), Split.read(given.split)
+    chosen = drawn(split.items(labels, "test"), given.images)
+    export_engine(load_checkpoint(given.ckpt), folder / "fp32")
+    trials: list[Trial] = []
+    taken: dict[str, list[StageName]] = {}
+    if not given.no_int8:
+        items = drawn(split.items(labels, "train"), CALIBRATION_IMAGES)
+        trials, taken = quantise_all(folder, [item.path for item in items])
+    written = {name: open_engine(folder / name) for name in ("fp32", *taken)}
+    engines = {name: engine for name, engine in written.items() if name != "fp8"}  # which is emulated
+    settings = OnnxSettings()
+    scorers = {name: Scorer(e.manifest, load_stages(e, settings), backend=name) for name, e in engines.items()}
+    shares: dict[str, dict[str, float]] = {}
+    for precision in (Precision.FP16, Precision.BF16):
+        scorers[precision], plan = emulated(engines["fp32"], precision, settings)
+        nodes = {stage.name: {kept.node for kept in stage.float32} for stage in plan.stages}
+        shares[precision] = share_of_macs(engines["fp32"], nodes)
+    if "fp8" in written:
+        scorers["fp8"], _ = emulated(written["fp8"], Precision.FP16, settings)
+    found: dict[str, list[float]] = {name: [] for name in scorers}
+    seconds: dict[str, list[float]] = {name: [] for name in scorers}
+    for number, item in enumerate(chosen):
+        for name, scorer in scorers.items():
+            if name in FEWER and number >= FEWER_IMAGES:
+                continue
+            start = time.perf_counter()
+            found[name].append(scorer.score(item.path, OPTIONS).score)
+            seconds[name].append(time.perf_counter() - start)
+    rows: dict[str, Any] = {}
+    for name, scores in found.items():
+        rows[name] = beside(found["fp32"][: len(scores)], scores, [item.quality for item in chosen[: len(scores)]])
+        if name in shares:
+            rows[name]["share_of_macs_in_float32"] = shares[name]
+        if name in written:
+            rows[name]["bytes"] = {s.name: s.file.bytes for s in written[name].manifest.stages}
+        if name in engines:
+            rows[name]["seconds_median"] = statistics.median(seconds[name])
+    for name, stages in taken.items():
+        rows[name]["stages_in_8_bits"] = stages
+        if name in engines:
+            rows[name]["speed_over_fp32"] = ratio(seconds["fp32"], seconds[name])
+    figures = {
+        "model": engines["fp32"].manifest.engine_id,
+        "images": len(chosen),
+        "pictures": [f"{item.path.parent.name}/{item.path.name}" for item in chosen],
+        "crops": 1,
+        "mode": OPTIONS.mode,
+        "calibration_images": 0 if given.no_int8 else CALIBRATION_IMAGES,
+        "mixed_trials": [
+            {**dataclasses.asdict(trial), "drift": trial.drift if math.isfinite(trial.drift) else None}
+            for trial in trials
+        ],
+        "precisions": rows,
+    }
+    write("precision", figures)
+
+
+def quantise_all(folder: Path, images: list[Path]) -> tuple[list[Trial], dict[str, list[StageName]]]:
+    """Write 8-bit forms of the engine fp32; return the trials for `mixed`, and the stages of each form written."""
+    collect(folder / "fp32", images, folder)
+    trials = choose_stages(folder / "fp32", folder, images, Recipe.of("int8"))
+    mixed = [trial.stage for trial in trials if trial.taken]
+    written = {}
+    for name, stages in (("int8", list(StageName)), ("mixed", mixed), ("fp8", list(StageName))):
+        try:
+            quantise_engine(folder / "fp32", folder / name, folder, Recipe.of(name), only=stages)
+            written[name] = stages
+        except DiffiqaError as exc:
+            print(f"{name} is left out: {exc}")
+    return trials, written
+
+
+def emulated(engine: EngineDirectory, precision: Precision, settings: OnnxSettings) -> tuple[Scorer, PrecisionPlan]:
+    """Return an engine as `iqa-build` would cast it, and by which plan."""
+    plan = chosen_plan(Given(engine.path, precision=precision), engine)
+    assert plan is not None
+    side = emulated_side(engine, plan, settings)
+    return Scorer(side.manifest, side.stages, backend=precision), plan
+
+
+def beside(reference: list[float], scores: list[float], truth: list[float]) -> dict[str, Any]:
+    """Compare scores with those in float32, and with labels."""
+    drift = np.abs(np.subtract(scores, reference))
+    return {
+        "images": len(scores),
+        "mean_drift": float(drift.mean()),
+        "p99_drift": float(np.quantile(drift, 0.99)),
+        "max_drift": float(drift.max()),
+        "srcc_with_fp32": srcc(scores, reference),
+        "plcc_with_fp32": plcc(scores, reference),
+        "srcc_with_labels": srcc(scores, truth),
+        "scores": [round(score, 7) for score in scores],
+    }
+
+
+def measure_speed(given: argparse.Namespace, folder: Path) -> None:
+    """Run the full-size U-Net step in all ways in turn, on seeded weights and random inputs."""
+    export_engine(load_checkpoint(None, preset="paper", seed=SEED), folder / "fp32")
+    directory = open_engine(folder / "fp32")
+    stage = directory.manifest.stage(StageName.UNET)
+    assert stage is not None
+    fp32, int8 = directory.file(stage.file), folder / "int8.onnx"
+    random = np.random.default_rng(SEED)
+    inputs = {name: random.standard_normal((1, 3, 224, 224)).astype(np.float32) for name in ("y", "condition")}
+    inputs["noise_level"] = np.full((1, 1), 0.5, np.float32)
+    model = onnx.load(fp32)
+    ranges = StageStatistics.empty(watched(model), directory.manifest.schedule.steps)
+    others = {name: random.standard_normal(array.shape).astype(np.float32) for name, array in inputs.items()}
+    others["noise_level"] = np.full((1, 1), 0.5, np.float32)  # the same step: there are ranges of no other
+    Recorder(directory, StageName.UNET, ranges).bind(others, {"noise": np.empty((1, 3, 224, 224), np.float32)})()
+    onnx.save_model(quantise_stage(model, stage, ranges, Recipe.of("int8"))[0], int8)
+    plain, busy = OnnxSettings(), OnnxSettings(spinning=True)
+    stages = {
+        "fp32": OnnxStage(fp32, plain),
+        "int8": OnnxStage(int8, plain),
+        "fp32, spinning": OnnxStage(fp32, busy),
+        "int8, spinning": OnnxStage(int8, busy),
+        "openvino fp32": OpenVinoStage(fp32, OpenVinoSettings()),
+        "openvino bf16": OpenVinoStage(fp32, OpenVinoSettings(precision="bf16")),
+        "onnxruntime's defaults": DefaultStage(fp32),
+    }
+    noise = {name: np.empty((1, 3, 224, 224), np.float32) for name in stages}
+    calls = {name: stage.bind(inputs, {"noise": noise[name]}) for name, stage in stages.items()}
+    wall: dict[str, list[float]] = {name: [] for name in calls}
+    cpu: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(given.steps + 1):
+        for name, call in calls.items():
+            time.sleep(0.1)  # threads that wait busily give up after some milliseconds
+            start, used = time.perf_counter(), time.process_time()
+            call()
+            if number:  # the first warms up
+                wall[name].append(time.perf_counter() - start)
+                cpu[name].append(time.process_time() - used)
+    error = noise["int8"] - noise["fp32"]
+    figures = {
+        "preset": "paper",
+        "size": [224, 224],
+        "wall_seconds": wall,
+        "cpu_seconds": cpu,
+        "speed_over_fp32": ratio(wall["fp32"], wall["int8"]),
+        "speed_over_defaults": {name: ratio(wall["onnxruntime's defaults"], seconds) for name, seconds in wall.items()},
+        "cpu_time_over_fp32": ratio(cpu["fp32"], cpu["int8"]),
+        "bytes": {"fp32": fp32.stat().st_size, "int8": int8.stat().st_size},
+        "relative_rms_error": float(np.sqrt(np.mean(error**2) / np.mean(noise["fp32"] ** 2))),
+    }
+    write("precision-speed", figures)
+
+
+def measure_sizes(given: argparse.Namespace, folder: Path) -> None:
+    """Quantise all stages of the full-size network, by no ranges at all: sizes do not depend on them."""
+    export_engine(load_checkpoint(None, preset="paper", seed=SEED), folder / "fp32")
+    directory = open_engine(folder / "fp32")
+    sizes = {}
+    for stage in directory.manifest.stages:
+        model = onnx.load(directory.file(stage.file))
+        nothing = StageStatistics.empty(watched(model), directory.manifest.schedule.steps)
+        made, _ = quantise_stage(model, stage, nothing, Recipe.of("int8"))
+        sizes[stage.name.value] = {"fp32": stage.file.bytes, "int8": made.ByteSize()}
+    write("precision-sizes", {"preset": "paper", "bytes": sizes})
+
+
+def measure_engines(given: argparse.Namespace, folder: Path) -> None:
+    """Build `mini` with TensorRT-RTX in each precision, portable, for one crop, and add up its engines."""
+    (folder / "pictures").mkdir()
+    export_engine(load_checkpoint(given.ckpt), folder / "fp32")
+    directory = open_engine(folder / "fp32")
+    draw(folder / "pictures", directory.manifest.crop.size)
+    collect(folder / "fp32", sorted((folder / "pictures").iterdir()), folder)
+    builds = [(str(precision), "fp32", precision) for precision in Precision]
+    for number in ("int8", "fp8"):
+        quantise_engine(folder / "fp32", folder / number, folder, Recipe.of(number, "tensorrt"))
+        builds.append((number, number, Precision.FP16))
+    size = f"{directory.manifest.crop.size}x{directory.manifest.crop.size}"
+    found, version = {}, ""
+    for name, engine, precision in builds:
+        options = BuildOptions(Library.TENSORRT_RTX, precision, batches=("1",), sizes=(size,))
+        build, _ = build_engines(folder / engine, options)
+        found[name] = {stage.name.value: stage.file.bytes for stage in build.stages}
+        version = build.version
+    write("precision-engines", {"library": f"TensorRT-RTX {version}", "size": size, "bytes": found})
+
+
+def measure_verify(given: argparse.Namespace, folder: Path) -> None:
+    """Verify the fp16 plan, emulated, with the command as a user would."""
+    chosen = drawn(Split.read(given.split).items(load_csv(given.labels), "test"), VERIFIED_IMAGES)
+    export_engine(load_checkpoint(given.ckpt), folder / "fp32")
+    command = ["-m", "diffiqa.cli", "verify", "--engine", str(folder / "fp32"), "--precision", "fp16"]
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *command, "--json", str(folder / "found.json"), *(str(item.path) for item in chosen)],
+        check=False,
+    )
+    seconds = time.perf_counter() - start
+    # Checks name pictures: as the labels do, not by where they lie on this machine.
+    found = (folder / "found.json").read_text(encoding="utf-8").replace(f"{given.labels.parent}/", "")
+    figures = {
+        "images": len(chosen),
+        "precision": "fp16",
+        "seconds": seconds,
+        "exit_code": done.returncode,
+        "checks": json.loads(found)["checks"],
+    }
+    write("precision-verify", figures)
+
+
+def drawn(items: Sequence[Item], count: int) -> list[Item]:
+    """Return some of the items, of all photographs alike; the same ones every time."""
+    order = np.random.default_rng(SEED).permutation(len(items))[:count]
+    return [items[index] for index in sorted(order)]
+
+
+def share_of_macs(directory: EngineDirectory, kept: Mapping[StageName, Collection[str]]) -> dict[str, float]:
+    """Return which share of each stage's MACs, for one crop, is done by these nodes."""
+    crop, shares = directory.manifest.crop.size, {}
+    for stage in directory.manifest.stages:
+        shapes = one_image({spec.name: spec.shape for spec in stage.inputs}, crop)
+        model = onnx.load(directory.file(stage.file))
+        macs = macs_by_node(model, shapes)
+        heavy = {node.name for node in model.graph.node if node.op_type in {"Conv", "MatMul", "Gemm"}}
+        assert heavy <= macs.keys(), "folding shapes has renamed nodes, which would count as nothing"
+        shares[stage.name.value] = sum(macs[node] for node in kept[stage.name]) / sum(macs.values())
+    return shares
+
+
+def ratio(ours: list[float], theirs: list[float]) -> float:
+    """Return the median of pairwise ratios: both ran in turn, so what slows the machine slows both."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+if __name__ == "__main__":
+    main()

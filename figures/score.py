@@ -1,0 +1,254 @@
+"""Scoring on the CPU: the loop's overhead, start-up, busy waiting, memory, a 24-megapixel JPEG, one full-size image.
+
+    python figures/score.py overhead startup spin memory tables large full full-memory
+
+Each named part writes results/score-PART.json. Engines are exported as needed: the `mini` preset, `paper` for `full`.
+"""
+
+import dataclasses
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+from PIL import Image
+from record import write
+
+from diffiqa.engine.manifest import open_engine
+from diffiqa.engine.schedule import Schedule, Taps
+from diffiqa.export.engine import export_engine
+from diffiqa.model.checkpoint import load as load_checkpoint
+from diffiqa.model.network import build
+from diffiqa.runtime.backends import load_stages
+from diffiqa.runtime.executor import Call, StageRunner
+from diffiqa.runtime.host.onnx_stage import OnnxSettings, OnnxStage
+from diffiqa.runtime.images import synthetic as photo
+from diffiqa.runtime.results import Options, Score
+from diffiqa.runtime.scorer import Scorer, load
+
+STARTUP = """
+import time; start = time.perf_counter()
+import sys, diffiqa, numpy as np
+with diffiqa.load(sys.argv[1]) as scorer:
+    loaded = time.perf_counter()
+    scorer.score(np.load(sys.argv[2]))
+    print(loaded - start, time.perf_counter() - start)
+"""
+
+# Exporting would leave its own, higher peak behind: what is measured runs in a process that only scores.
+LARGE = """
+import re, sys, diffiqa, numpy as np
+# Not getrusage: a process inherits the peak of the one that started it.
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+options = diffiqa.Options(crops=4)
+with diffiqa.load(sys.argv[1]) as scorer:
+    scorer.score(np.zeros((224, 224, 3), np.uint8), options)
+    small = peak()
+    result = scorer.score(sys.argv[2], options)
+    print(small, peak(), result.mode, result.seconds)
+"""
+
+FULL = """
+import re, sys, diffiqa, numpy as np
+with diffiqa.load(sys.argv[1]) as scorer:
+    result = scorer.score(np.random.default_rng(1).integers(0, 256, (224, 224, 3)).astype(np.uint8))
+    print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1], result.seconds)
+"""
+
+
+def export(preset: str, folder: Path) -> Path:
+    """Export a preset with seeded weights."""
+    export_engine(load_checkpoint(None, preset=preset, seed=0), folder / preset)
+    return folder / preset
+
+
+class TimedStage:
+    """A stage whose calls add up their time."""
+
+    def __init__(self, stage: StageRunner, spent: list[float]) -> None:
+        self._stage, self._spent = stage, spent
+
+    def bind(self, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> Call:  # type: ignore[type-arg]
+        """Bind the wrapped stage."""
+        call = self._stage.bind(inputs, outputs)
+
+        def timed() -> None:
+            start = time.perf_counter()
+            call()
+            self._spent[0] += time.perf_counter() - start
+
+        return timed
+
+
+def overhead(engine: Path, sizes: list[tuple[int, int]], rounds: int) -> dict[str, object]:
+    """Return the share of time that is not ONNX Runtime's, over warm runs on images of several sizes."""
+    directory, spent = open_engine(engine), [0.0]
+    stages = {name: TimedStage(stage, spent) for name, stage in load_stages(directory, OnnxSettings()).items()}
+    scorer = Scorer(directory.manifest, stages, backend="timed")  # type: ignore[arg-type]
+    samples = []
+    for height, width in sizes:
+        picture = photo(height, height, width)
+        for index in range(rounds + 1):
+            spent[0], start = 0.0, time.perf_counter()
+            scorer.score(picture)
+            total = time.perf_counter() - start
+            if index:  # the first run of a size binds and warms up
+                samples.append({"size": [height, width], "seconds": total, "in_onnxruntime": spent[0]})
+    shares = [1 - s["in_onnxruntime"] / s["seconds"] for s in samples]  # type: ignore[operator]
+    return {"overhead_percent_median": round(100 * float(np.median(shares)), 2), "samples": samples}
+
+
+def part_overhead(folder: Path) -> dict[str, object]:
+    """Everything but the ONNX Runtime calls: decoding from an array, noise, sampler, crops, reduction."""
+    return overhead(export("mini", folder), [(224, 224), (384, 320)], 5)
+
+
+def part_startup(folder: Path) -> dict[str, object]:
+    """Fresh processes: import, load and check the engine, first score of a 224×224 image."""
+    engine, array = export("mini", folder), folder / "image.npy"
+    np.save(array, photo(1, 224, 224))
+    runs = []
+    for _ in range(5):
+        start = time.perf_counter()
+        command = [sys.executable, "-c", STARTUP, str(engine), str(array)]
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        runs.append({"loaded": float(out[0]), "first_score": float(out[1]), "process": time.perf_counter() - start})
+    return {"first_score_seconds_median": round(float(np.median([r["first_score"] for r in runs])), 2), "runs": runs}
+
+
+def part_memory(folder: Path) -> dict[str, object]:
+    """Resident memory over 1,000 images of five sizes, with `mini`'s networks and 3 steps instead of 50."""
+    model = build(load_checkpoint(None, preset="mini", seed=0).model.config, 0)
+    model.config = dataclasses.replace(model.config, schedule=Schedule(steps=3), taps=Taps(t1=1, t2=2))
+    loaded = dataclasses.replace(load_checkpoint(None, preset="mini", seed=0), model=model)
+    export_engine(loaded, folder / "short")
+    sizes = [(224, 224), (240, 320), (256, 256), (224, 400), (333, 250)]
+    pictures = [photo(i, *size) for i, size in enumerate(sizes)]
+    resident = []
+    with load(folder / "short") as scorer:
+        stream = (pictures[i % len(pictures)] for i in range(1000))
+        for index, result in enumerate(scorer.stream(stream, Options(crops=4))):
+            assert isinstance(result, Score)
+            if index >= 100 and index % 50 == 49:
+                resident.append(_resident_mib())
+    drift = 100 * (max(resident) / resident[0] - 1)
+    return {"images": 1000, "resident_mib": resident, "growth_percent_after_image_150": round(drift, 2)}
+
+
+def part_tables(folder: Path) -> dict[str, object]:
+    """What precomputing everything that depends on the step alone could save: the noise level as a constant."""
+    path = export("mini", folder) / "onnx" / "unet.onnx"
+    model = onnx.load(path)
+    model.graph.input.remove(next(v for v in model.graph.input if v.name == "noise_level"))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.full((1, 1), 0.4, np.float32), "noise_level"))
+    onnx.save(model, folder / "constant.onnx")
+    rows = np.random.default_rng(0).standard_normal((3, 1, 3, 224, 224)).astype(np.float32)
+    images, level = {"y": rows[0], "condition": rows[1]}, {"noise_level": np.full((1, 1), 0.4, np.float32)}
+    base = OnnxStage(path, OnnxSettings()).bind({**images, **level}, {"noise": rows[2]})
+    constant = OnnxStage(folder / "constant.onnx", OnnxSettings()).bind(images, {"noise": rows[2]})
+    ratios = []
+    for index in range(60):  # in turn, so that drift of the machine hits both
+        times = []
+        for call in (base, constant):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        if index >= 5:
+            ratios.append(times[0] / times[1])
+    return {"seconds_per_step_base_over_constant_median": round(float(np.median(ratios)), 4), "ratios": ratios}
+
+
+def part_spin(folder: Path) -> dict[str, object]:
+    """Busy waiting (`--spin`) beside none, a step of `mini`'s U-Net: alone, and beside a process that never waits."""
+    path = export("mini", folder) / "onnx" / "unet.onnx"
+    found = []
+    for side in (112, 224):
+        rows = np.random.default_rng(0).standard_normal((3, 1, 3, side, side)).astype(np.float32)
+        inputs = {"y": rows[0], "condition": rows[1], "noise_level": np.full((1, 1), 0.4, np.float32)}
+        calls = [
+            OnnxStage(path, OnnxSettings(spinning=spin)).bind(inputs, {"noise": rows[2]}) for spin in (False, True)
+        ]
+        alone = _seconds_in_turn(calls)
+        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+            beside = _seconds_in_turn(calls)
+            busy.kill()
+        for condition, (waiting, spinning) in (("alone", alone), ("beside a busy process", beside)):
+            ratio = float(np.median(np.divide(spinning, waiting)))
+            found.append({"side": side, "condition": condition, "ratio": ratio, "seconds": [waiting, spinning]})
+    return {"cases": found}
+
+
+def _seconds_in_turn(calls: list[Call], rounds: int = 25, repeats: int = 5) -> list[list[float]]:
+    """Return the seconds of `repeats` calls in a row, as the loop makes them, for each call in turn."""
+    spent: list[list[float]] = [[] for _ in calls]
+    for index in range(rounds + 1):
+        for call, seconds in zip(calls, spent, strict=True):
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            if index:  # the first warms up
+                seconds.append(time.perf_counter() - start)
+    return spent
+
+
+def part_large(folder: Path) -> dict[str, object]:
+    """A 24-megapixel JPEG, four crops, in a process that scored a 224×224 image before: peaks of both."""
+    engine, photograph = export("mini", folder), folder / "large.jpg"
+    Image.fromarray(photo(3, 4000, 6000)).save(photograph, "JPEG", quality=90)
+    command = [sys.executable, "-c", LARGE, str(engine), str(photograph)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    small, large = int(out[0]) / 1024, int(out[1]) / 1024
+    return {
+        "pixels": [6000, 4000],
+        "mode": out[2],
+        "crops": 4,
+        "seconds": round(float(out[3]), 1),
+        "peak_mib_small": round(small),
+        "peak_mib_above_a_small_image": round(large - small),
+    }
+
+
+def part_full(folder: Path) -> dict[str, object]:
+    """One 224×224 image through all 50 steps of the full-size network, after a first one, and the loop's overhead."""
+    return overhead(export("paper", folder), [(224, 224)], 1)
+
+
+def part_full_memory(folder: Path) -> dict[str, object]:
+    """Peak memory of a process that scores one 224×224 image with the full-size engine."""
+    return full_memory(export("paper", folder))
+
+
+def full_memory(engine: Path) -> dict[str, object]:
+    """Return the peak of a scoring process beside the size of its engine's networks."""
+    command = [sys.executable, "-c", FULL, str(engine)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    size = sum(file.stat().st_size for file in engine.rglob("*.onnx")) / 2**20
+    return {"peak_mib": round(int(out[0]) / 1024), "engine_mib": round(size), "seconds": round(float(out[1]), 1)}
+
+
+def _resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return round(pages * resource.getpagesize() / 2**20, 1)
+
+
+PARTS: dict[str, Callable[[Path], dict[str, object]]] = {
+    name.removeprefix("part_").replace("_", "-"): function
+    for name, function in list(globals().items())
+    if name.startswith("part_")
+}
+
+
+def main() -> None:
+    """Run the parts named on the command line, all by default."""
+    for name in sys.argv[1:] or list(PARTS):
+        with tempfile.TemporaryDirectory() as folder:
+            write(f"score-{name}", PARTS[name](Path(folder)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""`iqa-run`: many images in; records, tables and files out."""

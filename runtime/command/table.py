@@ -1,0 +1,173 @@
+"""What people see on a terminal: the table of results with what its numbers mean, and the progress bar."""
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
+
+from ...engine.manifest import ScoreMeaning
+from .records import Record, emit
+
+NAME_WIDTH = 24  # what names have at least: other columns than the score give way, from the right
+SPACING = 2
+
+
+def show_table(records: Sequence[Record], meaning: ScoreMeaning, summary: str, stream: TextIO) -> None:
+    """Write records as a table as wide as the terminal. Colours only on a terminal, and not with NO_COLOR."""
+    console = _console(stream)
+    with console.capture() as capture:
+        if scored := [record for record in records if record.score is not None]:
+            console.print(_table(scored, console.width))
+        for record in records:
+            if record.score is None:
+                console.print(Text(f"failed: {printable(_error(record))}", "red"))
+        direction = "higher is better" if meaning.higher_is_better else "lower is better"
+        scale = f"{direction} · {meaning.minimum:g} to about {meaning.nominal_maximum:g}"
+        if meaning.trained:
+            console.print(Text(f"Score: {scale} · {printable(meaning.meaning)}"))
+        else:
+            console.print(Text(f"Score: {scale}"))
+            console.print(Text(f"UNTRAINED ENGINE · {printable(meaning.meaning)}", "bold yellow"))
+        console.print(Text(summary))
+    # A terminal that knows no `×` shows `?` rather than ending a long run with an error.
+    encoding = stream.encoding or "utf-8"
+    emit(stream.buffer, capture.get().encode(encoding, "replace"))
+
+
+def summary_line(records: Sequence[Record], *, seconds: float | None = None, resumed: int = 0) -> str:
+    """Return how many images have a score, what these are like, and how fast they came.
+
+    `resumed` of the records are from an earlier run; `seconds` is what the others took together.
+    """
+    scores = [record.score for record in records if record.score is not None]
+    failed = len(records) - len(scores)
+    parts = [f"{len(scores)} scored" + (f", {failed} failed" if failed else "")]
+    if resumed:
+        parts[0] += f" ({resumed} by an earlier run)"
+    if scores:
+        mean, median = statistics.fmean(scores), statistics.median(scores)
+        parts.append(f"mean {mean:.4f}, median {median:.4f}, min {min(scores):.4f}, max {max(scores):.4f}")
+    if seconds and len(records) > resumed:
+        parts.append(rate_text((len(records) - resumed) / seconds))
+    return " · ".join(parts)
+
+
+def rate_text(images_per_second: float) -> str:
+    """Return a speed in the unit that makes it a handy number."""
+    if images_per_second >= 1:
+        return f"{images_per_second:.1f} images/s"
+    return f"{images_per_second * 60:.1f} images/min"
+
+
+def printable(text: str) -> str:
+    """Return text that no terminal takes as a command: control characters, surrogates and such as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class Progress:
+    """A bar on standard error with count, speed, time left and failures; nothing if that is no terminal, or `quiet`.
+
+    Be quiet too while records stream to a terminal on standard output: they and the bar would write over each other.
+    """
+
+    def __init__(self, total: int | None, *, done: int = 0, quiet: bool = False, stream: TextIO | None = None) -> None:
+        console = _console(stream or sys.stderr)
+        columns = ("{task.fields[pace]}", "[red]{task.fields[failures]}")
+        self._bar = Bar(
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            *map(TextColumn, columns),
+            console=console,
+            disable=quiet or not console.is_terminal or console.is_dumb_terminal,
+            redirect_stdout=False,  # rich would send standard output to this console, away from its pipe
+            refresh_per_second=4,  # next to nothing on the cores that score
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=total, completed=done, pace="", failures="")
+        self._total, self._done = total, done
+        self._count = self._failures = 0
+        self._start = time.monotonic()
+
+    def advance(self, record: Record) -> None:
+        """Count one more image."""
+        self._count += 1
+        self._failures += record.score is None
+        # Over the whole run: rich's own estimate forgets images after 30 s, and one may take minutes.
+        rate = self._count / max(time.monotonic() - self._start, 1e-9)
+        pace = rate_text(rate)
+        if self._total is not None:
+            pace += f", {_duration((self._total - self._done - self._count) / rate)} left"
+        failures = f"{self._failures} failed" if self._failures else ""
+        self._bar.update(self._task, advance=1, pace=pace, failures=failures)
+
+    def __enter__(self) -> Self:
+        self._start = time.monotonic()
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._bar.disable:  # a disabled bar still ends with an empty line
+            self._bar.stop()
+
+
+def _console(stream: TextIO) -> Console:
+    terminal = stream.isatty()
+    plain = not terminal or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+    # Without a colour system rich writes no styles at all; its own `no_color` keeps the escapes for bold.
+    return Console(file=stream, force_terminal=terminal, color_system=None if plain else "auto", highlight=False)
+
+
+def _table(records: Sequence[Record], width: int) -> Table:
+    numbers = {
+        "score": [_decimals(record.score) for record in records],
+        "VCG": [_decimals(record.vcg) for record in records],
+        "VDA": [_decimals(record.vda) for record in records],
+        "spread": [_decimals(record.spread) for record in records],
+        "size": [f"{record.width}×{record.height}" if record.width else "" for record in records],
+        "time": [f"{record.seconds:.2f} s" if record.seconds is not None else "" for record in records],
+    }
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, SPACING, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("image", overflow="fold")
+    left = width - NAME_WIDTH - SPACING
+    for name, cells in list(numbers.items()):
+        needed = max(map(len, [name, *cells])) + SPACING
+        if name == "score" or (any(cells) and needed <= left):
+            left -= needed
+            table.add_column(name, justify="right", no_wrap=True)
+        else:
+            del numbers[name]
+    for record, *cells in zip(records, *numbers.values(), strict=True):
+        image = Text(printable(record.image))
+        for note in record.notes:
+            image.append("\n" + printable(note), "dim")
+        table.add_row(image, *cells)
+    return table
+
+
+def _error(record: Record) -> str:
+    """Return an error with the name of its image, which most messages have in them."""
+    error = record.error or "no score"
+    return error if record.image in error else f"{record.image}: {error}"
+
+
+def _decimals(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,157 @@
+"""A GPU as plans need it, in a few calls: what an executor asks of a device, and of a stage that is loaded on it.
+
+`Layer` is narrow so that the tests can put another in its place: NumPy arrays for memory, the same kernels compiled by
+a C++ compiler, ONNX Runtime for engines. `cuda.py` has the real one.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ...engine.manifest import BuiltStage, ShapeRange
+from ...kernels.launch import Launch
+
+Array = npt.NDArray[Any]
+Bytes = npt.NDArray[np.uint8]
+Shapes = Mapping[str, tuple[int, ...]]
+Enqueue = Callable[[], None]
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class DeviceMemoryError(MemoryError):
+    """Device memory that is not to be had; the message says how much was asked for, and where."""
+
+
+class BoundStage(Protocol):
+    """An engine with its shapes and addresses set: what a graph may be captured of, as long as they stay."""
+
+    activation_bytes: int  # scratch memory it needs while it runs; stages that run one after the other share theirs
+
+    def use_activation(self, address: int, size: int) -> None:
+        """Set its scratch memory, before the first `enqueue` and never again."""
+
+    def enqueue(self) -> None:
+        """Run on the layer's stream, or become part of what is being captured."""
+
+    def capture_problem(self) -> str | None:
+        """Return why it cannot be captured, if it knows."""
+
+    def close(self) -> None:
+        """Free its context."""
+
+
+class LoadedStage(Protocol):
+    """An engine on the device."""
+
+    # Its profiles say what it takes, not what is worth setting memory aside for: buffers grow with the images.
+    open_ended: bool
+
+    @property
+    def built(self) -> BuiltStage:
+        """Its signature and profiles."""
+
+    def bind(self, profile: int, shapes: Shapes, addresses: Mapping[str, int]) -> BoundStage:
+        """Set input shapes, and the address of every input and output, in a context of its own."""
+
+    def close(self) -> None:
+        """Free it."""
+
+
+class Graph(Protocol):
+    """A captured sequence of launches, ready to run."""
+
+    def launch(self) -> None:
+        """Run it on the layer's stream."""
+
+    def close(self) -> None:
+        """Free it."""
+
+
+class Layer(Protocol):
+    """One device and one stream: all calls take effect in order. Device addresses are multiples of 256.
+
+    Beside it there is a second stream, for `bring` and the memory that this fills: both may be called while another
+    thread captures or waits.
+
+    Raises DeviceMemoryError, or BackendError for whatever else the device refuses.
+    """
+
+    name: str
+
+    def enter(self) -> None:
+        """Make the device the calling thread's; before any other call in a thread."""
+
+    def allocate(self, size: int, *, beside: bool = False) -> int:
+        """Return the address of new device memory, its contents arbitrary."""
+
+    def bring(self, address: int, values: Array) -> None:
+        """Copy pinned `values` to memory that was allocated `beside`, and return when they are there."""
+
+    def free(self, address: int) -> None:
+        """Give back device memory, after what has been launched."""
+
+    def allocate_pinned(self, size: int) -> Bytes:
+        """Return host memory that the device copies from and to by itself."""
+
+    def free_pinned(self, memory: Bytes) -> None:
+        """Give it back; no copy from or to it may be under way."""
+
+    def upload(self, address: int, values: Array) -> None:
+        """Copy to the device. Pinned `values` must stay as they are until `synchronise`; others are taken at once."""
+
+    def download(self, values: Array, address: int) -> None:
+        """Copy from the device; pinned `values` are there after `synchronise`."""
+
+    def launch(self, launch: Launch) -> None:
+        """Launch a kernel, or make it part of what is being captured."""
+
+    def synchronise(self) -> None:
+        """Wait for all that was launched and copied."""
+
+    def mark(self) -> object:
+        """Note the time when the stream comes to here; never while capturing."""
+
+    def seconds_between(self, first: object, last: object) -> float:
+        """Return the time on the device between two marks; after `synchronise`."""
+
+    def begin_capture(self) -> None:
+        """From now on launches of this thread are recorded, not run."""
+
+    def end_capture(self) -> Graph:
+        """Return what was recorded, ready to run."""
+
+    def capture_loop(self, begin: Enqueue, step: Enqueue, progress: int) -> Graph:
+        """Return a graph of `begin`, and of `step` as long as the PROGRESS at that address has steps left.
+
+        Both are called here, once, and launch kernels and engines, nothing else.
+        """
+
+    def abandon_capture(self) -> None:
+        """Drop what is being recorded, if anything is; never raises."""
+
+    def close(self) -> None:
+        """Free the device's stream and all memory; never raises."""
+
+
+def choose_profile(profiles: tuple[dict[str, ShapeRange], ...], shapes: Shapes) -> int | None:
+    """Return the profile that takes these input shapes and spans least, so a static one if there is one; or None."""
+
+    def takes(profile: Mapping[str, ShapeRange]) -> bool:
+        return all(
+            len(shape) == len(profile[name].minimum)
+            and all(
+                low <= n <= high
+                for low, n, high in zip(profile[name].minimum, shape, profile[name].maximum, strict=True)
+            )
+            for name, shape in shapes.items()
+        )
+
+    def largest(index: int) -> int:
+        return sum(math.prod(span.maximum) for span in profiles[index].values())
+
+    fitting = [index for index, profile in enumerate(profiles) if takes(profile)]
+    return min(fitting, key=largest, default=None)

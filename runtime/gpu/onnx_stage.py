@@ -1,0 +1,210 @@
+"""Stages on a device through ONNX Runtime: sessions bound to device addresses, on the layer's stream.
+
+For machines with a GPU and no TensorRT build that fits. Everything around the networks stays as it is with engines;
+the sessions' own scratch memory is ONNX Runtime's, outside our accounts. Its names have not run on a GPU yet.
+"""
+
+import contextlib
+import io
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ...engine.manifest import BuiltStage, Manifest, ShapeRange, Stage, StageName
+from ...errors import BackendError, UsageError, first_line
+from ..executor import StageRunner
+from ..host.onnx_stage import OnnxSettings, OnnxStage, Provider, providers_here
+from .layer import DeviceMemoryError, LoadedStage, Shapes
+
+DEVICE = "cuda"  # ONNX Runtime's name for where the addresses are
+CUDA = "CUDAExecutionProvider"
+# Those whose inputs and outputs are addresses of the GPU that the layer knows.
+GPU_PROVIDERS = (CUDA, "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
+OURS = {
+    "device_id",
+    "user_compute_stream",
+    "has_user_compute_stream",
+    "enable_cuda_graph",
+    "trt_cuda_graph_enable",
+    "nv_cuda_graph_enable",
+}
+BATCH = 8  # crops that go through a network at once: as many as iqa-build takes unless told otherwise
+LARGEST = 65_536  # of an image's sides: what is too large for the memory says so itself
+
+_DEFAULTS = {
+    CUDA: {
+        "cudnn_conv_algo_search": "HEURISTIC",  # left alone it takes the fastest of a measurement: another each time
+        "use_tf32": "0",  # float32 is what the engine was verified in
+        "arena_extend_strategy": "kSameAsRequested",  # powers of two would leave less for our buffers
+    }
+}
+# What is worth a GPU. The small rest (shapes, mostly) ONNX Runtime keeps on the CPU by design.
+_HEAVY = {"Attention", "Conv", "ConvInteger", "Einsum", "Gemm", "MatMul", "MatMulInteger", "QLinearConv", "Softmax"}
+
+# Words of arena, driver and cuDNN for memory that is not there: onnxruntime has no exception of its own for it.
+_NO_MEMORY = ("allocate memory", "available memory", "out of memory", "alloc_failed")
+
+
+class OnnxDeviceStage:
+    """A session whose inputs and outputs are device memory. It takes any size: one profile for crops, one for images,
+    of which it takes `together` at a time.
+
+    `place` is ONNX Runtime's name and number of the device, such as ("cuda", 0).
+    """
+
+    open_ended = True
+
+    def __init__(
+        self, loaded: OnnxStage, stage: Stage, manifest: Manifest, place: tuple[str, int], together: int = 1
+    ) -> None:
+        profiles = _profiles(stage, manifest, together)
+        self.built = BuiltStage(stage.name, stage.file.sha256, stage.file, stage.inputs, stage.outputs, profiles, ())
+        self.loaded: OnnxStage | None = loaded
+        self.place = place
+
+    def bind(self, profile: int, shapes: Shapes, addresses: Mapping[str, int]) -> "_Binding":
+        """Return a binding of its own to these addresses."""
+        return _Binding(self, shapes, addresses)
+
+    def close(self) -> None:
+        """Let go of the session; the bindings free it with its last reference."""
+        self.loaded = None
+
+
+class _Binding:
+    """A session's inputs and outputs at addresses that never change."""
+
+    activation_bytes = 0  # ONNX Runtime allocates its own
+
+    def __init__(self, stage: OnnxDeviceStage, shapes: Shapes, addresses: Mapping[str, int]) -> None:
+        import onnxruntime
+
+        built = stage.built
+        assert stage.loaded is not None  # noqa: S101 — closed by the executor that binds
+        self._name, self._session = built.name, stage.loaded.session
+        self._options = onnxruntime.RunOptions()
+        # The stream keeps the order; the executor waits where it reads.
+        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        sizes = built.sizes(shapes)
+        try:
+            self._binding: Any = self._session.io_binding()
+            for bind, specs in (
+                (self._binding.bind_input, built.inputs),
+                (self._binding.bind_output, built.outputs),
+            ):
+                for spec in specs:
+                    bind(spec.name, *stage.place, np.dtype(spec.dtype).type, spec.at(sizes), addresses[spec.name])
+        except Exception as exc:  # onnxruntime's exceptions share no base class
+            raise _failure(f"onnxruntime cannot bind the {self._name} stage to {dict(shapes)}", exc) from exc
+
+    def use_activation(self, address: int, size: int) -> None:
+        """Never asked for."""
+
+    def enqueue(self) -> None:
+        """Run on the session's stream; on a GPU this returns before it is done."""
+        try:
+            self._session.run_with_iobinding(self._binding, self._options)
+        except Exception as exc:
+            raise _failure(f"onnxruntime failed in the {self._name} stage", exc) from exc
+
+    def capture_problem(self) -> str | None:
+        """Say no: a run allocates, copies shapes to the host and asks its stream, none of which a capture allows."""
+        return "ONNX Runtime's own allocations cannot be captured"
+
+    def close(self) -> None:
+        """Let go of the binding."""
+        self._binding = None
+
+
+def gpu_settings(settings: OnnxSettings | None, ordinal: int, stream: int) -> OnnxSettings:
+    """Return how sessions are set up for a GPU and a stream. Raises UsageError for what is not the user's to say."""
+    asked: list[Provider] = list(settings.providers) if settings else [CUDA]
+    providers: list[Provider] = []
+    for provider in asked:
+        name, given = (provider, {}) if isinstance(provider, str) else provider
+        if name not in GPU_PROVIDERS:
+            raise UsageError(f"the backend onnxruntime-gpu takes the providers {', '.join(GPU_PROVIDERS)}, not {name}")
+        if taken := OURS & set(given):
+            raise UsageError(
+                f"{', '.join(sorted(taken))} of {name} is set here; stream and graphs are ours, and the GPU is chosen "
+                f"with device"
+            )
+        ours = {"device_id": str(ordinal), "user_compute_stream": str(stream)}
+        providers.append((name, {**_DEFAULTS.get(name, {}), **given, **ours}))
+    config = {"session.record_ep_graph_assignment_info": "1", **(settings.session_config if settings else {})}
+    return replace(settings or OnnxSettings(), providers=providers, session_config=config, deterministic=True)
+
+
+def prepare(settings: OnnxSettings | None) -> None:
+    """Raise BackendError, saying how to get them, unless the installed ONNX Runtime has the providers asked for."""
+    found = providers_here()
+    if missing := [name for name in (settings.provider_names if settings else [CUDA]) if name not in found]:
+        raise BackendError(
+            f"this onnxruntime has no {', '.join(missing)}, only {', '.join(found)}; put the package onnxruntime-gpu "
+            f"in the place of onnxruntime: pip uninstall onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        )
+    import onnxruntime
+
+    # CUDA's libraries as pip installs them, which it does not look for by itself (from 1.21 on).
+    if preload := getattr(onnxruntime, "preload_dlls", None):
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints, and stdout is for results
+            preload()
+
+
+def on_device(
+    device: str, ordinal: int, manifest: Manifest, loaded: Mapping[StageName, StageRunner], *, together: int = 1
+) -> dict[StageName, LoadedStage]:
+    """Return stages on a GPU, of sessions set up for it. Raises BackendError if much of one would run on the CPU."""
+    stages: dict[StageName, LoadedStage] = {}
+    for stage in manifest.stages:
+        session = loaded[stage.name]
+        assert isinstance(session, OnnxStage)  # noqa: S101 — set up by `gpu_settings`
+        if heavy := stranded(session):
+            raise BackendError(
+                f"onnxruntime would run nodes of the {stage.name} stage on the CPU, not on {device}: "
+                f"{', '.join(heavy[:3])}{', …' if len(heavy) > 3 else ''}; use the backend onnxruntime for this engine"
+            )
+        stages[stage.name] = OnnxDeviceStage(session, stage, manifest, (DEVICE, ordinal), together)
+    return stages
+
+
+def stranded(loaded: OnnxStage) -> list[str]:
+    """Return the costly nodes that a session runs on the CPU. Raises BackendError where onnxruntime does not tell."""
+    ask = getattr(loaded.session, "get_provider_graph_assignment_info", None)
+    if ask is None:
+        raise BackendError(
+            "this onnxruntime does not say which nodes it runs on the CPU, so a slow run would pass for one on the "
+            "GPU; install onnxruntime-gpu 1.24 or newer"
+        )
+    return [
+        f"{node.op_type} {node.name}"
+        for part in ask()
+        if part.ep_name == "CPUExecutionProvider"
+        for node in part.get_nodes()
+        if node.op_type in _HEAVY
+    ]
+
+
+def _profiles(stage: Stage, manifest: Manifest, together: int) -> tuple[dict[str, ShapeRange], ...]:
+    """Return what a stage takes: crops in batches, and, for the U-Net, images of any size."""
+    kinds, crop, most = len(manifest.kinds), manifest.crop.size, max(BATCH, together)
+    crops = {"B": (1, most), "N": (kinds, kinds * most), "H": (crop, crop), "W": (crop, crop)}
+    images = {"B": (1, together), "H": (1, LARGEST), "W": (1, LARGEST)}
+
+    def profile(spans: Mapping[str, tuple[int, int]]) -> dict[str, ShapeRange]:
+        sides = {spec.name: [spans[n] if isinstance(n, str) else (n, n) for n in spec.shape] for spec in stage.inputs}
+        return {
+            name: ShapeRange(tuple(low for low, _ in dims), tuple(low for low, _ in dims), tuple(h for _, h in dims))
+            for name, dims in sides.items()
+        }
+
+    return (profile(crops), profile(images)) if stage.name is StageName.UNET else (profile(crops),)
+
+
+def _failure(what: str, exc: Exception) -> Exception:
+    text = f"{what}: {first_line(exc)}"
+    if any(word in str(exc).lower() for word in _NO_MEMORY):
+        return DeviceMemoryError(text)
+    return BackendError(text)

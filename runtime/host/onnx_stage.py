@@ -1,0 +1,145 @@
+"""Stages through ONNX Runtime on the CPU (or whatever execution provider is asked for)."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import BackendError, UsageError, first_line
+from ..executor import Call
+
+FloatArray = npt.NDArray[np.float32]
+Provider = str | tuple[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class OnnxSettings:
+    """How ONNX Runtime is set up."""
+
+    threads: int | None = None  # None: as many as the CPUs this process may use
+    providers: Sequence[Provider] = ("CPUExecutionProvider",)
+    spinning: bool = False  # idle threads burn CPU for latency; wrong on a shared machine
+    session_config: Mapping[str, str] = field(default_factory=dict)  # any entry ONNX Runtime documents
+    deterministic: bool = False  # of kernels on a GPU; those of the CPU are
+    as_written: bool = False  # for 8-bit stages that stand in for what TensorRT makes of them
+
+    def __post_init__(self) -> None:
+        """Refuse what ONNX Runtime would take for something else."""
+        if self.threads is not None and (not isinstance(self.threads, int) or self.threads < 1):
+            raise UsageError(f"threads must be a whole number above 0, not {self.threads!r}")
+        if isinstance(self.providers, str) or not self.providers:
+            raise UsageError(f"providers must be a list of execution providers, not {self.providers!r}")
+
+    @property
+    def provider_names(self) -> list[str]:
+        """The providers without their options, in order of preference."""
+        return [provider if isinstance(provider, str) else provider[0] for provider in self.providers]
+
+
+def compute_as_written(options: Any) -> None:
+    """Have a session compute Q/DQ where it is written.
+
+    Fusing it rounds what TensorRT leaves as it is; moving it past other nodes makes graphs that cannot run in fp8; and
+    beyond the basic optimisations a ReLU before fp8 is lost without a word (all of ONNX Runtime 1.31).
+    """
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.graph_optimization_level = _onnxruntime().GraphOptimizationLevel.ORT_ENABLE_BASIC
+
+
+class OnnxStage:
+    """One ONNX file, loaded. `bind` and its calls are safe from several threads: the session is shared, buffers not."""
+
+    def __init__(self, path: Path, settings: OnnxSettings) -> None:
+        ort = _onnxruntime()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = settings.threads or available_cpus()
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 4  # errors reach the user as exceptions
+        options.use_deterministic_compute = settings.deterministic
+        if settings.as_written:
+            compute_as_written(options)
+        # Patterns are kept per shape and reserve the peak of each: off, a 720×720 image takes half the memory in no
+        # more time.
+        options.enable_mem_pattern = False
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.spinning else "0")
+        available = ort.get_available_providers()
+        if missing := set(settings.provider_names) - set(available):
+            raise BackendError(f"this onnxruntime has no {', '.join(sorted(missing))}; it has {', '.join(available)}")
+        try:
+            for key, value in settings.session_config.items():
+                options.add_session_config_entry(key, value)
+            self.session = ort.InferenceSession(path, options, providers=list(settings.providers))
+        except Exception as exc:  # onnxruntime's exceptions share no base class
+            raise BackendError(f"onnxruntime cannot load {path}: {first_line(exc)}") from exc
+        in_use = self.session.get_providers()
+        if in_use[0] != settings.provider_names[0]:
+            # onnxruntime only warns when a provider cannot start, and computes elsewhere.
+            raise BackendError(f"onnxruntime cannot run {settings.provider_names[0]} here, only {', '.join(in_use)}")
+        self._path = path
+
+    def signature(self) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+        """Return the shapes of inputs and outputs by name, as the file has them."""
+        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
+        return {v.name: v.shape for v in inputs}, {v.name: v.shape for v in outputs}
+
+    def bind(self, inputs: Mapping[str, FloatArray], outputs: Mapping[str, FloatArray]) -> Call:
+        """Return a call that runs the stage from and into these very arrays; the call keeps them alive."""
+        binding = self.session.io_binding()
+        held = (dict(inputs), dict(outputs))
+        for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+            for name, array in arrays.items():
+                if not array.flags.c_contiguous or array.dtype != np.float32:
+                    raise ValueError(f"{name} must be a C-contiguous float32 array")
+                bind(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+
+        def call() -> None:
+            assert held  # noqa: S101 — the closure keeps the arrays alive that the binding points into
+            try:
+                self.session.run_with_iobinding(binding)
+            except Exception as exc:
+                raise BackendError(f"onnxruntime failed in {self._path.name}: {first_line(exc)}") from exc
+
+        return call
+
+
+def available_cpus() -> int:
+    """Return how many CPUs this process may use: its affinity, cut down to the cgroup's quota."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for quota_file, period_file in (
+        ("/sys/fs/cgroup/cpu.max", None),
+        ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+    ):
+        try:
+            words = Path(quota_file).read_text(encoding="ascii").split()
+            if period_file:
+                words += Path(period_file).read_text(encoding="ascii").split()
+            quota, period = float(words[0]), float(words[1])
+        except (OSError, ValueError, IndexError):
+            continue  # no such cgroup version here, or no limit ("max")
+        if quota > 0 and period > 0:
+            cpus = min(cpus, max(1, round(quota / period)))
+    return cpus
+
+
+def providers_here() -> list[str]:
+    """Return the execution providers of the installed onnxruntime; whether they can start is another question."""
+    return list(_onnxruntime().get_available_providers())
+
+
+def version() -> str:
+    """Return the version of the installed onnxruntime."""
+    return str(_onnxruntime().__version__)
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as exc:
+        if exc.name != "onnxruntime":
+            raise
+        raise BackendError("onnxruntime is not installed; install it with: pip install 'diffiqa[cpu]'") from exc
+    return onnxruntime

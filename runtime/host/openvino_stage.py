@@ -1,0 +1,169 @@
+"""Stages through OpenVINO on the CPU, compiled for the very shapes they get."""
+
+import functools
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import BackendError, UsageError
+from ..executor import Call
+from .onnx_stage import available_cpus
+
+FloatArray = npt.NDArray[np.float32]
+PRECISIONS = {"fp32": "f32", "bf16": "bf16"}  # and OpenVINO's word for each
+_IMPORT = threading.Lock()
+
+
+@dataclass(frozen=True)
+class OpenVinoSettings:
+    """How OpenVINO is set up."""
+
+    threads: int | None = None  # None: as many as the CPUs this process may use
+    precision: str = "fp32"  # of what is float32 in the U-Net's file; 8-bit parts stay 8-bit, the heads float32
+    shapes: int = 4  # compiled forms kept of each stage; one holds its weights, and takes half a second or more to make
+
+    def __post_init__(self) -> None:
+        """Refuse what OpenVINO would take for something else."""
+        for name, value in (("threads", self.threads), ("shapes", self.shapes)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise UsageError(f"{name} must be a whole number above 0, not {value!r}")
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"precision must be {' or '.join(PRECISIONS)}, not {self.precision!r}")
+
+
+class OpenVinoStage:
+    """One ONNX file, read; compiled at the first `bind` of a shape. `bind` and its calls are safe from several threads.
+
+    The forms compiled last are kept, so that neither many sizes fill the memory nor a few are compiled again and again.
+    """
+
+    def __init__(self, path: Path, settings: OpenVinoSettings) -> None:
+        name(settings)  # says what is missing
+        self._path, self._kept = path, settings.shapes
+        self._config = {
+            # Left alone, OpenVINO takes bfloat16 for a float32 model wherever the CPU has it.
+            "INFERENCE_PRECISION_HINT": PRECISIONS[settings.precision],
+            "INFERENCE_NUM_THREADS": settings.threads or available_cpus(),
+            "PERFORMANCE_HINT": "LATENCY",
+            # Two processes would be pinned to the same cores; pinning brings nothing measurable.
+            "ENABLE_CPU_PINNING": False,
+            # Activations are 8-bit where the engine says so, and nowhere else.
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        }
+        self._compiled: OrderedDict[str, Any] = OrderedDict()  # by shapes, the one used last at the end
+        self._lock = threading.Lock()
+        try:
+            # Kept, not read again for each shape: what runs is what was there, and checked, at the start.
+            self._model = _core().read_model(path)
+        except Exception as exc:  # openvino's exceptions share no base class
+            raise BackendError(f"openvino cannot load {path}: {_reason(exc)}") from exc
+        inputs, outputs = (
+            {port.get_any_name(): _sizes(port.get_partial_shape()) for port in ports}
+            for ports in (self._model.inputs, self._model.outputs)
+        )
+        self._signature = inputs, outputs
+
+    def signature(self) -> tuple[dict[str, list[int | None]], dict[str, list[int | None]]]:
+        """Return the shapes of inputs and outputs by name; None where a size is free, whose name OpenVINO drops."""
+        return self._signature
+
+    def bind(self, inputs: Mapping[str, FloatArray], outputs: Mapping[str, FloatArray]) -> Call:
+        """Return a call that runs the stage from and into these very arrays; the call keeps them alive."""
+        arrays = {**inputs, **outputs}
+        for key, array in arrays.items():
+            if not array.flags.c_contiguous or array.dtype != np.float32:
+                raise ValueError(f"{key} must be a C-contiguous float32 array")
+        shapes = {key: list(array.shape) for key, array in inputs.items()}
+        try:
+            request = self._form(shapes).create_infer_request()
+            for key, array in arrays.items():
+                request.set_tensor(key, _openvino().Tensor(array, shared_memory=True))
+        except (MemoryError, BackendError):
+            raise
+        except Exception as exc:
+            raise BackendError(f"openvino cannot run {self._path.name} on {shapes}: {_reason(exc)}") from exc
+
+        def call() -> None:
+            assert arrays  # noqa: S101 — the closure keeps the arrays alive that the tensors point into
+            try:
+                request.infer(share_outputs=True)  # not shared, every output would be copied into what it returns
+            except MemoryError:
+                raise
+            except Exception as exc:
+                raise BackendError(f"openvino failed in {self._path.name}: {_reason(exc)}") from exc
+
+        return call
+
+    def _form(self, shapes: dict[str, list[int]]) -> Any:
+        """Return the stage compiled for these shapes. Others wait: two threads would compile the same thing twice."""
+        key = str(sorted(shapes.items()))
+        with self._lock:
+            if key not in self._compiled:
+                while len(self._compiled) >= self._kept:  # before another takes memory
+                    self._compiled.popitem(last=False)
+                self._model.reshape(shapes)
+                form = _core().compile_model(self._model, "CPU", self._config)
+                asked, got = self._config["INFERENCE_PRECISION_HINT"], form.get_property("INFERENCE_PRECISION_HINT")
+                if got.get_type_name() != asked:
+                    raise BackendError(f"openvino computes {self._path.name} in {got.get_type_name()}, not in {asked}")
+                self._compiled[key] = form
+            self._compiled.move_to_end(key)
+            return self._compiled[key]
+
+
+def name(settings: OpenVinoSettings) -> str:
+    """Return what records call it. Raises BackendError if it is not installed, or the CPU has no such precision."""
+    if settings.precision == "bf16" and "BF16" not in _capabilities():
+        raise BackendError(
+            "this CPU has no bfloat16 arithmetic that OpenVINO uses (AVX512_BF16 or AMX); ask for precision fp32"
+        )
+    version = str(_openvino().__version__).partition("-")[0]
+    return f"openvino {version}: CPU, {'fp32' if settings.precision == 'fp32' else f'U-Net in {settings.precision}'}"
+
+
+def _capabilities() -> list[str]:
+    return list(_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+
+
+@functools.cache
+def _core() -> Any:
+    return _openvino().Core()
+
+
+def _sizes(shape: Any) -> list[int | None]:
+    return [dimension.get_length() if dimension.is_static else None for dimension in shape]
+
+
+def _reason(exc: Exception) -> str:
+    """Return what an exception of OpenVINO says: its first lines are places in OpenVINO's source."""
+    return next((line.strip() for line in reversed(str(exc).splitlines()) if line.strip()), type(exc).__name__)
+
+
+def _openvino() -> Any:
+    """Import OpenVINO, with its telemetry left out."""
+    with _IMPORT:
+        loaded: dict[str, Any] = sys.modules  # None in it forbids an import
+        before = loaded.get("openvino_telemetry")
+        if "openvino" not in loaded:
+            # The import alone tells Intel of it, unless its user once ran `opt_in_out --opt_out`. Where this package
+            # cannot be imported, openvino has a stub for it, which also serves all that comes later.
+            loaded["openvino_telemetry"] = None
+        try:
+            import openvino
+        except ModuleNotFoundError as exc:
+            if exc.name != "openvino":
+                raise
+            raise BackendError("openvino is not installed; install it with: pip install 'diffiqa[openvino]'") from exc
+        finally:
+            if before is not None:
+                loaded["openvino_telemetry"] = before
+            elif "openvino_telemetry" in loaded and loaded["openvino_telemetry"] is None:
+                del loaded["openvino_telemetry"]
+    return openvino

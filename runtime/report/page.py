@@ -1,0 +1,477 @@
+"""The HTML of a report: its head, one card per image, its end. Texts and numbers; no files, no pixels."""
+
+import base64
+import bisect
+import datetime
+import hashlib
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from string import Template
+
+from ... import __version__
+from ...engine.manifest import Manifest, StageName
+from ...engine.schedule import Kind
+from ..results import CropScore, Failure, Mode, Score
+from .heatmap import COLOURS
+from .histogram import Histogram, make_histogram, strip, to_svg, to_table
+from .labels import make_labels
+from .markup import Html, join, tag, visible
+
+_MAX_CROP_ROWS = 64
+_IMAGES_HERE = "<!-- images -->"  # where the template is cut
+_SPACE = Html(" ")
+_MODES = {Mode.WHOLE: "as a whole", Mode.TILE: "in overlapping tiles", Mode.CROP: "crop by crop"}
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A picture ready to be shown."""
+
+    kind: Kind
+    webp: bytes
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class MapPicture:
+    """A map ready to be shown, and the range of its values."""
+
+    name: str
+    png: bytes
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """All results of a report without their pictures, in the order they came."""
+
+    results: tuple[Score | Failure, ...]
+    scales: dict[str, tuple[float, float]]  # what the colours of each kind of map run over
+    side: int  # longest side of the pictures, pixels
+
+    @cached_property
+    def scores(self) -> tuple[Score, ...]:
+        """The images that were scored."""
+        return tuple(result for result in self.results if isinstance(result, Score))
+
+    @cached_property
+    def failures(self) -> tuple[Failure, ...]:
+        """The images that were not."""
+        return tuple(result for result in self.results if isinstance(result, Failure))
+
+    @cached_property
+    def sorted_scores(self) -> tuple[float, ...]:
+        """The scores that can be drawn and ranked, in rising order."""
+        return tuple(sorted(s.score for s in self.scores if abs(s.score) < 1e100))  # false for NaN as well
+
+    @cached_property
+    def histogram(self) -> Histogram | None:
+        """The distribution of scores."""
+        return make_histogram(self.sorted_scores) if self.sorted_scores else None
+
+
+class Page:
+    """Renders the parts of one report."""
+
+    def __init__(self, manifest: Manifest, title: str) -> None:
+        self.manifest, self.title = manifest, title
+        self.labels = make_labels(manifest)
+        self._restores = len(manifest.kinds) > 1
+        self._branches = [name.upper() for name in (StageName.VCG, StageName.VDA) if manifest.stage(name)]
+
+    def frame(self, run: Run) -> tuple[str, str]:
+        """Return the page before the first card and after the last."""
+        style, script = (_asset(name) for name in ("report.css", "report.js"))
+        style += f".ramp{{background:linear-gradient(90deg,{','.join(_hex_colours(every=16))})}}\n"
+        policy = (
+            f"default-src 'none'; img-src data:; style-src {_csp_hash(style)}; script-src {_csp_hash(script)}; "
+            "base-uri 'none'; form-action 'none'"
+        )
+        now = datetime.datetime.now(datetime.UTC).isoformat(" ", "minutes").removesuffix("+00:00")
+        text = Template(_asset("report.html")).substitute(
+            policy=policy,
+            title=join(self.title),
+            style=style,
+            script=script,
+            lead=join(f"{_count(run)}. Written {now} UTC."),
+            warnings=self._warnings(run),
+            facts=self._facts(run),
+            distribution=_distribution(run),
+            reading=self._reading(run),
+            sort_options=self._sort_options(),
+            failures=_failures(run),
+            table=self._table(run),
+            colours="".join(_hex_colours()).replace("#", ""),
+            engine=self._engine(),
+            version=join(__version__),
+        )
+        before, _, after = text.partition(_IMAGES_HERE)
+        return before, after
+
+    def card(self, number: int, score: Score, run: Run, facts: Html, pictures: Html, details: Html) -> Html:
+        """Return all about one image; `number` counts images from 1."""
+        folder, name = split_source(score.source)
+        rank = len(run.sorted_scores) - bisect.bisect_right(run.sorted_scores, score.score) + 1
+        ranked = self.manifest.score.trained and abs(score.score) < 1e100 and len(run.sorted_scores) > 1
+        # The card of an untrained engine says so by itself: it may be cut out of the page.
+        place = f"rank {rank} of {len(run.sorted_scores)}" if ranked else None
+        place = place if self.manifest.score.trained else "untrained: meaningless"
+        header = tag(
+            "header",
+            tag(
+                "div",
+                tag("h3", tag("bdi", name)),
+                tag("p", tag("bdi", folder), class_="folder") if folder else None,
+                class_="name",
+            ),
+            tag(
+                "div",
+                tag(
+                    "p",
+                    tag("span", "Score ", class_="unseen"),
+                    tag("b", number_text(score.score)),
+                    _SPACE,
+                    tag("small", place) if place else None,
+                    class_="score",
+                ),
+                strip(run.histogram, score.score) if ranked and run.histogram else None,
+                class_="verdict",
+            ),
+        )
+        return tag(
+            "article",
+            header,
+            facts,
+            tag("div", pictures, class_="pictures")
+            if pictures
+            else tag("p", "No pictures: this result was taken over from an earlier run, numbers only.", class_="quiet"),
+            details,
+            class_="card",
+            id=f"image-{number}",
+            data_order=number,
+            data_name=visible(score.source),
+            data_score=_sortable(score.score),
+            data_vcg=_sortable(score.vcg),
+            data_vda=_sortable(score.vda),
+            data_spread=_sortable(score.spread),
+            data_seconds=_sortable(score.seconds),
+            data_width=score.width,
+            data_height=score.height,
+        )
+
+    def facts(self, score: Score) -> Html:
+        """Return the numbers of one image besides its score, and what was done to it before scoring."""
+        facts = [(name, number_text(value)) for name, value in _branch_scores(score)]
+        if score.spread is not None:
+            facts.append((f"Spread over {len(score.seeds)} seeds", number_text(score.spread)))
+        facts += [
+            ("Size", f"{score.width} × {score.height}"),
+            ("Crops", str(len(score.crops))),
+            ("Time", seconds_text(score.seconds)),
+        ]
+        notes = tag("ul", *(tag("li", note) for note in score.notes), class_="notes") if score.notes else None
+        return join(_definitions(facts, "facts"), notes)
+
+    def photos(self, source: str, photos: Sequence[Photo]) -> Html:
+        """Return the figures of an image and its restorations."""
+        figures = []
+        for photo in photos:
+            label = self.labels[photo.kind]
+            image = _image("webp", photo.webp, photo.width, photo.height, f"{label.plain}, {label.short}, of {source}")
+            caption = tag("figcaption", tag("b", label.title), _SPACE, tag("span", label.short))
+            figures.append(tag("figure", image, caption, data_kind=photo.kind))
+        return join(*figures)
+
+    def maps(self, source: str, maps: Sequence[MapPicture], run: Run, width: int, height: int) -> Html:
+        """Return the figures of an image's maps with their legends, as large as its photographs."""
+        figures = []
+        for picture in maps:
+            label = self.labels[picture.name]
+            low, high = run.scales[picture.name]
+            span = f"from {short(picture.low)} to {short(picture.high)}"
+            image = _image("png", picture.png, width, height, f"{label.plain} of {source}, {span}, {label.short}")
+            legend = tag(
+                "span",
+                tag("span", short(low), class_="low"),
+                tag("span", class_="ramp", aria_hidden="true"),
+                tag("span", short(high), class_="high"),
+                class_="legend",
+            )
+            caption = tag("figcaption", tag("b", label.title), _SPACE, tag("span", label.short), legend)
+            ends = {"data_low": f"{picture.low:.9g}", "data_high": f"{picture.high:.9g}"}
+            figures.append(
+                tag("figure", tag("span", image, class_="base"), caption, class_="map", data_kind=picture.name, **ends)
+            )
+        return join(*figures)
+
+    def details(self, score: Score) -> Html:
+        """Return how one image was scored, folded away."""
+        facts = [
+            *([("Restored", _MODES[score.mode])] if self._restores else []),
+            ("Seeds" if len(score.seeds) > 1 else "Seed", _seeds(score.seeds)),
+            ("Engine", score.engine),
+            ("Backend", score.backend),
+            ("Pixels", f"SHA-256 {score.digest}"),
+        ]
+        columns = ["Top", "Left", "Score", *(name for name, _ in _branch_scores(score))]
+        rows = [
+            [f"{crop.top}", f"{crop.left}", number_text(crop.score), *(number_text(v) for _, v in _branch_scores(crop))]
+            for crop in score.crops[:_MAX_CROP_ROWS]
+        ]
+        size = self.manifest.crop.size
+        count = f"{len(score.crops)} {'crop' if len(score.crops) == 1 else 'crops'} of {size} × {size} pixels"
+        more = len(score.crops) - _MAX_CROP_ROWS
+        return tag(
+            "details",
+            tag("summary", "How it was scored"),
+            _definitions(facts, "small"),
+            tag(
+                "table",
+                tag("caption", count + (f"; the last {more} are not listed" if more > 0 else "")),
+                tag("thead", tag("tr", *(tag("th", column, scope="col") for column in columns))),
+                tag("tbody", *(tag("tr", *(tag("td", cell) for cell in row)) for row in rows)),
+            )
+            if score.crops
+            else None,
+        )
+
+    def _warnings(self, run: Run) -> Html:
+        warnings = []
+        if not self.manifest.score.trained:
+            warnings.append(
+                tag(
+                    "p",
+                    tag("strong", "This engine is untrained: its numbers mean nothing."),
+                    " Some of its weights are random. Scores and maps only show that the pipeline runs.",
+                )
+            )
+        engines = sorted({score.engine for score in run.scores})
+        if len(engines) > 1:
+            warnings.append(
+                tag(
+                    "p",
+                    tag("strong", "Results of different engines."),
+                    f" Their scores cannot be compared: {', '.join(engines)}.",
+                )
+            )
+        return tag("div", *warnings, class_="warning", role="note") if warnings else Html()
+
+    def _facts(self, run: Run) -> Html:
+        """The numbers at the top: first what came out, then how."""
+        scores = run.sorted_scores
+        total = sum(score.seconds for score in run.scores)
+        came_out = [("Images", str(len(run.scores)))]
+        if run.failures:
+            came_out.append(("Failures", str(len(run.failures))))
+        if scores:
+            came_out += [
+                ("Median score", number_text(statistics.median(scores))),
+                ("Mean score", number_text(statistics.fmean(scores))),
+                ("Lowest", number_text(scores[0])),
+                ("Highest", number_text(scores[-1])),
+            ]
+        if run.scores:
+            came_out.append(("Time per image", seconds_text(total / len(run.scores))))
+        size = self.manifest.crop.size
+        how = [
+            ("Model", self.manifest.model_name),
+            ("Engine", ", ".join(sorted({score.engine for score in run.scores}) or [self.manifest.engine_id])),
+            ("Backend", "; ".join(sorted({score.backend for score in run.scores}))),
+            ("Restored", "; ".join(sorted({_MODES[s.mode] for s in run.scores})) if self._restores else ""),
+            ("Seeds", "; ".join(sorted({_seeds(score.seeds) for score in run.scores}))),
+            ("Crop size", f"{size} × {size}"),
+        ]
+        return join(_definitions(came_out, "tiles"), _definitions([fact for fact in how if fact[1]], "small"))
+
+    def _reading(self, run: Run) -> Html:
+        """What the numbers and pictures mean."""
+        m = self.manifest.score
+        better = "Higher is better." if m.higher_is_better else "Lower is better."
+        best = f"about {short(m.nominal_maximum)} is the best, and it may be exceeded"
+        span = f"{short(m.minimum)} is the least possible; {best}."
+        guided = ", guided by its restorations" if self._restores else ""
+        texts = {
+            "VCG": f"VCG: a vision transformer rates every place of the image{guided}. ",
+            "VDA": "VDA: a ResNet judges how the image differs from each restoration. ",
+        }
+        weights = {"VCG": m.vcg_weight, "VDA": m.vda_weight}
+        total = " + ".join(
+            name if weights[name] == 1 else f"{short(weights[name])} × {name}" for name in self._branches
+        )
+        terms = [
+            tag("div", tag("dt", label.title), tag("dd", label.about), data_about=key)
+            for key, label in self.labels.items()
+        ]
+        maps = tag(
+            "p",
+            "Maps run from dark violet (low) to yellow (high): ",
+            tag("span", class_="ramp", aria_hidden="true"),
+            " The numbers beside each are the values at its ends; what lies beyond takes the end’s colour. All images "
+            "share one range per kind of map, so their colours can be compared. Hatched: outside all crops, not looked "
+            "at. Where several seeds were averaged, pictures and maps are those of the first. Pictures are reduced to "
+            f"at most {run.side} pixels and compressed: judge fine noise and blur from the files, not from here.",
+        )
+        return join(
+            tag("p", tag("strong", better), f" {span} {m.meaning}"),
+            tag(
+                "p",
+                f"Score = {total}. ",
+                *(texts[name] for name in self._branches),
+                "Both are means over the crops." if len(self._branches) > 1 else "It is the mean over the crops.",
+            ),
+            # Without pictures there is nothing to explain about them.
+            join(tag("dl", *terms, class_="terms"), maps) if run.scales else None,
+        )
+
+    def _sort_options(self) -> Html:
+        options = [("order", "File order"), ("score", "Score"), ("name", "Name")]
+        options += [(name.lower(), name) for name in self._branches]
+        options += [("spread", "Spread"), ("seconds", "Time")]
+        return join(*(tag("option", text, value=value) for value, text in options))
+
+    def _table(self, run: Run) -> Html:
+        """All numbers, one row per image."""
+        if not run.scores:
+            return Html()
+        columns = [("name", "Image"), ("score", "Score")]
+        columns += [(name.lower(), name) for name in self._branches]
+        columns += [("spread", "Spread"), ("size", "Size"), ("seconds", "Time")]
+        rows = []
+        for number, score in enumerate(run.scores, start=1):
+            texts = {
+                "score": number_text(score.score),
+                "vcg": number_text(score.vcg),
+                "vda": number_text(score.vda),
+                "spread": number_text(score.spread),
+                "size": f"{score.width} × {score.height}",
+                "seconds": seconds_text(score.seconds),
+            }
+            link = tag("a", tag("bdi", score.source), href=f"#image-{number}")
+            cells = [tag("td", texts[key], class_=key) for key, _ in columns[1:]]
+            rows.append(tag("tr", tag("th", link, scope="row"), *cells, data_order=number))
+        head = [tag("th", text, scope="col", class_=key, data_key=key) for key, text in columns]
+        return tag(
+            "details",
+            tag("summary", "Table of all scores"),
+            tag(
+                "div",
+                tag("table", tag("thead", tag("tr", *head)), tag("tbody", *rows), id="table"),
+                class_="scroll",
+                tabindex=0,
+                role="region",
+                aria_label="Table of all scores",
+            ),
+        )
+
+    def _engine(self) -> Html:
+        """Where the engine comes from."""
+        p = self.manifest.provenance
+        facts = [
+            ("Engine", self.manifest.engine_id),
+            ("Exported", p.created),
+            ("With", ", ".join(f"{name} {version}" for name, version in p.versions.items())),
+            *((f"Weights: {s.role}", f"{s.name}, {s.format}, SHA-256 {s.sha256}") for s in p.sources),
+            *(("Note", note) for note in p.notes),
+        ]
+        return _definitions(facts, "small")
+
+
+def short(value: float) -> str:
+    """Return a number with three significant digits."""
+    return f"{value:.3g}".replace("-", "−")
+
+
+def number_text(value: float | None) -> str:
+    """Return a score with four decimals, a dash where there is none."""
+    if value is None:
+        return "–"
+    return (f"{value:.4f}" if abs(value) < 1e5 or not math.isfinite(value) else f"{value:.4e}").replace("-", "−")
+
+
+def seconds_text(seconds: float) -> str:
+    """Return a duration with its unit."""
+    return (
+        f"{seconds * 1000:.0f} ms" if seconds < 0.9995 else f"{seconds:.2f} s" if seconds < 100 else f"{seconds:.0f} s"
+    )
+
+
+def split_source(source: str) -> tuple[str, str]:
+    """Return folder and name; the folder keeps its last separator."""
+    cut = max(source.rfind("/"), source.rfind("\\")) + 1
+    return (source[:cut], source[cut:]) if cut < len(source) else ("", source)
+
+
+def _count(run: Run) -> str:
+    scored, failed = len(run.scores), len(run.failures)
+    text = f"{scored} {'image' if scored == 1 else 'images'}"
+    return f"{text} and {failed} {'failure' if failed == 1 else 'failures'}" if failed else text
+
+
+def _distribution(run: Run) -> Html:
+    if run.histogram is None:
+        return tag("p", "No image was scored.", class_="quiet")
+    return join(
+        to_svg(run.histogram),
+        tag("p", "Score. Point at a bar for its count.", class_="quiet", id="bar", aria_live="polite"),
+        tag("details", tag("summary", "The same as a table"), to_table(run.histogram)),
+    )
+
+
+def _failures(run: Run) -> Html:
+    if not run.failures:
+        return Html()
+    rows = [
+        tag("tr", tag("th", tag("bdi", f.source), scope="row"), tag("td", f.error), data_name=visible(f.source))
+        for f in run.failures
+    ]
+    head = tag("thead", tag("tr", tag("th", "File", scope="col"), tag("th", "Error", scope="col")))
+    return tag(
+        "section",
+        tag("h2", "Could not be scored", id="failures-title"),
+        tag("table", head, tag("tbody", *rows)),
+        id="failures",
+        aria_labelledby="failures-title",
+    )
+
+
+def _branch_scores(score: Score | CropScore) -> list[tuple[str, float]]:
+    """Return the scores of the branches that an engine has."""
+    return [(name, value) for name, value in (("VCG", score.vcg), ("VDA", score.vda)) if value is not None]
+
+
+def _definitions(facts: Sequence[tuple[str, str]], style: str) -> Html:
+    return tag("dl", *(tag("div", tag("dt", term), tag("dd", text)) for term, text in facts), class_=style)
+
+
+def _image(format_: str, data: bytes, width: int, height: int, alt: str) -> Html:
+    source = Html(f"data:image/{format_};base64,{base64.b64encode(data).decode()}")
+    return tag("img", src=source, width=width, height=height, alt=alt, loading="lazy", decoding="async")
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    if len(seeds) > 2 and list(seeds) == list(range(seeds[0], seeds[0] + len(seeds))):
+        return f"{seeds[0]} … {seeds[-1]}"
+    return ", ".join(map(str, seeds))
+
+
+def _sortable(value: float | None) -> str | None:
+    """Return a number for scripts to sort by; nothing for what has no order."""
+    return f"{value:.9g}" if value is not None and math.isfinite(value) else None
+
+
+def _hex_colours(every: int = 1) -> list[str]:
+    return [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in [*COLOURS[:-1:every], COLOURS[-1]]]
+
+
+def _asset(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _csp_hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+
+from diffiqa.engine.crops import Crop, crop_grid, padded_size
+
+
+def sizes(seed: int) -> list[tuple[int, int, int]]:
+    generator = np.random.default_rng(seed)
+    return [tuple(generator.integers([224, 224, 4], [1500, 1500, 40]).tolist()) for _ in range(50)]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_four_or_more_crops_are_exactly_as_many_as_asked_and_touch_every_border(seed: int) -> None:
+    for height, width, count in sizes(seed):
+        crops = crop_grid(height, width, 224, count)
+        assert len(set(crops)) == len(crops)
+        if min(height, width) > 224 + count:  # room enough for `count` different places
+            assert len(crops) == count
+        assert min(c.top for c in crops) == 0
+        assert min(c.left for c in crops) == 0
+        assert max(c.top for c in crops) == height - 224
+        assert max(c.left for c in crops) == width - 224
+
+
+def test_a_crop_sized_image_has_one_crop_however_many_are_asked() -> None:
+    assert crop_grid(224, 224, 224, 9) == (Crop(0, 0),)
+
+
+def test_one_crop_lies_in_the_middle() -> None:
+    assert crop_grid(324, 524, 224, 1) == (Crop(50, 150),)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_two_or_three_crops_lie_on_the_diagonal(count: int) -> None:
+    crops = crop_grid(300, 400, 224, count)
+    assert crops[0] == Crop(0, 0)
+    assert crops[-1] == Crop(76, 176)
+
+
+def test_a_strip_is_covered_along_its_length() -> None:
+    assert crop_grid(224, 624, 224, 5) == tuple(Crop(0, left) for left in (0, 100, 200, 300, 400))
+
+
+def test_nine_crops_of_a_square_are_a_three_by_three_grid() -> None:
+    assert crop_grid(424, 424, 224, 9) == tuple(Crop(y, x) for y in (0, 100, 200) for x in (0, 100, 200))
+
+
+def test_five_crops_fill_rows_of_two_and_three() -> None:
+    rows = [crop.top for crop in crop_grid(424, 424, 224, 5)]
+    assert sorted(rows.count(row) for row in set(rows)) == [2, 3]
+
+
+def test_refuses_an_image_smaller_than_a_crop() -> None:
+    with pytest.raises(ValueError, match="no 4 crops of 224×224 in an image of 300×200"):
+        crop_grid(200, 300, 224, 4)
+
+
+@pytest.mark.parametrize(("side", "aligned"), [(16, 16), (17, 32), (224, 224), (225, 240)])
+def test_padding_reaches_the_next_multiple(side: int, aligned: int) -> None:
+    assert padded_size(side, 16, 16) == (aligned, 16)

@@ -1,0 +1,398 @@
+"""Records survive every format to the last bit, whatever their names; and they come in the order asked for."""
+
+import csv
+import io
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffiqa.errors import UsageError
+from diffiqa.runtime.command.records import (
+    COLUMNS,
+    CSV_HEADER,
+    Format,
+    Record,
+    RecordWriter,
+    RunSettings,
+    Sort,
+    Status,
+    arrange,
+    choose_format,
+    emit,
+    from_line,
+    to_line,
+)
+from diffiqa.runtime.results import CropScore, Failure, Mode, Score
+
+SETTINGS = RunSettings("0123456789abcdef", crops=4, seed=7, seeds=2, mode=Mode.WHOLE, pixel_budget=2**20)
+SCORE = Score(
+    source="a.png",
+    score=0.1 + 0.2,
+    vcg=1 / 3,
+    vda=None,
+    spread=5e-324,
+    width=640,
+    height=480,
+    mode=Mode.TILE,
+    seeds=(7, 8),
+    crops=(CropScore(0, 0, 0.25, 0.5, None), CropScore(0, 96, 0.35, 0.5, None)),
+    notes=("alpha over white", "rotated by EXIF; 90°"),
+    digest="ab" * 32,
+    engine="0123456789abcdef",
+    backend="onnxruntime cpu",
+    seconds=1.25,
+)
+RECORD = Record.of(SCORE, SETTINGS)
+LINE_FORMATS = [Format.JSONL, Format.CSV]
+NAMES = {
+    "plain": "photos/a b.png",
+    "unicode": "фото/日本語 🦊.png",
+    "newline": "a\nb.png",
+    "only a newline": "\n",
+    "carriage return": "a\rb\r\nc.png",
+    "other line ends": "a\x0b\x0c\x1c\x85\u2028\u2029b.png",
+    "quotes": '"a""b",".png"',
+    "a quote": '"',
+    "commas": "a,b;c\td.png",
+    "spaces": "  a.png ",
+    "markup": "</script><b>[red]&amp;",
+    "formula": "=HYPERLINK(1)|'/C calc'!A0",
+    "option": "-rf",
+    "not UTF-8": os.fsdecode(b"caf\xe9 \xff\xfe.png"),
+    "surrogates no file system makes": "\ud800-\udfff",
+    "looks escaped": r"\udcff \u005cudcff \u005c \\udc80 \n",
+    "backslash before a bad byte": "\\\udcff\\",
+    "terminal commands": "\x1b[31m\x9b2J\x07\x7f.png",
+    "looks like a number": "1e5",
+    "looks like nothing": "null",
+}
+
+
+def failed(image: str) -> Record:
+    return Record.of(Failure(image, f"{image} is empty"), SETTINGS)
+
+
+def written(records: list[Record], form: Format) -> bytes:
+    stream = io.BytesIO()
+    writer = RecordWriter(stream.write, form)
+    for record in records:
+        writer.write(record)
+    writer.close()
+    return stream.getvalue()
+
+
+# What a record says
+
+
+def test_record_of_a_score_is_flat_and_in_the_documented_order() -> None:
+    values = json.loads(to_line(RECORD, Format.JSONL))
+    assert list(values) == list(COLUMNS)
+    assert values == {
+        "image": "a.png",
+        "status": "ok",
+        "score": 0.1 + 0.2,
+        "vcg": 1 / 3,
+        "vda": None,
+        "spread": 5e-324,
+        "width": 640,
+        "height": 480,
+        "mode": "tile",
+        "crops": 2,
+        "seed": 7,
+        "seeds": 2,
+        "engine": "0123456789abcdef",
+        "backend": "onnxruntime cpu",
+        "seconds": 1.25,
+        "digest": "ab" * 32,
+        "notes": ["alpha over white", "rotated by EXIF, 90°"],
+        "error": None,
+        "settings": "crops=4 seed=7 seeds=2 mode=whole pixel_budget=1048576",
+    }
+
+
+def test_record_of_a_failure_has_error_engine_and_settings_only() -> None:
+    record = failed("b.png")
+    filled = {name for name in COLUMNS if getattr(record, name) not in {None, ()}}
+    assert filled == {"image", "status", "engine", "error", "settings"}
+    assert record.status is Status.ERROR
+    assert record.error == "b.png is empty"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_score_that_is_no_number_is_an_error_not_an_unreadable_file(value: float) -> None:
+    record = Record.of(replace(SCORE, score=value), SETTINGS)
+    assert record.status is Status.ERROR
+    assert record.score is None
+    assert str(value) in (record.error or "")
+
+
+# Formats
+
+
+@pytest.mark.parametrize("form", LINE_FORMATS)
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+def test_any_name_round_trips(name: str, form: Format) -> None:
+    for record in (replace(RECORD, image=name, notes=(name, "b")), failed(name)):
+        assert from_line(to_line(record, form), form) == record
+
+
+@pytest.mark.parametrize("form", LINE_FORMATS)
+def test_any_name_of_random_hostile_characters_round_trips(form: Format) -> None:
+    source = random.Random(20)  # noqa: S311
+    for _ in range(2000):
+        name = "".join(source.choices('\n\r",\\u05c dfD;=\udcff\udc80é🦊', k=source.randint(1, 12)))
+        record = replace(RECORD, image=name, error=name)
+        assert from_line(to_line(record, form), form) == record
+
+
+@pytest.mark.parametrize("form", LINE_FORMATS)
+def test_floats_keep_every_bit(form: Format) -> None:
+    source = random.Random(3)  # noqa: S311
+    values = [5e-324, 1e300, -0.0, 0.1, 1e22, 123456789.123456789, *(source.gauss(0, 1) for _ in range(200))]
+    for value in values:
+        copy = from_line(to_line(replace(RECORD, score=value), form), form)
+        assert copy.score is not None
+        assert copy.score.hex() == value.hex()
+
+
+@pytest.mark.parametrize("form", LINE_FORMATS)
+@pytest.mark.parametrize("field", ["score", "vcg", "spread"])
+def test_no_file_can_hold_nan(field: str, form: Format) -> None:
+    nan: dict[str, Any] = {field: math.nan}
+    with pytest.raises(ValueError, match=r"JSON compliant"):
+        to_line(replace(RECORD, **nan), form)
+
+
+def test_jsonl_is_one_line_per_record_in_utf_8() -> None:
+    for name in NAMES.values():
+        line = to_line(replace(RECORD, image=name), Format.JSONL)
+        assert line.count(b"\n") == 1
+        line.decode("utf-8")
+    assert "日本語".encode() in to_line(replace(RECORD, image="日本語"), Format.JSONL)
+
+
+def test_csv_is_what_other_csv_readers_expect() -> None:
+    names = [name for name in NAMES.values() if not any("\ud800" <= c <= "\udfff" or c == "\\" for c in name)]
+    data = written([replace(RECORD, image=name) for name in names] + [failed("b.png")], Format.CSV)
+    assert data.startswith(CSV_HEADER)
+    rows = list(csv.DictReader(io.StringIO(data.decode("utf-8"), newline="")))
+    assert [row["image"] for row in rows] == [*names, "b.png"]
+    assert rows[0]["score"] == "0.30000000000000004"
+    assert rows[0]["vda"] == ""
+    assert rows[0]["notes"] == "alpha over white; rotated by EXIF, 90°"
+    assert rows[-1]["score"] == ""
+    assert all(len(row) == len(COLUMNS) for row in rows)
+
+
+def test_csv_spells_bytes_that_are_no_utf_8() -> None:
+    line = to_line(replace(RECORD, image=os.fsdecode(b"caf\xe9.png")), Format.CSV)
+    assert line.decode("utf-8").startswith(r"caf\udce9.png,")
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_json_is_an_array_with_a_record_per_line(count: int) -> None:
+    data = written([replace(RECORD, image=str(i)) for i in range(count)], Format.JSON)
+    assert [item["image"] for item in json.loads(data)] == [str(i) for i in range(count)]
+    assert data.endswith(b"]\n")
+    assert data.count(b"\n") == (count + 2 if count else 1)
+
+
+def test_csv_without_records_is_its_header() -> None:
+    assert written([], Format.CSV) == CSV_HEADER
+
+
+JSON = json.loads(to_line(RECORD, Format.JSONL))
+NO_RECORDS = {
+    "empty": b"\n",
+    "no object": b"[1]\n",
+    "text": b"hello\n",
+    "no line end": to_line(RECORD, Format.JSONL)[:-1],
+    "two at once": to_line(RECORD, Format.JSONL)[:-1] * 2 + b"\n",
+    "no UTF-8": b'{"image": "\xff"}\n',
+    "deep": b"[" * 100_000 + b"\n",
+    "a score that is text": json.dumps(JSON | {"score": "0.5"}).encode() + b"\n",
+    "NaN": json.dumps(JSON | {"score": math.nan}).encode() + b"\n",
+    "a new entry": json.dumps(JSON | {"verdict": 1}).encode() + b"\n",
+    "no image": json.dumps({key: JSON[key] for key in COLUMNS[1:]}).encode() + b"\n",
+}
+
+
+@pytest.mark.parametrize("line", NO_RECORDS.values(), ids=NO_RECORDS)
+@pytest.mark.parametrize("form", LINE_FORMATS)
+def test_reading_refuses_what_is_no_record(line: bytes, form: Format) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        from_line(line, form)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [lambda s: s + ",", lambda s: s.replace("640", "640.5"), lambda s: s.replace("ok", "OK"), lambda s: '"' + s],
+    ids=["a column too many", "half a pixel", "unknown status", "a stray quote"],
+)
+def test_reading_refuses_edited_csv(edit: Callable[[str], str]) -> None:
+    line = edit(to_line(RECORD, Format.CSV).decode().rstrip("\n")).encode() + b"\n"
+    with pytest.raises(ValueError, match=r"."):
+        from_line(line, Format.CSV)
+
+
+# Standard output
+
+
+@pytest.fixture(params=["", "1"], ids=["buffered", "unbuffered"])
+def standard_streams(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", request.param)
+
+
+def run_writer(code: str, **options: Any) -> "subprocess.Popen[bytes]":
+    head = "import sys; from diffiqa.runtime.command.records import *; from diffiqa.errors import OutputError\n"
+    head += "put = lambda data: emit(sys.stdout.buffer, data)\n"
+    head += f"record = Record(image='a.png', status=Status.OK, score=0.5, engine='e', settings='')\n{code}"
+    return subprocess.Popen([sys.executable, "-c", head], stderr=subprocess.PIPE, **options)
+
+
+@pytest.mark.usefixtures("standard_streams")
+def test_each_record_reaches_a_pipe_at_once() -> None:
+    code = "w = RecordWriter(put, Format.JSONL); w.write(record); sys.stdin.read()"
+    with run_writer(code, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout
+        assert json.loads(child.stdout.readline())["image"] == "a.png"  # while the child still waits for us
+        child.communicate()
+
+
+@pytest.mark.usefixtures("standard_streams")
+def test_closed_pipe_ends_quietly() -> None:
+    code = """
+w = RecordWriter(put, Format.CSV)
+try:
+    while True: w.write(record)
+except BrokenPipeError:
+    sys.exit(3)
+"""
+    with run_writer(code, stdout=subprocess.PIPE) as child:
+        assert child.stdout
+        assert child.stderr
+        child.stdout.readline()
+        child.stdout.close()
+        assert child.stderr.read() == b""
+    assert child.returncode == 3  # and not Python's 120 for a standard output that could not be flushed
+
+
+@pytest.mark.usefixtures("standard_streams")
+def test_full_disk_behind_standard_output_is_an_output_error() -> None:
+    code = """
+w = RecordWriter(put, Format.JSONL)
+try:
+    w.write(record)
+except OutputError as error:
+    sys.exit(str(error))
+"""
+    with Path("/dev/full").open("wb") as full, run_writer(code, stdout=full) as child:
+        _, stderr = child.communicate()
+    assert stderr == b"cannot write to standard output: No space left on device\n"
+    assert child.returncode == 1
+
+
+def test_file_that_takes_a_part_at_a_time_gets_all() -> None:
+    class Bare(io.BytesIO):
+        def write(self, data: Any) -> int:
+            return super().write(data[:3])
+
+    stream = Bare()
+    emit(stream, b"0123456789")
+    assert stream.getvalue() == b"0123456789"
+
+
+# Which format
+
+
+@pytest.mark.parametrize(
+    ("wanted", "path", "terminal", "chosen"),
+    [
+        (None, None, True, Format.TABLE),
+        (None, None, False, Format.JSONL),
+        (Format.TABLE, None, False, Format.TABLE),
+        (Format.CSV, None, True, Format.CSV),
+        (None, "a.csv", True, Format.CSV),
+        (None, "a.JSON", True, Format.JSON),
+        (None, "a.jsonl", True, Format.JSONL),
+        (None, "a.ndjson", False, Format.JSONL),
+        (Format.JSONL, "a.txt", True, Format.JSONL),
+    ],
+)
+def test_format_is_the_one_asked_for_or_fits_where_it_goes(
+    wanted: Format | None, path: str | None, terminal: bool, chosen: Format
+) -> None:
+    assert choose_format(wanted, Path(path) if path else None, terminal=terminal) is chosen
+
+
+@pytest.mark.parametrize(("wanted", "name"), [(None, "results.txt"), (None, "results"), (Format.TABLE, "a.csv")])
+def test_file_without_a_machine_format_is_refused(wanted: Format | None, name: str) -> None:
+    with pytest.raises(UsageError, match=r"--format jsonl, json or csv"):
+        choose_format(wanted, Path(name), terminal=True)
+
+
+# Order
+
+
+def scored(image: str, score: float | None, **values: Any) -> Record:
+    return replace(RECORD, image=image, score=score, **values)
+
+
+MIXED = [
+    failed("bad1"),
+    scored("c", 0.5, vcg=0.1, seconds=3.0),
+    scored("a", 0.9, vcg=None, seconds=1.0),
+    failed("bad0"),
+    scored("n", math.nan, vcg=0.2, seconds=2.5),
+    scored("b", 0.5, vcg=0.3, seconds=2.0),
+    scored("d", -1.0, vcg=math.nan, seconds=4.0),
+]
+
+
+def images(records: list[Record]) -> str:
+    return " ".join(record.image for record in records)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "bad1 c a bad0 n b d"),
+        ({"sort": Sort.SCORE}, "d c b a n bad1 bad0"),
+        ({"sort": Sort.SCORE, "descending": True}, "a c b d n bad1 bad0"),
+        ({"sort": Sort.NAME}, "a b c d n bad1 bad0"),
+        ({"sort": Sort.NAME, "descending": True}, "n d c b a bad1 bad0"),
+        ({"sort": Sort.VCG}, "c n b a d bad1 bad0"),
+        ({"sort": Sort.VCG, "descending": True}, "b n c a d bad1 bad0"),
+        ({"sort": Sort.VDA}, "c a n b d bad1 bad0"),
+        ({"sort": Sort.SPREAD, "descending": True}, "c a n b d bad1 bad0"),
+        ({"sort": Sort.TIME}, "a b n c d bad1 bad0"),
+        ({"top": 2}, "a c"),
+        ({"bottom": 2}, "d c"),
+        ({"top": 1, "bottom": 1}, "a d"),
+        ({"top": 9}, "a c b d"),
+        ({"top": 3, "bottom": 3}, "a c b d"),
+        ({"top": 0}, ""),
+        ({"top": 2, "sort": Sort.SCORE}, "c a"),
+        ({"top": 2, "sort": Sort.NAME}, "a c"),
+        ({"top": 2, "sort": Sort.VCG, "descending": True}, "b n"),
+        ({"top": 1, "bottom": 1, "sort": Sort.TIME}, "a d"),
+    ],
+    ids=str,
+)
+def test_arrange_is_stable_and_puts_errors_last(options: dict[str, Any], expected: str) -> None:
+    assert images(arrange(MIXED, **options)) == expected
+
+
+def test_arrange_leaves_its_input_alone() -> None:
+    before = list(MIXED)
+    arrange(MIXED, Sort.SCORE, top=1)
+    assert before == MIXED

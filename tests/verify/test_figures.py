@@ -1,0 +1,47 @@
+"""Drift: the definitions, and what has none."""
+
+import math
+
+import numpy as np
+import pytest
+
+from diffiqa.verify.figures import compare
+
+GENERATOR = np.random.default_rng(7)
+WANT = GENERATOR.normal(size=(3, 5, 7)).astype(np.float32)
+HAVE = (WANT + 0.01 * GENERATOR.normal(size=WANT.shape)).astype(np.float32)
+
+
+def test_figures_are_those_of_their_definitions() -> None:
+    drift = compare(WANT, HAVE, 0.9)
+    want, have = WANT.astype(np.float64).ravel(), HAVE.astype(np.float64).ravel()
+    error, largest = np.abs(have - want), np.abs(want).max()
+    assert drift.largest == largest
+    assert [drift.max, drift.mean, drift.median, drift.quantile] == pytest.approx(
+        [value / largest for value in (error.max(), error.mean(), np.median(error), np.quantile(error, 0.9))]
+    )
+    assert drift.cosine == pytest.approx(want @ have / np.linalg.norm(want) / np.linalg.norm(have))
+    assert drift.psnr == pytest.approx(10 * math.log10(largest**2 / np.mean(error**2)))
+    assert drift.not_finite == 0
+
+
+def test_equal_arrays_have_no_drift() -> None:
+    drift = compare(WANT, WANT)
+    assert (drift.max, drift.psnr) == (0, math.inf)
+    assert drift.cosine == pytest.approx(1)
+    nothing = compare(np.zeros(4), np.zeros(4))
+    assert (nothing.max, nothing.cosine) == (0, 1)
+
+
+def test_errors_of_a_reference_that_is_0_are_as_they_are() -> None:
+    assert compare(np.zeros(4), np.full(4, 0.25)).max == 0.25
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_single_bad_number_makes_every_error_infinite(bad: float) -> None:
+    have = HAVE.copy()
+    have[1, 2, 3] = bad
+    drift = compare(WANT, have)
+    assert drift.not_finite == 1
+    assert (drift.max, drift.mean, drift.median, drift.quantile) == (math.inf,) * 4
+    assert (drift.cosine, drift.psnr) == (0, -math.inf)

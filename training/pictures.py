@@ -1,0 +1,121 @@
+"""Pictures of a training run: each decoded once into a file of plain pixels, of which crops are then read."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+
+from ..data.datasets import DatasetError
+from ..engine.atomic import replacing
+from ..errors import ImageError, OutputError
+from ..runtime.images import read_image
+
+Pixels = npt.NDArray[np.uint8]  # (H, W, 3), RGB
+FloatArray = npt.NDArray[np.float32]
+
+SCHEMA = 1  # of the cache: raised when the same file would give other pixels
+
+
+class Pictures:
+    """Pictures by index, as memory-mapped pixels. Files that cannot be used are left out, and `skipped` says why.
+
+    `cache` may be shared by runs and processes: a file's name is the hash of what it was made from. Pictures smaller
+    than `min_side` are enlarged if `enlarge`, as scoring does, else left out; larger than `longest_side`: reduced.
+    Raises DatasetError if no picture is left.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        cache: Path,
+        *,
+        min_side: int,
+        enlarge: bool = False,
+        longest_side: int = 0,
+        progress: Callable[[int, int], None] = lambda _done, _total: None,
+    ) -> None:
+        self._cache, self._min_side, self._enlarge, self._longest_side = cache, min_side, enlarge, longest_side
+        self.skipped: list[str] = []
+        self.paths: list[Path] = []
+        self.files: list[Path] = []  # the cached pixels of each
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise OutputError(f"cannot make the folder {cache}: {exc}") from exc
+        for index, path in enumerate(paths):
+            try:
+                self.files.append(self._stored(path))
+                self.paths.append(path)
+            except ImageError as exc:
+                self.skipped.append(str(exc))
+            progress(index + 1, len(paths))
+        if not self.paths:
+            why = f": {self.skipped[0]}" if self.skipped else ""
+            raise DatasetError(f"none of {len(paths)} pictures can be used{why}")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Pixels:
+        pixels: Pixels = np.load(self.files[index], mmap_mode="r")
+        return pixels
+
+    def fingerprint(self) -> str:
+        """Return a digest of all pictures in their order."""
+        return hashlib.sha256("\n".join(file.name for file in self.files).encode()).hexdigest()
+
+    def _stored(self, path: Path) -> Path:
+        """Return the file of a picture's pixels, written now if nobody has before."""
+        try:
+            data = path.read_bytes()
+        except OSError as exc:
+            raise ImageError(f"{path}: {exc.strerror or exc}") from exc
+        made_of = f"{SCHEMA} {self._min_side} {self._enlarge} {self._longest_side} {hashlib.sha256(data).hexdigest()}"
+        file = self._cache / f"{hashlib.sha256(made_of.encode()).hexdigest()}.npy"
+        if not file.exists():
+            save_array(file, self._decoded(path))
+        return file
+
+    def _decoded(self, path: Path) -> Pixels:
+        pixels = read_pixels(path, min_side=self._min_side if self._enlarge else 1)
+        if self._longest_side:
+            pixels = reduced(pixels, self._longest_side)
+        if min(pixels.shape[:2]) < self._min_side:
+            width, height = pixels.shape[1], pixels.shape[0]
+            raise ImageError(f"{path}: {width}×{height} is smaller than a crop of {self._min_side}×{self._min_side}")
+        return pixels
+
+
+def read_pixels(path: Path, *, min_side: int = 1) -> Pixels:
+    """Return a picture as the runtime reads it, on 8-bit values. Raises ImageError."""
+    image = read_image(path, min_side=min_side).pixels
+    scale = 1 if image.dtype == np.uint8 else 255
+    pixels: Pixels = np.rint(image * np.float32(scale)).astype(np.uint8)
+    return pixels
+
+
+def reduced(pixels: Pixels, longest_side: int) -> Pixels:
+    """Return a picture scaled down to this side, or as it is if it is no larger."""
+    height, width = pixels.shape[:2]
+    if max(height, width) <= longest_side:
+        return pixels
+    scale = longest_side / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(PIL.Image.fromarray(pixels).resize(size, PIL.Image.Resampling.LANCZOS))
+
+
+def save_array(path: Path, array: npt.NDArray[np.generic]) -> None:
+    """Write an .npy file, whole or not at all; raises OutputError."""
+    try:
+        with replacing(path) as stream:
+            np.save(stream, array)
+    except OSError as exc:
+        raise OutputError(f"cannot write {path}: {exc}") from exc
+
+
+def to_network(pixels: npt.NDArray[np.uint8]) -> FloatArray:
+    """Return pixels (H, W, 3) as the networks see them: (3, H, W) in [-1, 1]."""
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float32) / np.float32(127.5) - np.float32(1)

@@ -1,0 +1,156 @@
+"""The engines of a build as a candidate: each stage on the GPU between arrays of the host, and the whole as it scores.
+
+Figures by stage and step take the numbers between stages, which scoring leaves in the device's memory: here every call
+carries its inputs there and its outputs back. What that goes round, our kernels and the CUDA graph, is asked of the
+executor that scores.
+"""
+
+import contextlib
+import math
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ..engine.manifest import EngineDirectory, Manifest
+from ..errors import BackendError
+from ..runtime.backends import open_tensorrt
+from ..runtime.executor import Call, FloatArray, Outcome
+from ..runtime.gpu.executor import DeviceExecutor
+from ..runtime.gpu.graphs import Form
+from ..runtime.gpu.layer import ITEM_BYTES, BoundStage, Layer, LoadedStage, choose_profile
+from ..runtime.plan import Plan
+from .figures import total_score
+from .sides import Party, Side, Whole, onnx_precision
+from .trace import NotForShapesError, branch_scores
+
+_DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+@contextlib.contextmanager
+def open_device_side(directory: EngineDirectory, ordinal: int) -> Generator[Side]:
+    """Lend the build that fits a GPU. Raises BackendError or EngineError with the way out."""
+    opened = open_tensorrt(directory, ordinal)
+    assert opened.build is not None  # noqa: S101 — what it opens is a build
+    with contextlib.closing(opened.executor(directory)) as executor:
+        stages = {name: DeviceStage(opened.layer, engine) for name, engine in opened.stages(1).items()}
+        party = Party(
+            f"{directory.path}, {opened.name}",
+            f"{directory.manifest.engine_id}+{opened.build.key}",
+            onnx_precision(directory),
+            opened.precision,
+        )
+        try:
+            yield Side(party, directory.manifest, stages, lambda *run: score_whole(directory.manifest, executor, *run))
+        finally:
+            for stage in stages.values():
+                stage.close()
+
+
+class DeviceStage:
+    """An engine behind arrays of the host. One thread at a time; `close()` before the layer goes.
+
+    Only what ran last stays bound: a context's scratch memory is that of its whole profile, and images differ in size.
+    """
+
+    def __init__(self, layer: Layer, stage: LoadedStage) -> None:
+        self._layer, self._stage = layer, stage
+        self._bound: _Bound | None = None
+
+    def bind(self, inputs: Mapping[str, FloatArray], outputs: Mapping[str, FloatArray]) -> Call:
+        """Return a call that takes the inputs to the device, runs the engine and fetches the outputs asked for."""
+        layer = self._layer
+        shapes = {name: array.shape for name, array in inputs.items()}
+
+        def call() -> None:
+            layer.enter()
+            bound = self._bound_to(shapes)
+            for name, array in inputs.items():
+                layer.upload(bound.addresses[name], array.astype(bound.dtypes[name], order="C"))
+            assert bound.stage is not None  # noqa: S101 — bound
+            bound.stage.enqueue()
+            found = {name: np.empty(array.shape, bound.dtypes[name]) for name, array in outputs.items()}
+            for name, array in found.items():
+                layer.download(array, bound.addresses[name])
+            layer.synchronise()
+            for name, array in found.items():
+                outputs[name][...] = array
+
+        return call
+
+    def close(self) -> None:
+        """Free the context and its memory, once nothing runs that uses them."""
+        bound, self._bound = self._bound, None
+        if bound is None:
+            return
+        with contextlib.suppress(BackendError, MemoryError):  # after a failure, which has been told already
+            self._layer.enter()
+            self._layer.synchronise()
+        if bound.stage:
+            bound.stage.close()
+        for address in bound.owned:
+            with contextlib.suppress(BackendError):
+                self._layer.free(address)
+
+    def _bound_to(self, shapes: dict[str, tuple[int, ...]]) -> "_Bound":
+        if self._bound is None or self._bound.shapes != shapes:
+            self.close()
+            try:
+                self._bind(shapes)
+            except MemoryError as exc:
+                raise BackendError(f"{exc}; verify smaller images, or with --mode crop") from exc
+        assert self._bound is not None  # noqa: S101 — bound above
+        return self._bound
+
+    def _bind(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        built = self._stage.built
+        profile = choose_profile(built.profiles, shapes)
+        if profile is None:
+            raise NotForShapesError(
+                f"no profile of the {built.name} engine takes {shapes}; verify with images of a size it was built for, "
+                f"or build again with iqa-build --sizes"
+            )
+        sizes = built.sizes(shapes)
+        specs = (*built.inputs, *built.outputs)
+        # Known to `close` from the first piece of memory on.
+        bound = self._bound = _Bound(shapes, {spec.name: np.dtype(_DTYPES[spec.dtype]) for spec in specs})
+        for spec in specs:
+            needed = math.prod(spec.at(sizes)) * ITEM_BYTES[spec.dtype]
+            bound.addresses[spec.name] = self._allocated(bound, needed)
+        bound.stage = self._stage.bind(profile, shapes, bound.addresses)
+        if needed := bound.stage.activation_bytes:
+            bound.stage.use_activation(self._allocated(bound, needed), needed)
+
+    def _allocated(self, bound: "_Bound", size: int) -> int:
+        bound.owned.append(self._layer.allocate(size))
+        return bound.owned[-1]
+
+
+@dataclass
+class _Bound:
+    """A context with its memory."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, np.dtype[Any]]
+    addresses: dict[str, int] = field(default_factory=dict)
+    owned: list[int] = field(default_factory=list)
+    stage: BoundStage | None = None
+
+
+def score_whole(manifest: Manifest, executor: DeviceExecutor, image: FloatArray, plan: Plan, seed: int) -> Whole:
+    """Score an image as `iqa-run` does: without a graph, then captured, then replayed."""
+    executor.graphs.form = Form.NONE
+    first = executor.run(image, plan, seed)
+    executor.graphs.form = Form.LOOP
+    captured, replayed = (executor.run(image, plan, seed) for _ in range(2))
+    note = next((text for text in (*captured.notes, *replayed.notes) if "without a CUDA graph" in text), "")
+    same = None if note else _equal(first, captured) and _equal(first, replayed)
+    return Whole(total_score(manifest, *branch_scores(first)), same, note)
+
+
+def _equal(mine: Outcome, other: Outcome) -> bool:
+    """Whether every score and every crop is the same, bit for bit; NaN equals NaN."""
+    sides = ((outcome.crops, *branch_scores(outcome)) for outcome in (mine, other))
+    return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(*sides, strict=True))

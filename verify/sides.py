@@ -1,0 +1,289 @@
+"""The two that are compared: a float32 reference, and a candidate that should be the same model.
+
+Candidates run through ONNX Runtime on the CPU: another engine's stages as they are (int8 ones, for instance), or stages
+under a precision plan, emulated in float32 with every result rounded. `verify_device` has those that run on a GPU.
+"""
+
+import dataclasses
+import hashlib
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import TensorProto, helper
+
+from ..calibration.statistics import NAME as STATISTICS
+from ..engine.codec import encode
+from ..engine.manifest import EngineDirectory, Manifest, Precision, Source, Stage, StageName, open_engine, read_manifest
+from ..errors import EngineError, UsageError
+from ..export.precision import (
+    PLAN_SCHEMA,
+    PrecisionPlan,
+    StagePrecision,
+    cast,
+    in_8_bits,
+    plan_stage,
+    refuse_unsigned,
+    rounded,
+)
+from ..runtime.backends import load_stages
+from ..runtime.executor import Call, FloatArray, StageRunner
+from ..runtime.host.onnx_stage import OnnxSettings, OnnxStage
+from ..runtime.plan import Plan
+
+_QUANTISED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"}
+_FLOAT8 = {TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2}
+_LOW = {TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Party:
+    """What a side is called, and an id that changes with anything its results depend on."""
+
+    label: str
+    id: str
+    precision: str  # the lowest that any of its ONNX stages computes in: fp32, bf16, fp16, int8 or fp8
+    cast: str = ""  # what a plan or a build has cast the rest to, where there is one
+
+
+@dataclass(frozen=True)
+class Whole:
+    """An image scored all on a device."""
+
+    score: float
+    graph_same: bool | None  # whether a CUDA graph gave the same bits; None: there was none
+    note: str = ""  # why there was none
+
+
+@dataclass(frozen=True)
+class Side:
+    """A party that can be run."""
+
+    party: Party
+    manifest: Manifest
+    stages: Mapping[StageName, StageRunner]
+    whole: Callable[[FloatArray, Plan, int], Whole] | None = None  # as it scores, where that is not by these stages
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user names: an engine, what it is held against, and how the engine is to be rounded."""
+
+    engine: Path
+    against: Path | None = None  # another engine, or a checkpoint
+    plan: PrecisionPlan | None = None
+    precision: Precision | None = None
+    any_weights: bool = False  # compare engines of other weights all the same
+
+
+def open_verified(path: Path) -> EngineDirectory:
+    """Open an engine of which the ONNX stages are needed. Raises EngineError with the way out."""
+    for stage in read_manifest(path).stages:
+        if not (path / stage.file.path).is_file():
+            raise EngineError(
+                f"{path} has no ONNX stages ({stage.file.path} is missing), which verifying takes; "
+                f"export the engine again, or copy its onnx folder back"
+            )
+    return open_engine(path)
+
+
+def open_sides(given: Given, settings: OnnxSettings) -> tuple[Side, Side]:
+    """Return reference and candidate. Raises UsageError if they are not two forms of one model."""
+    directory = open_verified(given.engine)
+    plan = chosen_plan(given, directory)
+    reference = reference_side(given, directory, settings)
+    if plan is None:
+        return reference, _engine_side(directory, settings)
+    return reference, emulated_side(directory, plan, settings)
+
+
+def emulated_side(directory: EngineDirectory, plan: PrecisionPlan, settings: OnnxSettings) -> Side:
+    """Return an engine under a plan."""
+    manifest = directory.manifest
+    stages = {s.name: emulate(directory, s, plan.stage(s.name), plan.precision, settings) for s in manifest.stages}
+    return Side(plan_party(directory, plan), manifest, stages)
+
+
+def chosen_plan(given: Given, directory: EngineDirectory) -> PrecisionPlan | None:
+    """Return the plan to emulate, checked against the engine; None if the engine itself is the candidate."""
+    plan = given.plan
+    if plan or given.precision:
+        refuse_unsigned(directory)
+    if plan is None:
+        if given.precision is None:
+            if given.against is None:
+                raise UsageError(
+                    "there is nothing to compare the engine with: give --precision or --plan to emulate one, or "
+                    "--against an engine or checkpoint"
+                )
+            return None
+        stages = directory.manifest.stages
+        made = (plan_stage(onnx.load(directory.file(s.file)), s, given.precision) for s in stages)
+        return PrecisionPlan(PLAN_SCHEMA, given.precision, tuple(made))
+    if given.precision not in {None, plan.precision}:
+        raise UsageError(f"the precision plan is for {plan.precision}, not {given.precision}; leave --precision out")
+    for stage in directory.manifest.stages:
+        if plan.stage(stage.name).onnx_sha256 != stage.file.sha256:
+            raise UsageError(
+                f"the precision plan is for another {stage.file.path} than {given.engine} holds; use the engine "
+                f"that it was made for, or --precision {plan.precision} for a plan of this one"
+            )
+    return plan
+
+
+def plan_party(directory: EngineDirectory, plan: PrecisionPlan) -> Party:
+    """Return what an engine under a plan is called."""
+    lowest = onnx_precision(directory)
+    form = f"in {plan.precision}" if lowest == "fp32" else f"in {lowest}, the rest in {plan.precision}"
+    return Party(f"{directory.path} {form}, emulated", plan_id(directory.manifest, plan), lowest, plan.precision)
+
+
+def plan_id(manifest: Manifest, plan: PrecisionPlan) -> str:
+    """Return the id of an engine under a plan."""
+    return f"{manifest.engine_id}+{hashlib.sha256(plan.to_json().encode()).hexdigest()[:8]}"
+
+
+def default_limits(reference: Party, candidate: Party) -> str:
+    """Return the precision whose limits apply: of what sets the candidate apart from its reference."""
+    as_low = candidate.precision in {"fp32", reference.precision}
+    return candidate.cast if candidate.cast and as_low else candidate.precision
+
+
+def emulate(
+    directory: EngineDirectory, stage: Stage, plan: StagePrecision, precision: Precision, settings: OnnxSettings
+) -> OnnxStage:
+    """Load a stage that computes in float32 and rounds every result, and what it is given, as the plan says."""
+    model = emulated(onnx.load(directory.file(stage.file)), plan, precision)
+    with tempfile.TemporaryDirectory(prefix="iqa-verify-") as folder:
+        path = Path(folder, f"{stage.name}.onnx")  # messages then name the stage
+        path.write_bytes(model.SerializeToString())
+        return OnnxStage(path, dataclasses.replace(settings, as_written=in_8_bits(model)))
+
+
+def emulated(model: onnx.ModelProto, plan: StagePrecision, precision: Precision) -> onnx.ModelProto:
+    """Return a stage as `rounded`, its inputs rounded too: an engine is given them in the type that its plan says."""
+    typed = cast(model, plan, precision)
+    result = rounded(typed)
+    graph = result.graph
+    low = {value.name: kind for value in typed.graph.input if (kind := value.type.tensor_type.elem_type) in _LOW}
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if name in low:
+                node.input[index] = f"{name}.stored"
+    casts = []
+    for name, kind in low.items():
+        casts += [
+            helper.make_node("Cast", [name], [f"{name}.low"], to=kind),
+            helper.make_node("Cast", [f"{name}.low"], [f"{name}.stored"], to=TensorProto.FLOAT),
+        ]
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return result
+
+
+def reference_side(given: Given, directory: EngineDirectory, settings: OnnxSettings) -> Side:
+    """Return what an engine is held against."""
+    if given.against is None:
+        return _engine_side(directory, settings)
+    if given.against.is_file():
+        return _checkpoint(given, given.against, directory.manifest)
+    other = open_verified(given.against)
+    _require_same_model(given, directory.manifest, other.manifest)
+    return _engine_side(other, settings)
+
+
+def _engine_side(directory: EngineDirectory, settings: OnnxSettings) -> Side:
+    precision = onnx_precision(directory)
+    stages = load_stages(directory, dataclasses.replace(settings, as_written=precision == "fp8"))
+    return Side(Party(str(directory.path), directory.manifest.engine_id, precision), directory.manifest, stages)
+
+
+def _checkpoint(given: Given, path: Path, manifest: Manifest) -> Side:
+    """Return the PyTorch model of a checkpoint, unmerged, running the engine's schedule and crops."""
+    from ..model.checkpoint import load
+
+    loaded = load(path)
+    if encode(loaded.model.config) != manifest.model:
+        raise UsageError(
+            f"{given.engine} is a {manifest.model_name} model of another configuration than {path}, a "
+            f"{loaded.model.config.name}; verify it against the checkpoint that it was exported from"
+        )
+    _require_same_weights(given, manifest.provenance.sources, loaded.sources)
+    digest = hashlib.sha256(repr(sorted(s.sha256 for s in loaded.sources)).encode()).hexdigest()[:16]
+    loaded.model.eval()
+    stages = {stage.name: _TorchStage(loaded.model, stage) for stage in manifest.stages}
+    return Side(Party(f"{path} in PyTorch", digest, "fp32"), manifest, stages)
+
+
+class _TorchStage:
+    """A stage of the PyTorch model behind the arrays of a runtime."""
+
+    def __init__(self, model: Any, stage: Stage) -> None:
+        self._model, self._stage = model, stage
+
+    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Call:
+        import torch
+
+        from ..export.verify import reference
+
+        tensors = tuple(torch.from_numpy(inputs[spec.name]) for spec in self._stage.inputs)
+
+        def call() -> None:
+            results = reference(self._model, self._stage.name, tensors)
+            for spec, result in zip(self._stage.outputs, results, strict=True):
+                if spec.name in outputs:
+                    outputs[spec.name][...] = result.numpy()
+
+        return call
+
+
+def _require_same_model(given: Given, mine: Manifest, other: Manifest) -> None:
+    """Raise UsageError unless both engines are to compute the same scores."""
+    alike = ("model", "schedule", "taps", "kinds", "alignment")
+    different = [
+        f.name for f in fields(Manifest) if f.name in alike and getattr(mine, f.name) != getattr(other, f.name)
+    ]
+    if mine.crop.size != other.crop.size:
+        different.append("crop size")
+    if (mine.score.vcg_weight, mine.score.vda_weight) != (other.score.vcg_weight, other.score.vda_weight):
+        different.append("branch weights")
+    if {stage.name for stage in mine.stages} != {stage.name for stage in other.stages}:
+        different.append("stages")
+    if different:
+        raise UsageError(
+            f"{given.engine} ({mine.model_name}) and {given.against} ({other.model_name}) are not the same model: they "
+            f"differ in {', '.join(different)}; compare engines that were exported from one checkpoint"
+        )
+    _require_same_weights(given, mine.provenance.sources, other.provenance.sources)
+
+
+def _require_same_weights(given: Given, mine: tuple[Source, ...], other: tuple[Source, ...]) -> None:
+    # Parts that were never trained have no file, only the seed of their initial values.
+    # Statistics, which 8-bit engines have been through, are no weights.
+    mine, other = (tuple(source for source in sources if source.role != STATISTICS) for sources in (mine, other))
+    hashes = [{source.sha256 or source.format for source in sources} for sources in (mine, other)]
+    if given.any_weights or not all(hashes) or hashes[0] == hashes[1]:
+        return
+    names = [", ".join(sorted({source.name for source in sources})) for sources in (mine, other)]
+    raise UsageError(
+        f"{given.engine} was made from other weights ({names[0]}) than {given.against} ({names[1]}), so their scores "
+        f"differ by more than precision; verify against the model it was made from, or give --any-weights"
+    )
+
+
+def onnx_precision(directory: EngineDirectory) -> str:
+    """Return the lowest precision that any ONNX stage of an engine computes in."""
+    found = {"fp32"}
+    for stage in directory.manifest.stages:
+        graph = onnx.load(directory.file(stage.file)).graph
+        kinds = {tensor.data_type for tensor in graph.initializer}
+        found |= {name for kind, name in _LOW.items() if kind in kinds}
+        if kinds & _FLOAT8:
+            found.add("fp8")
+        elif any(node.op_type in _QUANTISED for node in graph.node):
+            found.add("int8")
+    return next(name for name in ("fp8", "int8", "bf16", "fp16", "fp32") if name in found)

@@ -1,0 +1,197 @@
+"""The pipeline of `iqa-run` with recorders between its stages: what an engine computed on the way to a score."""
+
+import contextlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+
+from ..engine.manifest import Manifest, StageName
+from ..errors import BackendError
+from ..runtime.executor import Call, Outcome, StageRunner
+from ..runtime.host.executor import BoundDenoiser, HostExecutor
+from ..runtime.plan import Plan
+
+FloatArray = npt.NDArray[np.float32]
+BROKEN = 1e9  # a difference beyond all limits, where one side is NaN or Inf; JSON has no infinity
+HEAD_CALLS = 4  # crops of an image whose ViT maps are kept: at full size they are 38 MB each
+
+_WATCHED = {
+    StageName.UNET: ("y", "condition", "noise"),
+    StageName.VIT: ("maps",),
+    StageName.VCG: (),
+    StageName.VDA: (),
+}
+
+
+class NotForShapesError(BackendError):
+    """A stage that was made for other inputs than these."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What an engine computed for one image and seed. Steps stand in the order they ran, from T − 1 to 0.
+
+    A larger image is restored in several windows: `state`, `noise` and `condition` are those of the first.
+    """
+
+    state: FloatArray  # (T, 3, H, W): what each step starts from
+    noise: FloatArray  # (T, 3, H, W): the U-Net's answer
+    condition: FloatArray  # (3, H, W)
+    crops: FloatArray  # (crops, kinds, 3, size, size): the taps as the heads saw them
+    maps: FloatArray  # (first HEAD_CALLS crops, kinds, layers, tokens, width)
+    vcg: FloatArray  # (crops,), or empty where the model has no such branch
+    vda: FloatArray
+
+    def equals(self, other: "Trace") -> bool:
+        """Whether every number is the same, bit for bit; NaN equals NaN."""
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return all(np.array_equal(mine, its, equal_nan=True) for mine, its in pairs)
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What an engine's stages make of the inputs in another engine's trace, each stage by itself."""
+
+    noise: FloatArray  # (T, 3, H, W)
+    maps: FloatArray  # as in the trace
+    vcg: FloatArray  # (first HEAD_CALLS crops,)
+    vda: FloatArray
+
+
+class Pipeline:
+    """The stages of one engine under the executor that scores with them."""
+
+    def __init__(self, manifest: Manifest, stages: Mapping[StageName, StageRunner]) -> None:
+        self.manifest, self._stages = manifest, stages
+        self._recorders = {name: _Recorder(stage, _WATCHED[name]) for name, stage in stages.items()}
+        self._executor = HostExecutor(manifest, self._recorders)
+
+    def trace(self, image: FloatArray, plan: Plan, seed: int) -> Trace:
+        """Score a (3, height, width) image in [-1, 1] and return all that was recorded."""
+        for name, recorder in self._recorders.items():
+            recorder.start(self.manifest.schedule.steps if name is StageName.UNET else HEAD_CALLS)
+        # A candidate may well overflow: that is a finding, not a warning.
+        with np.errstate(all="ignore"):
+            outcome = self._executor.run(image, plan, seed)
+        steps = self._recorded(StageName.UNET)
+        vcg, vda = branch_scores(outcome)
+        return Trace(
+            state=_stacked(steps, "y", 0),
+            noise=_stacked(steps, "noise", 0),
+            condition=steps[0]["condition"][0] if steps else np.empty(0, np.float32),
+            crops=outcome.crops,
+            maps=_stacked(self._recorded(StageName.VIT), "maps"),
+            vcg=vcg,
+            vda=vda,
+        )
+
+    def scores(self, image: FloatArray, plan: Plan, seed: int) -> tuple[FloatArray, FloatArray]:
+        """Return the branches' scores of the crops, keeping nothing else."""
+        for recorder in self._recorders.values():
+            recorder.start(0)
+        return branch_scores(self._executor.run(image, plan, seed))
+
+    def answer(self, trace: Trace) -> Answers:
+        """Run every stage on the inputs it had in a trace."""
+        noise = np.empty_like(trace.noise)
+        if len(noise):
+            denoiser = BoundDenoiser(self._stages[StageName.UNET], *noise.shape[2:])
+            denoiser.condition[:] = trace.condition
+            levels = self.manifest.schedule.coefficients.noise_level[::-1]
+            for index, level in enumerate(levels):
+                denoiser.y[:] = trace.state[index]
+                denoiser(float(level))
+                noise[index] = denoiser.noise
+        maps = np.empty_like(trace.maps)
+        for index in range(len(maps)):
+            maps[index] = self._run(StageName.VIT, {"image": trace.crops[index]}, "maps", maps[index].shape)
+        # One crop at a time, as scoring does it.
+        vcg = [self._run(StageName.VCG, {"maps": each[None]}, "score", (1,))[0] for each in trace.maps]
+        looked = trace.crops[:HEAD_CALLS] if len(trace.vda) else ()
+        vda = [self._run(StageName.VDA, {"images": crop[None]}, "score", (1,))[0] for crop in looked]
+        return Answers(noise, maps, np.array(vcg, np.float32), np.array(vda, np.float32))
+
+    def batch_difference(self, trace: Trace) -> dict[str, float]:
+        """Return by stage how far answers to two inputs at once are from those of `trace`, one of our own.
+
+        A share of the largest answer; a stage is left out where the trace has no two inputs for it, or where it was
+        not made for two.
+        """
+        pairs: dict[str, tuple[FloatArray, FloatArray]] = {}
+
+        def compare(name: StageName, inputs: dict[str, FloatArray], output: str, alone: FloatArray) -> None:
+            with contextlib.suppress(NotForShapesError):
+                pairs[name] = alone, self._run(name, inputs, output, alone.shape)
+
+        if len(trace.noise) > 1:
+            ends = [0, -1]
+            level = self.manifest.schedule.coefficients.noise_level[::-1][ends].reshape(2, 1)
+            inputs = {"y": trace.state[ends], "condition": np.stack([trace.condition] * 2), "noise_level": level}
+            compare(StageName.UNET, inputs, "noise", trace.noise[ends])
+        if len(trace.maps):
+            compare(StageName.VIT, {"image": trace.crops[0, :1]}, "maps", trace.maps[0, :1])
+        if len(trace.maps) > 1:
+            compare(StageName.VCG, {"maps": trace.maps[:2]}, "score", trace.vcg[:2])
+        if len(trace.vda) > 1:
+            compare(StageName.VDA, {"images": trace.crops[:2]}, "score", trace.vda[:2])
+        return {name: _difference(*pair) for name, pair in pairs.items()}
+
+    def _recorded(self, name: StageName) -> list[dict[str, FloatArray]]:
+        return self._recorders[name].calls if name in self._recorders else []
+
+    def _run(self, name: StageName, inputs: dict[str, FloatArray], output: str, shape: tuple[int, ...]) -> FloatArray:
+        result = np.empty(shape, np.float32)
+        bound = {key: np.ascontiguousarray(value, np.float32) for key, value in inputs.items()}
+        self._stages[name].bind(bound, {output: result})()
+        return result
+
+
+def branch_scores(outcome: Outcome) -> tuple[FloatArray, FloatArray]:
+    """Return the scores of an image's crops by VCG and by VDA; empty where the model has no such branch."""
+    verdicts = outcome.verdicts
+    vcg = np.array([v.vcg.score for v in verdicts if v.vcg], np.float32)
+    return vcg, np.array([v.vda.score for v in verdicts if v.vda], np.float32)
+
+
+class _Recorder:
+    """A stage that keeps copies of what its calls read and write; for one thread."""
+
+    def __init__(self, stage: StageRunner, names: tuple[str, ...]) -> None:
+        self._stage, self._names, self._limit = stage, names, 0
+        self.calls: list[dict[str, FloatArray]] = []
+
+    def start(self, limit: int) -> None:
+        """Forget what was recorded and keep the next `limit` calls."""
+        self.calls, self._limit = [], limit
+
+    def bind(self, inputs: Mapping[str, FloatArray], outputs: Mapping[str, FloatArray]) -> Call:
+        call = self._stage.bind(inputs, outputs)
+        watched = {name: array for name, array in {**inputs, **outputs}.items() if name in self._names}
+
+        def run() -> None:
+            call()
+            if len(self.calls) < self._limit:
+                known = self.calls[0] if self.calls else {}
+                # The condition is the same at every step of a window: one copy will do.
+                self.calls.append(
+                    {n: known[n] if n == "condition" and n in known else a.copy() for n, a in watched.items()}
+                )
+
+        return run
+
+
+def _stacked(calls: list[dict[str, FloatArray]], name: str, index: int | None = None) -> FloatArray:
+    values = [call[name] if index is None else call[name][index] for call in calls]
+    return np.stack(values) if values else np.empty(0, np.float32)
+
+
+def _difference(alone: FloatArray, together: FloatArray) -> float:
+    largest = float(np.abs(alone).max())
+    with np.errstate(all="ignore"):
+        error = float(np.abs(together.astype(np.float64) - alone).max())
+    if not math.isfinite(error):
+        return 0.0 if np.array_equal(alone, together, equal_nan=True) else BROKEN
+    return error / largest if largest else error
