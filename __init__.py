@@ -22,8 +22,8 @@ if TYPE_CHECKING:
         OutputError,
         UsageError,
     )
-    from .runtime.host.onnx_stage import OnnxSettings
-    from .runtime.host.openvino_stage import OpenVinoSettings
+    from .runtime.host.onnx_stage import OnnxRuntime
+    from .runtime.host.openvino_stage import OpenVino
     from .runtime.results import CropScore, Failure, Mode, Options, Pictures, Score
     from .runtime.scorer import Info, Scorer, load
 
@@ -41,8 +41,8 @@ __all__ = [
     "ImageError",
     "Info",
     "Mode",
-    "OnnxSettings",
-    "OpenVinoSettings",
+    "OnnxRuntime",
+    "OpenVino",
     "Options",
     "OutputError",
     "Pictures",
@@ -54,8 +54,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "OnnxSettings": "host.onnx_stage",
-    "OpenVinoSettings": "host.openvino_stage",
+    "OnnxRuntime": "host.onnx_stage",
+    "OpenVino": "host.openvino_stage",
     **dict.fromkeys(["CropScore", "Failure", "Mode", "Options", "Pictures", "Score"], "results"),
     **dict.fromkeys(["Info", "Scorer", "load"], "scorer"),
 }

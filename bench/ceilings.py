@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..errors import BackendError, first_line
-from ..runtime.host.onnx_stage import OnnxSettings
+from ..runtime.host.onnx_stage import OnnxRuntime
 
 Clock = Callable[[], float]
 
@@ -63,7 +63,7 @@ class Probe:
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 4
         session = onnxruntime.InferenceSession(
-            matmul_model(self._side), options, providers=list(OnnxSettings().providers)
+            matmul_model(self._side), options, providers=list(OnnxRuntime().providers)
         )
         binding = session.io_binding()
         for name, array in (("a", self._a), ("b", self._b)):

@@ -19,15 +19,16 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine.manifest import Library, Manifest, StageName, open_engine
+from ..engine.pixels import to_plane
 from ..errors import BackendError, UsageError
 from ..runtime.backends import ON_GPU, host_name, host_settings, load_stages
 from ..runtime.executor import Call, StageRunner
 from ..runtime.gpu.onnx_stage import CUDA, prepare
 from ..runtime.gpu.tensorrt import load_library
-from ..runtime.host.onnx_stage import OnnxSettings
+from ..runtime.host.onnx_stage import OnnxRuntime
 from ..runtime.images import read_image
 from ..runtime.results import Mode, Options
-from ..runtime.scorer import Scorer, load, to_plane
+from ..runtime.scorer import Scorer, load
 from .measure import with_steps
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def onnxruntime_default(ground: Ground) -> tuple[Score, str]:
     if ground.device is not None:
         provider, how = CUDA, {"device_id": str(ground.device)}
         with _or_missing():
-            prepare(OnnxSettings(providers=[provider]))
+            prepare(OnnxRuntime(providers=[provider]))
     directory = open_engine(ground.engine)
     stages = {
         stage.name: DefaultStage(directory.file(stage.file), provider, how, threads=ground.threads)
@@ -151,7 +152,7 @@ def onnxruntime_bound(ground: Ground) -> tuple[Score, str]:
 
 def onnxruntime_tensorrt(ground: Ground, *, fp16: bool) -> tuple[Score, str]:
     """Return the same with ONNX Runtime's TensorRT provider, which builds engines for the sizes that it meets."""
-    settings = OnnxSettings(providers=[("TensorrtExecutionProvider", {"trt_fp16_enable": str(int(fp16))}), CUDA])
+    settings = OnnxRuntime(providers=[("TensorrtExecutionProvider", {"trt_fp16_enable": str(int(fp16))}), CUDA])
     with _or_missing():
         load_library(Library.TENSORRT)  # into this process: onnxruntime does not look for it where pip puts it
         prepare(settings)
@@ -287,7 +288,7 @@ def _scored(manifest: Manifest, stages: Mapping[StageName, StageRunner]) -> Scor
     return score
 
 
-def _on_gpu(ground: Ground, backend: str, onnx: OnnxSettings | None = None) -> tuple[Score, str]:
+def _on_gpu(ground: Ground, backend: str, onnx: OnnxRuntime | None = None) -> tuple[Score, str]:
     """Return ours on the GPU. Another number of steps is loaded anew, before the scores that count."""
     directory = open_engine(ground.engine)
 

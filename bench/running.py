@@ -13,7 +13,7 @@ from ..runtime.backends import ON_GPU, HostSettings, OnGpu, closed_if_it_fails, 
 from ..runtime.executor import StageRunner
 from ..runtime.gpu.graphs import Form
 from ..runtime.gpu.tensorrt import gpu_capability, installed_libraries, load_library
-from ..runtime.host.onnx_stage import OnnxSettings
+from ..runtime.host.onnx_stage import OnnxRuntime
 from ..runtime.results import Options
 from ..runtime.scorer import Scorer
 from .gpu import GpuWatch
@@ -343,7 +343,7 @@ def import_libraries(backend: Backend) -> None:
         for library in installed_libraries():
             load_library(library)
     else:
-        host_name(OnnxSettings())
+        host_name(OnnxRuntime())
 
 
 def _by_step(calls: Mapping[StageName, Sequence[float]], steps: int) -> list[float]:

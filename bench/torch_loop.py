@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..engine.manifest import Manifest, StageName
 from ..engine.noise import MULTIPLIERS, ROUNDS, WEYL, split_seed
 from ..engine.schedule import Kind
+from ..engine.score import weighted_sum
 from ..errors import UsageError
 from ..export.stages import stage_plans
 from ..model.config import ModelConfig
@@ -193,16 +194,17 @@ class _Heads(nn.Module):
 
     def forward(self, crops: Tensor) -> Tensor:
         """Crops of all kinds (B, kinds, 3, crop, crop) → scores (B,)."""
-        parts = []
+        vcg = vda = None
         with torch.autocast(self.device, self.dtype) if self.dtype != torch.float32 else contextlib.nullcontext():
             if "vcg" in self.stages:
                 maps = self.stages["vit"](crops.flatten(0, 1))
                 score, *_ = self.stages["vcg"](maps.unflatten(0, crops.shape[:2]))
-                parts.append(self.config.vcg_weight * score.float())
+                vcg = score.float()
             if "vda" in self.stages:
                 score, *_ = self.stages["vda"](crops)
-                parts.append(self.config.vda_weight * score.float())
-        return torch.stack(parts).sum(0)
+                vda = score.float()
+        total: Tensor = weighted_sum(self.config, vcg, vda)
+        return total
 
 
 def _cut(planes: Tensor, plan: Plan) -> Tensor:

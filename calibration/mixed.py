@@ -16,7 +16,7 @@ import numpy as np
 from ..engine.manifest import EngineDirectory, Stage, StageName, open_engine
 from ..errors import ExportError, UsageError
 from ..runtime.backends import load_stages
-from ..runtime.host.onnx_stage import OnnxSettings, OnnxStage
+from ..runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from ..runtime.results import Mode, Options
 from ..runtime.scorer import Scorer
 from .quantise import Recipe, Target, read_fitting, write_stage
@@ -50,7 +50,7 @@ def choose_stages(
         raise UsageError("mixed precision is found by running it, which takes int8 in the form of ONNX Runtime")
     directory = open_engine(path)
     statistics = read_fitting(calibration, directory)
-    settings = OnnxSettings()
+    settings = OnnxRuntime()
     stages = load_stages(directory, settings)
     chosen = images[:: max(1, len(images) // MOST_IMAGES)][:MOST_IMAGES]
 

@@ -6,10 +6,10 @@ import onnx
 import onnxruntime
 
 from ..engine.manifest import Check, EngineDirectory, Precision, Stage, StageName
+from ..engine.pixels import to_plane
 from ..errors import ExportError
 from ..runtime.host.onnx_stage import compute_as_written
 from ..runtime.images import synthetic
-from ..runtime.scorer import to_plane
 from .precision import in_8_bits, rounded
 
 FloatArray = npt.NDArray[np.float32]

@@ -50,8 +50,8 @@ from diffiqa.export.precision import PrecisionPlan
 from diffiqa.export.tensorrt import BuildOptions, build_engines
 from diffiqa.model.checkpoint import load as load_checkpoint
 from diffiqa.runtime.backends import load_stages
-from diffiqa.runtime.host.onnx_stage import OnnxSettings, OnnxStage
-from diffiqa.runtime.host.openvino_stage import OpenVinoSettings, OpenVinoStage
+from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
+from diffiqa.runtime.host.openvino_stage import OpenVino, OpenVinoStage
 from diffiqa.runtime.results import Mode, Options
 from diffiqa.runtime.scorer import Scorer
 from diffiqa.verify.sides import Given, chosen_plan, emulated_side
@@ -102,7 +102,7 @@ def measure_scores(given: argparse.Namespace, folder: Path) -> None:
         trials, taken = quantise_all(folder, [item.path for item in items])
     written = {name: open_engine(folder / name) for name in ("fp32", *taken)}
     engines = {name: engine for name, engine in written.items() if name != "fp8"}  # which is emulated
-    settings = OnnxSettings()
+    settings = OnnxRuntime()
     scorers = {name: Scorer(e.manifest, load_stages(e, settings), backend=name) for name, e in engines.items()}
     shares: dict[str, dict[str, float]] = {}
     for precision in (Precision.FP16, Precision.BF16):
@@ -164,7 +164,7 @@ def quantise_all(folder: Path, images: list[Path]) -> tuple[list[Trial], dict[st
     return trials, written
 
 
-def emulated(engine: EngineDirectory, precision: Precision, settings: OnnxSettings) -> tuple[Scorer, PrecisionPlan]:
+def emulated(engine: EngineDirectory, precision: Precision, settings: OnnxRuntime) -> tuple[Scorer, PrecisionPlan]:
     """Return an engine as `iqa-build` would cast it, and by which plan."""
     plan = chosen_plan(Given(engine.path, precision=precision), engine)
     assert plan is not None
@@ -203,14 +203,14 @@ def measure_speed(given: argparse.Namespace, folder: Path) -> None:
     others["noise_level"] = np.full((1, 1), 0.5, np.float32)  # the same step: there are ranges of no other
     Recorder(directory, StageName.UNET, ranges).bind(others, {"noise": np.empty((1, 3, 224, 224), np.float32)})()
     onnx.save_model(quantise_stage(model, stage, ranges, Recipe.of("int8"))[0], int8)
-    plain, busy = OnnxSettings(), OnnxSettings(spinning=True)
+    plain, busy = OnnxRuntime(), OnnxRuntime(spinning=True)
     stages = {
         "fp32": OnnxStage(fp32, plain),
         "int8": OnnxStage(int8, plain),
         "fp32, spinning": OnnxStage(fp32, busy),
         "int8, spinning": OnnxStage(int8, busy),
-        "openvino fp32": OpenVinoStage(fp32, OpenVinoSettings()),
-        "openvino bf16": OpenVinoStage(fp32, OpenVinoSettings(precision="bf16")),
+        "openvino fp32": OpenVinoStage(fp32, OpenVino()),
+        "openvino bf16": OpenVinoStage(fp32, OpenVino(precision="bf16")),
         "onnxruntime's defaults": DefaultStage(fp32),
     }
     noise = {name: np.empty((1, 3, 224, 224), np.float32) for name in stages}

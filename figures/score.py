@@ -26,7 +26,7 @@ from diffiqa.model.checkpoint import load as load_checkpoint
 from diffiqa.model.network import build
 from diffiqa.runtime.backends import load_stages
 from diffiqa.runtime.executor import Call, StageRunner
-from diffiqa.runtime.host.onnx_stage import OnnxSettings, OnnxStage
+from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from diffiqa.runtime.images import synthetic as photo
 from diffiqa.runtime.results import Options, Score
 from diffiqa.runtime.scorer import Scorer, load
@@ -88,7 +88,7 @@ class TimedStage:
 def overhead(engine: Path, sizes: list[tuple[int, int]], rounds: int) -> dict[str, object]:
     """Return the share of time that is not ONNX Runtime's, over warm runs on images of several sizes."""
     directory, spent = open_engine(engine), [0.0]
-    stages = {name: TimedStage(stage, spent) for name, stage in load_stages(directory, OnnxSettings()).items()}
+    stages = {name: TimedStage(stage, spent) for name, stage in load_stages(directory, OnnxRuntime()).items()}
     scorer = Scorer(directory.manifest, stages, backend="timed")  # type: ignore[arg-type]
     samples = []
     for height, width in sizes:
@@ -149,8 +149,8 @@ def part_tables(folder: Path) -> dict[str, object]:
     onnx.save(model, folder / "constant.onnx")
     rows = np.random.default_rng(0).standard_normal((3, 1, 3, 224, 224)).astype(np.float32)
     images, level = {"y": rows[0], "condition": rows[1]}, {"noise_level": np.full((1, 1), 0.4, np.float32)}
-    base = OnnxStage(path, OnnxSettings()).bind({**images, **level}, {"noise": rows[2]})
-    constant = OnnxStage(folder / "constant.onnx", OnnxSettings()).bind(images, {"noise": rows[2]})
+    base = OnnxStage(path, OnnxRuntime()).bind({**images, **level}, {"noise": rows[2]})
+    constant = OnnxStage(folder / "constant.onnx", OnnxRuntime()).bind(images, {"noise": rows[2]})
     ratios = []
     for index in range(60):  # in turn, so that drift of the machine hits both
         times = []
@@ -170,9 +170,7 @@ def part_spin(folder: Path) -> dict[str, object]:
     for side in (112, 224):
         rows = np.random.default_rng(0).standard_normal((3, 1, 3, side, side)).astype(np.float32)
         inputs = {"y": rows[0], "condition": rows[1], "noise_level": np.full((1, 1), 0.4, np.float32)}
-        calls = [
-            OnnxStage(path, OnnxSettings(spinning=spin)).bind(inputs, {"noise": rows[2]}) for spin in (False, True)
-        ]
+        calls = [OnnxStage(path, OnnxRuntime(spinning=spin)).bind(inputs, {"noise": rows[2]}) for spin in (False, True)]
         alone = _seconds_in_turn(calls)
         with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
             beside = _seconds_in_turn(calls)

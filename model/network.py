@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..engine.crops import crop_grid, padded_size
 from ..engine.noise import NoiseField
 from ..engine.schedule import Kind
+from ..engine.score import weighted_sum
 from .attention import TransposedAttention
 from .config import ModelConfig
 from .heads import VCG, VDA, BranchScore
@@ -62,9 +63,7 @@ class DiffV2IQA(nn.Module):
                 maps = maps.expand(-1, len(self.config.kinds), -1, -1, -1)
             vcg = self.vcg_scores(maps).score
         vda = self.vda_scores(images).score if self.vda else None
-        parts = [(self.config.vcg_weight, vcg), (self.config.vda_weight, vda)]
-        total = torch.stack([weight * score for weight, score in parts if score is not None]).sum(0)
-        return Scores(total, vcg, vda)
+        return Scores(weighted_sum(self.config, vcg, vda), vcg, vda)
 
     @torch.no_grad()
     def restore(self, images: Tensor, seed: int = 0) -> dict[Kind, Tensor]:

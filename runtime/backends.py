@@ -13,15 +13,15 @@ from .gpu.graphs import Form
 from .gpu.tensorrt import gpu_capability, installed_libraries, load_library
 from .host import onnx_stage as onnx_backend
 from .host import openvino_stage as openvino_backend
-from .host.onnx_stage import OnnxSettings, OnnxStage
-from .host.openvino_stage import OpenVinoSettings, OpenVinoStage
+from .host.onnx_stage import OnnxRuntime, OnnxStage
+from .host.openvino_stage import OpenVino, OpenVinoStage
 
 if TYPE_CHECKING:
     from .gpu.cuda import CudaLayer
     from .gpu.executor import DeviceExecutor
     from .gpu.layer import LoadedStage
 
-HostSettings = OnnxSettings | OpenVinoSettings
+HostSettings = OnnxRuntime | OpenVino
 
 
 def host_settings(
@@ -29,13 +29,13 @@ def host_settings(
 ) -> HostSettings:
     """Return how to set up what runs stages on the host; ONNX Runtime computes as the engine's files say."""
     if backend == "openvino":
-        return OpenVinoSettings(threads, precision)
-    return OnnxSettings(threads, spinning=spinning)
+        return OpenVino(threads, precision)
+    return OnnxRuntime(threads, spinning=spinning)
 
 
 def host_name(settings: HostSettings) -> str:
     """Return what records call it. Raises BackendError where this machine does not have it."""
-    if isinstance(settings, OpenVinoSettings):
+    if isinstance(settings, OpenVino):
         return openvino_backend.name(settings)
     return f"onnxruntime {onnx_backend.version()}: {', '.join(settings.provider_names)}"
 
@@ -50,7 +50,7 @@ def load_stages(directory: EngineDirectory, settings: HostSettings) -> dict[Stag
         listed = tuple({spec.name: list(spec.shape) for spec in specs} for specs in (stage.inputs, stage.outputs))
         loaded: OnnxStage | OpenVinoStage
         # Shapes decide what is allocated: they are believed only where file, manifest and model agree.
-        if isinstance(settings, OnnxSettings):
+        if isinstance(settings, OnnxRuntime):
             loaded = OnnxStage(path, settings)
             agree = loaded.signature() == listed
         else:
@@ -115,7 +115,7 @@ class OnGpu:
             )
 
 
-def open_tensorrt(directory: EngineDirectory, ordinal: int, _onnx: OnnxSettings | None = None) -> OnGpu:
+def open_tensorrt(directory: EngineDirectory, ordinal: int, _onnx: OnnxRuntime | None = None) -> OnGpu:
     """Load the build that fits a GPU onto it. Raises BackendError or EngineError with the way out."""
     capability = gpu_capability(ordinal)
     # Only where there is a GPU: most machines that score have none, and start sooner without.
@@ -145,7 +145,7 @@ def open_tensorrt(directory: EngineDirectory, ordinal: int, _onnx: OnnxSettings 
     return OnGpu(layer, lambda _batch: engines, name, build.precision, captured=True, build=build, rebuild=rebuild)
 
 
-def open_onnxruntime(directory: EngineDirectory, ordinal: int, onnx: OnnxSettings | None = None) -> OnGpu:
+def open_onnxruntime(directory: EngineDirectory, ordinal: int, onnx: OnnxRuntime | None = None) -> OnGpu:
     """Load the ONNX stages onto a GPU. Raises BackendError or EngineError with the way out."""
     gpu_capability(ordinal)
     from .gpu.cuda import CudaLayer

@@ -16,14 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine.manifest import EngineDirectory, Manifest, ScoreMeaning, StageName, open_engine
+from ..engine.pixels import MID_GREY, to_pixels, to_plane
 from ..engine.schedule import Kind, Taps
+from ..engine.score import weighted_sum
 from ..errors import BackendError, EngineError, ImageError, UsageError
 from .arrays import is_foreign
 from .backends import ON_GPU, host_name, host_settings, load_stages
 from .executor import Branch, Executor, Outcome, StageRunner, Verdict
 from .host.executor import HostExecutor
-from .host.onnx_stage import OnnxSettings
-from .host.openvino_stage import OpenVinoSettings
+from .host.onnx_stage import OnnxRuntime
+from .host.openvino_stage import OpenVino
 from .images import DEFAULT_MAX_PIXELS, Image, Source, read_image
 from .plan import Plan, make_plan
 from .results import CropScore, Failure, Options, Picture, Pictures, Score
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     pass
 
 FloatArray = npt.NDArray[np.float32]
-MID_GREY = 128
 BACKENDS = ("auto", "tensorrt", "onnxruntime-gpu", "onnxruntime", "openvino")
 _Decoding = tuple["Future[Image]", str]  # an image, and its name
 
@@ -306,8 +307,8 @@ def load(
     backend: str = "auto",
     threads: int | None = None,
     max_pixels: int | None = DEFAULT_MAX_PIXELS,
-    onnx: OnnxSettings | None = None,
-    openvino: OpenVinoSettings | None = None,
+    onnx: OnnxRuntime | None = None,
+    openvino: OpenVino | None = None,
     device: int | None = None,
     cuda_graph: bool = True,
     batch: int = 1,
@@ -318,7 +319,7 @@ def load(
     same loop on that GPU, "onnxruntime", "openvino", or "auto": the first of the first three that this machine can run,
     and `Scorer.info.reason` says why. OpenVINO is never chosen, so that no score changes because a package was
     installed. What is asked for by name runs or fails.
-    `threads=2` is short for `onnx=OnnxSettings(threads=2)`, with OpenVINO for `openvino=OpenVinoSettings(threads=2)`;
+    `threads=2` is short for `onnx=OnnxRuntime(threads=2)`, with OpenVINO for `openvino=OpenVino(threads=2)`;
     without a backend, either of `threads` and `onnx` asks for ONNX Runtime. Without `cuda_graph` a GPU gives the same
     scores in more of the host's time. With a `batch`, a GPU restores so many images of one size, or seeds of one image,
     at a time: sooner for many of one size, not sooner for others. A score then depends on `batch` in its last bits, but
@@ -356,8 +357,8 @@ def load(
 def _runs_on_host(
     backend: str,
     threads: int | None,
-    onnx: OnnxSettings | None,
-    openvino: OpenVinoSettings | None,
+    onnx: OnnxRuntime | None,
+    openvino: OpenVino | None,
     device: int | None,
     *,
     on_gpu: bool,
@@ -391,17 +392,6 @@ def _reason(refusals: Mapping[str, str]) -> str:
     return "; ".join(f"not {title}: {why}" for why, title in refusals.items())
 
 
-def to_plane(pixels: npt.NDArray[Any]) -> FloatArray:
-    """Return (H, W, 3) pixels, uint8 or float in [0, 1], as a (3, H, W) float32 plane in [-1, 1]."""
-    unit = np.empty((3, *pixels.shape[:2]), np.float32)
-    unit[:] = pixels.transpose(2, 0, 1)
-    if pixels.dtype == np.uint8:
-        unit /= np.float32(255)
-    unit -= np.float32(0.5)
-    unit /= np.float32(0.5)
-    return unit
-
-
 def _too_large(plan: Plan) -> str:
     return f"not enough memory for {plan.width}×{plan.height} pixels in {plan.mode} mode; lower the pixel budget"
 
@@ -414,9 +404,8 @@ def _name(image: Any, index: int) -> str:
 
 
 def _total(m: Manifest, verdict: Verdict) -> float:
-    vcg = m.score.vcg_weight * verdict.vcg.score if verdict.vcg else 0.0
-    vda = m.score.vda_weight * verdict.vda.score if verdict.vda else 0.0
-    return vcg + vda
+    vcg, vda = (branch.score if branch else None for branch in (verdict.vcg, verdict.vda))
+    return float(weighted_sum(m.score, vcg, vda))
 
 
 def _crop_score(m: Manifest, plan: Plan, index: int, verdicts: list[Verdict]) -> CropScore:
@@ -438,15 +427,15 @@ def _mean(values: Iterable[float | None]) -> float | None:
 def _pictures(m: Manifest, plan: Plan, image: Image, outcome: Outcome) -> Pictures:
     """Lay the restored planes and the heads' maps out over the image."""
     size, shape = plan.crop_size, (plan.height, plan.width)
-    given = image.pixels if image.pixels.dtype == np.uint8 else _to_pixels(to_plane(image.pixels))
+    given = image.pixels if image.pixels.dtype == np.uint8 else to_pixels(to_plane(image.pixels))
     planes: dict[Kind, Picture] = {Kind.DIS: given.astype(np.uint8, copy=False)}
     for row, kind in enumerate(m.kinds[1:], start=1):
         if kind in outcome.planes:
-            planes[kind] = _to_pixels(outcome.planes[kind])
+            planes[kind] = to_pixels(outcome.planes[kind])
             continue
         canvas = np.full((*shape, 3), MID_GREY, np.uint8)
         for crop, pixels in zip(plan.crops, outcome.crops, strict=True):
-            canvas[crop.top : crop.top + size, crop.left : crop.left + size] = _to_pixels(pixels[row])
+            canvas[crop.top : crop.top + size, crop.left : crop.left + size] = to_pixels(pixels[row])
         planes[kind] = canvas
     sums = np.zeros((3, *shape), np.float32)  # of scores, weights, and how many crops lie here
     for crop, verdict in zip(plan.crops, outcome.verdicts, strict=True):
@@ -458,9 +447,3 @@ def _pictures(m: Manifest, plan: Plan, image: Image, outcome: Outcome) -> Pictur
         sums[2][here] += 1
     covered = np.where(sums[2] > 0, sums[2], np.nan)
     return Pictures(planes, sums[0] / covered, sums[1] / covered)
-
-
-def _to_pixels(plane: FloatArray) -> npt.NDArray[np.uint8]:
-    """Return a (3, H, W) plane in [-1, 1] as (H, W, 3) uint8; what lies outside is clipped."""
-    pixels: npt.NDArray[np.uint8] = np.clip(np.rint((plane + 1) * 127.5), 0, 255).astype(np.uint8)
-    return pixels.transpose(1, 2, 0)

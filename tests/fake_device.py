@@ -21,7 +21,7 @@ from diffiqa.errors import BackendError
 from diffiqa.export.profiles import stage_profiles
 from diffiqa.kernels.launch import PROGRESS, Launch, more_steps
 from diffiqa.runtime.gpu.layer import Array, Bytes, DeviceMemoryError, LoadedStage, Shapes, choose_profile
-from diffiqa.runtime.host.onnx_stage import OnnxSettings, OnnxStage
+from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 
 from .kernels.devices import Host
 
@@ -293,7 +293,7 @@ class FakeContext:
 
 @functools.cache  # loading takes longer than running the tiny model; a session holds nothing of a run
 def _session(path: Path) -> OnnxStage:
-    return OnnxStage(path, OnnxSettings(threads=1))
+    return OnnxStage(path, OnnxRuntime(threads=1))
 
 
 def fake_stages(

@@ -33,7 +33,7 @@ from ..model.config import ModelConfig
 from ..model.network import DiffV2IQA, Scores
 from ..model.unet import UNet
 from ..runtime.host.executor import BoundDenoiser
-from ..runtime.host.onnx_stage import OnnxSettings, OnnxStage
+from ..runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from ..runtime.host.sampler import restore
 from .config import Rates, ScoreConfig, digest, identity
 from .loop import DATA, QUIETLY, Conduct, Machine, Result, Sample, Verdict, generator, open_machine, picked, train
@@ -126,7 +126,7 @@ class Restorations:
             path = Path(folder, "unet.onnx")
             (plan,) = (plan for plan in stage_plans(model) if plan.name is StageName.UNET)
             export_graph(plan, path, config.unet.alignment if config.unet else 1)
-            stage = OnnxStage(path, OnnxSettings())
+            stage = OnnxStage(path, OnnxRuntime())
 
         def restored(image: FloatArray) -> FloatArray:
             size = image.shape[1], image.shape[2]

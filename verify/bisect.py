@@ -18,7 +18,7 @@ from ..engine.manifest import EngineDirectory, StageName
 from ..errors import UsageError
 from ..export.precision import MOVES, Kept, PrecisionPlan, StagePrecision
 from ..runtime.executor import Call, StageRunner
-from ..runtime.host.onnx_stage import OnnxSettings
+from ..runtime.host.onnx_stage import OnnxRuntime
 from .figures import measure
 from .limits import RULES, Check, Limits, check_image
 from .run import Choices, Findings, Progress, Subject, verify
@@ -125,7 +125,7 @@ def bisect(
     limits: Limits,
     *,
     choices: Choices,
-    settings: OnnxSettings,
+    settings: OnnxRuntime,
     trials: int = TRIALS,
     progress: Progress = lambda doing: None,
 ) -> Culprits:
@@ -186,7 +186,7 @@ class _Trials:
         subjects: Sequence[Subject],
         findings: Findings,
         limits: Limits,
-        settings: OnnxSettings,
+        settings: OnnxRuntime,
         budget: int,
         progress: Progress,
     ) -> None:
@@ -254,7 +254,7 @@ def _worst_image(findings: Findings, limits: Limits) -> int:
 class _Stages:
     """Emulated stages by what is returned in them, and loops that need not run twice."""
 
-    def __init__(self, directory: EngineDirectory, plan: PrecisionPlan, settings: OnnxSettings) -> None:
+    def __init__(self, directory: EngineDirectory, plan: PrecisionPlan, settings: OnnxRuntime) -> None:
         self._directory, self._plan, self._settings = directory, plan, settings
         self.models = {s.name: onnx.load(directory.file(s.file)) for s in directory.manifest.stages}
         self._loaded: dict[StageName, tuple[frozenset[Group], StageRunner]] = {}

@@ -207,7 +207,7 @@ def _run(
 ) -> "tuple[Findings, tuple[Check, ...], Culprits | None]":
     from ..engine.manifest import Precision, read_manifest
     from ..export.precision import read_plan
-    from ..runtime.host.onnx_stage import OnnxSettings
+    from ..runtime.host.onnx_stage import OnnxRuntime
     from ..runtime.inputs import find_images
     from ..runtime.results import Mode, Options
     from . import bisect
@@ -222,7 +222,7 @@ def _run(
     plan = read_plan(given["plan_file"]) if given["plan_file"] else None
     precision = Precision(given["precision"]) if given["precision"] else None
     asked = Given(engine, given["against"], plan, precision, given["any_weights"])
-    settings = OnnxSettings(threads=given["threads"])
+    settings = OnnxRuntime(threads=given["threads"])
     options = Options(given["crops"], given["seed"], given["seeds"], Mode(given["mode"]))
     choices = Choices(options, given["forced"], quantile=given["quantile"] or QUANTILE, fail_fast=given["fail_fast"])
     with console.status("loading") as status, contextlib.ExitStack() as opened:

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine.manifest import Manifest
+from ..engine.score import weighted_sum
 from .trace import HEAD_CALLS, Answers, Trace
 
 Array = npt.NDArray[np.floating]
@@ -115,5 +116,5 @@ def score_pairs(manifest: Manifest, reference: Trace, candidate: Trace) -> dict[
 
 def total_score(manifest: Manifest, vcg: Array, vda: Array) -> float:
     """Return the score of an image from its crops' branch scores."""
-    weighted = ((manifest.score.vcg_weight, vcg), (manifest.score.vda_weight, vda))
-    return sum(weight * float(scores.astype(np.float64).mean()) for weight, scores in weighted if len(scores))
+    means = (float(scores.astype(np.float64).mean()) if len(scores) else None for scores in (vcg, vda))
+    return float(weighted_sum(manifest.score, *means))

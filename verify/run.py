@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from ..engine.manifest import Manifest
+from ..engine.pixels import to_plane
 from ..errors import ImageError, UsageError
 from ..runtime.images import read_image
 from ..runtime.plan import Plan, make_plan
 from ..runtime.results import Options
-from ..runtime.scorer import to_plane
 from .figures import QUANTILE, ImageFigures, measure, total_score
 from .limits import CORRELATIONS, Check, Limits, Loop, check_image, judge
 from .sides import Party, Side

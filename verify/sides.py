@@ -31,7 +31,7 @@ from ..export.precision import (
 )
 from ..runtime.backends import load_stages
 from ..runtime.executor import Call, FloatArray, StageRunner
-from ..runtime.host.onnx_stage import OnnxSettings, OnnxStage
+from ..runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from ..runtime.plan import Plan
 
 _QUANTISED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"}
@@ -90,7 +90,7 @@ def open_verified(path: Path) -> EngineDirectory:
     return open_engine(path)
 
 
-def open_sides(given: Given, settings: OnnxSettings) -> tuple[Side, Side]:
+def open_sides(given: Given, settings: OnnxRuntime) -> tuple[Side, Side]:
     """Return reference and candidate. Raises UsageError if they are not two forms of one model."""
     directory = open_verified(given.engine)
     plan = chosen_plan(given, directory)
@@ -100,7 +100,7 @@ def open_sides(given: Given, settings: OnnxSettings) -> tuple[Side, Side]:
     return reference, emulated_side(directory, plan, settings)
 
 
-def emulated_side(directory: EngineDirectory, plan: PrecisionPlan, settings: OnnxSettings) -> Side:
+def emulated_side(directory: EngineDirectory, plan: PrecisionPlan, settings: OnnxRuntime) -> Side:
     """Return an engine under a plan."""
     manifest = directory.manifest
     stages = {s.name: emulate(directory, s, plan.stage(s.name), plan.precision, settings) for s in manifest.stages}
@@ -153,7 +153,7 @@ def default_limits(reference: Party, candidate: Party) -> str:
 
 
 def emulate(
-    directory: EngineDirectory, stage: Stage, plan: StagePrecision, precision: Precision, settings: OnnxSettings
+    directory: EngineDirectory, stage: Stage, plan: StagePrecision, precision: Precision, settings: OnnxRuntime
 ) -> OnnxStage:
     """Load a stage that computes in float32 and rounds every result, and what it is given, as the plan says."""
     model = emulated(onnx.load(directory.file(stage.file)), plan, precision)
@@ -185,7 +185,7 @@ def emulated(model: onnx.ModelProto, plan: StagePrecision, precision: Precision)
     return result
 
 
-def reference_side(given: Given, directory: EngineDirectory, settings: OnnxSettings) -> Side:
+def reference_side(given: Given, directory: EngineDirectory, settings: OnnxRuntime) -> Side:
     """Return what an engine is held against."""
     if given.against is None:
         return _engine_side(directory, settings)
@@ -196,7 +196,7 @@ def reference_side(given: Given, directory: EngineDirectory, settings: OnnxSetti
     return _engine_side(other, settings)
 
 
-def _engine_side(directory: EngineDirectory, settings: OnnxSettings) -> Side:
+def _engine_side(directory: EngineDirectory, settings: OnnxRuntime) -> Side:
     precision = onnx_precision(directory)
     stages = load_stages(directory, dataclasses.replace(settings, as_written=precision == "fp8"))
     return Side(Party(str(directory.path), directory.manifest.engine_id, precision), directory.manifest, stages)

@@ -141,8 +141,8 @@ def run(engine: Path, images: tuple[str, ...], **given: Any) -> None:
     Exit codes: 0 all scored, 1 some failed (their records say why), 2 nothing could run, 130 interrupted (what was
     scored is kept; --resume goes on).
     """
-    from ..host.onnx_stage import OnnxSettings
-    from ..host.openvino_stage import OpenVinoSettings
+    from ..host.onnx_stage import OnnxRuntime
+    from ..host.openvino_stage import OpenVino
     from ..inputs import find_images
     from ..results import PIXEL_BUDGET, Mode, Options
     from ..scorer import load
@@ -183,9 +183,9 @@ def run(engine: Path, images: tuple[str, ...], **given: Any) -> None:
         raise UsageError(f"--spin is about threads of --backend onnxruntime, not of {given['backend']}; leave it out")
     if providers or given["spin"] or (threads and given["backend"] != "openvino"):
         chosen = providers or ("CPUExecutionProvider",)
-        how["onnx"] = OnnxSettings(threads=threads, providers=chosen, spinning=given["spin"])
+        how["onnx"] = OnnxRuntime(threads=threads, providers=chosen, spinning=given["spin"])
     if precision or given["backend"] == "openvino":
-        how["openvino"] = OpenVinoSettings(threads=threads, precision=precision or "fp32")
+        how["openvino"] = OpenVino(threads=threads, precision=precision or "fp32")
     if given["max_pixels"] is not None:
         how["max_pixels"] = given["max_pixels"] or None
     with load(engine, backend=given["backend"], **how) as scorer:

@@ -15,7 +15,7 @@ import numpy as np
 from ...engine.manifest import BuiltStage, Manifest, ShapeRange, Stage, StageName
 from ...errors import BackendError, UsageError, first_line
 from ..executor import StageRunner
-from ..host.onnx_stage import OnnxSettings, OnnxStage, Provider, providers_here
+from ..host.onnx_stage import OnnxRuntime, OnnxStage, Provider, providers_here
 from .layer import DeviceMemoryError, LoadedStage, Shapes
 
 DEVICE = "cuda"  # ONNX Runtime's name for where the addresses are
@@ -118,7 +118,7 @@ class _Binding:
         self._binding = None
 
 
-def gpu_settings(settings: OnnxSettings | None, ordinal: int, stream: int) -> OnnxSettings:
+def gpu_settings(settings: OnnxRuntime | None, ordinal: int, stream: int) -> OnnxRuntime:
     """Return how sessions are set up for a GPU and a stream. Raises UsageError for what is not the user's to say."""
     asked: list[Provider] = list(settings.providers) if settings else [CUDA]
     providers: list[Provider] = []
@@ -134,10 +134,10 @@ def gpu_settings(settings: OnnxSettings | None, ordinal: int, stream: int) -> On
         ours = {"device_id": str(ordinal), "user_compute_stream": str(stream)}
         providers.append((name, {**_DEFAULTS.get(name, {}), **given, **ours}))
     config = {"session.record_ep_graph_assignment_info": "1", **(settings.session_config if settings else {})}
-    return replace(settings or OnnxSettings(), providers=providers, session_config=config, deterministic=True)
+    return replace(settings or OnnxRuntime(), providers=providers, session_config=config, deterministic=True)
 
 
-def prepare(settings: OnnxSettings | None) -> None:
+def prepare(settings: OnnxRuntime | None) -> None:
     """Raise BackendError, saying how to get them, unless the installed ONNX Runtime has the providers asked for."""
     found = providers_here()
     if missing := [name for name in (settings.provider_names if settings else [CUDA]) if name not in found]:

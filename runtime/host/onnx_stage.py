@@ -17,7 +17,7 @@ Provider = str | tuple[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class OnnxSettings:
+class OnnxRuntime:
     """How ONNX Runtime is set up."""
 
     threads: int | None = None  # None: as many as the CPUs this process may use
@@ -53,7 +53,7 @@ def compute_as_written(options: Any) -> None:
 class OnnxStage:
     """One ONNX file, loaded. `bind` and its calls are safe from several threads: the session is shared, buffers not."""
 
-    def __init__(self, path: Path, settings: OnnxSettings) -> None:
+    def __init__(self, path: Path, settings: OnnxRuntime) -> None:
         ort = _onnxruntime()
         options = ort.SessionOptions()
         options.intra_op_num_threads = settings.threads or available_cpus()

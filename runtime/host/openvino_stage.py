@@ -22,7 +22,7 @@ _IMPORT = threading.Lock()
 
 
 @dataclass(frozen=True)
-class OpenVinoSettings:
+class OpenVino:
     """How OpenVINO is set up."""
 
     threads: int | None = None  # None: as many as the CPUs this process may use
@@ -44,7 +44,7 @@ class OpenVinoStage:
     The forms compiled last are kept, so that neither many sizes fill the memory nor a few are compiled again and again.
     """
 
-    def __init__(self, path: Path, settings: OpenVinoSettings) -> None:
+    def __init__(self, path: Path, settings: OpenVino) -> None:
         name(settings)  # says what is missing
         self._path, self._kept = path, settings.shapes
         self._config = {
@@ -118,7 +118,7 @@ class OpenVinoStage:
             return self._compiled[key]
 
 
-def name(settings: OpenVinoSettings) -> str:
+def name(settings: OpenVino) -> str:
     """Return what records call it. Raises BackendError if it is not installed, or the CPU has no such precision."""
     if settings.precision == "bf16" and "BF16" not in _capabilities():
         raise BackendError(

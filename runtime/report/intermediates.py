@@ -12,13 +12,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from ...engine.atomic import replacing
+from ...engine.pixels import MID_GREY
 from ...engine.schedule import Kind
 from ...errors import OutputError
 from ..results import Pictures, Score
 from .heatmap import palette, to_heatmap, to_png
 
 FloatMap = npt.NDArray[np.float32]
-MID_GREY = 128  # of planes where nothing was restored
 _STEM_BYTES = 120  # file systems allow 255 for a name: room for the digest and the longest suffix
 
 

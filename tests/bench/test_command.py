@@ -17,7 +17,7 @@ from diffiqa.bench.ceilings import Probe, matmul_model
 from diffiqa.bench.results import read
 from diffiqa.bench.running import Backend
 from diffiqa.cli import main
-from diffiqa.runtime.host.onnx_stage import OnnxSettings
+from diffiqa.runtime.host.onnx_stage import OnnxRuntime
 
 
 def call(engine: Path | str, *arguments: str | Path) -> Result:
@@ -137,7 +137,7 @@ def test_a_bad_image_is_left_out_and_said(tiny_engine: Path, tmp_path: Path) -> 
 
 
 def test_spinning_reaches_the_benchmark_its_fresh_processes_and_its_record(tiny_engine: Path, tmp_path: Path) -> None:
-    assert Backend("onnxruntime", spinning=True).settings == OnnxSettings(threads=1, spinning=True)
+    assert Backend("onnxruntime", spinning=True).settings == OnnxRuntime(threads=1, spinning=True)
     file = tmp_path / "bench.json"
     options = ("--size", "40x40", "--crops", "1", "--rounds", "1", "--starts", "1", "--json", file)
     result = call(tiny_engine, "--spin", *options)

@@ -27,6 +27,7 @@ from diffiqa.bench.peers import EXACT
 from diffiqa.bench.torch_loop import TorchScorer, Way, normals
 from diffiqa.engine.manifest import Manifest, StageName, open_engine
 from diffiqa.engine.noise import WEYL, NoiseField, split_seed
+from diffiqa.engine.pixels import to_plane
 from diffiqa.engine.schedule import Kind
 from diffiqa.errors import UsageError
 from diffiqa.model.bundle import save_bundle
@@ -35,9 +36,9 @@ from diffiqa.model.network import DiffV2IQA, build
 from diffiqa.runtime.backends import ON_GPU, load_stages
 from diffiqa.runtime.gpu import cuda
 from diffiqa.runtime.gpu.onnx_stage import CUDA
-from diffiqa.runtime.host.onnx_stage import OnnxSettings, providers_here
+from diffiqa.runtime.host.onnx_stage import OnnxRuntime, providers_here
 from diffiqa.runtime.results import Mode, Options
-from diffiqa.runtime.scorer import Scorer, to_plane
+from diffiqa.runtime.scorer import Scorer
 
 from ..fake_device import FakeLayer
 from ..tiny import TINY, perturbed, photo
@@ -108,7 +109,7 @@ def test_floating_point_pixels_are_taken_as_they_are(scorer: Scorer, tiny_model:
 
 def test_another_number_of_steps_is_followed(tiny_engine: Path, tiny_model: DiffV2IQA, manifest: Manifest) -> None:
     stepped = with_steps(manifest, 12)
-    ours = Scorer(stepped, load_stages(open_engine(tiny_engine), OnnxSettings(threads=1)), backend="test")
+    ours = Scorer(stepped, load_stages(open_engine(tiny_engine), OnnxRuntime(threads=1)), backend="test")
     torch_scorer, pixels, options = TorchScorer(tiny_model, CPU), photo(2, 40, 48), Options(crops=2)
     assert torch_scorer.score(pixels, stepped, options) == pytest.approx(ours.score(pixels, options).score, abs=SUMS)
     assert torch_scorer.score(pixels, manifest, options) != torch_scorer.score(pixels, stepped, options)
@@ -294,9 +295,9 @@ def test_ours_on_a_gpu_is_loaded_anew_for_another_number_of_steps(
 
 @pytest.mark.parametrize("spinning", [True, False])
 def test_ours_waits_as_it_is_told(monkeypatch: pytest.MonkeyPatch, tiny_engine: Path, spinning: bool) -> None:
-    asked: list[OnnxSettings] = []
+    asked: list[OnnxRuntime] = []
 
-    def loaded(_directory: object, settings: OnnxSettings) -> dict[StageName, Any]:
+    def loaded(_directory: object, settings: OnnxRuntime) -> dict[StageName, Any]:
         asked.append(settings)
         return {}
 

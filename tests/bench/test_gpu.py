@@ -39,7 +39,7 @@ from diffiqa.runtime.backends import ON_GPU
 from diffiqa.runtime.gpu import onnx_stage as onnx_device
 from diffiqa.runtime.gpu import tensorrt
 from diffiqa.runtime.gpu.graphs import Form
-from diffiqa.runtime.host.onnx_stage import OnnxSettings
+from diffiqa.runtime.host.onnx_stage import OnnxRuntime
 from diffiqa.runtime.scorer import Scorer, load
 
 from ..fake_device import FakeLayer
@@ -461,7 +461,7 @@ def onnx_gpu(fake_gpu: FakeLayer, monkeypatch: pytest.MonkeyPatch) -> FakeLayer:
     monkeypatch.setattr(running, "gpu_capability", lambda ordinal: "8.9")
     monkeypatch.setattr(backends, "installed_libraries", list)
     monkeypatch.setattr(onnx_device, "prepare", lambda settings: None)
-    monkeypatch.setattr(onnx_device, "gpu_settings", lambda settings, ordinal, stream: OnnxSettings(threads=1))
+    monkeypatch.setattr(onnx_device, "gpu_settings", lambda settings, ordinal, stream: OnnxRuntime(threads=1))
     monkeypatch.setattr(onnx_device, "stranded", lambda session: [])
     monkeypatch.setattr(onnx_device, "DEVICE", "cpu")
     return fake_gpu

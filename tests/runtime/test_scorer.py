@@ -14,12 +14,13 @@ from PIL import Image
 
 import diffiqa
 from diffiqa import Failure, ImageError, Mode, Options, Score, Scorer, UsageError
+from diffiqa.engine.pixels import to_plane
 from diffiqa.engine.schedule import Kind
 from diffiqa.errors import BackendError
 from diffiqa.runtime import scorer as scorer_module
-from diffiqa.runtime.host.onnx_stage import OnnxSettings
+from diffiqa.runtime.host.onnx_stage import OnnxRuntime
 from diffiqa.runtime.results import Picture
-from diffiqa.runtime.scorer import load, to_plane
+from diffiqa.runtime.scorer import load
 
 from ..tiny import photo
 
@@ -214,14 +215,14 @@ def test_options_nothing_can_be_done_with_are_refused(options: dict[str, Any], s
 
 def test_a_provider_that_is_not_installed_is_named(tiny_engine: Path) -> None:
     with pytest.raises(BackendError, match=r"has no MagicExecutionProvider; it has .*CPUExecutionProvider"):
-        load(tiny_engine, onnx=OnnxSettings(providers=["MagicExecutionProvider"]))
+        load(tiny_engine, onnx=OnnxRuntime(providers=["MagicExecutionProvider"]))
 
 
 def test_unknown_backends_and_doubled_threads_are_refused(tiny_engine: Path) -> None:
     with pytest.raises(UsageError, match="no backend 'magic'"):
         load(tiny_engine, backend="magic")
     with pytest.raises(UsageError, match="not both"):
-        load(tiny_engine, threads=1, onnx=OnnxSettings())
+        load(tiny_engine, threads=1, onnx=OnnxRuntime())
 
 
 def test_a_mode_may_be_given_as_text(scorer: Scorer) -> None:
@@ -234,7 +235,7 @@ def test_a_mode_may_be_given_as_text(scorer: Scorer) -> None:
 @pytest.mark.parametrize("settings", [{"threads": 0}, {"threads": "2"}, {"providers": []}, {"providers": "CPU"}])
 def test_settings_onnxruntime_would_misread_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        OnnxSettings(**settings)
+        OnnxRuntime(**settings)
 
 
 def test_one_image_is_no_stream(scorer: Scorer) -> None:

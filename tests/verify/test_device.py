@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from diffiqa import cli
 from diffiqa.engine.manifest import Precision, StageName, open_engine
 from diffiqa.runtime.gpu import layer as device_layer
-from diffiqa.runtime.host.onnx_stage import OnnxSettings, OnnxStage
+from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from diffiqa.verify.device import DeviceStage
 from diffiqa.verify.trace import NotForShapesError
 
@@ -141,7 +141,7 @@ def test_a_stage_on_the_device_answers_as_on_the_host_in_the_types_of_its_engine
     engine = fake_stages(fake_gpu, directory, precision=precision)[StageName.UNET]
     entry = directory.manifest.stage(StageName.UNET)
     assert entry
-    host, stage = OnnxStage(directory.file(entry.file), OnnxSettings(threads=1)), DeviceStage(fake_gpu, engine)
+    host, stage = OnnxStage(directory.file(entry.file), OnnxRuntime(threads=1)), DeviceStage(fake_gpu, engine)
     for side in (32, 64, 32):
         arrays = {name: random.standard_normal((1, 3, side, side)).astype(np.float32) for name in ("y", "condition")}
         arrays["noise_level"] = np.full((1, 1), 0.5, np.float32)

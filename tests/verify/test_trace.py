@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from diffiqa.engine.manifest import StageName, open_engine
+from diffiqa.engine.pixels import to_plane
 from diffiqa.runtime.backends import load_stages
-from diffiqa.runtime.host.onnx_stage import OnnxSettings
+from diffiqa.runtime.host.onnx_stage import OnnxRuntime
 from diffiqa.runtime.plan import Plan, make_plan
 from diffiqa.runtime.results import Mode, Options
-from diffiqa.runtime.scorer import Scorer, to_plane
+from diffiqa.runtime.scorer import Scorer
 from diffiqa.verify.figures import measure, total_score
 from diffiqa.verify.trace import HEAD_CALLS, Pipeline
 
@@ -22,7 +23,7 @@ PIXELS = photo(3, 44, 60)
 
 def pipeline(engine: Path) -> Pipeline:
     directory = open_engine(engine)
-    return Pipeline(directory.manifest, load_stages(directory, OnnxSettings(threads=1)))
+    return Pipeline(directory.manifest, load_stages(directory, OnnxRuntime(threads=1)))
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from PIL import Image
 from diffiqa import Scorer
 from diffiqa.cli import main
 from diffiqa.runtime import backends
-from diffiqa.runtime.host.onnx_stage import OnnxSettings, OnnxStage
+from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 
 from ...tiny import photo
 
@@ -77,7 +77,7 @@ def test_threads_that_wait_busily_give_the_same_scores(
     seen = []
 
     class Watched(OnnxStage):
-        def __init__(self, path: Path, settings: OnnxSettings) -> None:
+        def __init__(self, path: Path, settings: OnnxRuntime) -> None:
             seen.append(settings.spinning)
             super().__init__(path, settings)
 

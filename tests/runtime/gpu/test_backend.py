@@ -25,7 +25,7 @@ from diffiqa.runtime.gpu import tensorrt, tensorrt_stage
 from diffiqa.runtime.gpu.graphs import Form
 from diffiqa.runtime.gpu.layer import choose_profile
 from diffiqa.runtime.gpu.tensorrt import gpu_capability, installed_libraries, load_library
-from diffiqa.runtime.host.onnx_stage import OnnxSettings
+from diffiqa.runtime.host.onnx_stage import OnnxRuntime
 from diffiqa.runtime.scorer import load
 
 from ...fake_device import FakeLayer
@@ -91,7 +91,7 @@ def test_a_changed_engine_is_refused(tiny_build: Path, fake_gpu: FakeLayer) -> N
 
 
 def test_threads_or_providers_ask_for_onnxruntime(tiny_build: Path, fake_gpu: FakeLayer) -> None:
-    for how in ({"threads": 1}, {"onnx": OnnxSettings()}):
+    for how in ({"threads": 1}, {"onnx": OnnxRuntime()}):
         with load(tiny_build, **how) as scorer:
             assert scorer.info.backend.startswith("onnxruntime ")
             assert "asked for" in scorer.info.reason
@@ -102,7 +102,7 @@ def test_threads_or_providers_ask_for_onnxruntime(tiny_build: Path, fake_gpu: Fa
     "how",
     [
         {"backend": "tensorrt", "threads": 2},
-        {"backend": "tensorrt", "onnx": OnnxSettings()},
+        {"backend": "tensorrt", "onnx": OnnxRuntime()},
         {"backend": "onnxruntime", "device": 0},
         {"backend": "onnxruntime", "cuda_graph": False},
         {"threads": 1, "device": 1},

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from diffiqa.engine.manifest import EngineDirectory, Precision, ShapeRange, Source, StageName, open_engine
+from diffiqa.engine.pixels import to_plane
 from diffiqa.engine.schedule import Kind, Taps
 from diffiqa.errors import BackendError, EngineError, UsageError
 from diffiqa.export.engine import export_engine
@@ -33,10 +34,9 @@ from diffiqa.runtime.gpu.executor import DeviceExecutor
 from diffiqa.runtime.gpu.graphs import Form, Graphs, Work
 from diffiqa.runtime.gpu.layer import DeviceMemoryError, choose_profile
 from diffiqa.runtime.host.executor import HostExecutor
-from diffiqa.runtime.host.onnx_stage import OnnxSettings
+from diffiqa.runtime.host.onnx_stage import OnnxRuntime
 from diffiqa.runtime.plan import Plan, make_plan
 from diffiqa.runtime.results import Mode, Options, Picture
-from diffiqa.runtime.scorer import to_plane
 
 from ...fake_device import FakeLayer, FakeStage, fake_stages
 from ...tiny import TINY, perturbed, photo
@@ -64,7 +64,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> EngineDirectory:
 
 @pytest.fixture(scope="module")
 def host(directory: EngineDirectory) -> HostExecutor:
-    return HostExecutor(directory.manifest, load_stages(directory, OnnxSettings(threads=1)))
+    return HostExecutor(directory.manifest, load_stages(directory, OnnxRuntime(threads=1)))
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_taps_are_the_states_after_their_steps(directory: EngineDirectory, layer
     manifest = dataclasses.replace(directory.manifest, taps=taps)
     pixels = photo(3, 48, 64)
     plan = planned(directory, pixels)
-    reference = HostExecutor(manifest, load_stages(directory, OnnxSettings(threads=1)))
+    reference = HostExecutor(manifest, load_stages(directory, OnnxRuntime(threads=1)))
     expected = reference.run(to_plane(pixels), plan, 3)
     found = DeviceExecutor(manifest, layer, fake_stages(layer, directory)).run(pixels, plan, 3)
     check_close(found, expected)
@@ -176,7 +176,7 @@ def test_taps_are_the_states_after_their_steps(directory: EngineDirectory, layer
 def test_a_model_that_restores_nothing_is_scored_as_given(bare: EngineDirectory, layer: FakeLayer) -> None:
     pixels = photo(4, 41, 43)
     plan = make_plan(41, 43, bare.manifest, Options(crops=6))
-    reference = HostExecutor(bare.manifest, load_stages(bare, OnnxSettings(threads=1)))
+    reference = HostExecutor(bare.manifest, load_stages(bare, OnnxRuntime(threads=1)))
     expected = reference.run(to_plane(pixels), plan, 0)
     found = device(layer, bare).run(pixels, plan, 0)
     np.testing.assert_array_equal(found.crops, expected.crops)

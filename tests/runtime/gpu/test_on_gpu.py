@@ -28,6 +28,7 @@ import pytest
 from PIL import Image
 
 from diffiqa.engine.manifest import EngineDirectory, Library, Precision, StageName, open_engine
+from diffiqa.engine.pixels import to_plane
 from diffiqa.engine.schedule import Kind, Schedule, Taps
 from diffiqa.errors import BackendError, EngineError
 from diffiqa.export.tensorrt import BuildOptions, build_engines
@@ -52,10 +53,10 @@ from diffiqa.runtime.gpu.layer import DeviceMemoryError, choose_profile
 from diffiqa.runtime.gpu.tensorrt import gpu_capability, load_library, usable_library
 from diffiqa.runtime.gpu.tensorrt_stage import load_engines
 from diffiqa.runtime.host.executor import HostExecutor
-from diffiqa.runtime.host.onnx_stage import OnnxSettings, OnnxStage
+from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from diffiqa.runtime.plan import make_plan
 from diffiqa.runtime.results import Mode, Options
-from diffiqa.runtime.scorer import load, to_plane
+from diffiqa.runtime.scorer import load
 
 from ...tiny import photo
 from .test_executor import scores
@@ -101,7 +102,7 @@ def half(tiny_engine: Path, library: Library, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def host(directory: EngineDirectory) -> HostExecutor:
-    return HostExecutor(directory.manifest, load_stages(directory, OnnxSettings(threads=2)))
+    return HostExecutor(directory.manifest, load_stages(directory, OnnxRuntime(threads=2)))
 
 
 def skip_if_not_for_this_gpu(message: str) -> None:
@@ -359,7 +360,7 @@ def test_stage_gives_what_onnxruntime_gives(directory: EngineDirectory, layer: C
     stage = load_engines(layer, library, directory, build)[name]
     onnx = directory.manifest.stage(name)
     assert onnx is not None
-    reference = OnnxStage(directory.file(onnx.file), OnnxSettings(threads=2))
+    reference = OnnxStage(directory.file(onnx.file), OnnxRuntime(threads=2))
     for number, profile in enumerate(stage.built.profiles):
         rng = np.random.default_rng(number)
         shapes = {spec: span.maximum for spec, span in profile.items()}
@@ -409,7 +410,7 @@ def test_loop_without_graphs_is_the_hosts(
 @pytest.mark.parametrize("taps", [Taps(t1=1, t2=3), Taps(t1=4, t2=2)], ids=str)
 def test_loop_taps_are_the_states_after_their_steps(make: Make, directory: EngineDirectory, taps: Taps) -> None:
     manifest = dataclasses.replace(directory.manifest, taps=taps)
-    reference = HostExecutor(manifest, load_stages(directory, OnnxSettings(threads=2)))
+    reference = HostExecutor(manifest, load_stages(directory, OnnxRuntime(threads=2)))
     pixels = photo(3, 48, 64)
     found, expected = run(make(Form.NONE, taps=taps), pixels, 3), run(reference, pixels, 3)
     for kind in (Kind.Y0, Kind.T1, Kind.T2):

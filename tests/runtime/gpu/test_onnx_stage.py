@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from diffiqa.engine.manifest import EngineDirectory, StageName, open_engine
+from diffiqa.engine.pixels import to_plane
 from diffiqa.errors import BackendError, UsageError
 from diffiqa.runtime import backends
 from diffiqa.runtime.backends import load_stages
@@ -22,9 +23,9 @@ from diffiqa.runtime.gpu.graphs import Form
 from diffiqa.runtime.gpu.layer import DeviceMemoryError, LoadedStage
 from diffiqa.runtime.gpu.onnx_stage import BATCH, CUDA, OnnxDeviceStage, gpu_settings, on_device, prepare, stranded
 from diffiqa.runtime.host.executor import HostExecutor
-from diffiqa.runtime.host.onnx_stage import OnnxSettings, OnnxStage
+from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from diffiqa.runtime.results import Mode, Options
-from diffiqa.runtime.scorer import load, to_plane
+from diffiqa.runtime.scorer import load
 
 from ...fake_device import FakeLayer
 from ...tiny import photo
@@ -40,7 +41,7 @@ def directory(tiny_engine: Path) -> EngineDirectory:
 
 @pytest.fixture(scope="module")
 def sessions(directory: EngineDirectory) -> dict[StageName, Any]:
-    return dict(load_stages(directory, OnnxSettings(threads=1, session_config=RECORDED)))
+    return dict(load_stages(directory, OnnxRuntime(threads=1, session_config=RECORDED)))
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +194,7 @@ def test_memory_of_no_known_device_cannot_be_bound(directory: EngineDirectory, s
 # ----------------------------------------------------------------------------------------- what a GPU is asked for
 
 
-def options_of(settings: OnnxSettings) -> list[dict[str, Any]]:
+def options_of(settings: OnnxRuntime) -> list[dict[str, Any]]:
     return [provider[1] for provider in settings.providers if not isinstance(provider, str)]
 
 
@@ -209,17 +210,17 @@ def test_a_provider_is_given_our_device_and_stream_and_exact_arithmetic() -> Non
 
 
 def test_options_of_a_provider_are_the_users_but_for_device_and_stream() -> None:
-    asked = OnnxSettings(providers=["TensorrtExecutionProvider", (CUDA, {"use_tf32": "1"})])
+    asked = OnnxRuntime(providers=["TensorrtExecutionProvider", (CUDA, {"use_tf32": "1"})])
     settings = gpu_settings(asked, 0, 7)
     assert settings.provider_names == asked.provider_names
     assert [options["user_compute_stream"] for options in options_of(settings)] == ["7", "7"]
     assert options_of(settings)[1]["use_tf32"] == "1"
     with pytest.raises(UsageError, match=r"device_id of CUDAExecutionProvider is set here; .* device"):
-        gpu_settings(OnnxSettings(providers=[(CUDA, {"device_id": "1"})]), 0, 7)
-    kept = gpu_settings(OnnxSettings(providers=[CUDA], spinning=True, session_config={"a": "1"}), 0, 7)
+        gpu_settings(OnnxRuntime(providers=[(CUDA, {"device_id": "1"})]), 0, 7)
+    kept = gpu_settings(OnnxRuntime(providers=[CUDA], spinning=True, session_config={"a": "1"}), 0, 7)
     assert (kept.spinning, kept.session_config["a"]) == (True, "1")
     with pytest.raises(UsageError, match=r"takes the providers CUDA.*, not CPUExecutionProvider"):
-        gpu_settings(OnnxSettings(), 0, 7)
+        gpu_settings(OnnxRuntime(), 0, 7)
 
 
 def test_an_onnxruntime_without_cuda_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +261,7 @@ def gpu(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> FakeLayer:
     monkeypatch.setattr(backends, "installed_libraries", list)
     monkeypatch.setattr(cuda, "CudaLayer", lambda ordinal: layer)
     monkeypatch.setattr(onnx_device, "prepare", lambda settings: None)
-    monkeypatch.setattr(onnx_device, "gpu_settings", lambda settings, ordinal, stream: OnnxSettings(threads=1))
+    monkeypatch.setattr(onnx_device, "gpu_settings", lambda settings, ordinal, stream: OnnxRuntime(threads=1))
     monkeypatch.setattr(onnx_device, "stranded", lambda session: [])
     monkeypatch.setattr(onnx_device, "DEVICE", "cpu")
     return layer
@@ -310,7 +311,7 @@ def test_a_gpu_that_is_full_is_given_back(tiny_engine: Path, gpu: FakeLayer, mon
 
 
 def test_threads_are_refused(tiny_engine: Path) -> None:
-    for how in ({"threads": 2}, {"onnx": OnnxSettings(threads=2, providers=[CUDA])}):
+    for how in ({"threads": 2}, {"onnx": OnnxRuntime(threads=2, providers=[CUDA])}):
         with pytest.raises(UsageError, match="threads are of the CPU"):
             load(tiny_engine, backend="onnxruntime-gpu", **how)
 

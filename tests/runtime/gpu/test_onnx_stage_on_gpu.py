@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from diffiqa.engine.manifest import EngineDirectory, StageName, open_engine
+from diffiqa.engine.pixels import to_plane
 from diffiqa.errors import BackendError
 from diffiqa.runtime.backends import load_stages
 from diffiqa.runtime.gpu.cuda import CudaLayer
@@ -18,10 +19,10 @@ from diffiqa.runtime.gpu.executor import DeviceExecutor
 from diffiqa.runtime.gpu.graphs import Form
 from diffiqa.runtime.gpu.onnx_stage import gpu_settings, on_device, prepare
 from diffiqa.runtime.host.executor import HostExecutor
-from diffiqa.runtime.host.onnx_stage import OnnxSettings, OnnxStage
+from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from diffiqa.runtime.plan import make_plan
 from diffiqa.runtime.results import Mode, Options
-from diffiqa.runtime.scorer import load, to_plane
+from diffiqa.runtime.scorer import load
 
 from ...tiny import photo
 from .test_executor import scores
@@ -58,7 +59,7 @@ def executor(directory: EngineDirectory, layer: CudaLayer) -> Iterator[DeviceExe
 
 @pytest.fixture(scope="module")
 def host(directory: EngineDirectory) -> HostExecutor:
-    return HostExecutor(directory.manifest, load_stages(directory, OnnxSettings(threads=2)))
+    return HostExecutor(directory.manifest, load_stages(directory, OnnxRuntime(threads=2)))
 
 
 @pytest.mark.parametrize("name", StageName)
@@ -79,7 +80,7 @@ def test_stage_gives_what_the_cpu_gives(
     }
     arrays = {s.name: rng.uniform(0, 1, shapes[s.name]).astype(np.float32) for s in onnx.inputs}
     expected = {s.name: np.zeros(shapes[s.name], np.float32) for s in onnx.outputs}
-    OnnxStage(directory.file(onnx.file), OnnxSettings(threads=2)).bind(arrays, expected)()
+    OnnxStage(directory.file(onnx.file), OnnxRuntime(threads=2)).bind(arrays, expected)()
     addresses = {spec: layer.allocate(4 * int(np.prod(shape))) for spec, shape in shapes.items()}
     for spec, values in arrays.items():
         layer.upload(addresses[spec], values)

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from diffiqa.engine.manifest import Manifest, open_engine
+from diffiqa.engine.pixels import to_plane
 from diffiqa.model.network import DiffV2IQA
 from diffiqa.runtime import plan as plan_module
 from diffiqa.runtime.backends import load_stages
 from diffiqa.runtime.executor import Cancelled, Outcome
 from diffiqa.runtime.host.executor import HostExecutor
-from diffiqa.runtime.host.onnx_stage import OnnxSettings
+from diffiqa.runtime.host.onnx_stage import OnnxRuntime
 from diffiqa.runtime.plan import make_plan
 from diffiqa.runtime.results import Mode, Options, Picture
-from diffiqa.runtime.scorer import to_plane
 
 from ...tiny import photo
 
@@ -23,7 +23,7 @@ from ...tiny import photo
 @pytest.fixture(scope="module")
 def setup(tiny_engine: Path) -> tuple[Manifest, HostExecutor]:
     directory = open_engine(tiny_engine)
-    return directory.manifest, HostExecutor(directory.manifest, load_stages(directory, OnnxSettings(threads=1)))
+    return directory.manifest, HostExecutor(directory.manifest, load_stages(directory, OnnxRuntime(threads=1)))
 
 
 def run(

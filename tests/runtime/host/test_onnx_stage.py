@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from diffiqa.runtime.host.onnx_stage import OnnxSettings, OnnxStage
+from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 
 FP8 = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
 
@@ -38,7 +38,7 @@ def test_a_relu_before_fp8_is_not_lost(tmp_path: Path) -> None:
     path = tmp_path / "fp8.onnx"
     onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
     maps = np.empty((1, 16, 6, 6), np.float32)
-    OnnxStage(path, OnnxSettings(threads=1, as_written=True)).bind({"image": image}, {"maps": maps})()
+    OnnxStage(path, OnnxRuntime(threads=1, as_written=True)).bind({"image": image}, {"maps": maps})()
     rounded = (np.maximum(image, 0) / scale).astype(FP8).astype(np.float64) * scale
     exact = numbers.astype(np.float64) * scales.reshape(-1, 1, 1, 1)
     assert np.abs(maps - np.einsum("nchw,oc->nohw", rounded, exact[:, :, 0, 0])).max() < 1e-4

@@ -23,8 +23,8 @@ from diffiqa.engine.manifest import EngineDirectory, StageName, open_engine
 from diffiqa.errors import BackendError, EngineError
 from diffiqa.runtime.backends import load_stages
 from diffiqa.runtime.host import openvino_stage as backend
-from diffiqa.runtime.host.onnx_stage import OnnxSettings, OnnxStage
-from diffiqa.runtime.host.openvino_stage import OpenVinoSettings, OpenVinoStage
+from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
+from diffiqa.runtime.host.openvino_stage import OpenVino, OpenVinoStage
 from diffiqa.runtime.scorer import load
 
 from ...tiny import photo
@@ -75,7 +75,7 @@ def unet(height: int, width: int) -> tuple[dict[str, FloatArray], dict[str, Floa
 def stage_of(directory: EngineDirectory, name: StageName = StageName.UNET, **how: Any) -> OpenVinoStage:
     stage = directory.manifest.stage(name)
     assert stage is not None
-    return OpenVinoStage(directory.file(stage.file), OpenVinoSettings(**{"threads": 2, **how}))
+    return OpenVinoStage(directory.file(stage.file), OpenVino(**{"threads": 2, **how}))
 
 
 def error(directory: EngineDirectory, name: StageName, seed: int, **how: Any) -> float:
@@ -85,7 +85,7 @@ def error(directory: EngineDirectory, name: StageName, seed: int, **how: Any) ->
     inputs, found = arrays(directory, name, seed)
     _, wanted = arrays(directory, name, seed)
     stage_of(directory, name, **how).bind(inputs, found)()
-    OnnxStage(directory.file(stage.file), OnnxSettings(threads=1)).bind(inputs, wanted)()
+    OnnxStage(directory.file(stage.file), OnnxRuntime(threads=1)).bind(inputs, wanted)()
     return max(float(np.abs(found[key] - wanted[key]).max() / np.abs(wanted[key]).max()) for key in wanted)
 
 
@@ -112,7 +112,7 @@ def test_bf16_is_near_and_is_not_float32(directory: EngineDirectory, name: Stage
 
 @needs_bf16
 def test_the_heads_stay_in_float32(directory: EngineDirectory) -> None:
-    reduced, full = (load_stages(directory, OpenVinoSettings(2, precision)) for precision in ("bf16", "fp32"))
+    reduced, full = (load_stages(directory, OpenVino(2, precision)) for precision in ("bf16", "fp32"))
     for name in StageName:
         inputs, found = arrays(directory, name)
         _, wanted = arrays(directory, name)
@@ -154,16 +154,16 @@ def test_a_score_depends_on_nothing_but_the_image(tiny_engine: Path, on_openvino
     alone = [bits(on_openvino.score(picture)) for picture in pictures]
     for workers in (1, 3):
         assert [bits(r) for r in on_openvino.stream(pictures, workers=workers)] == alone
-    with load(tiny_engine, backend="openvino", openvino=OpenVinoSettings(threads=2, shapes=1)) as forgetful:
+    with load(tiny_engine, backend="openvino", openvino=OpenVino(threads=2, shapes=1)) as forgetful:
         assert [bits(r) for r in forgetful.stream([*pictures, *pictures], workers=2)] == [*alone, *alone]
 
 
 @needs_bf16
 def test_bf16_scores_are_the_same_each_time_too(tiny_engine: Path) -> None:
     pictures = [photo(i, 40, 40 + 8 * i) for i in range(3)]
-    with load(tiny_engine, backend="openvino", openvino=OpenVinoSettings(precision="bf16")) as first:
+    with load(tiny_engine, backend="openvino", openvino=OpenVino(precision="bf16")) as first:
         alone = [bits(first.score(picture)) for picture in pictures]
-    with load(tiny_engine, backend="openvino", openvino=OpenVinoSettings(precision="bf16")) as again:
+    with load(tiny_engine, backend="openvino", openvino=OpenVino(precision="bf16")) as again:
         assert [bits(r) for r in again.stream([*pictures, *pictures], workers=2)] == [*alone, *alone]
 
 
@@ -233,7 +233,7 @@ def test_arrays_that_do_not_fit_are_refused_with_the_stage_and_the_reason(direct
 def test_files_that_are_not_the_stage_are_refused(directory: EngineDirectory, tmp_path: Path) -> None:
     (tmp_path / "unet.onnx").write_bytes(b"")
     with pytest.raises(BackendError, match=r"openvino cannot load .*unet\.onnx: .*read the model"):
-        OpenVinoStage(tmp_path / "unet.onnx", OpenVinoSettings())
+        OpenVinoStage(tmp_path / "unet.onnx", OpenVino())
 
     class Swapped(EngineDirectory):
         def file(self, _file: object) -> Path:
@@ -242,7 +242,7 @@ def test_files_that_are_not_the_stage_are_refused(directory: EngineDirectory, tm
             return super().file(stage.file)
 
     with pytest.raises(EngineError, match="is not the unet stage that the manifest describes"):
-        load_stages(Swapped(directory.path, directory.manifest), OpenVinoSettings())
+        load_stages(Swapped(directory.path, directory.manifest), OpenVino())
 
 
 def test_the_command_that_installs_it_is_given(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,22 +254,22 @@ def test_the_command_that_installs_it_is_given(tiny_engine: Path, monkeypatch: p
 def test_a_cpu_without_bf16_is_said_and_nothing_else_runs(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_capabilities", lambda: ["FP32", "INT8"])
     with pytest.raises(BackendError, match=r"this CPU has no bfloat16 .*; ask for precision fp32"):
-        load(tiny_engine, backend="openvino", openvino=OpenVinoSettings(precision="bf16"))
+        load(tiny_engine, backend="openvino", openvino=OpenVino(precision="bf16"))
 
 
 @pytest.mark.parametrize("settings", [{"threads": 0}, {"threads": "2"}, {"precision": "fp16"}, {"shapes": 0}])
 def test_settings_openvino_would_misread_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        OpenVinoSettings(**settings)
+        OpenVino(**settings)
 
 
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ({"openvino": OpenVinoSettings()}, "need the backend openvino, not auto"),
-        ({"backend": "onnxruntime", "openvino": OpenVinoSettings()}, "not onnxruntime"),
-        ({"backend": "openvino", "onnx": OnnxSettings()}, "providers are ONNX Runtime's"),
-        ({"backend": "openvino", "threads": 1, "openvino": OpenVinoSettings()}, "not both"),
+        ({"openvino": OpenVino()}, "need the backend openvino, not auto"),
+        ({"backend": "onnxruntime", "openvino": OpenVino()}, "not onnxruntime"),
+        ({"backend": "openvino", "onnx": OnnxRuntime()}, "providers are ONNX Runtime's"),
+        ({"backend": "openvino", "threads": 1, "openvino": OpenVino()}, "not both"),
         ({"backend": "openvino", "device": 0}, "device, batch and CUDA graph are of the backend"),
         ({"backend": "openvino", "cuda_graph": False}, "device, batch and CUDA graph"),
     ],
