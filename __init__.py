@@ -22,8 +22,7 @@ if TYPE_CHECKING:
         OutputError,
         UsageError,
     )
-    from .runtime.host.onnx_stage import OnnxRuntime
-    from .runtime.host.openvino_stage import OpenVino
+    from .runtime.backends import OnnxOnGpu, OnnxRuntime, OpenVino, TensorRt, best
     from .runtime.results import CropScore, Failure, Mode, Options, Pictures, Score
     from .runtime.scorer import Info, Scorer, load
 
@@ -41,6 +40,7 @@ __all__ = [
     "ImageError",
     "Info",
     "Mode",
+    "OnnxOnGpu",
     "OnnxRuntime",
     "OpenVino",
     "Options",
@@ -48,14 +48,15 @@ __all__ = [
     "Pictures",
     "Score",
     "Scorer",
+    "TensorRt",
     "UsageError",
     "__version__",
+    "best",
     "load",
 ]
 
 _HOMES = {
-    "OnnxRuntime": "host.onnx_stage",
-    "OpenVino": "host.openvino_stage",
+    **dict.fromkeys(["OnnxOnGpu", "OnnxRuntime", "OpenVino", "TensorRt", "best"], "backends"),
     **dict.fromkeys(["CropScore", "Failure", "Mode", "Options", "Pictures", "Score"], "results"),
     **dict.fromkeys(["Info", "Scorer", "load"], "scorer"),
 }

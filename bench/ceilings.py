@@ -1,6 +1,6 @@
 """What this machine can do at most, measured in the same run: a matrix product, and a copy of memory.
 
-`Probe` asks the CPUs, `DeviceProbe` a GPU.
+`Probe` asks the CPUs, `DeviceProbe` a GPU. `refused` says which of the two a machine could not measure, and why.
 """
 
 import time
@@ -40,14 +40,15 @@ class Probe:
         self._a, self._b = generator.standard_normal((2, side, side), np.float32)
         self._product = np.empty((side, side), np.float32)
         self._source, self._target = np.ones((2, copy_bytes // 4), np.float32)
-        self._multiply = self._bind()
-        self._multiply()  # the first call allocates
+        self.refused: dict[str, str] = {}
+        self._multiply = _made(self.refused, "matrix product of the CPU", self._bind)
 
     def sample(self, clock: Clock = time.perf_counter) -> None:
         """Measure either once more."""
-        start = clock()
-        self._multiply()
-        self.found.matmul_gflops.append(2 * self._side**3 / max(clock() - start, 1e-9) / 1e9)
+        if self._multiply:
+            start = clock()
+            self._multiply()
+            self.found.matmul_gflops.append(2 * self._side**3 / max(clock() - start, 1e-9) / 1e9)
         pieces = list(zip(*(np.array_split(a, self._threads) for a in (self._target, self._source)), strict=True))
         with ThreadPoolExecutor(self._threads) as pool:  # NumPy lets go of the interpreter's lock while it copies
             start = clock()
@@ -74,7 +75,7 @@ class Probe:
 
 
 class DeviceProbe:
-    """Measures the ceilings of a GPU, between what they are compared with. `refused` says what could not be had, why.
+    """Measures the ceilings of a GPU, between what they are compared with.
 
     The product is torch's, of fp16 with float32 sums whatever the engine computes in: that is the peak that data sheets
     state and shares are quoted of. The copy needs no more than cuda.core has.
@@ -83,8 +84,9 @@ class DeviceProbe:
     def __init__(self, ordinal: int) -> None:
         self.found = Ceilings()
         self.refused: dict[str, str] = {}
-        self._product = self._made("matrix product of the GPU", lambda: torch_product(f"cuda:{ordinal}", DEVICE_SIDE))
-        self._copy = self._made("copy within the GPU's memory", lambda: device_copy(ordinal, DEVICE_COPY_BYTES))
+        product, copy = "matrix product of the GPU", "copy within the GPU's memory"
+        self._product = _made(self.refused, product, lambda: torch_product(f"cuda:{ordinal}", DEVICE_SIDE))
+        self._copy = _made(self.refused, copy, lambda: device_copy(ordinal, DEVICE_COPY_BYTES))
 
     def sample(self, clock: Clock = time.perf_counter) -> None:
         """Measure either once more."""
@@ -100,15 +102,6 @@ class DeviceProbe:
     def close(self) -> None:
         """Free the memory."""
         self._product = self._copy = None
-
-    def _made(self, what: str, make: Callable[[], Callable[[], None]]) -> Callable[[], None] | None:
-        try:
-            run = make()
-            run()  # the first call allocates, and chooses a kernel
-        except Exception as exc:  # torch's errors and cuda.core's: a ceiling less, no more
-            self.refused[what] = first_line(exc)
-            return None
-        return run
 
 
 def torch_product(device: str, side: int) -> Callable[[], None]:
@@ -151,34 +144,21 @@ def device_copy(ordinal: int, size: int) -> Callable[[], None]:
 
 
 def matmul_model(side: int) -> bytes:
-    """Return the ONNX file of `c = a @ b` for square matrices.
+    """Return the ONNX file of `c = a @ b` for square matrices. Raises ModuleNotFoundError without the package onnx."""
+    from onnx import TensorProto, helper
 
-    Written out by hand, a dozen fields of protocol buffers: a machine that only scores has no onnx package.
-    """
-
-    def value(name: str) -> bytes:
-        dimension = _bytes(1, _number(1, side))
-        tensor = _number(1, 1) + _bytes(2, dimension + dimension)  # 1 is float32
-        return _bytes(1, name) + _bytes(2, _bytes(1, tensor))
-
-    node = _bytes(1, "a") + _bytes(1, "b") + _bytes(2, "c") + _bytes(4, "MatMul")
-    graph = _bytes(1, node) + _bytes(2, "matmul") + b"".join(_bytes(f, value(n)) for f, n in ((11, "a"), (11, "b")))
-    return _number(1, 8) + _bytes(7, graph + _bytes(12, value("c"))) + _bytes(8, _number(2, 17))
+    a, b, c = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [side, side]) for name in "abc")
+    graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["c"])], "matmul", [a, b], [c])
+    opset = [helper.make_opsetid("", 17)]
+    return bytes(helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString())
 
 
-def _number(field_number: int, value: int) -> bytes:
-    return _varint(field_number << 3) + _varint(value)
-
-
-def _bytes(field_number: int, data: bytes | str) -> bytes:
-    content = data.encode() if isinstance(data, str) else data
-    return _varint(field_number << 3 | 2) + _varint(len(content)) + content
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
+def _made(refused: dict[str, str], what: str, make: Callable[[], Callable[[], None]]) -> Callable[[], None] | None:
+    """Return what measures a ceiling, ready; or note in `refused` why this machine cannot."""
+    try:
+        run = make()
+        run()  # the first call allocates, and chooses a kernel
+    except Exception as exc:  # errors of torch, cuda.core and onnxruntime: a ceiling less, no more
+        refused[what] = first_line(exc)
+        return None
+    return run

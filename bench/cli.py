@@ -2,13 +2,15 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..command import Command
 from ..engine.atomic import check_folder_of
-from ..errors import DiffiqaError, UsageError
+
+if TYPE_CHECKING:
+    from .results import Results
 
 _PATH = click.Path(path_type=Path)
 
@@ -114,90 +116,43 @@ def bench(engine: Path, images: tuple[str, ...], **given: Any) -> None:
     Exit codes: 0 measured, 1 measured, but not stable, an image could not be read, or a peer failed or disagrees (one
     that is not installed is skipped), 2 nothing could be measured, 130 interrupted (what was measured is written).
     """
+    from ..runtime.backends import Backend, from_options
     from . import results as results_module
-    from .contenders import peers_for
+    from .api import bench as measure
     from .page import to_page
     from .report import to_markdown
-    from .run import Run, Wanted
     from .verdict import judge_results
 
-    if images and (given["sizes"] or given["count"]):
-        raise UsageError("--size and --count are of generated images; leave them out, or the images")
-    if not all(images):
-        raise UsageError("an image name is empty: an unset variable?")
-    if given["ckpt"] and not given["ckpt"].is_file():
-        raise UsageError(f"--ckpt {given['ckpt']} is not a file")
     for file in (given["json_file"], given["html_file"]):
         if file:
             check_folder_of(file)
-    optional = {key: given[key] for key in ("sizes", "count", "crops", "steps") if given[key]}
-    same = {key: given[key] for key in ("workers", "rounds", "starts", "soak", "seed", "threads", "ckpt", "backend")}
-    compared = given["peers"] or given["chosen"]
-    contenders = peers_for(given["backend"], given["chosen"]) if compared else ()
-    precision = _precision(given["cpu_precision"], given["backend"], compared=bool(contenders))
-    _refuse_strangers(given)
-    wanted = Wanted(
+    taken = ("device", "no_cuda_graph", "threads", "spin", "cpu_precision")
+    backend = from_options(given["backend"], **{name: given[name] for name in taken})
+    assert isinstance(backend, Backend)  # noqa: S101 — there is no auto here: what is measured was asked for
+
+    def keep(results: "Results") -> None:
+        if given["json_file"]:
+            results_module.write(results, given["json_file"])
+        if given["html_file"]:
+            to_page(results, given["html_file"])
+        click.echo(to_markdown(results), nl=False)
+
+    results = measure(
         engine,
         images,
-        precision=precision,
+        backend,
+        sizes=given["sizes"] or (),
+        crops=given["crops"] or (),
+        steps=given["steps"] or (),
         batches=given["batch"],
-        spinning=given["spin"],
-        device=given["device"] or 0,
-        cuda_graph=not given["no_cuda_graph"],
-        contenders=contenders,
-        timeout=given["peer_timeout"],
-        **optional,
-        **same,
+        peers=given["chosen"] or given["peers"],
+        keep=keep,
+        say=lambda text: None if given["quiet"] else click.echo(f"{text} …", err=True),
+        **{
+            name: given[name]
+            for name in ("count", "workers", "rounds", "starts", "soak", "seed", "ckpt", "peer_timeout")
+        },
     )
-    options = {key: str(value) for key, value in given.items() if value not in (None, ()) and value is not False}
-
-    def say(text: str) -> None:
-        if not given["quiet"]:
-            click.echo(f"{text} …", err=True)
-
-    run = Run(wanted, options, progress=say)
-    ended: BaseException | None = None
-    try:
-        run.run()
-    except (KeyboardInterrupt, DiffiqaError) as exc:
-        ended = exc
-    results = run.results(interrupted=ended is not None)
-    if isinstance(ended, DiffiqaError) and not results.measured:
-        raise ended
-    if given["json_file"]:
-        results_module.write(results, given["json_file"])
-    if given["html_file"]:
-        to_page(results, given["html_file"])
-    click.echo(to_markdown(results), nl=False)
-    if ended:
-        raise ended
     failed = any(peer.problem and not peer.skipped for peer in results.peers)
     if failed or results.left_out or judge_results(results).problems:
         sys.exit(1)
-
-
-def _precision(chosen: str | None, backend: str, *, compared: bool) -> str:
-    if chosen and backend != "openvino":
-        raise UsageError("--cpu-precision is OpenVINO's: add --backend openvino")
-    if chosen not in {None, "fp32"} and compared:
-        raise UsageError("peers are compared with float32 scores: leave out --cpu-precision, or the peers")
-    return chosen or "fp32"
-
-
-def _refuse_strangers(given: dict[str, Any]) -> None:
-    """Raise UsageError for options that are another backend's."""
-    backend = given["backend"]
-    if given["spin"] and backend != "onnxruntime":
-        raise UsageError(f"--spin is about threads of --backend onnxruntime, not of {backend}; leave it out")
-    if backend in {"tensorrt", "onnxruntime-gpu"}:
-        if given["threads"]:
-            raise UsageError(f"--threads are of the CPU; the backend {backend} has none")
-        return
-    if given["device"] is not None or given["no_cuda_graph"]:
-        raise UsageError(
-            f"--device and --no-cuda-graph are of the backends tensorrt and onnxruntime-gpu, not {backend}"
-        )
-    if given["batch"] != (1,):
-        raise UsageError(
-            f"--batch is of the backends tensorrt and onnxruntime-gpu: {backend} scores crops one at a time"
-        )

@@ -10,7 +10,7 @@ import enum
 import importlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,11 +21,12 @@ import numpy.typing as npt
 from ..engine.manifest import Library, Manifest, StageName, open_engine
 from ..engine.pixels import to_plane
 from ..errors import BackendError, UsageError
-from ..runtime.backends import ON_GPU, host_name, host_settings, load_stages
+from ..runtime.backends import BACKENDS, Backend, GpuBackend, HostBackend, OnnxOnGpu, OnnxRuntime, OpenVino
 from ..runtime.executor import Call, StageRunner
 from ..runtime.gpu.onnx_stage import CUDA, prepare
 from ..runtime.gpu.tensorrt import load_library
-from ..runtime.host.onnx_stage import OnnxRuntime
+from ..runtime.host.onnx_stage import Provider, available_cpus
+from ..runtime.host.stages import load_stages
 from ..runtime.images import read_image
 from ..runtime.results import Mode, Options
 from ..runtime.scorer import Scorer, load
@@ -46,9 +47,9 @@ class Place(enum.StrEnum):
     GPU = "a GPU"
 
 
-def place_of(backend: str) -> Place:
+def place_of(backend: Backend | type[Backend]) -> Place:
     """Return where a backend of ours runs."""
-    return Place.GPU if backend in ON_GPU else Place.CPU
+    return Place.GPU if backend.on_gpu else Place.CPU
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,17 @@ class Ground:
 
     engine: Path
     ckpt: Path | None
-    threads: int
-    backend: str = "onnxruntime"  # of ours: what the others are compared with
-    device: int | None = None  # the GPU's number; None on the CPU
-    spinning: bool = False  # ONNX Runtime's idle threads wait busily; of ours on the CPU
-    cuda_graph: bool = True  # of ours on a GPU
+    backend: Backend = field(default_factory=OnnxRuntime)  # of ours: what the others are compared with
 
-    def __post_init__(self) -> None:
-        """Refuse what would run somewhere else than it says."""
-        if (self.device is not None) != (place_of(self.backend) is Place.GPU):
-            raise ValueError(f"the backend {self.backend} runs on {place_of(self.backend)}, not device {self.device}")
+    @property
+    def threads(self) -> int:
+        """How many threads everybody gets on the CPU."""
+        return (None if isinstance(self.backend, GpuBackend) else self.backend.threads) or available_cpus()
+
+    @property
+    def device(self) -> int | None:
+        """The GPU's number; None on the CPU."""
+        return self.backend.device if isinstance(self.backend, GpuBackend) else None
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,8 @@ class Missing(Exception):  # noqa: N818 — what is not here is no error
 
 def ours(ground: Ground) -> tuple[Score, str]:
     """Return diffiqa as `iqa-run` runs it."""
-    if ground.device is not None:
-        return _on_gpu(ground, ground.backend)
-    directory = open_engine(ground.engine)
-    settings = host_settings(ground.backend, ground.threads, spinning=ground.spinning)
-    return _scored(directory.manifest, load_stages(directory, settings)), host_name(settings).partition(":")[0]
+    backend = ground.backend
+    return _on_gpu(ground, backend) if isinstance(backend, GpuBackend) else _on_host(ground, backend)
 
 
 class DefaultStage:
@@ -147,25 +146,24 @@ def onnxruntime_bound(ground: Ground) -> tuple[Score, str]:
     """Return `iqa-run --backend onnxruntime-gpu`: images stay on the GPU, and sessions are bound to them."""
     with _or_missing():
         prepare(None)
-    return _on_gpu(ground, "onnxruntime-gpu")
+    return _on_gpu(ground, OnnxOnGpu(_device(ground)))
 
 
 def onnxruntime_tensorrt(ground: Ground, *, fp16: bool) -> tuple[Score, str]:
     """Return the same with ONNX Runtime's TensorRT provider, which builds engines for the sizes that it meets."""
-    settings = OnnxRuntime(providers=[("TensorrtExecutionProvider", {"trt_fp16_enable": str(int(fp16))}), CUDA])
+    providers: list[Provider] = [("TensorrtExecutionProvider", {"trt_fp16_enable": str(int(fp16))}), CUDA]
     with _or_missing():
         load_library(Library.TENSORRT)  # into this process: onnxruntime does not look for it where pip puts it
-        prepare(settings)
-    return _on_gpu(ground, "onnxruntime-gpu", settings)
+        prepare(OnnxRuntime(providers=providers))
+    return _on_gpu(ground, OnnxOnGpu(_device(ground), providers=providers))
 
 
 def openvino(ground: Ground, *, precision: str) -> tuple[Score, str]:
     """Return `iqa-run --backend openvino`."""
-    settings = host_settings("openvino", ground.threads, precision)
+    backend = OpenVino(ground.threads, precision)
     with _or_missing():
-        name = host_name(settings)
-    directory = open_engine(ground.engine)
-    return _scored(directory.manifest, load_stages(directory, settings)), name.partition(":")[0]
+        _ = backend.name
+    return _on_host(ground, backend)
 
 
 def torch_networks(ground: Ground, *, precision: str, way: str) -> tuple[Score, str]:
@@ -288,13 +286,23 @@ def _scored(manifest: Manifest, stages: Mapping[StageName, StageRunner]) -> Scor
     return score
 
 
-def _on_gpu(ground: Ground, backend: str, onnx: OnnxRuntime | None = None) -> tuple[Score, str]:
+def _on_host(ground: Ground, backend: HostBackend) -> tuple[Score, str]:
+    directory = open_engine(ground.engine)
+    return _scored(directory.manifest, load_stages(directory, backend)), backend.name.partition(":")[0]
+
+
+def _device(ground: Ground) -> int:
+    assert ground.device is not None  # noqa: S101 — asked of peers on a GPU alone
+    return ground.device
+
+
+def _on_gpu(ground: Ground, backend: GpuBackend) -> tuple[Score, str]:
     """Return ours on the GPU. Another number of steps is loaded anew, before the scores that count."""
     directory = open_engine(ground.engine)
 
     def loaded(steps: int) -> Scorer:
         engine = replace(directory, manifest=with_steps(directory.manifest, steps))
-        return load(engine, backend=backend, device=ground.device, onnx=onnx, cuda_graph=ground.cuda_graph)
+        return load(engine, backend)
 
     scorer = loaded(directory.manifest.schedule.steps)
 
@@ -413,7 +421,7 @@ PEERS = (
 
 def peers_for(backend: str, names: Sequence[str] = ()) -> tuple[Contender, ...]:
     """Return the peers that run where this backend of ours does; with names these alone. Raises UsageError."""
-    place = place_of(backend)
+    place = place_of(BACKENDS[backend])
     here = {peer.name: peer for peer in PEERS if place in peer.places and peer.backend != backend}
     if not names:
         return tuple(here.values())

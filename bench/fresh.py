@@ -1,6 +1,7 @@
 """Start-up in a fresh process.
 
-`python -m diffiqa.bench.fresh '{"engine": …, "image": …, "crops": …, "seed": …, "backend": {…}}'` prints JSON.
+`python -m diffiqa.bench.fresh '{"engine": …, "image": …, "crops": …, "seed": …, "backend": …, "settings": {…}}'`
+prints JSON.
 """
 
 import time
@@ -17,13 +18,13 @@ from typing import TYPE_CHECKING  # noqa: E402
 from .results import Start  # noqa: E402
 
 if TYPE_CHECKING:
-    from .running import Backend
+    from ..runtime.backends import Backend
 
 
 def measure_start(engine: Path, image: Path, backend: "Backend", *, crops: int, seed: int) -> Start:
     """Start a process that loads the engine and scores an image, twice, on a GPU three times."""
-    asked = {"engine": str(engine), "image": str(image), "crops": crops, "seed": seed}
-    asked["backend"] = dataclasses.asdict(backend)
+    asked: dict[str, object] = {"engine": str(engine), "image": str(image), "crops": crops, "seed": seed}
+    asked |= {"backend": backend.key, "settings": dataclasses.asdict(backend)}
     started = time.time()
     command = [sys.executable, "-m", __name__, json.dumps(asked)]
     found = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 — this very module
@@ -43,17 +44,19 @@ def main(asked: str) -> None:
         last = now
 
     from ..engine.manifest import open_engine
+    from ..runtime.backends import BACKENDS
     from ..runtime.results import Options
+    from ..runtime.scorer import load
     from .machine import peak_mib
-    from .running import Backend, import_libraries, open_scorer
+    from .running import import_libraries
 
     given = json.loads(asked)
-    backend = Backend(**given["backend"])
+    backend = BACKENDS[given["backend"]](**given["settings"])
     import_libraries(backend)
     done("imports")
     directory = open_engine(Path(given["engine"]))
     done("check")
-    scorer = open_scorer(directory, backend)
+    scorer = load(directory, backend)
     done("load")
     options = Options(crops=given["crops"], seed=given["seed"])
     scorer.score(given["image"], options)

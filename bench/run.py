@@ -7,12 +7,13 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from ..engine.manifest import open_engine
 from ..errors import UsageError
+from ..runtime.backends import Backend, GpuBackend, OnnxRuntime
 from ..runtime.host.onnx_stage import available_cpus
 from ..runtime.inputs import find_images
 from .ceilings import DeviceProbe, Probe
@@ -23,7 +24,7 @@ from .measure import Bench, Setting, SoakRun
 from .peers import Contest
 from .pictures import Images, Size, generate, sort_by_size
 from .results import SCHEMA, Ceilings, Engine, Gpu, Results, Start
-from .running import Backend, DeviceRuntime, open_runtime
+from .running import DeviceRuntime, open_runtime
 from .timing import SETTLE, Clock, clock_cost
 
 NOT_ON_CPU = {
@@ -56,12 +57,7 @@ class Wanted:
     starts: int = 3
     soak: int = 0
     seed: int = 0
-    threads: int | None = None
-    backend: str = "onnxruntime"
-    precision: str = "fp32"  # of OpenVINO
-    spinning: bool = False  # of ONNX Runtime on the CPU
-    device: int = 0
-    cuda_graph: bool = True
+    backend: Backend = field(default_factory=OnnxRuntime)  # of several images at a time, `batches` decides
     contenders: tuple[Contender, ...] = ()
     ckpt: Path | None = None
     timeout: float = 900.0  # seconds until a peer is given up that does not answer
@@ -80,11 +76,9 @@ class Run:
     ) -> None:
         self._wanted, self._options, self._progress, self._clock = wanted, options, progress, clock
         self._created = datetime.now(UTC).isoformat(timespec="seconds")
-        self._threads = wanted.threads or available_cpus()
+        self._backend = wanted.backend
+        self._threads = getattr(wanted.backend, "threads", None) or available_cpus()
         self._directory = open_engine(wanted.engine)
-        self._backend = Backend(
-            wanted.backend, self._threads, wanted.precision, wanted.spinning, wanted.device, wanted.cuda_graph
-        )
         self._open = contextlib.ExitStack()  # what holds memory
         self._runtime = open_runtime(self._directory, self._backend)
         self._open.callback(self._runtime.close)
@@ -116,7 +110,7 @@ class Run:
         for number, bench in enumerate(self._benches, start=1):
             self._progress(f"warming up case {number} of {len(self._benches)}")
             bench.warm_up()
-        if self._backend.on_gpu:
+        if isinstance(self._backend, GpuBackend):
             self._probe = DeviceProbe(self._backend.device)
             self._open.callback(self._probe.close)
         else:
@@ -136,6 +130,7 @@ class Run:
         cases = tuple(bench.case() for bench in self._benches)
         why = {case.uncounted for case in cases if case.uncounted}
         found = self._probe.found if self._probe else None
+        self._not_measured |= self._probe.refused if self._probe else {}
         dtype = "float16" if self._backend.on_gpu else "float32"
         gpu = self._gpu()
         return Results(
@@ -171,8 +166,6 @@ class Run:
             return None
         gpu = self._runtime.watch.found(self._runtime.layer.name)
         self._not_measured |= self._runtime.watch.refused
-        if isinstance(self._probe, DeviceProbe):
-            self._not_measured |= self._probe.refused
         return gpu
 
     def _find_images(self, folder: Path) -> Images:
@@ -227,16 +220,7 @@ class Run:
                     bench.round()
 
     def _measure_peers(self, settings: Sequence[Setting]) -> None:
-        backend = self._backend
-        ground = Ground(
-            self._directory.path.resolve(),
-            self._wanted.ckpt,
-            self._threads,
-            backend.name,
-            device=backend.device if backend.on_gpu else None,
-            spinning=backend.spinning,
-            cuda_graph=backend.cuda_graph,
-        )
+        ground = Ground(self._directory.path.resolve(), self._wanted.ckpt, self._backend)
         # Peers score one image at a time: cases that differ in workers or batch alone are one.
         cases = {
             replace(bench.case(), workers=1, batch=1).name: replace(

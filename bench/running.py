@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine.manifest import EngineDirectory, Manifest, StageName
-from ..runtime.backends import ON_GPU, HostSettings, OnGpu, closed_if_it_fails, host_name, host_settings, load_stages
+from ..runtime.backends import Backend, GpuBackend, HostBackend, OnnxRuntime, TensorRt
 from ..runtime.executor import StageRunner
+from ..runtime.gpu.door import closed_if_it_fails
 from ..runtime.gpu.graphs import Form
 from ..runtime.gpu.tensorrt import gpu_capability, installed_libraries, load_library
-from ..runtime.host.onnx_stage import OnnxRuntime
+from ..runtime.host.stages import load_stages
 from ..runtime.results import Options
 from ..runtime.scorer import Scorer
 from .gpu import GpuWatch
@@ -23,28 +24,6 @@ if TYPE_CHECKING:
     from ..runtime.gpu.layer import Layer
 
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Backend:
-    """What is asked for by name runs, or fails."""
-
-    name: str = "onnxruntime"
-    threads: int = 1  # of the backends on the CPU
-    precision: str = "fp32"  # of OpenVINO
-    spinning: bool = False  # of ONNX Runtime on the CPU
-    device: int = 0
-    cuda_graph: bool = True
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether it runs on a GPU."""
-        return self.name in ON_GPU
-
-    @property
-    def settings(self) -> HostSettings:
-        """How networks on the CPU are set up."""
-        return host_settings(self.name, self.threads, self.precision, spinning=self.spinning)
 
 
 @dataclass(frozen=True)
@@ -118,9 +97,10 @@ class HostRuntime:
     precision = "fp32"  # of the engine's files
     item_bytes = 4
 
-    def __init__(self, directory: EngineDirectory, backend: Backend) -> None:
-        self.name = host_name(backend.settings) + (", idle threads wait busily" if backend.spinning else "")
-        self._stages = load_stages(directory, backend.settings)
+    def __init__(self, directory: EngineDirectory, backend: HostBackend) -> None:
+        spinning = isinstance(backend, OnnxRuntime) and backend.spinning
+        self.name = backend.name + (", idle threads wait busily" if spinning else "")
+        self._stages = load_stages(directory, backend)
 
     def joules(self) -> float | None:
         """Return nothing: that of the CPUs is for the system's administrator to read."""
@@ -171,12 +151,12 @@ class HostCase:
 class DeviceRuntime:
     """Networks on a GPU, and what is told of it. Raises as `load` does where there is none."""
 
-    def __init__(self, directory: EngineDirectory, backend: Backend) -> None:
+    def __init__(self, directory: EngineDirectory, backend: GpuBackend) -> None:
         self.watch = GpuWatch(backend.device)
-        self.opened = _open(directory, backend)
+        self.opened = backend.load(directory)
         self.watch.opened()
         self.layer, self.name, self.precision = self.opened.layer, self.opened.name, self.opened.precision.value
-        self.form = self.opened.form if backend.cuda_graph else Form.NONE
+        self.form = self.opened.form if isinstance(backend, TensorRt) and backend.cuda_graph else Form.NONE
         with closed_if_it_fails(self.layer, directory):
             self._loaded = self.opened.stages(1)
 
@@ -318,32 +298,20 @@ class DeviceCase:
 
 def open_runtime(directory: EngineDirectory, backend: Backend) -> HostRuntime | DeviceRuntime:
     """Load an engine. Raises BackendError or EngineError where this machine cannot run it."""
-    return DeviceRuntime(directory, backend) if backend.on_gpu else HostRuntime(directory, backend)
-
-
-def open_scorer(directory: EngineDirectory, backend: Backend) -> Scorer:
-    """Load an engine as `load` does, with no clock anywhere."""
-    if not backend.on_gpu:
-        return Scorer(directory.manifest, load_stages(directory, backend.settings), backend="bench")
-    opened = _open(directory, backend)
-    return Scorer(directory.manifest, opened.executor(directory, cuda_graph=backend.cuda_graph), backend="bench")
-
-
-def _open(directory: EngineDirectory, backend: Backend) -> OnGpu:
-    return ON_GPU[backend.name][1](directory, backend.device)
+    return DeviceRuntime(directory, backend) if isinstance(backend, GpuBackend) else HostRuntime(directory, backend)
 
 
 def import_libraries(backend: Backend) -> None:
     """Import what runs the networks, so that its time is told apart from loading. Raises BackendError without it."""
-    if not backend.on_gpu:
-        host_name(backend.settings)
+    if not isinstance(backend, GpuBackend):
+        _ = backend.name
         return
     gpu_capability(backend.device)
-    if backend.name == "tensorrt":
+    if isinstance(backend, TensorRt):
         for library in installed_libraries():
             load_library(library)
     else:
-        host_name(OnnxRuntime())
+        _ = OnnxRuntime().name
 
 
 def _by_step(calls: Mapping[StageName, Sequence[float]], steps: int) -> list[float]:

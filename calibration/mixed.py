@@ -15,8 +15,8 @@ import numpy as np
 
 from ..engine.manifest import EngineDirectory, Stage, StageName, open_engine
 from ..errors import ExportError, UsageError
-from ..runtime.backends import load_stages
 from ..runtime.host.onnx_stage import OnnxRuntime, OnnxStage
+from ..runtime.host.stages import load_stages
 from ..runtime.results import Mode, Options
 from ..runtime.scorer import Scorer
 from .quantise import Recipe, Target, read_fitting, write_stage

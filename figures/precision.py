@@ -49,9 +49,9 @@ from diffiqa.export.macs import macs_by_node
 from diffiqa.export.precision import PrecisionPlan
 from diffiqa.export.tensorrt import BuildOptions, build_engines
 from diffiqa.model.checkpoint import load as load_checkpoint
-from diffiqa.runtime.backends import load_stages
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from diffiqa.runtime.host.openvino_stage import OpenVino, OpenVinoStage
+from diffiqa.runtime.host.stages import load_stages
 from diffiqa.runtime.results import Mode, Options
 from diffiqa.runtime.scorer import Scorer
 from diffiqa.verify.sides import Given, chosen_plan, emulated_side

@@ -24,9 +24,9 @@ from diffiqa.engine.schedule import Schedule, Taps
 from diffiqa.export.engine import export_engine
 from diffiqa.model.checkpoint import load as load_checkpoint
 from diffiqa.model.network import build
-from diffiqa.runtime.backends import load_stages
 from diffiqa.runtime.executor import Call, StageRunner
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
+from diffiqa.runtime.host.stages import load_stages
 from diffiqa.runtime.images import synthetic as photo
 from diffiqa.runtime.results import Options, Score
 from diffiqa.runtime.scorer import Scorer, load

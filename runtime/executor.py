@@ -70,6 +70,14 @@ class Executor(Protocol):
         """Free what it holds."""
 
 
+@dataclass(frozen=True)
+class Opened:
+    """An engine that is loaded: what carries out plans, and what records call it."""
+
+    executor: Executor
+    name: str
+
+
 def paste(
     crop: FloatArray,
     share: FloatArray,

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import Any, Self, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -21,20 +21,14 @@ from ..engine.schedule import Kind, Taps
 from ..engine.score import weighted_sum
 from ..errors import BackendError, EngineError, ImageError, UsageError
 from .arrays import is_foreign
-from .backends import ON_GPU, host_name, host_settings, load_stages
+from .backends import Backend, GpuBackend, best
 from .executor import Branch, Executor, Outcome, StageRunner, Verdict
 from .host.executor import HostExecutor
-from .host.onnx_stage import OnnxRuntime
-from .host.openvino_stage import OpenVino
 from .images import DEFAULT_MAX_PIXELS, Image, Source, read_image
 from .plan import Plan, make_plan
 from .results import CropScore, Failure, Options, Picture, Pictures, Score
 
-if TYPE_CHECKING:
-    pass
-
 FloatArray = npt.NDArray[np.float32]
-BACKENDS = ("auto", "tensorrt", "onnxruntime-gpu", "onnxruntime", "openvino")
 _Decoding = tuple["Future[Image]", str]  # an image, and its name
 
 
@@ -303,89 +297,43 @@ def _shape(decoding: "_Decoding") -> tuple[int, ...] | None:
 
 def load(
     engine: str | Path | EngineDirectory,
+    backend: Backend | Sequence[Backend] | None = None,
     *,
-    backend: str = "auto",
-    threads: int | None = None,
     max_pixels: int | None = DEFAULT_MAX_PIXELS,
-    onnx: OnnxRuntime | None = None,
-    openvino: OpenVino | None = None,
-    device: int | None = None,
-    cuda_graph: bool = True,
-    batch: int = 1,
 ) -> Scorer:
     """Load an engine directory. Raises EngineError if it is damaged, BackendError if nothing can run it.
 
-    `backend` is "tensorrt" for a build that fits GPU number `device`, "onnxruntime-gpu" for ONNX Runtime within the
-    same loop on that GPU, "onnxruntime", "openvino", or "auto": the first of the first three that this machine can run,
-    and `Scorer.info.reason` says why. OpenVINO is never chosen, so that no score changes because a package was
-    installed. What is asked for by name runs or fails.
-    `threads=2` is short for `onnx=OnnxRuntime(threads=2)`, with OpenVINO for `openvino=OpenVino(threads=2)`;
-    without a backend, either of `threads` and `onnx` asks for ONNX Runtime. Without `cuda_graph` a GPU gives the same
-    scores in more of the host's time. With a `batch`, a GPU restores so many images of one size, or seeds of one image,
-    at a time: sooner for many of one size, not sooner for others. A score then depends on `batch` in its last bits, but
-    not on what shares it.
+    A backend says what runs the engine and how: `OnnxRuntime(threads=2)`, `TensorRt(device=1, batch=8)`. One that is
+    named runs, or `load` fails. Of several, the first that can be opened runs, and `Scorer.info.reason` says why the
+    others do not. Without any, `best()` has the list: a GPU if there is one, else the CPU.
+
+    With a `batch`, a GPU restores so many images of one size, or seeds of one image, at a time: this is faster where
+    many have one size. A score then depends on `batch` in its last bits, but never on what shares the batch.
     """
-    on_host = _runs_on_host(backend, threads, onnx, openvino, device, on_gpu=not cuda_graph or batch != 1)
-    if batch < 1:
-        raise UsageError("batch must be at least 1")
+    candidates = best() if backend is None else backend if isinstance(backend, list | tuple) else (backend,)
+    if not candidates or not all(isinstance(candidate, Backend) for candidate in candidates):
+        raise UsageError(f"give a backend such as TensorRt() or OnnxRuntime(threads=2), or several, not {backend!r}")
     directory = engine if isinstance(engine, EngineDirectory) else open_engine(Path(engine))
-    refusals: dict[str, str] = {}  # a reason, and what it is one against; that there is no GPU is said once
-    for choice, (title, start) in {} if on_host else ON_GPU.items():
-        if backend not in {"auto", choice}:
-            continue
+    refusals: dict[str, str] = {}  # by reason: that there is no GPU is said once
+    for candidate in candidates:
         try:
-            opened = start(directory, device or 0, onnx)
-            executor = opened.executor(directory, cuda_graph=cuda_graph, batch=batch)
+            opened = candidate.open(directory)
         except (BackendError, EngineError) as exc:
-            if backend == choice:
+            if len(candidates) == 1:
                 raise
-            refusals.setdefault(str(exc), title)
+            refusals.setdefault(str(exc), candidate.title)
         else:
             reason = _reason(refusals)
-            name = opened.name + (f", {batch} at a time" if batch > 1 else "")
-            return Scorer(directory.manifest, executor, backend=name, reason=reason, max_pixels=max_pixels)
-    reason = "asked for by threads or providers" if backend == "auto" and not refusals else _reason(refusals)
-    if batch > 1:
-        raise BackendError(f"a batch of {batch} needs a GPU; on the CPU images are scored one by one ({reason})")
-    settings = onnx or openvino or host_settings(backend, threads)
-    name = host_name(settings)
-    return Scorer(
-        directory.manifest, load_stages(directory, settings), backend=name, reason=reason, max_pixels=max_pixels
-    )
-
-
-def _runs_on_host(
-    backend: str,
-    threads: int | None,
-    onnx: OnnxRuntime | None,
-    openvino: OpenVino | None,
-    device: int | None,
-    *,
-    on_gpu: bool,
-) -> bool:
-    """Return whether no GPU is to be tried. Raises UsageError for settings of another backend than the one chosen."""
-    if backend not in BACKENDS:
-        raise UsageError(f"there is no backend {backend!r}; choose {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}")
-    if (onnx or openvino) and threads is not None:
-        raise UsageError("give threads either as threads= or in onnx= or openvino=, not both")
-    if openvino and backend != "openvino":
-        raise UsageError(f"settings of OpenVINO, such as a CPU precision, need the backend openvino, not {backend}")
-    if onnx and backend == "openvino":
-        raise UsageError("providers are ONNX Runtime's; the backend openvino takes threads and a precision")
-    set_up = onnx is not None or threads is not None
-    if backend == "tensorrt" and set_up:
-        raise UsageError("threads and providers are ONNX Runtime's; the backend tensorrt has neither")
-    if backend == "onnxruntime-gpu" and (threads is not None or (onnx and onnx.threads)):
-        raise UsageError("threads are of the CPU; the backend onnxruntime-gpu takes providers and a device")
-    on_host = backend in {"onnxruntime", "openvino"} or (backend == "auto" and set_up)
-    if on_host and (device is not None or on_gpu):
-        why = "; threads or providers ask for onnxruntime" if backend == "auto" else ""
-        if device is not None and backend != "openvino":
-            why += "; ONNX Runtime's own providers take theirs as options, such as device_id"
-        raise UsageError(
-            f"device, batch and CUDA graph are of the backends tensorrt and onnxruntime-gpu, not of {backend}{why}"
+            return Scorer(
+                directory.manifest, opened.executor, backend=opened.name, reason=reason, max_pixels=max_pixels
+            )
+    batches = [candidate.batch for candidate in candidates if isinstance(candidate, GpuBackend)]
+    if len(batches) == len(candidates) and max(batches) > 1:
+        raise BackendError(
+            f"a batch of {max(batches)} needs a GPU, and none here can run {directory.path} ({_reason(refusals)}); "
+            f"without a batch the CPU runs it"
         )
-    return on_host
+    raise BackendError(f"nothing here can run {directory.path} ({_reason(refusals)})")
 
 
 def _reason(refusals: Mapping[str, str]) -> str:

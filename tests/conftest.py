@@ -24,8 +24,7 @@ from diffiqa.engine.manifest import (
 from diffiqa.export.engine import export_engine
 from diffiqa.model.checkpoint import Loaded
 from diffiqa.model.network import DiffV2IQA, build
-from diffiqa.runtime import backends
-from diffiqa.runtime.gpu import cuda, tensorrt_stage
+from diffiqa.runtime.gpu import cuda, door, tensorrt_stage
 from diffiqa.runtime.scorer import Scorer, load
 
 from .fake_device import FakeLayer, fake_stages
@@ -104,9 +103,9 @@ def fake_gpu(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> FakeLayer
     def engines(found: FakeLayer, _library: object, directory: EngineDirectory, _build: Build) -> object:
         return fake_stages(found, directory)
 
-    monkeypatch.setattr(backends, "gpu_capability", lambda ordinal: "8.9")
-    monkeypatch.setattr(backends, "installed_libraries", lambda: [Library.TENSORRT_RTX])
-    monkeypatch.setattr(backends, "load_library", lambda name: SimpleNamespace(library=name, version="1.7"))
+    monkeypatch.setattr(door, "gpu_capability", lambda ordinal: "8.9")
+    monkeypatch.setattr(door, "installed_libraries", lambda: [Library.TENSORRT_RTX])
+    monkeypatch.setattr(door, "load_library", lambda name: SimpleNamespace(library=name, version="1.7"))
     monkeypatch.setattr(cuda, "CudaLayer", lambda ordinal: layer)
     monkeypatch.setattr(tensorrt_stage, "load_engines", engines)
     return layer

@@ -424,10 +424,12 @@ def evaluate(
     items = split.items(dataset, given["part"]) if split else dataset.items
     pictures = pictures_of(items)
     if engine and output:
+        from ..runtime.backends import OnnxRuntime
         from ..runtime.results import Options
         from ..runtime.scorer import load
 
-        with load(engine, threads=given["threads"]) as scorer:
+        backend = OnnxRuntime(given["threads"]) if given["threads"] else None
+        with load(engine, backend) as scorer:
             branches = score_pictures(
                 scorer,
                 pictures,

@@ -16,8 +16,8 @@ import numpy as np
 
 from ..engine.manifest import EngineDirectory, Manifest
 from ..errors import BackendError
-from ..runtime.backends import open_tensorrt
 from ..runtime.executor import Call, FloatArray, Outcome
+from ..runtime.gpu.door import open_tensorrt
 from ..runtime.gpu.executor import DeviceExecutor
 from ..runtime.gpu.graphs import Form
 from ..runtime.gpu.layer import ITEM_BYTES, BoundStage, Layer, LoadedStage, choose_profile

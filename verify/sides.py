@@ -29,9 +29,9 @@ from ..export.precision import (
     refuse_unsigned,
     rounded,
 )
-from ..runtime.backends import load_stages
 from ..runtime.executor import Call, FloatArray, StageRunner
 from ..runtime.host.onnx_stage import OnnxRuntime, OnnxStage
+from ..runtime.host.stages import load_stages
 from ..runtime.plan import Plan
 
 _QUANTISED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"}

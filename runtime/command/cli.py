@@ -141,8 +141,8 @@ def run(engine: Path, images: tuple[str, ...], **given: Any) -> None:
     Exit codes: 0 all scored, 1 some failed (their records say why), 2 nothing could run, 130 interrupted (what was
     scored is kept; --resume goes on).
     """
-    from ..host.onnx_stage import OnnxRuntime
-    from ..host.openvino_stage import OpenVino
+    from ..backends import from_options
+    from ..images import DEFAULT_MAX_PIXELS
     from ..inputs import find_images
     from ..results import PIXEL_BUDGET, Mode, Options
     from ..scorer import load
@@ -173,22 +173,10 @@ def run(engine: Path, images: tuple[str, ...], **given: Any) -> None:
     if outputs.descending and not outputs.sort:
         raise UsageError("--descending needs --sort")
     _refuse_collisions(names, outputs)
-    how: dict[str, Any] = {
-        "device": given["device"],
-        "cuda_graph": not given["no_cuda_graph"],
-        "batch": given["batch"],
-    }
-    threads, providers, precision = given["threads"], given["providers"], given["cpu_precision"]
-    if given["spin"] and given["backend"] not in {"auto", "onnxruntime"}:
-        raise UsageError(f"--spin is about threads of --backend onnxruntime, not of {given['backend']}; leave it out")
-    if providers or given["spin"] or (threads and given["backend"] != "openvino"):
-        chosen = providers or ("CPUExecutionProvider",)
-        how["onnx"] = OnnxRuntime(threads=threads, providers=chosen, spinning=given["spin"])
-    if precision or given["backend"] == "openvino":
-        how["openvino"] = OpenVino(threads=threads, precision=precision or "fp32")
-    if given["max_pixels"] is not None:
-        how["max_pixels"] = given["max_pixels"] or None
-    with load(engine, backend=given["backend"], **how) as scorer:
+    taken = ("device", "batch", "no_cuda_graph", "threads", "providers", "spin", "cpu_precision")
+    backend = from_options(given["backend"], **{name: given[name] for name in taken})
+    max_pixels = DEFAULT_MAX_PIXELS if given["max_pixels"] is None else given["max_pixels"] or None
+    with load(engine, backend, max_pixels=max_pixels) as scorer:
         reason = f" ({scorer.info.reason})" if scorer.info.reason else ""
         says = f"backend: {scorer.info.backend}{reason}"
         # Somebody at a terminal is told before the work starts, a log beside the summary: if whoever reads the results

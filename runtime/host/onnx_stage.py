@@ -4,13 +4,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from ...engine.manifest import EngineDirectory, StageName
 from ...errors import BackendError, UsageError, first_line
-from ..executor import Call
+from ..executor import Call, Opened
+from .stages import open_on_host
 
 FloatArray = npt.NDArray[np.float32]
 Provider = str | tuple[str, dict[str, Any]]
@@ -18,7 +20,11 @@ Provider = str | tuple[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class OnnxRuntime:
-    """How ONNX Runtime is set up."""
+    """ONNX Runtime on the CPU, or on whatever execution provider is asked for; how it is set up."""
+
+    key: ClassVar[str] = "onnxruntime"
+    title: ClassVar[str] = "ONNX Runtime"
+    on_gpu: ClassVar[bool] = False
 
     threads: int | None = None  # None: as many as the CPUs this process may use
     providers: Sequence[Provider] = ("CPUExecutionProvider",)
@@ -38,6 +44,19 @@ class OnnxRuntime:
     def provider_names(self) -> list[str]:
         """The providers without their options, in order of preference."""
         return [provider if isinstance(provider, str) else provider[0] for provider in self.providers]
+
+    @property
+    def name(self) -> str:
+        """What records call it. Raises BackendError where it is not installed."""
+        return f"onnxruntime {version()}: {', '.join(self.provider_names)}"
+
+    def load(self, path: Path, _stage: StageName) -> "OnnxStage":
+        """Load one stage; ONNX Runtime computes as the engine's files say."""
+        return OnnxStage(path, self)
+
+    def open(self, directory: EngineDirectory) -> Opened:
+        """Load an engine, ready to carry out plans."""
+        return open_on_host(directory, self)
 
 
 def compute_as_written(options: Any) -> None:

@@ -5,16 +5,18 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from ...engine.manifest import EngineDirectory, StageName
 from ...errors import BackendError, UsageError
-from ..executor import Call
+from ..executor import Call, Opened
 from .onnx_stage import available_cpus
+from .stages import open_on_host
 
 FloatArray = npt.NDArray[np.float32]
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}  # and OpenVINO's word for each
@@ -23,7 +25,11 @@ _IMPORT = threading.Lock()
 
 @dataclass(frozen=True)
 class OpenVino:
-    """How OpenVINO is set up."""
+    """OpenVINO on the CPU; how it is set up."""
+
+    key: ClassVar[str] = "openvino"
+    title: ClassVar[str] = "OpenVINO"
+    on_gpu: ClassVar[bool] = False
 
     threads: int | None = None  # None: as many as the CPUs this process may use
     precision: str = "fp32"  # of what is float32 in the U-Net's file; 8-bit parts stay 8-bit, the heads float32
@@ -37,6 +43,28 @@ class OpenVino:
         if self.precision not in PRECISIONS:
             raise UsageError(f"precision must be {' or '.join(PRECISIONS)}, not {self.precision!r}")
 
+    @property
+    def name(self) -> str:
+        """What records call it. Raises BackendError if it is not installed, or the CPU has no such precision."""
+        if self.precision == "bf16" and "BF16" not in _capabilities():
+            raise BackendError(
+                "this CPU has no bfloat16 arithmetic that OpenVINO uses (AVX512_BF16 or AMX); ask for precision fp32"
+            )
+        version = str(_openvino().__version__).partition("-")[0]
+        return f"openvino {version}: CPU, {'fp32' if self.precision == 'fp32' else f'U-Net in {self.precision}'}"
+
+    def load(self, path: Path, stage: StageName) -> "OpenVinoStage":
+        """Load one stage: the U-Net in the precision asked for, the heads in float32.
+
+        The U-Net takes nearly all the time. In bf16 the heads would move a score many times as far as the U-Net does,
+        and save nothing that can be measured.
+        """
+        return OpenVinoStage(path, self if stage is StageName.UNET else replace(self, precision="fp32"))
+
+    def open(self, directory: EngineDirectory) -> Opened:
+        """Load an engine, ready to carry out plans."""
+        return open_on_host(directory, self)
+
 
 class OpenVinoStage:
     """One ONNX file, read; compiled at the first `bind` of a shape. `bind` and its calls are safe from several threads.
@@ -45,7 +73,7 @@ class OpenVinoStage:
     """
 
     def __init__(self, path: Path, settings: OpenVino) -> None:
-        name(settings)  # says what is missing
+        _ = settings.name  # says what is missing
         self._path, self._kept = path, settings.shapes
         self._config = {
             # Left alone, OpenVINO takes bfloat16 for a float32 model wherever the CPU has it.
@@ -116,16 +144,6 @@ class OpenVinoStage:
                 self._compiled[key] = form
             self._compiled.move_to_end(key)
             return self._compiled[key]
-
-
-def name(settings: OpenVino) -> str:
-    """Return what records call it. Raises BackendError if it is not installed, or the CPU has no such precision."""
-    if settings.precision == "bf16" and "BF16" not in _capabilities():
-        raise BackendError(
-            "this CPU has no bfloat16 arithmetic that OpenVINO uses (AVX512_BF16 or AMX); ask for precision fp32"
-        )
-    version = str(_openvino().__version__).partition("-")[0]
-    return f"openvino {version}: CPU, {'fp32' if settings.precision == 'fp32' else f'U-Net in {settings.precision}'}"
 
 
 def _capabilities() -> list[str]:

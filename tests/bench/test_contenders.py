@@ -21,7 +21,18 @@ import torch
 from PIL import Image
 
 from diffiqa.bench import contenders
-from diffiqa.bench.contenders import OURS, PEERS, Ask, DefaultStage, Ground, Missing, Place, ours_in, peers_for
+from diffiqa.bench.contenders import (
+    OURS,
+    PEERS,
+    Ask,
+    DefaultStage,
+    Ground,
+    Missing,
+    Place,
+    ours_in,
+    peers_for,
+    place_of,
+)
 from diffiqa.bench.measure import with_steps
 from diffiqa.bench.peers import EXACT
 from diffiqa.bench.torch_loop import TorchScorer, Way, normals
@@ -33,10 +44,11 @@ from diffiqa.errors import UsageError
 from diffiqa.model.bundle import save_bundle
 from diffiqa.model.config import Norm
 from diffiqa.model.network import DiffV2IQA, build
-from diffiqa.runtime.backends import ON_GPU, load_stages
+from diffiqa.runtime.backends import BACKENDS, OnnxOnGpu, TensorRt
 from diffiqa.runtime.gpu import cuda
 from diffiqa.runtime.gpu.onnx_stage import CUDA
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, providers_here
+from diffiqa.runtime.host.stages import load_stages
 from diffiqa.runtime.results import Mode, Options
 from diffiqa.runtime.scorer import Scorer
 
@@ -189,7 +201,7 @@ def test_every_way_scores_as_ours_on_a_gpu(
     if not torch.cuda.is_available():
         pytest.skip("torch has no GPU")
     name = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
-    ground = Ground(tiny_engine, ckpt, 1, "onnxruntime-gpu", device=0)
+    ground = Ground(tiny_engine, ckpt, OnnxOnGpu())
     try:
         score, _version = contenders.torch_networks(ground, precision=name, way=way)
     except Missing as reason:
@@ -225,9 +237,9 @@ def test_peers_of_both_places_score_files_as_ours(
     peer = next(peer for peer in PEERS if peer.name == name)
     assert place in peer.places
     on_cpu(monkeypatch)
-    ground = Ground(tiny_engine, ckpt, 1)
+    ground = Ground(tiny_engine, ckpt, OnnxRuntime(1))
     if place is Place.GPU:
-        ground = replace(ground, backend="onnxruntime-gpu", device=0)
+        ground = replace(ground, backend=OnnxOnGpu())
     score, version = peer.make(ground)
     assert version == f"torch {torch.__version__}"
     expected = scorer.score(picture, Options(crops=3, seed=4)).score
@@ -251,7 +263,7 @@ def test_a_stage_with_default_settings_changes_threads_at_most(
 
 
 def test_onnxruntime_as_its_examples_have_it_scores_as_ours(tiny_engine: Path, scorer: Scorer, picture: Path) -> None:
-    score, _version = contenders.onnxruntime_default(Ground(tiny_engine, None, 1))
+    score, _version = contenders.onnxruntime_default(Ground(tiny_engine, None, OnnxRuntime(1)))
     expected = scorer.score(picture, Options(crops=2)).score
     assert score(Ask(picture, crops=2, seed=0, steps=6)) == pytest.approx(expected, abs=SUMS)
 
@@ -260,7 +272,7 @@ def test_onnxruntime_as_its_examples_have_it_scores_as_ours(tiny_engine: Path, s
 def test_ours_on_a_gpu_is_what_load_runs(
     tiny_build: Path, fake_gpu: FakeLayer, scorer: Scorer, picture: Path, cuda_graph: bool
 ) -> None:
-    ground = Ground(tiny_build, None, 1, "tensorrt", device=0, cuda_graph=cuda_graph)
+    ground = Ground(tiny_build, None, TensorRt(cuda_graph=cuda_graph))
     score, version = OURS.make(ground)
     assert version == "tensorrt-rtx 1.7 fp32"
     expected = scorer.score(picture, Options(crops=2, seed=3)).score
@@ -284,8 +296,8 @@ def test_ours_on_a_gpu_is_loaded_anew_for_another_number_of_steps(
         return layers[-1]
 
     monkeypatch.setattr(cuda, "CudaLayer", opened)
-    score, _version = OURS.make(Ground(tiny_build, None, 1, "tensorrt", device=0))
-    on_host, _version = OURS.make(Ground(tiny_engine, None, 1))
+    score, _version = OURS.make(Ground(tiny_build, None, TensorRt()))
+    on_host, _version = OURS.make(Ground(tiny_engine, None, OnnxRuntime(1)))
     for steps in (6, 12, 12, 6):
         ask = Ask(picture, crops=2, seed=3, steps=steps)
         assert score(ask) == pytest.approx(on_host(ask), abs=1e-5)
@@ -302,13 +314,13 @@ def test_ours_waits_as_it_is_told(monkeypatch: pytest.MonkeyPatch, tiny_engine: 
         return {}
 
     monkeypatch.setattr(contenders, "load_stages", loaded)
-    OURS.make(Ground(tiny_engine, None, 2, spinning=spinning))
+    OURS.make(Ground(tiny_engine, None, OnnxRuntime(2, spinning=spinning)))
     assert [(settings.threads, settings.spinning) for settings in asked] == [(2, spinning)]
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built for GPUs")
 def test_pytorch_without_a_gpu_is_missing_not_slow(tiny_engine: Path, ckpt: Path) -> None:
-    ground = Ground(tiny_engine, ckpt, 1, "tensorrt", device=0)
+    ground = Ground(tiny_engine, ckpt, TensorRt())
     for peer in peers_for("tensorrt"):
         if peer.weights:
             with pytest.raises(Missing, match="is built for the CPU alone"):
@@ -318,7 +330,7 @@ def test_pytorch_without_a_gpu_is_missing_not_slow(tiny_engine: Path, ckpt: Path
 @pytest.mark.skipif(CUDA in providers_here(), reason="this onnxruntime is built for GPUs")
 def test_onnxruntime_without_a_gpu_is_missing_not_slow(monkeypatch: pytest.MonkeyPatch, tiny_engine: Path) -> None:
     monkeypatch.setattr(contenders, "load_library", lambda library: SimpleNamespace(library=library))
-    ground = Ground(tiny_engine, None, 1, "tensorrt", device=0)
+    ground = Ground(tiny_engine, None, TensorRt())
     found = [peer for peer in peers_for("tensorrt") if not peer.weights]
     assert len(found) == 4
     for peer in found:
@@ -329,16 +341,14 @@ def test_onnxruntime_without_a_gpu_is_missing_not_slow(monkeypatch: pytest.Monke
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="tensorrt is installed")
 def test_onnxruntimes_tensorrt_needs_tensorrt(tiny_engine: Path) -> None:
     with pytest.raises(Missing, match="tensorrt is not installed"):
-        contenders.onnxruntime_tensorrt(Ground(tiny_engine, None, 1, "tensorrt", device=0), fp16=True)
+        contenders.onnxruntime_tensorrt(Ground(tiny_engine, None, TensorRt()), fp16=True)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_tensorrt") is not None, reason="torch_tensorrt is installed")
 def test_torch_tensorrt_is_missing_by_name(monkeypatch: pytest.MonkeyPatch, tiny_engine: Path, ckpt: Path) -> None:
     on_cpu(monkeypatch)
     with pytest.raises(Missing, match="torch_tensorrt is not installed"):
-        contenders.torch_networks(
-            Ground(tiny_engine, ckpt, 1, "tensorrt", device=0), precision="fp16", way="Torch-TensorRT"
-        )
+        contenders.torch_networks(Ground(tiny_engine, ckpt, TensorRt()), precision="fp16", way="Torch-TensorRT")
 
 
 def test_torch_tensorrt_replays_cuda_graphs(monkeypatch: pytest.MonkeyPatch, tiny_engine: Path, ckpt: Path) -> None:
@@ -348,7 +358,7 @@ def test_torch_tensorrt_replays_cuda_graphs(monkeypatch: pytest.MonkeyPatch, tin
     monkeypatch.setitem(sys.modules, "torch_tensorrt", fake)
     monkeypatch.setattr(torch, "compile", lambda function, **_how: function)
     on_cpu(monkeypatch)
-    ground = Ground(tiny_engine, ckpt, 1, "tensorrt", device=0)
+    ground = Ground(tiny_engine, ckpt, TensorRt())
     _score, version = contenders.torch_networks(ground, precision="fp32", way="CUDA graph")
     assert not asked
     _score, version = contenders.torch_networks(ground, precision="fp32", way="Torch-TensorRT")
@@ -389,8 +399,8 @@ def test_peers_run_where_ours_does() -> None:
         "torch.compile, bf16",
         "plain loop",
     ]
-    for backend in ON_GPU:
-        assert all(Place.GPU in peer.places for peer in peers_for(backend))
+    for name, kind in BACKENDS.items():
+        assert all(place_of(kind) in peer.places for peer in peers_for(name))
     assert {peer.name for peer in PEERS} == set(on_host) | {peer.name for peer in peers_for("tensorrt")}
 
 
@@ -416,12 +426,6 @@ def test_a_peer_that_cannot_run_beside_ours_is_refused_by_name(backend: str, nam
     with pytest.raises(UsageError) as caught:
         peers_for(backend, ["torch eager", name])
     assert says in str(caught.value)
-
-
-@pytest.mark.parametrize(("backend", "device"), [("tensorrt", None), ("onnxruntime-gpu", None), ("onnxruntime", 0)])
-def test_ground_on_another_device_than_it_says_is_refused(backend: str, device: int | None) -> None:
-    with pytest.raises(ValueError, match=f"the backend {backend} runs on"):
-        Ground(Path("engine"), None, 1, backend, device)
 
 
 def test_ours_is_exact_in_float32_alone() -> None:

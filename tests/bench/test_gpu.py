@@ -30,14 +30,13 @@ from diffiqa.bench.page import to_page
 from diffiqa.bench.pictures import generate
 from diffiqa.bench.report import TABLES, to_markdown
 from diffiqa.bench.results import Case, DeviceTimes, Gpu, GpuLoad, Results, Start, read
-from diffiqa.bench.running import Backend, DeviceCase, DeviceRuntime
+from diffiqa.bench.running import DeviceCase, DeviceRuntime
 from diffiqa.bench.verdict import judge_results
 from diffiqa.cli import main
 from diffiqa.engine.manifest import Library, StageName, open_engine
-from diffiqa.runtime import backends
-from diffiqa.runtime.backends import ON_GPU
+from diffiqa.runtime.backends import BACKENDS, GpuBackend, OnnxOnGpu, TensorRt
+from diffiqa.runtime.gpu import door, tensorrt
 from diffiqa.runtime.gpu import onnx_stage as onnx_device
-from diffiqa.runtime.gpu import tensorrt
 from diffiqa.runtime.gpu.graphs import Form
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime
 from diffiqa.runtime.scorer import Scorer, load
@@ -46,7 +45,7 @@ from ..fake_device import FakeLayer
 from ..tiny import photo
 from .test_verdict import CASE, QUIET, SAMPLES
 
-TENSORRT = Backend("tensorrt")
+TENSORRT = TensorRt()
 
 
 class FakeNvml:
@@ -115,7 +114,7 @@ def on(
     size: tuple[int, int] = (40, 48),
     *,
     batch: int = 1,
-    backend: Backend = TENSORRT,
+    backend: GpuBackend = TENSORRT,
     crops: int = 2,
 ) -> Bench:
     directory = open_engine(engine)
@@ -172,10 +171,10 @@ def test_a_run_has_all_that_one_on_the_cpu_has_and_what_a_gpu_has_beside(
 def test_without_a_gpu_the_error_is_the_one_that_load_gives(tiny_engine: Path) -> None:
     if tensorrt.device_capability() is not None:
         pytest.skip("there is a GPU")
-    for backend in ON_GPU:
+    for backend in (TensorRt(), OnnxOnGpu()):
         with pytest.raises(BackendError) as expected:
-            load(tiny_engine, backend=backend)
-        result = call(tiny_engine, "--backend", backend)
+            load(tiny_engine, backend)
+        result = call(tiny_engine, "--backend", backend.key)
         assert result.exit_code == 2
         assert str(expected.value) in result.stderr
         assert result.stdout == ""
@@ -231,7 +230,7 @@ def test_peers_find_the_gpu_free_and_are_told_all_that_ours_was(
     assert result.exit_code in {0, 1}, result.output
     ((contenders, ground, cases),) = asked
     assert [contender.name for contender in contenders] == ["diffiqa", "torch eager"]
-    assert (ground.backend, ground.device, ground.cuda_graph) == ("tensorrt", 1, False)
+    assert ground.backend == TensorRt(device=1, cuda_graph=False)
     assert [name for name, _ in cases] == ["40×40, 1 crop, 6 steps"]  # batches are no cases of theirs
     assert [len(setting.images) for _, setting in cases] == [2]
 
@@ -401,7 +400,7 @@ def test_cases_leave_the_engine_to_each_other(tiny_build: Path, fake_gpu: FakeLa
 
 
 def test_without_graphs_there_is_one_kind_of_sample(tiny_build: Path, fake_gpu: FakeLayer, tmp_path: Path) -> None:
-    case, times = measured(on(tiny_build, tmp_path, backend=Backend("tensorrt", cuda_graph=False)))
+    case, times = measured(on(tiny_build, tmp_path, backend=TensorRt(cuda_graph=False)))
     assert (times.plain, times.enqueue_plain, times.graphs) == ((), (), 0)
     assert case.without_graph is None
     assert set(case.stages) == {"unet", "vit", "vcg", "vda"}
@@ -459,7 +458,7 @@ def test_images_are_repeated_until_they_fill_batches(count: int, batch: int, len
 def onnx_gpu(fake_gpu: FakeLayer, monkeypatch: pytest.MonkeyPatch) -> FakeLayer:
     """A machine with a GPU and an onnxruntime that has CUDA."""
     monkeypatch.setattr(running, "gpu_capability", lambda ordinal: "8.9")
-    monkeypatch.setattr(backends, "installed_libraries", list)
+    monkeypatch.setattr(door, "installed_libraries", list)
     monkeypatch.setattr(onnx_device, "prepare", lambda settings: None)
     monkeypatch.setattr(onnx_device, "gpu_settings", lambda settings, ordinal, stream: OnnxRuntime(threads=1))
     monkeypatch.setattr(onnx_device, "stranded", lambda session: [])
@@ -541,10 +540,11 @@ def test_start_up_tells_the_score_that_captures_apart(
     capsys: pytest.CaptureFixture[str],
     backend: str,
 ) -> None:
-    monkeypatch.setattr(backends, "installed_libraries", lambda: [Library.TENSORRT_RTX])
+    monkeypatch.setattr(door, "installed_libraries", lambda: [Library.TENSORRT_RTX])
     monkeypatch.setattr(running, "gpu_capability", lambda ordinal: "8.9")
     (image,) = generate(tmp_path, [(40, 40)], 1, seed=0).by_size[40, 40]
-    asked = {"engine": str(tiny_build), "image": str(image), "crops": 1, "seed": 0, "backend": asdict(Backend(backend))}
+    asked: dict[str, Any] = {"engine": str(tiny_build), "image": str(image), "crops": 1, "seed": 0}
+    asked |= {"backend": backend, "settings": asdict(BACKENDS[backend]())}
     fresh.main(json.dumps(asked))
     parts = json.loads(capsys.readouterr().out)
     assert parts.pop("entered") > 0

@@ -10,9 +10,10 @@ from diffiqa import UsageError
 from diffiqa.bench.measure import Bench, Setting, with_steps
 from diffiqa.bench.pictures import generate, sort_by_size
 from diffiqa.bench.results import Case
-from diffiqa.bench.running import Backend, HostRuntime
+from diffiqa.bench.running import HostRuntime
 from diffiqa.bench.work import count_work
 from diffiqa.engine.manifest import EngineDirectory, StageName, open_engine
+from diffiqa.runtime.backends import OnnxRuntime
 from diffiqa.runtime.plan import make_plan
 from diffiqa.runtime.results import Options
 
@@ -36,7 +37,7 @@ def directory(tiny_engine: Path) -> EngineDirectory:
 def bench(directory: EngineDirectory, folder: Path, clock: FakeClock, *, steps: int = 6, crops: int = 2) -> Bench:
     images = tuple(generate(folder, [(40, 48)], 2, seed=3).by_size[40, 48])
     setting = Setting(images, 40, 48, crops=crops, steps=steps, workers=1, seed=0)
-    return Bench(directory, HostRuntime(directory, Backend()), setting, clock)
+    return Bench(directory, HostRuntime(directory, OnnxRuntime(1)), setting, clock)
 
 
 def measured(directory: EngineDirectory, folder: Path, ticks: list[float]) -> Case:

@@ -9,9 +9,10 @@ from diffiqa.bench.contenders import OURS, PEERS, Ask, Contender, Ground, Place
 from diffiqa.bench.measure import Setting
 from diffiqa.bench.peers import Contest, Entrant, Out
 from diffiqa.bench.results import Peer
+from diffiqa.runtime.backends import OnnxRuntime
 from diffiqa.tests.bench import fake_contenders as fakes
 
-GROUND = Ground(Path("engine"), None, 1)
+GROUND = Ground(Path("engine"), None)
 SETTING = Setting((Path("a.png"), Path("b.png")), 32, 32, crops=1, steps=6, workers=1, seed=0)
 GOOD = Contender("good", "fp32", exact=True, make=fakes.good)
 
@@ -96,7 +97,7 @@ def test_images_too_large_for_a_peer_cost_it_their_case_alone(tiny_engine: Path)
     settings = [("large", large), ("small", SETTING)]
     run = Contest(
         [GOOD, untiled, elsewhere],
-        Ground(tiny_engine, None, 1),
+        Ground(tiny_engine, None, OnnxRuntime(1)),
         settings,
         rounds=2,
         timeout=60,
@@ -114,7 +115,7 @@ def test_images_too_large_for_a_peer_cost_it_their_case_alone(tiny_engine: Path)
 def test_a_peer_is_skipped_whose_images_are_all_too_large(tiny_engine: Path) -> None:
     large = Setting((Path("c.png"),), 700, 800, crops=1, steps=6, workers=1, seed=0)
     untiled = Contender("untiled", "fp32", exact=True, make=fakes.refuses, untiled=(Place.CPU,))  # nor is it started
-    run = Contest([GOOD, untiled], Ground(tiny_engine, None, 1), [("large", large)], rounds=1, timeout=60)
+    run = Contest([GOOD, untiled], Ground(tiny_engine, None, OnnxRuntime(1)), [("large", large)], rounds=1, timeout=60)
     run.run()
     found = run.found[1]
     assert (found.skipped, found.cases) == (True, ())

@@ -11,6 +11,7 @@ import pytest
 
 from diffiqa.engine.manifest import MANIFEST
 from diffiqa.errors import DiffiqaError
+from diffiqa.runtime.backends import OnnxRuntime
 from diffiqa.runtime.results import Options
 from diffiqa.runtime.scorer import load
 
@@ -61,7 +62,7 @@ def test_mutated_manifests_score_or_are_refused(tiny_engine: Path, tmp_path: Pat
     for _ in range(40):
         (engine / MANIFEST).write_text(json.dumps(mutate(original, generator)))
         try:
-            with load(engine, threads=1) as scorer:
+            with load(engine, OnnxRuntime(threads=1)) as scorer:
                 scorer.score(picture, Options(crops=1))
         except DiffiqaError as exc:
             refusals.append(str(exc))
@@ -81,7 +82,7 @@ def test_mutated_bytes_of_a_manifest_are_refused_or_harmless(tiny_engine: Path, 
         data[start : start + generator.randint(0, 4)] = generator.randbytes(generator.randint(0, 4))
         (engine / MANIFEST).write_bytes(data)
         try:
-            load(engine, threads=1).close()
+            load(engine, OnnxRuntime(threads=1)).close()
         except DiffiqaError as exc:
             refusals.append(str(exc))
     assert all("\n" not in text for text in refusals)

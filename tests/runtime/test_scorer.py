@@ -96,7 +96,7 @@ def test_threads_may_share_a_scorer(scorer: Scorer) -> None:
 def test_the_number_of_threads_does_not_change_a_score(tiny_engine: Path, scorer: Scorer) -> None:
     picture = photo(31, 64, 80)
     for threads in (1, 2):
-        with load(tiny_engine, threads=threads) as other:
+        with load(tiny_engine, OnnxRuntime(threads=threads)) as other:
             assert same(other.score(picture), scorer.score(picture))
 
 
@@ -215,14 +215,7 @@ def test_options_nothing_can_be_done_with_are_refused(options: dict[str, Any], s
 
 def test_a_provider_that_is_not_installed_is_named(tiny_engine: Path) -> None:
     with pytest.raises(BackendError, match=r"has no MagicExecutionProvider; it has .*CPUExecutionProvider"):
-        load(tiny_engine, onnx=OnnxRuntime(providers=["MagicExecutionProvider"]))
-
-
-def test_unknown_backends_and_doubled_threads_are_refused(tiny_engine: Path) -> None:
-    with pytest.raises(UsageError, match="no backend 'magic'"):
-        load(tiny_engine, backend="magic")
-    with pytest.raises(UsageError, match="not both"):
-        load(tiny_engine, threads=1, onnx=OnnxRuntime())
+        load(tiny_engine, OnnxRuntime(providers=["MagicExecutionProvider"]))
 
 
 def test_a_mode_may_be_given_as_text(scorer: Scorer) -> None:

@@ -7,8 +7,8 @@ import pytest
 
 from diffiqa.engine.manifest import StageName, open_engine
 from diffiqa.engine.pixels import to_plane
-from diffiqa.runtime.backends import load_stages
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime
+from diffiqa.runtime.host.stages import load_stages
 from diffiqa.runtime.plan import Plan, make_plan
 from diffiqa.runtime.results import Mode, Options
 from diffiqa.runtime.scorer import Scorer

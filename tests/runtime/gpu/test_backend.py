@@ -17,15 +17,14 @@ from PIL import Image
 from diffiqa import Failure, Mode, Options, Score, Scorer
 from diffiqa.cli import main
 from diffiqa.engine.manifest import Library, StageName
-from diffiqa.errors import BackendError, DiffiqaError, EngineError, ImageError, UsageError
+from diffiqa.errors import BackendError, DiffiqaError, EngineError, ImageError
 from diffiqa.export.profiles import stage_profiles
-from diffiqa.runtime import backends
+from diffiqa.runtime.backends import Backend, OnnxRuntime, TensorRt, best
+from diffiqa.runtime.gpu import door, tensorrt, tensorrt_stage
 from diffiqa.runtime.gpu import layer as device_layer
-from diffiqa.runtime.gpu import tensorrt, tensorrt_stage
 from diffiqa.runtime.gpu.graphs import Form
 from diffiqa.runtime.gpu.layer import choose_profile
 from diffiqa.runtime.gpu.tensorrt import gpu_capability, installed_libraries, load_library
-from diffiqa.runtime.host.onnx_stage import OnnxRuntime
 from diffiqa.runtime.scorer import load
 
 from ...fake_device import FakeLayer
@@ -34,9 +33,9 @@ from ...tiny import photo
 RTX = Library.TENSORRT_RTX
 
 
-def refused(engine: Path, kind: type[DiffiqaError], *says: str, **how: Any) -> bool:
+def refused(engine: Path, kind: type[DiffiqaError], *says: str, backend: Backend) -> bool:
     with pytest.raises(kind) as caught:
-        load(engine, **how)
+        load(engine, backend)
     return all(word in str(caught.value) for word in says)
 
 
@@ -69,54 +68,25 @@ def test_auto_falls_back_to_onnxruntime_and_says_why_and_tensorrt_refuses(
             raise value
         return SimpleNamespace(library=RTX, version=value) if replaced == "load_library" else value
 
-    monkeypatch.setattr(backends, replaced, answer)
+    monkeypatch.setattr(door, replaced, answer)
     with load(tiny_build) as scorer:
         assert scorer.info.backend.startswith("onnxruntime ")
         assert scorer.info.reason.startswith("not TensorRT: ")
         assert says in scorer.info.reason
-    assert refused(tiny_build, DiffiqaError, says, backend="tensorrt")
+    assert refused(tiny_build, DiffiqaError, says, backend=TensorRt())
 
 
 def test_without_a_build_the_command_that_makes_one_is_given(tiny_engine: Path, fake_gpu: FakeLayer) -> None:
     with pytest.raises(EngineError, match="holds no tensorrt-rtx engines") as caught:
-        load(tiny_engine, backend="tensorrt")
+        load(tiny_engine, TensorRt())
     command = str(caught.value).partition("build them with: ")[2]
     assert shlex.split(command) == ["iqa-build", "--engine", str(tiny_engine), "--target", "tensorrt-rtx"]
 
 
 def test_a_changed_engine_is_refused(tiny_build: Path, fake_gpu: FakeLayer) -> None:
     (tiny_build / "tensorrt" / "a" / "unet.engine").write_bytes(b"UNET.engine")
-    assert refused(tiny_build, EngineError, "SHA-256", "iqa-build", "--force", backend="tensorrt")
+    assert refused(tiny_build, EngineError, "SHA-256", "iqa-build", "--force", backend=TensorRt())
     assert "SHA-256" in load(tiny_build).info.reason
-
-
-def test_threads_or_providers_ask_for_onnxruntime(tiny_build: Path, fake_gpu: FakeLayer) -> None:
-    for how in ({"threads": 1}, {"onnx": OnnxRuntime()}):
-        with load(tiny_build, **how) as scorer:
-            assert scorer.info.backend.startswith("onnxruntime ")
-            assert "asked for" in scorer.info.reason
-    assert fake_gpu.log == []
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        {"backend": "tensorrt", "threads": 2},
-        {"backend": "tensorrt", "onnx": OnnxRuntime()},
-        {"backend": "onnxruntime", "device": 0},
-        {"backend": "onnxruntime", "cuda_graph": False},
-        {"threads": 1, "device": 1},
-    ],
-)
-def test_settings_of_the_other_backend_are_refused(tiny_engine: Path, how: dict[str, Any]) -> None:
-    assert refused(tiny_engine, UsageError, **how)
-
-
-def test_only_who_gave_a_device_is_told_where_providers_take_theirs(tiny_engine: Path) -> None:
-    for how, told in (({"device": 0}, True), ({"cuda_graph": False}, False), ({"batch": 2}, False)):
-        with pytest.raises(UsageError, match="of the backends tensorrt and onnxruntime-gpu") as caught:
-            load(tiny_engine, backend="onnxruntime", **how)
-        assert ("such as device_id" in str(caught.value)) is told
 
 
 def test_engines_that_do_not_fit_memory_leave_nothing_behind(
@@ -126,7 +96,7 @@ def test_engines_that_do_not_fit_memory_leave_nothing_behind(
         raise device_layer.DeviceMemoryError("fake GPU has no 9 MiB left")
 
     monkeypatch.setattr(tensorrt_stage, "load_engines", short)
-    assert refused(tiny_build, BackendError, "not enough GPU memory to load", "9 MiB", backend="tensorrt")
+    assert refused(tiny_build, BackendError, "not enough GPU memory to load", "9 MiB", backend=TensorRt())
     assert fake_gpu.closed
 
 
@@ -269,7 +239,7 @@ def test_a_score_depends_on_the_batch_asked_for_and_not_on_what_shares_it(
     images: list[Any] = [photo(i, *((32, 32) if i % 5 else (48, 40))) for i in range(9)]
     images.insert(3, b"no image")
     for options in (Options(crops=1), Options(crops=1, seeds=2), Options(crops=3, seeds=5, mode=Mode.CROP)):
-        with load(tiny_build, batch=4) as scorer:
+        with load(tiny_build, TensorRt(batch=4)) as scorer:
             alone = [scorer.score(image, options, pictures=True) for image in images if not isinstance(image, bytes)]
             found = list(scorer.stream(images, options, pictures=True))
         fake_gpu.closed = False
@@ -286,7 +256,7 @@ def test_a_score_depends_on_the_batch_asked_for_and_not_on_what_shares_it(
 def test_neighbours_of_one_size_and_seeds_of_one_image_share_batches(tiny_build: Path, fake_gpu: FakeLayer) -> None:
     pictures, steps = [photo(i, 32, 32) for i in range(8)], 6
     for options, loops in ((Options(crops=1), 2), (Options(crops=1, seeds=2), 4), (Options(crops=1, seeds=6), 16)):
-        with load(tiny_build, batch=4, cuda_graph=False) as scorer:
+        with load(tiny_build, TensorRt(batch=4, cuda_graph=False)) as scorer:
             fake_gpu.log.clear()
             assert all(isinstance(result, Score) for result in scorer.stream(pictures, options))
             assert fake_gpu.log.count("unet") == loops * steps
@@ -295,7 +265,7 @@ def test_neighbours_of_one_size_and_seeds_of_one_image_share_batches(tiny_build:
 
 
 def test_the_build_that_a_smaller_batch_asks_for_takes_the_whole_one(tiny_build: Path, fake_gpu: FakeLayer) -> None:
-    with load(tiny_build, batch=8) as scorer:
+    with load(tiny_build, best(batch=8)) as scorer:
         (result,) = scorer.score([photo(1, 48, 64)], Options(crops=1))
         manifest = scorer.manifest
     (note,) = result.notes
@@ -328,7 +298,7 @@ def test_batches_hold_no_more_images_than_fill_one_and_those_ahead(tiny_build: P
             taken += 1
             yield photo(i, 32, 32 + i)  # no two of one size
 
-    with load(tiny_build, batch=4) as scorer, contextlib.closing(scorer.stream(source(), ahead=3)) as results:
+    with load(tiny_build, TensorRt(batch=4)) as scorer, contextlib.closing(scorer.stream(source(), ahead=3)) as results:
         next(results)
         # Three are scored or wait for that, beside three ahead and the rest of a batch.
         assert taken <= 3 + 3 + 3
@@ -336,28 +306,26 @@ def test_batches_hold_no_more_images_than_fill_one_and_those_ahead(tiny_build: P
 
 def test_one_image_too_many_for_the_memory_costs_its_batch_nothing(tiny_build: Path, fake_gpu: FakeLayer) -> None:
     pictures = [photo(i, 32, 32) for i in range(4)]
-    with load(tiny_build, batch=4) as scorer:
+    with load(tiny_build, TensorRt(batch=4)) as scorer:
         scorer.score(pictures[0], Options(crops=1))
         fake_gpu.capacity = fake_gpu.held  # nothing more than one image needs
         results = list(scorer.stream(pictures, Options(crops=1)))
     assert all(isinstance(result, Score) for result in results), results
 
 
-@pytest.mark.parametrize(
-    ("how", "kind", "says"),
-    [
-        ({"batch": 0}, UsageError, "at least 1"),
-        ({"batch": 2, "backend": "onnxruntime"}, UsageError, "of the backends tensorrt and onnxruntime-gpu"),
-        ({"batch": 2, "threads": 1}, UsageError, "threads or providers ask for onnxruntime"),
-        ({"batch": 2}, BackendError, "a batch of 2 needs a GPU"),
-    ],
-)
-def test_a_batch_where_no_gpu_runs_is_refused(
-    tiny_engine: Path, how: dict[str, Any], kind: type[DiffiqaError], says: str
-) -> None:
-    if tensorrt.device_capability() is not None and kind is BackendError:
+def test_a_batch_where_no_gpu_runs_is_refused(tiny_engine: Path) -> None:
+    if tensorrt.device_capability() is not None:
         pytest.skip("there is a GPU")
-    assert refused(tiny_engine, kind, says, **how)
+    with pytest.raises(BackendError, match=r"a batch of 2 needs a GPU, and none here can run .* \(not TensorRT: "):
+        load(tiny_engine, best(batch=2))
+
+
+def test_the_first_of_several_that_can_be_opened_runs(tiny_engine: Path, fake_gpu: FakeLayer) -> None:
+    with load(tiny_engine, [TensorRt(), OnnxRuntime(threads=1)]) as scorer:
+        assert scorer.info.backend.startswith("onnxruntime ")
+        assert "holds no tensorrt-rtx engines" in scorer.info.reason
+    with pytest.raises(BackendError, match=r"nothing here can run .*holds no tensorrt-rtx engines.*no Magic"):
+        load(tiny_engine, [TensorRt(), OnnxRuntime(providers=["Magic"])])
 
 
 def test_no_cuda_graph_gives_the_same_scores_and_makes_none(tiny_build: Path, fake_gpu: FakeLayer) -> None:
@@ -367,7 +335,7 @@ def test_no_cuda_graph_gives_the_same_scores_and_makes_none(tiny_build: Path, fa
     assert len(fake_gpu.graphs) == 2
     fake_gpu.closed = False
     fake_gpu.graphs.clear()
-    with load(tiny_build, cuda_graph=False) as without:
+    with load(tiny_build, best(cuda_graph=False)) as without:
         assert without._executor.graphs.form is Form.NONE  # type: ignore[union-attr]
         assert [without.score(picture, options).score for picture in pictures] == expected
     assert fake_gpu.graphs == []

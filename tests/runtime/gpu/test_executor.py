@@ -26,7 +26,6 @@ from diffiqa.export.engine import export_engine
 from diffiqa.model.checkpoint import Loaded
 from diffiqa.model.network import build
 from diffiqa.runtime import plan as plan_module
-from diffiqa.runtime.backends import load_stages
 from diffiqa.runtime.executor import Cancelled, Outcome
 from diffiqa.runtime.gpu import executor as device_module
 from diffiqa.runtime.gpu import graphs as graphs_module
@@ -35,6 +34,7 @@ from diffiqa.runtime.gpu.graphs import Form, Graphs, Work
 from diffiqa.runtime.gpu.layer import DeviceMemoryError, choose_profile
 from diffiqa.runtime.host.executor import HostExecutor
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime
+from diffiqa.runtime.host.stages import load_stages
 from diffiqa.runtime.plan import Plan, make_plan
 from diffiqa.runtime.results import Mode, Options, Picture
 

@@ -43,7 +43,7 @@ from diffiqa.kernels.launch import (
     step_table,
     window_table,
 )
-from diffiqa.runtime.backends import load_stages
+from diffiqa.runtime.backends import TensorRt
 from diffiqa.runtime.executor import Outcome
 from diffiqa.runtime.gpu.builds import newest_build
 from diffiqa.runtime.gpu.cuda import CudaLayer
@@ -54,6 +54,7 @@ from diffiqa.runtime.gpu.tensorrt import gpu_capability, load_library, usable_li
 from diffiqa.runtime.gpu.tensorrt_stage import load_engines
 from diffiqa.runtime.host.executor import HostExecutor
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
+from diffiqa.runtime.host.stages import load_stages
 from diffiqa.runtime.plan import make_plan
 from diffiqa.runtime.results import Mode, Options
 from diffiqa.runtime.scorer import load
@@ -560,7 +561,7 @@ def _command(directory: EngineDirectory, folder: Path, out: Path) -> list[str]:
 
 
 def test_interrupt_leaves_results_and_a_clean_gpu(directory: EngineDirectory, folder: Path, tmp_path: Path) -> None:
-    with load(directory.path, backend="tensorrt") as scorer:  # this process's own context stays over both looks
+    with load(directory.path, TensorRt()) as scorer:  # this process's own context stays over both looks
         before = free_bytes()
         out = tmp_path / "scores.jsonl"
         process = subprocess.Popen(_command(directory, folder, out), stderr=subprocess.PIPE, text=True)

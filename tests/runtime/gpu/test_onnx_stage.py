@@ -14,9 +14,8 @@ import pytest
 from diffiqa.engine.manifest import EngineDirectory, StageName, open_engine
 from diffiqa.engine.pixels import to_plane
 from diffiqa.errors import BackendError, UsageError
-from diffiqa.runtime import backends
-from diffiqa.runtime.backends import load_stages
-from diffiqa.runtime.gpu import cuda
+from diffiqa.runtime.backends import OnnxOnGpu
+from diffiqa.runtime.gpu import cuda, door
 from diffiqa.runtime.gpu import onnx_stage as onnx_device
 from diffiqa.runtime.gpu.executor import DeviceExecutor
 from diffiqa.runtime.gpu.graphs import Form
@@ -24,6 +23,7 @@ from diffiqa.runtime.gpu.layer import DeviceMemoryError, LoadedStage
 from diffiqa.runtime.gpu.onnx_stage import BATCH, CUDA, OnnxDeviceStage, gpu_settings, on_device, prepare, stranded
 from diffiqa.runtime.host.executor import HostExecutor
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
+from diffiqa.runtime.host.stages import load_stages
 from diffiqa.runtime.results import Mode, Options
 from diffiqa.runtime.scorer import load
 
@@ -257,8 +257,8 @@ def test_batches_and_sizes_are_bounded(directory: EngineDirectory, sessions: dic
 def gpu(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> FakeLayer:
     """A machine with a GPU and an onnxruntime that has CUDA, but no TensorRT."""
     layer = FakeLayer(library)
-    monkeypatch.setattr(backends, "gpu_capability", lambda ordinal: "8.9")
-    monkeypatch.setattr(backends, "installed_libraries", list)
+    monkeypatch.setattr(door, "gpu_capability", lambda ordinal: "8.9")
+    monkeypatch.setattr(door, "installed_libraries", list)
     monkeypatch.setattr(cuda, "CudaLayer", lambda ordinal: layer)
     monkeypatch.setattr(onnx_device, "prepare", lambda settings: None)
     monkeypatch.setattr(onnx_device, "gpu_settings", lambda settings, ordinal, stream: OnnxRuntime(threads=1))
@@ -274,7 +274,7 @@ def test_auto_takes_onnxruntime_on_a_gpu_before_that_on_the_cpu_and_says_why_not
         assert scorer.info.backend.endswith(" on fake GPU")
         assert scorer.info.reason.startswith("not TensorRT: tensorrt is not installed")
         found = scorer.score(photo(1, 40, 40), Options(crops=1))
-    with load(tiny_engine, backend="onnxruntime") as scorer:
+    with load(tiny_engine, OnnxRuntime()) as scorer:
         assert found.score == pytest.approx(scorer.score(photo(1, 40, 40), Options(crops=1)).score, abs=1e-5)
     assert gpu.alive == 0
     assert gpu.closed
@@ -284,7 +284,7 @@ def test_auto_without_a_gpu_says_so_once(tiny_engine: Path, monkeypatch: pytest.
     def none(_ordinal: int) -> str:
         raise BackendError("no NVIDIA GPU: none")
 
-    monkeypatch.setattr(backends, "gpu_capability", none)
+    monkeypatch.setattr(door, "gpu_capability", none)
     assert load(tiny_engine).info.reason == "not TensorRT: no NVIDIA GPU: none"
 
 
@@ -297,7 +297,7 @@ def test_what_keeps_onnxruntime_off_the_gpu_is_said_or_raised(
     monkeypatch.setattr(onnx_device, "prepare", fails)
     assert "; not ONNX Runtime on a GPU: no CUDAExecutionProvider" in load(tiny_engine).info.reason
     with pytest.raises(BackendError, match="no CUDAExecutionProvider"):
-        load(tiny_engine, backend="onnxruntime-gpu")
+        load(tiny_engine, OnnxOnGpu())
 
 
 def test_a_gpu_that_is_full_is_given_back(tiny_engine: Path, gpu: FakeLayer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,14 +306,8 @@ def test_a_gpu_that_is_full_is_given_back(tiny_engine: Path, gpu: FakeLayer, mon
 
     monkeypatch.setattr(onnx_device, "on_device", short)
     with pytest.raises(BackendError, match=r"not enough GPU memory to load .*9 MiB"):
-        load(tiny_engine, backend="onnxruntime-gpu")
+        load(tiny_engine, OnnxOnGpu())
     assert gpu.closed
-
-
-def test_threads_are_refused(tiny_engine: Path) -> None:
-    for how in ({"threads": 2}, {"onnx": OnnxRuntime(threads=2, providers=[CUDA])}):
-        with pytest.raises(UsageError, match="threads are of the CPU"):
-            load(tiny_engine, backend="onnxruntime-gpu", **how)
 
 
 def test_the_installed_onnxruntime_has_every_name_the_device_calls() -> None:

@@ -13,13 +13,14 @@ import pytest
 from diffiqa.engine.manifest import EngineDirectory, StageName, open_engine
 from diffiqa.engine.pixels import to_plane
 from diffiqa.errors import BackendError
-from diffiqa.runtime.backends import load_stages
+from diffiqa.runtime.backends import OnnxOnGpu
 from diffiqa.runtime.gpu.cuda import CudaLayer
 from diffiqa.runtime.gpu.executor import DeviceExecutor
 from diffiqa.runtime.gpu.graphs import Form
 from diffiqa.runtime.gpu.onnx_stage import gpu_settings, on_device, prepare
 from diffiqa.runtime.host.executor import HostExecutor
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
+from diffiqa.runtime.host.stages import load_stages
 from diffiqa.runtime.plan import make_plan
 from diffiqa.runtime.results import Mode, Options
 from diffiqa.runtime.scorer import load
@@ -127,7 +128,7 @@ def test_memory_stays_flat(executor: DeviceExecutor) -> None:
 
 
 def test_the_backend_by_name_scores_as_the_cpu_does(directory: EngineDirectory, layer: CudaLayer) -> None:
-    with load(directory.path, backend="onnxruntime-gpu") as gpu, load(directory.path, backend="onnxruntime") as cpu:
+    with load(directory.path, OnnxOnGpu()) as gpu, load(directory.path, OnnxRuntime()) as cpu:
         assert " on " in gpu.info.backend
         found, expected = gpu.score(photo(0, 64, 64)), cpu.score(photo(0, 64, 64))
     assert found.score == pytest.approx(expected.score, abs=SCORES)

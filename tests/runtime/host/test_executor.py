@@ -10,10 +10,10 @@ from diffiqa.engine.manifest import Manifest, open_engine
 from diffiqa.engine.pixels import to_plane
 from diffiqa.model.network import DiffV2IQA
 from diffiqa.runtime import plan as plan_module
-from diffiqa.runtime.backends import load_stages
 from diffiqa.runtime.executor import Cancelled, Outcome
 from diffiqa.runtime.host.executor import HostExecutor
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime
+from diffiqa.runtime.host.stages import load_stages
 from diffiqa.runtime.plan import make_plan
 from diffiqa.runtime.results import Mode, Options, Picture
 

@@ -1,0 +1,120 @@
+"""The door of the room: an engine is loaded onto a GPU here, for an executor to take over."""
+
+import contextlib
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ...engine.manifest import Build, EngineDirectory, Library, Precision
+from ...errors import BackendError
+from ..executor import Opened
+from ..host.onnx_stage import OnnxRuntime, Provider
+from .builds import build_command, newest_build
+from .graphs import Form
+from .tensorrt import gpu_capability, installed_libraries, load_library
+
+if TYPE_CHECKING:
+    from ...engine.manifest import StageName
+    from .cuda import CudaLayer
+    from .executor import DeviceExecutor
+    from .layer import LoadedStage
+
+
+@dataclass(frozen=True)
+class OnGpu:
+    """An engine on a GPU, for an executor to take over."""
+
+    layer: "CudaLayer"
+    stages: "Callable[[int], Mapping[StageName, LoadedStage]]"  # for batches of so many images
+    name: str  # what records call it
+    precision: Precision
+    can_capture: bool  # a CUDA graph may record its stages
+    build: Build | None = None
+    # The command for a build that takes images of a size, and so many at a time, as well.
+    rebuild: Callable[[str, int], str] = "iqa-build --sizes {} --batch {}".format
+
+    @property
+    def form(self) -> Form:
+        """What one CUDA graph holds, where graphs are wanted."""
+        return Form.LOOP if self.can_capture else Form.NONE
+
+    def executor(self, directory: EngineDirectory, *, cuda_graph: bool = True, batch: int = 1) -> "DeviceExecutor":
+        """Return what carries out plans, and closes the layer. If this raises, the layer is closed."""
+        from .executor import DeviceExecutor
+
+        form = self.form if cuda_graph else Form.NONE
+        with closed_if_it_fails(self.layer, directory):
+            return DeviceExecutor(
+                directory.manifest, self.layer, self.stages(batch), form=form, together=batch, rebuild=self.rebuild
+            )
+
+    def ready(self, directory: EngineDirectory, *, cuda_graph: bool, batch: int) -> Opened:
+        """Return it as `load` takes it."""
+        name = self.name + (f", {batch} at a time" if batch > 1 else "")
+        return Opened(self.executor(directory, cuda_graph=cuda_graph, batch=batch), name)
+
+
+def open_tensorrt(directory: EngineDirectory, ordinal: int) -> OnGpu:
+    """Load the build that fits a GPU onto it. Raises BackendError or EngineError with the way out."""
+    capability = gpu_capability(ordinal)
+    # Only where there is a GPU: most machines that score have none, and start sooner without.
+    from .cuda import CudaLayer
+    from .tensorrt_stage import load_engines
+
+    # Without any library, the message names the one that the newest build is for.
+    missed = directory.manifest.builds[-1].library if directory.manifest.builds else Library.TENSORRT
+    libraries = {name: load_library(name) for name in installed_libraries() or [missed]}
+    versions = {name: library.version for name, library in libraries.items()}
+    build = newest_build(directory, versions, capability)
+
+    def rebuild(size: str, batch: int) -> str:
+        return build_command(
+            directory.path,
+            library=build.library,
+            precision=build.precision,
+            batches=tuple(dict.fromkeys((*build.batches, str(batch)) if batch > 1 else build.batches)),
+            sizes=tuple(dict.fromkeys((*build.sizes, size))),
+            capabilities=build.compute_capabilities if build.library is Library.TENSORRT_RTX else (),
+        )
+
+    layer = CudaLayer(ordinal)
+    with closed_if_it_fails(layer, directory):
+        engines = load_engines(layer, libraries[build.library], directory, build)
+    name = f"{build.library} {build.version} {build.precision}: {layer.name}"
+    return OnGpu(layer, lambda _batch: engines, name, build.precision, can_capture=True, build=build, rebuild=rebuild)
+
+
+def open_onnxruntime(
+    directory: EngineDirectory, ordinal: int, providers: Sequence[Provider], session_config: Mapping[str, str]
+) -> OnGpu:
+    """Load the ONNX stages onto a GPU. Raises BackendError or EngineError with the way out."""
+    gpu_capability(ordinal)
+    from ..host.stages import load_stages
+    from .cuda import CudaLayer
+    from .onnx_stage import gpu_settings, on_device, prepare
+
+    asked = OnnxRuntime(providers=providers, session_config=session_config)
+    prepare(asked)
+    layer = CudaLayer(ordinal)
+    with closed_if_it_fails(layer, directory):
+        settings = gpu_settings(asked, ordinal, layer.stream)
+        sessions = load_stages(directory, settings)
+
+    def stages(batch: int) -> "Mapping[StageName, LoadedStage]":
+        return on_device(layer.name, ordinal, directory.manifest, sessions, together=batch)
+
+    # ONNX Runtime allocates as it runs, which no capture allows.
+    return OnGpu(layer, stages, f"{settings.name} on {layer.name}", Precision.FP32, can_capture=False)
+
+
+@contextlib.contextmanager
+def closed_if_it_fails(layer: "CudaLayer", directory: EngineDirectory) -> Generator[None, None, None]:
+    """Close a layer if what is to take it over cannot be made; too little memory becomes a BackendError."""
+    try:
+        yield
+    except MemoryError as exc:
+        layer.close()
+        raise BackendError(f"not enough GPU memory to load {directory.path}: {exc}") from exc
+    except BaseException:
+        layer.close()
+        raise
