@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .bench.api import bench
     from .errors import (
         BackendError,
         CheckpointError,
@@ -51,22 +52,25 @@ __all__ = [
     "TensorRt",
     "UsageError",
     "__version__",
+    "bench",
     "best",
     "load",
 ]
 
 _HOMES = {
-    **dict.fromkeys(["OnnxOnGpu", "OnnxRuntime", "OpenVino", "TensorRt", "best"], "backends"),
-    **dict.fromkeys(["CropScore", "Failure", "Mode", "Options", "Pictures", "Score"], "results"),
-    **dict.fromkeys(["Info", "Scorer", "load"], "scorer"),
+    **dict.fromkeys(["OnnxOnGpu", "OnnxRuntime", "OpenVino", "TensorRt", "best"], "runtime.backends"),
+    **dict.fromkeys(["CropScore", "Failure", "Mode", "Options", "Pictures", "Score"], "runtime.results"),
+    **dict.fromkeys(["Info", "Scorer", "load"], "runtime.scorer"),
 }
+_CALLABLE = {"bench"}  # folders that are functions: see rooms.py
 
 
 def __getattr__(name: str) -> Any:
-    """Import public names at first use, so that `iqa --help` and `diffiqa.export` do not wait for the runtime."""
+    """Import public names at first use: `import diffiqa` waits for nothing that is not asked for."""
+    if name in _CALLABLE:
+        return importlib.import_module(f".{name}", __name__)
     if name not in __all__:
         raise AttributeError(f"module 'diffiqa' has no attribute {name!r}")
-    home = f".runtime.{_HOMES[name]}" if name in _HOMES else ".errors"
-    value = getattr(importlib.import_module(home, __name__), name)
+    value = getattr(importlib.import_module(f".{_HOMES.get(name, 'errors')}", __name__), name)
     globals()[name] = value
     return value

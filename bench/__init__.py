@@ -1,8 +1,8 @@
-"""`iqa-bench`: how fast the deployed pipeline is here, whether that figure can be trusted, and how fast others are.
+"""`iqa-bench`: throughput one can trust, of ours and of what one could use instead. `diffiqa.bench(...)` runs it.
 
-`running.py` opens what runs, on the CPU or a GPU, `measure.py` times our own pipeline and `peers.py` what one could run
-instead; `results.py` holds what they find, and `report.py` and `page.py` show it.
+The results are plain data (`results.py`), which `report.py` and `page.py` show, and which anybody can read again.
 """
 
-# Not a part of `runtime/`: some peers need torch, and the runtime never imports it. This folder may import all others;
-# none imports it.
+from ..rooms import make_callable
+
+make_callable(__name__)

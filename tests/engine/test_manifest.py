@@ -30,6 +30,18 @@ def test_reads_back_what_was_written(engine: Path) -> None:
     assert open_engine(engine).manifest == manifest
 
 
+@pytest.mark.parametrize(
+    ("name", "engine_id"), [("mini-with-build", "2c944dc68420c6ca"), ("mini-int8", "fe69ce6b938b8050")]
+)
+def test_manifests_of_earlier_versions_read_the_same(name: str, engine_id: str, tmp_path: Path) -> None:
+    """Written by version 0.1: what a later version makes of them must not move a hash, nor a byte."""
+    text = (Path(__file__).parent / "manifests" / f"{name}.json").read_text(encoding="utf-8")
+    (tmp_path / MANIFEST).write_text(text, encoding="utf-8")
+    manifest = read_manifest(tmp_path)
+    assert manifest.engine_id == engine_id
+    assert manifest.to_json() == text
+
+
 def test_a_shape_and_the_sizes_of_its_free_dimensions_give_each_other() -> None:
     spec = TensorSpec("maps", "float32", ("N", 4, "tokens"))
     assert spec.at({"N": 2, "tokens": 9, "unused": 1}) == (2, 4, 9)

@@ -1,10 +1,13 @@
 """The Python API, and the promise that a score depends on pixels, engine, seed and options alone."""
 
 import concurrent.futures
+import contextlib
 import io
 import random
 import statistics
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from diffiqa.engine.pixels import to_plane
 from diffiqa.engine.schedule import Kind
 from diffiqa.errors import BackendError
 from diffiqa.runtime import scorer as scorer_module
+from diffiqa.runtime.executor import Cancelled
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime
 from diffiqa.runtime.results import Picture
 from diffiqa.runtime.scorer import load
@@ -249,3 +253,34 @@ def test_memory_that_runs_out_costs_one_image_only(scorer: Scorer, monkeypatch: 
     assert [type(r) for r in results] == [Score, Failure, Score]
     assert isinstance(results[1], Failure)
     assert "not enough memory for 32×32 pixels" in results[1].error
+
+
+def test_a_stream_that_is_given_up_ends_what_it_has_begun(scorer: Scorer) -> None:
+    """Ctrl-C at a terminal must not wait for the image that is being scored."""
+    executor = scorer._executor
+    begun, told = threading.Event(), threading.Event()
+
+    class SlowFromTheSecondOn:
+        takes_pixels, together, waiting, calls = False, 1, 0, 0
+
+        def run_together(self, tasks: Any, plan: Any, cancelled: Callable[[], bool], *, pictures: bool = True) -> Any:
+            assert executor is not None
+            self.calls += 1
+            if self.calls == 1:
+                return executor.run_together(tasks, plan, cancelled, pictures=pictures)
+            begun.set()
+            for _ in range(1000):
+                if cancelled():
+                    told.set()
+                    raise Cancelled
+                time.sleep(0.01)
+            raise AssertionError("nobody said that the result is not wanted any more")
+
+        def close(self) -> None:
+            """Nothing to free."""
+
+    slow = Scorer(scorer.manifest, SlowFromTheSecondOn(), backend="test")
+    with contextlib.closing(slow.stream([photo(1, 40, 40), photo(2, 40, 40)])) as results:
+        assert isinstance(next(results), Score)
+        assert begun.wait(10)
+    assert told.is_set()
