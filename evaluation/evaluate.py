@@ -16,8 +16,9 @@ from ..runtime.command.run import Outputs, run
 from ..runtime.results import Options
 from ..runtime.scorer import Scorer
 from ..training.outputs import write_file
-from ..training.plot import Points, draw_scatter, save
+from .charts import save
 from .correlation import GroupRow, gmad_pairs, per_group, read_scores, srcc
+from .scatter import Points, draw_scatter
 
 SCHEMA_VERSION = 1
 SCORES_NAME, JSON_NAME, TEXT_NAME, SCATTER_NAME = "scores.jsonl", "evaluation.json", "evaluation.md", "scatter.png"

@@ -341,7 +341,8 @@ def plot(runs: tuple[Path, ...], output: Path) -> None:
 
     Exit codes: 0 done, 2 failed.
     """
-    from .plot import draw_runs, save
+    from ..evaluation.charts import save
+    from .plot import draw_runs
 
     if output.suffix.lower() != ".png":
         raise UsageError(f"{output} is no name of a PNG file; call it {output.name or 'plot'}.png")

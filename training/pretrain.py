@@ -20,7 +20,7 @@ from ..model.network import DiffV2IQA
 from .config import PretrainConfig, digest, identity
 from .loop import DATA, QUIETLY, Conduct, Machine, Result, Sample, Verdict, generator, open_machine, picked, train
 from .pictures import Pictures, to_network
-from .plot import PLOT_NAME, draw_runs, save
+from .plot import write_plot
 from .score import Rated, judged, prepared
 from .start import begin
 
@@ -174,5 +174,5 @@ def run_pretrain(
                 begun.trained(part, how)
             note = f"backbones pretrained on {len(sets[0][0])} images, the weights of step {result.step} were best"
             save_bundle(begun.model.cpu().eval(), folder / "model.safetensors", sources=begun.sources, notes=[note])
-            save(draw_runs([folder]), folder / PLOT_NAME)
+            write_plot(folder)
     return result

@@ -25,7 +25,7 @@ from .config import Loss, RestoreConfig, digest, identity
 from .loop import DATA, QUIETLY, Conduct, Machine, Result, Sample, Verdict, generator, open_machine, train
 from .outputs import to_csv, write_file
 from .pictures import Pictures, to_network
-from .plot import PLOT_NAME, draw_runs, save
+from .plot import write_plot
 from .start import Start, begin
 
 VALIDATION = 4  # what generators are for, beside those of the loop
@@ -284,5 +284,5 @@ def run_restore(
             save_bundle(begun.model.eval(), folder / "model.safetensors", sources=begun.sources, notes=[note])
             if task.gains:
                 write_gains(folder / "gains.csv", task.gains)
-            save(draw_runs([folder]), folder / PLOT_NAME)
+            write_plot(folder)
     return result

@@ -38,7 +38,7 @@ from ..runtime.host.sampler import restore
 from .config import Rates, ScoreConfig, digest, identity
 from .loop import DATA, QUIETLY, Conduct, Machine, Result, Sample, Verdict, generator, open_machine, picked, train
 from .pictures import FloatArray, Pictures, Pixels, save_array, to_network
-from .plot import PLOT_NAME, draw_runs, save
+from .plot import write_plot
 from .start import begin, weights_digest
 
 KEY_SCHEMA = 1  # of restorations on disk: raised when the same ingredients would give other restorations
@@ -353,7 +353,7 @@ def run_score(
                     begun.trained(part, how)
             note = f"scores trained on {len(sets[0][0])} images, the weights of step {result.step} were best"
             save_bundle(model.eval(), folder / "model.safetensors", sources=begun.sources, notes=[note])
-            save(draw_runs([folder]), folder / PLOT_NAME)
+            write_plot(folder)
     return result
 
 
