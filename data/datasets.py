@@ -14,13 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DiffiqaError
+from ..errors import DatasetError
 from .distortions import DISTORTIONS
-from .labelfiles import read_csv, read_lines, read_mat, read_xlsx
-
-
-class DatasetError(DiffiqaError):
-    """A data set, a split of it or a table of its scores that cannot be used."""
+from .labelfiles import read_csv, read_lines, read_mat, read_sheet
 
 
 @dataclass(frozen=True)
@@ -218,27 +214,22 @@ CSIQ_TYPES = {  # in the spreadsheet: in names of folders and files
 
 
 def _csiq(root: Path) -> _Content:
-    label_file = _first_file(root, "csiq.DMOS.xlsx")
-    table = _parsed(read_xlsx, label_file, "all_by_image")
-    wanted = ("image", "dst_type", "dst_lev", "dmos")
-    headings = [{str(text).strip().lower(): column for column, text in cells.items()} for cells in table[:10]]
-    start = next((at for at, names in enumerate(headings) if set(wanted) <= set(names)), None)
-    if start is None:  # in the published file it is row 4, below a title
-        raise DatasetError(f"{label_file} has no row with the headings {', '.join(wanted)}")
-    columns = headings[start]
+    if _find(root, "csiq.DMOS.csv") is None and _find(root, "csiq.DMOS.xlsx"):
+        raise DatasetError(
+            f"{root} has its labels in csiq.DMOS.xlsx, and this reads CSV: open it, and save its sheet all_by_image as "
+            f"csiq.DMOS.csv beside it"
+        )
+    label_file = _first_file(root, "csiq.DMOS.csv")
     rows = []
-    for cells in table[start + 1 :]:
-        image, kind, level, label = (cells.get(columns[name], "") for name in wanted)
-        if label == "":
+    for cells in _parsed(read_sheet, label_file, "image", "dst_type", "dst_lev", "dmos"):
+        if not cells.get("dmos"):
             continue
-        if str(kind).strip().lower() not in CSIQ_TYPES:
-            raise DatasetError(f"{label_file} has the unknown distortion {kind!r}")
-        folder = CSIQ_TYPES[str(kind).strip().lower()]
-        # One of the images is called 1600, which the spreadsheet holds as a number.
-        content = f"{image:g}" if isinstance(image, float) else image.strip().lower()
-        degree = int(_number(level, str(label_file)))
+        folder = CSIQ_TYPES.get(cells["dst_type"].lower())
+        if folder is None:
+            raise DatasetError(f"{label_file} has the unknown distortion {cells['dst_type']!r}")
+        content, degree = cells["image"].lower(), int(_number(cells["dst_lev"], str(label_file)))
         name = f"{folder}/{content}.{folder}.{degree}.png"
-        rows.append(_Row(name, _number(label, str(label_file)), f"{content}.png", folder, degree))
+        rows.append(_Row(name, _number(cells["dmos"], str(label_file)), f"{content}.png", folder, degree))
     return _Content(label_file.name, rows, _images(root, "dst_imgs"), _images(root, "src_imgs"))
 
 

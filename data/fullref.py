@@ -20,8 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine.codec import decode, encode
-from ..errors import ImageError
-from .datasets import DatasetError
+from ..errors import DatasetError, ImageError
 
 Array = npt.NDArray[np.float64]
 Picture = npt.NDArray[Any]  # (H, W, 3), float, RGB in [0, 1]

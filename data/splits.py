@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Self
 
 from ..engine.codec import decode, encode
-from .datasets import Dataset, DatasetError, Item
+from ..errors import DatasetError
+from .datasets import Dataset, Item
 
 SCHEMA_VERSION = 1
 DEFAULT_RATIOS = {"train": 0.7, "validation": 0.1, "test": 0.2}

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..data.extra import load_extra
 from ..engine.atomic import replacing
 from ..errors import OutputError
 
@@ -18,19 +19,14 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#5
 
 
 def require_matplotlib() -> None:
-    """Raise OutputError if matplotlib is missing. Call it before hours of work that end with a chart."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as exc:
-        raise OutputError(
-            f"charts need matplotlib, which cannot be loaded ({exc}); install it: pip install 'diffiqa[train]'"
-        ) from exc
+    """Raise BackendError if matplotlib is missing. Call it before hours of work that end with a chart."""
+    load_extra("matplotlib.figure")
 
 
 def panels(
     titles: Sequence[str], *, columns: int = 2, width: float = WIDTH, height: float = HEIGHT
 ) -> "tuple[Figure, list[Axes]]":
-    """Return a figure with one panel for each title, in rows of `columns`. Raises OutputError without matplotlib."""
+    """Return a figure with one panel for each title, in rows of `columns`. Raises BackendError without matplotlib."""
     require_matplotlib()
     from matplotlib.figure import Figure
 

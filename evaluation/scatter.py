@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..data.datasets import DatasetError
+from ..engine.agreement import plcc, srcc
+from ..errors import DatasetError
 from .charts import COLOURS, GREY, panels
-from .correlation import LOGISTIC_MIN, fit_logistic, plcc, srcc
+from .correlation import LOGISTIC_MIN, fit_logistic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -19,9 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
-from ..data.datasets import DatasetError
 from ..data.splits import DEFAULT_RATIOS, shares
-from ..errors import ImageError, OutputError, first_line
+from ..errors import DatasetError, ImageError, OutputError, first_line
 from ..runtime.inputs import find_images
 from .outputs import to_csv, write_file
 from .pictures import read_pixels, reduced

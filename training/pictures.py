@@ -8,9 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
-from ..data.datasets import DatasetError
 from ..engine.atomic import replacing
-from ..errors import ImageError, OutputError
+from ..errors import DatasetError, ImageError, OutputError
 from ..runtime.images import read_image
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3), RGB

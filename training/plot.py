@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..data.datasets import DatasetError
+from ..errors import DatasetError
 from ..evaluation.charts import add_legend, colour, panels, save
 
 if TYPE_CHECKING:

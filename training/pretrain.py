@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.datasets import DatasetError
 from ..engine.crops import crop_grid
-from ..errors import ConfigError
+from ..errors import ConfigError, DatasetError
 from ..model.bundle import save_bundle
 from ..model.network import DiffV2IQA
 from .config import PretrainConfig, digest, identity

@@ -13,11 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
-from ..data.datasets import DatasetError
 from ..data.distortions import DISTORTIONS, LEVELS, distort
 from ..data.fullref import METRICS, MS_SSIM_SIDE, fit_pseudo_scale, measure
 from ..data.splits import Split
-from ..errors import ConfigError, OutputError
+from ..errors import ConfigError, DatasetError, OutputError
 from .loop import generator
 from .outputs import to_csv, write_file
 from .photos import detailed

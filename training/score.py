@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from ..data.datasets import DatasetError
+from ..engine.agreement import plcc, srcc
 from ..engine.codec import encode
 from ..engine.crops import Crop, crop_grid, padded_size
 from ..engine.manifest import StageName
 from ..engine.noise import NoiseField
-from ..errors import OutputError
-from ..evaluation.correlation import plcc, rmse, srcc
+from ..errors import DatasetError, OutputError
+from ..evaluation.correlation import rmse
 from ..export.graph import export_graph
 from ..export.stages import stage_plans
 from ..model.bundle import save_bundle

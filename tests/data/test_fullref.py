@@ -7,9 +7,8 @@ import pytest
 from scipy import signal
 
 from diffiqa.data import fullref
-from diffiqa.data.datasets import DatasetError
 from diffiqa.data.fullref import METRICS, PseudoScale, fit_pseudo_scale, measure, pseudo_score
-from diffiqa.errors import ImageError
+from diffiqa.errors import DatasetError, ImageError
 
 from ..training.synthetic import DISTORTIONS, SIZES, noise, picture
 

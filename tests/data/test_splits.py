@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from diffiqa.data.datasets import Dataset, DatasetError, Item
+from diffiqa.data.datasets import Dataset, Item
 from diffiqa.data.splits import Split, content_of, published_split, split_by_content
+from diffiqa.errors import DatasetError
 
 
 def fake(contents: int, each: int = 4, *, references: bool = True, part: str | None = None) -> Dataset:

@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from diffiqa.errors import OutputError
+from diffiqa.errors import BackendError, OutputError
 from diffiqa.evaluation.charts import COLOURS, add_legend, panels, require_matplotlib, save
 from diffiqa.evaluation.scatter import Points, draw_scatter
 
@@ -50,6 +50,6 @@ def test_a_figure_has_its_panels_in_rows_and_is_written_as_png(tmp_path: Path) -
 
 
 def test_a_missing_matplotlib_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(OutputError, match=r"pip install 'diffiqa\[train\]'"):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(BackendError, match=r"pip install 'diffiqa\[train\]'"):
         require_matplotlib()

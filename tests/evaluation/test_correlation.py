@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy import optimize, stats
+from scipy import optimize
 
-from diffiqa.data.datasets import DatasetError
+from diffiqa.engine.agreement import plcc, srcc
+from diffiqa.errors import DatasetError
 from diffiqa.evaluation import correlation
-from diffiqa.evaluation.correlation import correlate, fit_logistic, gmad_pairs, krcc, per_group, plcc, rmse, srcc
+from diffiqa.evaluation.correlation import correlate, fit_logistic, gmad_pairs, krcc, per_group, rmse
 from diffiqa.runtime.command.recordfile import RecordFile
 from diffiqa.runtime.command.records import Format, Record, RunSettings, Status
 from diffiqa.runtime.results import Mode
@@ -22,15 +23,6 @@ def sample(seed: int, images: int, *, ties: bool = False, sign: float = 1) -> tu
     labels = rng.uniform(1, 5, images)
     scores = sign * np.log(labels / (5.3 - labels)) * 7 + 40 + rng.normal(0, 3, images)
     return (np.round(scores), np.round(labels)) if ties else (scores, labels)
-
-
-@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
-@pytest.mark.parametrize("images", [3, 17, 400])
-def test_figures_are_those_of_scipy(images: int, ties: bool) -> None:
-    scores, labels = sample(3, images, ties=ties)
-    assert srcc(scores, labels) == pytest.approx(stats.spearmanr(scores, labels).statistic, abs=1e-12)
-    assert plcc(scores, labels) == pytest.approx(stats.pearsonr(scores, labels).statistic, abs=1e-12)
-    assert krcc(scores, labels) == pytest.approx(stats.kendalltau(scores, labels).statistic, abs=1e-12)
 
 
 def test_rank_correlations_of_known_orders() -> None:
@@ -95,22 +87,10 @@ def test_correlate_gives_every_figure_and_no_logistic_below_five_images() -> Non
     assert few.plcc_logistic is few.rmse_logistic is None
 
 
-@pytest.mark.parametrize(
-    ("scores", "labels", "message"),
-    [
-        ([1, 2, math.nan], [1, 2, 3], "1 of 3 scores are NaN or infinite, the first at index 2"),
-        ([1, 2, 3], [1, math.inf, 3], "labels are NaN or infinite, the first at index 1"),
-        ([4, 4, 4], [1, 2, 3], "all 3 scores are 4"),
-        ([1, 2, 3], [0.5, 0.5, 0.5], "all 3 labels are 0.5"),
-        ([1], [1], "two images"),
-        ([1, 2], [1, 2, 3], "shape"),
-    ],
-    ids=["nan score", "inf label", "constant scores", "constant labels", "one", "lengths"],
-)
-def test_says_what_cannot_be_correlated(scores: list[float], labels: list[float], message: str) -> None:
-    for figure in (srcc, plcc, krcc, correlate):
-        with pytest.raises(DatasetError, match=message):
-            figure(scores, labels)
+def test_kendall_is_corrected_for_equal_values() -> None:
+    assert krcc([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(5 / math.sqrt(5 * 6))
+    with pytest.raises(DatasetError, match="all 3 scores are 4"):
+        krcc([4, 4, 4], [1, 2, 3])
 
 
 def test_groups_have_their_own_figures_or_a_reason() -> None:

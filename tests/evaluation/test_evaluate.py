@@ -13,8 +13,9 @@ from PIL import Image
 from scipy import stats
 
 from diffiqa.cli import main
-from diffiqa.data.datasets import Dataset, DatasetError, load_csv
+from diffiqa.data.datasets import Dataset, load_csv
 from diffiqa.engine.codec import decode
+from diffiqa.errors import DatasetError
 from diffiqa.evaluation.evaluate import Evaluation, Originals, evaluate, pictures_of, read_branches, to_text
 from diffiqa.tests.tiny import photo
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffiqa.data.datasets import DatasetError
-from diffiqa.errors import OutputError
+from diffiqa.errors import DatasetError, OutputError
 from diffiqa.tests.tiny import photo
 from diffiqa.training import photos
 from diffiqa.training.photos import LIST, detailed, gather, parts_in

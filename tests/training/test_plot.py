@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 from click.testing import CliRunner
 
-from diffiqa.data.datasets import DatasetError
+from diffiqa.errors import DatasetError
 from diffiqa.evaluation.charts import COLOURS
 from diffiqa.training.cli import train
 from diffiqa.training.plot import draw_runs

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from diffiqa.data.datasets import DatasetError
-from diffiqa.errors import CheckpointError, ConfigError
+from diffiqa.errors import CheckpointError, ConfigError, DatasetError
 from diffiqa.model.checkpoint import load
 from diffiqa.model.network import build
 from diffiqa.tests.tiny import TINY, photo

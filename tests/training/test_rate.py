@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffiqa.data.datasets import DatasetError, load_csv
+from diffiqa.data.datasets import load_csv
 from diffiqa.data.distortions import DISTORTIONS
 from diffiqa.data.fullref import PseudoScale, measure
 from diffiqa.data.splits import Split
-from diffiqa.errors import ConfigError, OutputError
+from diffiqa.errors import ConfigError, DatasetError, OutputError
 from diffiqa.runtime.images import read_image
 from diffiqa.training.rate import Amount, rate
 

@@ -9,10 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffiqa.data.datasets import DatasetError
 from diffiqa.data.distortions import DISTORTIONS, LEVELS, Distortion
 from diffiqa.engine.schedule import Schedule
-from diffiqa.errors import ConfigError
+from diffiqa.errors import ConfigError, DatasetError
 from diffiqa.model.config import ModelConfig, preset
 from diffiqa.tests.tiny import photo
 from diffiqa.training.config import Loss, Optimisation, RestoreConfig, parse_config, read_config

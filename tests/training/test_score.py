@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffiqa.data.datasets import DatasetError
 from diffiqa.engine.crops import Crop
 from diffiqa.engine.schedule import Kind, Schedule, Taps
-from diffiqa.errors import CheckpointError, ConfigError, OutputError
+from diffiqa.errors import CheckpointError, ConfigError, DatasetError, OutputError
 from diffiqa.model.checkpoint import load
 from diffiqa.model.config import ModelConfig, SwinConfig, UNetConfig, VCGConfig, ViTConfig
 from diffiqa.model.network import DiffV2IQA, build
