@@ -6,12 +6,12 @@ An image without a known reference is its own content, and an image that is the 
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from ..engine.atomic import replacing
 from ..engine.codec import decode, encode
 from ..errors import DatasetError
 from .datasets import Dataset, Item
@@ -45,13 +45,10 @@ class Split:
 
     def write(self, path: Path) -> None:
         """Write the split as JSON, whole or not at all. Raises DatasetError."""
-        temporary = path.with_name(path.name + ".new")
+        text = json.dumps(encode(self), indent=1, ensure_ascii=False) + "\n"
         try:
-            with temporary.open("w", encoding="utf-8") as stream:
-                stream.write(json.dumps(encode(self), indent=1, ensure_ascii=False) + "\n")
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(path)
+            with replacing(path) as stream:
+                stream.write(text.encode())
         except OSError as exc:
             raise DatasetError(f"the split {path} cannot be written: {exc.strerror}") from exc
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from ..data.datasets import Dataset, Item
 from ..data.distortions import DISTORTIONS
+from ..data.outputs import write_file
 from ..engine.agreement import srcc
 from ..engine.codec import encode
 from ..errors import DatasetError, OutputError
 from ..runtime.command.run import Outputs, run
 from ..runtime.results import Options
 from ..runtime.scorer import Scorer
-from ..training.outputs import write_file
 from .charts import save
 from .correlation import GroupRow, gmad_pairs, per_group, read_scores
 from .scatter import Points, draw_scatter

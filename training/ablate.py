@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
+from ..data.outputs import to_csv, write_file
+from ..data.pictures import Pictures
 from ..errors import CheckpointError, ConfigError
 from ..model.checkpoint import load
 from .config import ScoreConfig, read_config
 from .loop import QUIETLY, VALIDATION, Conduct, Machine, TrainingError, open_machine
-from .outputs import to_csv, write_file
-from .pictures import Pictures
 from .score import Rated, Restorations, ScoreTask, run_score
 
 TABLE = "ablation.csv"

@@ -210,7 +210,7 @@ def photos(sources: tuple[Path, ...], output: Path, seed: int, quiet: bool) -> N
 
     Exit codes: 0 done, 2 failed.
     """
-    from .photos import gather
+    from ..data.photos import gather
 
     found, left = gather(sources, output, seed=seed)
     if not quiet:
@@ -264,8 +264,8 @@ def rate(
 
     Exit codes: 0 done, 2 failed.
     """
-    from .photos import parts_in
-    from .rate import Amount, rate
+    from ..data.photos import parts_in
+    from ..data.rate import Amount, rate
 
     amounts = {"train": Amount(*training, one_level), "validation": Amount(*held_out), "test": Amount(*held_out)}
     say = _voice(quiet=quiet)
@@ -393,6 +393,7 @@ def evaluate(
 
     Exit codes: 0 all images have a score, 1 some have none, 2 nothing to evaluate, 130 interrupted (--resume goes on).
     """
+    from ..data.outputs import to_csv, write_file
     from ..data.splits import Split
     from ..evaluation.evaluate import (
         evaluate,
@@ -405,7 +406,6 @@ def evaluate(
         to_text,
         write_evaluation,
     )
-    from .outputs import to_csv, write_file
 
     if sum(value is not None for value in (engine, scores, gmad)) != 1:
         raise UsageError("give one of --engine, --scores and --gmad: where do the scores come from?")

@@ -31,10 +31,11 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..data.draws import Purpose, generator
+from ..data.outputs import write_file
 from ..engine.atomic import replacing
 from ..errors import CheckpointError, ConfigError, DiffiqaError, OutputError, UsageError
 from .config import Optimisation, Precision, RunConfig, differences, digest, identity
-from .outputs import write_file
 
 FORMAT = 1
 CHECKPOINT, LOG, VALIDATION = "checkpoint.pt", "log.csv", "validation.csv"
@@ -43,9 +44,6 @@ AHEAD = 3  # batches prepared while the network works
 DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 # One process validates while the others wait in their next exchange.
 PATIENCE = datetime.timedelta(hours=6)
-
-# What generators are for. Part of every run's identity: numbers are never reused for something else.
-DATA, DROPOUT, ORDER = 1, 2, 3
 
 
 class TrainingError(DiffiqaError):
@@ -91,14 +89,9 @@ class Task(Protocol):
         """Judge `self.network`, which is in eval mode and has its averaged weights."""
 
 
-def generator(seed: int, purpose: int, step: int, index: int = 0) -> np.random.Generator:
-    """Return the generator of all that is random for one purpose at one place of one step."""
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(purpose, step, index)))
-
-
 @functools.lru_cache(maxsize=8)
 def _permutation(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
-    return generator(seed, ORDER, epoch).permutation(count)
+    return generator(seed, Purpose.EPOCH, epoch).permutation(count)
 
 
 def picked(seed: int, place: int, count: int) -> int:
@@ -295,7 +288,7 @@ def train(
     with contextlib.closing(feed), _stop_signals() as stopped:
         task.train_mode()
         for samples in feed:
-            torch.manual_seed(int(generator(config.seed, DROPOUT, state.step, machine.rank).integers(2**63)))
+            torch.manual_seed(int(generator(config.seed, Purpose.DROPOUT, state.step, machine.rank).integers(2**63)))
             rate = learning_rate(plan, state.step)
             loss, stop = _step(task, network, state, plan, machine, samples, rate, stop=stopped.is_set())
             state.step += 1

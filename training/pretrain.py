@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.draws import Purpose, generator
+from ..data.pictures import Pictures
 from ..engine.crops import crop_grid
+from ..engine.pixels import to_plane
 from ..errors import ConfigError, DatasetError
 from ..model.bundle import save_bundle
 from ..model.network import DiffV2IQA
 from .config import PretrainConfig, digest, identity
-from .loop import DATA, QUIETLY, Conduct, Machine, Result, Sample, Verdict, generator, open_machine, picked, train
-from .pictures import Pictures, to_network
+from .loop import QUIETLY, Conduct, Machine, Result, Sample, Verdict, open_machine, picked, train
 from .plot import write_plot
 from .score import Rated, judged, prepared
 from .start import begin
@@ -106,7 +108,7 @@ class PretrainTask:
         """Return a crop (3, crop, crop), turned and mirrored at random, its score (1,) and its distortion (1,)."""
         config, (pictures, items) = self.config, self.training
         number = picked(config.seed, step * config.optimisation.batch + index, len(pictures))
-        draw = generator(config.seed, DATA, step, index)
+        draw = generator(config.seed, Purpose.DATA, step, index)
         size, pixels = config.model.crop, pictures[number]
         top, left = (int(draw.integers(length - size + 1)) for length in pixels.shape[:2])
         crop = pixels[top : top + size, left : left + size]
@@ -114,7 +116,7 @@ class PretrainTask:
         crop = crop[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
         crop = crop.transpose(1, 0, 2) if transposed else crop
         label, kind = np.array([items[number].quality], np.float32), np.array([self._classes[number]], np.float32)
-        return Sample((to_network(crop), label, kind), f"{pictures.paths[number]} at row {top}, column {left}")
+        return Sample((to_plane(crop), label, kind), f"{pictures.paths[number]} at row {top}, column {left}")
 
     def losses(self, network: Callable[..., object], batch: Sequence[Tensor]) -> Tensor:
         """Return each crop's squared error in score, and the cross-entropy of its distortion times its weight."""
@@ -133,7 +135,7 @@ class PretrainTask:
             pixels, size = pictures[number], self.config.model.crop
             height, width = pixels.shape[:2]
             grid = crop_grid(height, width, size, self.config.validation_crops)
-            crops = [to_network(pixels[c.top : c.top + size, c.left : c.left + size]) for c in grid]
+            crops = [to_plane(pixels[c.top : c.top + size, c.left : c.left + size]) for c in grid]
             with machine.autocast():
                 told = self.backbones(torch.from_numpy(np.stack(crops)).to(machine.device))
             scores.append(float(torch.stack([score.float() for score, _ in told]).mean()))

@@ -17,18 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from ..data.distortions import DISTORTIONS, LEVELS, compose
+from ..data.draws import Purpose, generator
+from ..data.outputs import to_csv, write_file
+from ..data.pictures import Pictures
+from ..engine.pixels import to_plane
 from ..engine.schedule import Kind, Schedule
 from ..errors import ConfigError
 from ..model.bundle import save_bundle
 from ..model.network import DiffV2IQA
 from .config import Loss, RestoreConfig, digest, identity
-from .loop import DATA, QUIETLY, Conduct, Machine, Result, Sample, Verdict, generator, open_machine, train
-from .outputs import to_csv, write_file
-from .pictures import Pictures, to_network
+from .loop import QUIETLY, Conduct, Machine, Result, Sample, Verdict, open_machine, train
 from .plot import write_plot
 from .start import Start, begin
 
-VALIDATION = 4  # what generators are for, beside those of the loop
 LONG_WAVE = 16  # pixels: what white noise has too little of to hide, at the least
 # What the project promises to improve: blur, JPEG and noise, at these levels.
 PROMISED, PROMISED_LEVELS = (1, 2, 3, 10, 11, 12, 13, 14), (3, 4, 5)
@@ -92,7 +93,7 @@ class RestoreTask:
 
     def sample(self, step: int, index: int) -> Sample:
         """Return the condition, x0, ε (3, crop, crop) and the noise level (1,) of one element of a batch."""
-        draw = generator(self.config.seed, DATA, step, index)
+        draw = generator(self.config.seed, Purpose.DATA, step, index)
         number = int(draw.integers(len(self.photos)))
         photo, side = self.photos[number], self.config.crop
         top, left = (int(draw.integers(length - side + 1)) for length in photo.shape[:2])
@@ -181,12 +182,12 @@ def distorted_crop(
         left - before : min(width, left + side + margin),
     ]
     inside = slice(above, above + side), slice(before, before + side)
-    reference = to_network(window[inside])
+    reference = to_plane(window[inside])
     if not steps:
         return reference.copy(), reference
     distorted = compose(window.astype(np.float32) / np.float32(255), steps, draw)
     # Scoring reads files of 8 bits, so that is what the U-Net learns from.
-    return to_network(np.rint(distorted[inside] * 255).astype(np.uint8)), reference
+    return to_plane(np.rint(distorted[inside] * 255).astype(np.uint8)), reference
 
 
 def restoration_gains(
@@ -200,11 +201,10 @@ def restoration_gains(
     rows = []
     for name, steps in cases:
         number, level = steps[0] if steps else (0, 0)
+        draws = [generator(config.seed, Purpose.VALIDATION, k, 1) for k in range(len(places))]
         pairs = [
-            distorted_crop(
-                photos[index], top, left, config.crop, config.margin, steps, generator(config.seed, VALIDATION, k, 1)
-            )
-            for k, (index, top, left) in enumerate(places)
+            distorted_crop(photos[index], top, left, config.crop, config.margin, steps, draw)
+            for draw, (index, top, left) in zip(draws, places, strict=True)
         ]
         conditions, references = (torch.from_numpy(np.stack(images)).to(device) for images in zip(*pairs, strict=True))
         restored = model.restore(conditions)[Kind.Y0].clamp(-1, 1)
@@ -216,7 +216,7 @@ def restoration_gains(
 
 def _validation_place(photos: Pictures, config: RestoreConfig, number: int) -> tuple[int, int, int]:
     """Return photograph, top and left of a validation crop; they go round all photographs."""
-    draw = generator(config.seed, VALIDATION, number)
+    draw = generator(config.seed, Purpose.VALIDATION, number)
     index = number % len(photos)
     top, left = (int(draw.integers(length - config.crop + 1)) for length in photos[index].shape[:2])
     return index, top, left

@@ -19,11 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
+from ..data.draws import Purpose, generator
+from ..data.pictures import Pictures, Pixels, save_array
 from ..engine.agreement import plcc, srcc
 from ..engine.codec import encode
 from ..engine.crops import Crop, crop_grid, padded_size
 from ..engine.manifest import StageName
 from ..engine.noise import NoiseField
+from ..engine.pixels import FloatArray, to_plane
 from ..errors import DatasetError, OutputError
 from ..evaluation.correlation import rmse
 from ..export.graph import export_graph
@@ -36,12 +39,11 @@ from ..runtime.host.executor import BoundDenoiser
 from ..runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from ..runtime.host.sampler import restore
 from .config import Rates, ScoreConfig, digest, identity
-from .loop import DATA, QUIETLY, Conduct, Machine, Result, Sample, Verdict, generator, open_machine, picked, train
-from .pictures import FloatArray, Pictures, Pixels, save_array, to_network
+from .loop import QUIETLY, Conduct, Machine, Result, Sample, Verdict, open_machine, picked, train
 from .plot import write_plot
 from .start import begin, weights_digest
 
-KEY_SCHEMA = 1  # of restorations on disk: raised when the same ingredients would give other restorations
+KEY_SCHEMA = 2  # of restorations on disk: raised when the same ingredients would give other restorations
 
 EXPORT_PAYS = 20  # images: fewer are restored sooner by PyTorch than a U-Net is exported for ONNX Runtime
 
@@ -107,7 +109,7 @@ class Restorations:
         unet = self._model.config.unet
         rows, columns = padded_size(height, width, unet.alignment if unet else 1)
         padding = ((0, 0), (0, rows - height), (0, columns - width))
-        planes = method(np.pad(to_network(pixels), padding, mode="reflect"))[:, :, :height, :width]
+        planes = method(np.pad(to_plane(pixels), padding, mode="reflect"))[:, :, :height, :width]
         return planes.astype(np.float16)
 
     def _by_torch(self, device: torch.device) -> Callable[[FloatArray], FloatArray]:
@@ -199,7 +201,7 @@ class ScoreTask:
         """Return a crop of all kinds (kinds, 3, crop, crop) and its label (1,); every image once in each epoch."""
         config, (pictures, labels) = self.config, self.training
         number = picked(config.seed, step * config.optimisation.batch + index, len(pictures))
-        draw = generator(config.seed, DATA, step, index)
+        draw = generator(config.seed, Purpose.DATA, step, index)
         size = config.model.crop
         top, left = (int(draw.integers(length - size + 1)) for length in pictures[number].shape[:2])
         crop = self.crop(pictures, number, Crop(top, left))
@@ -213,7 +215,7 @@ class ScoreTask:
         size = self.config.model.crop
         rows, columns = slice(place.top, place.top + size), slice(place.left, place.left + size)
         pixels = pictures[number]
-        planes = [to_network(pixels[rows, columns])[None]]
+        planes = [to_plane(pixels[rows, columns])[None]]
         if self.restorations.kinds and self.config.restored:
             restored = np.load(self.restorations.file(pictures, number), mmap_mode="r")
             planes.append(restored[:, :, rows, columns].astype(np.float32))

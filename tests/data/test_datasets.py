@@ -11,7 +11,7 @@ from diffiqa.data.datasets import PUBLISHED, Dataset, load, load_csv
 from diffiqa.data.distortions import DISTORTIONS
 from diffiqa.errors import DatasetError
 
-from ..training.fake_datasets import BUILDERS, LIVE_FOLDERS, touch
+from .fake_datasets import BUILDERS, LIVE_FOLDERS, touch
 
 
 @pytest.fixture(scope="session")

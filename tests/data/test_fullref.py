@@ -10,7 +10,7 @@ from diffiqa.data import fullref
 from diffiqa.data.fullref import METRICS, PseudoScale, fit_pseudo_scale, measure, pseudo_score
 from diffiqa.errors import DatasetError, ImageError
 
-from ..training.synthetic import DISTORTIONS, SIZES, noise, picture
+from .synthetic import DISTORTIONS, SIZES, noise, picture
 
 GOLDENS = json.loads(Path(__file__).with_name("fullref_goldens.json").read_text(encoding="utf-8"))
 SEVERITIES = np.linspace(0.02, 0.9, 12)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from PIL import Image
 
+from diffiqa.data.pictures import Pictures
 from diffiqa.model.config import Norm, UNetConfig
 from diffiqa.tests.tiny import TINY, photo
 from diffiqa.training.config import Optimisation, Reporting, RestoreConfig
 from diffiqa.training.loop import Conduct, Machine, Result, train
-from diffiqa.training.pictures import Pictures
 from diffiqa.training.restore import RestoreTask
 from diffiqa.training.start import begin
 

@@ -10,13 +10,14 @@ from PIL import Image
 from torch import Tensor
 
 from diffiqa.data.distortions import DISTORTIONS, LEVELS, Distortion
+from diffiqa.data.pictures import Pictures
+from diffiqa.engine.pixels import to_plane
 from diffiqa.engine.schedule import Schedule
 from diffiqa.errors import ConfigError, DatasetError
 from diffiqa.model.config import ModelConfig, preset
 from diffiqa.tests.tiny import photo
 from diffiqa.training.config import Loss, Optimisation, RestoreConfig, parse_config, read_config
 from diffiqa.training.loop import Conduct, train
-from diffiqa.training.pictures import Pictures, to_network
 from diffiqa.training.restore import (
     Gain,
     distorted_crop,
@@ -148,7 +149,7 @@ def test_every_distortion_keeps_a_crop_in_place(top: int, left: int) -> None:
         draw = np.random.default_rng(number)
         condition, reference = distorted_crop(picture, top, left, 16, 8, ((number, 5),), draw)
         assert condition.shape == reference.shape == (3, 16, 16)
-        assert np.array_equal(reference, to_network(picture[top : top + 16, left : left + 16]))
+        assert np.array_equal(reference, to_plane(picture[top : top + 16, left : left + 16]))
         assert np.allclose((condition + 1) * 127.5, np.rint((condition + 1) * 127.5), atol=1e-4)
 
 

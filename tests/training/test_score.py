@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffiqa.data.pictures import Pictures
 from diffiqa.engine.crops import Crop
 from diffiqa.engine.schedule import Kind, Schedule, Taps
 from diffiqa.errors import CheckpointError, ConfigError, DatasetError, OutputError
@@ -17,7 +18,6 @@ from diffiqa.model.network import DiffV2IQA, build
 from diffiqa.tests.tiny import TINY, photo
 from diffiqa.training.config import Optimisation, Rates, Reporting, ScoreConfig
 from diffiqa.training.loop import Conduct, read_checkpoint, train
-from diffiqa.training.pictures import Pictures
 from diffiqa.training.score import Rated, Restorations, ScoreTask, ranking_loss, restoration_key, run_score
 from diffiqa.training.start import weights_digest
 

@@ -11,10 +11,10 @@ from PIL import Image
 from diffiqa.data.datasets import load_csv
 from diffiqa.data.distortions import DISTORTIONS
 from diffiqa.data.fullref import PseudoScale, measure
+from diffiqa.data.rate import Amount, rate
 from diffiqa.data.splits import Split
 from diffiqa.errors import ConfigError, DatasetError, OutputError
 from diffiqa.runtime.images import read_image
-from diffiqa.training.rate import Amount, rate
 
 from .synthetic import picture
 

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffiqa.data import debian as reader
+from diffiqa.data import photos
+from diffiqa.data.photos import LIST, gather, parts_in
+from diffiqa.data.pictures import detailed
 from diffiqa.errors import DatasetError, OutputError
 from diffiqa.tests.tiny import photo
-from diffiqa.training import photos
-from diffiqa.training.photos import LIST, detailed, gather, parts_in
 
 COPYRIGHT = """Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
 
@@ -154,7 +156,7 @@ def test_a_damaged_package_is_named(debian: Path, tmp_path: Path, damage: object
 def test_a_package_that_unpacks_to_too_much_is_refused(
     debian: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(photos, "MAX_PICTURE", 100_000)
+    monkeypatch.setattr(reader, "MAX_PICTURE", 100_000)
     with pytest.raises(DatasetError, match="unpacks to more"):
         gather([debian], tmp_path / "out", seed=1)
 
@@ -163,7 +165,7 @@ def test_a_package_that_unpacks_without_end_is_refused_before_memory_is_gone(
     debian: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A few kilobytes of xz stand for 64 MiB of zeros, in a file that nobody would have read."""
-    monkeypatch.setattr(photos, "MAX_PACKAGE", 16 << 20)
+    monkeypatch.setattr(reader, "MAX_PACKAGE", 16 << 20)
     package(debian, {"usr/lib/zeros": bytes(64 << 20)})
     assert debian.stat().st_size < 100_000
     with pytest.raises(DatasetError, match="unpacks to more than 16 MiB"):
@@ -172,15 +174,15 @@ def test_a_package_that_unpacks_without_end_is_refused_before_memory_is_gone(
 
 def test_a_path_says_more_about_a_licence_than_a_name() -> None:
     terms = [(("walls/a/*.png",), "CC0-1.0", "A"), (("icons/x.png",), "GPL-2+", "B"), (("*",), "MIT", "C")]
-    assert photos._licence("usr/share/walls/a/x.png", terms) == ("CC0-1.0", "A")
-    assert photos._licence("usr/share/other/x.png", terms) == ("GPL-2+", "B")
-    assert photos._licence("usr/share/other/x.jpg", terms) == ("MIT", "C")
+    assert reader.licence_of("usr/share/walls/a/x.png", terms) == ("CC0-1.0", "A")
+    assert reader.licence_of("usr/share/other/x.png", terms) == ("GPL-2+", "B")
+    assert reader.licence_of("usr/share/other/x.jpg", terms) == ("MIT", "C")
 
 
 def test_a_pattern_of_another_folder_says_nothing_about_a_licence() -> None:
     """`debian/*` is in nearly every package, and its last part matches any name."""
     terms = [(("*",), "CC-BY-4.0", "A"), (("debian/*", "icons/*.png"), "Expat", "B")]
-    assert photos._licence("usr/share/walls/x.png", terms) == ("CC-BY-4.0", "A")
+    assert reader.licence_of("usr/share/walls/x.png", terms) == ("CC-BY-4.0", "A")
 
 
 def test_a_known_package_gives_what_was_chosen_by_eye_and_nothing_else(

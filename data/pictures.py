@@ -1,4 +1,4 @@
-"""Pictures of a training run: each decoded once into a file of plain pixels, of which crops are then read."""
+"""Pictures decoded once into files of plain pixels, of which crops are then read."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -13,7 +13,9 @@ from ..errors import DatasetError, ImageError, OutputError
 from ..runtime.images import read_image
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3), RGB
-FloatArray = npt.NDArray[np.float32]
+
+# A block of 8×8 pixels has detail if its luma leaves its best plane by more than this (of 255), at this longest side.
+DETAIL, DETAIL_SIDE = 3.0, 1024
 
 SCHEMA = 1  # of the cache: raised when the same file would give other pixels
 
@@ -106,6 +108,19 @@ def reduced(pixels: Pixels, longest_side: int) -> Pixels:
     return np.asarray(PIL.Image.fromarray(pixels).resize(size, PIL.Image.Resampling.LANCZOS))
 
 
+def detailed(pixels: npt.NDArray[np.uint8]) -> float:
+    """Return the share of blocks with detail: near 0 for drawings of flat colours, gradients, and what is blurred."""
+    picture = PIL.Image.fromarray(reduced(pixels, DETAIL_SIDE))
+    luma = np.asarray(picture.convert("L"), np.float64)
+    rows, columns = luma.shape[0] // 8, luma.shape[1] // 8
+    if not rows or not columns:
+        return 0.0
+    blocks = luma[: rows * 8, : columns * 8].reshape(rows, 8, columns, 8).transpose(0, 2, 1, 3).reshape(-1, 64)
+    y, x = np.mgrid[:8, :8].reshape(2, 64)
+    plane, _ = np.linalg.qr(np.stack([np.ones(64), x, y], axis=1))
+    return float(np.mean((blocks - blocks @ plane @ plane.T).std(axis=1) > DETAIL))
+
+
 def save_array(path: Path, array: npt.NDArray[np.generic]) -> None:
     """Write an .npy file, whole or not at all; raises OutputError."""
     try:
@@ -113,8 +128,3 @@ def save_array(path: Path, array: npt.NDArray[np.generic]) -> None:
             np.save(stream, array)
     except OSError as exc:
         raise OutputError(f"cannot write {path}: {exc}") from exc
-
-
-def to_network(pixels: npt.NDArray[np.uint8]) -> FloatArray:
-    """Return pixels (H, W, 3) as the networks see them: (3, H, W) in [-1, 1]."""
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float32) / np.float32(127.5) - np.float32(1)

@@ -13,17 +13,15 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
-from ..data.distortions import DISTORTIONS, LEVELS, distort
-from ..data.fullref import METRICS, MS_SSIM_SIDE, fit_pseudo_scale, measure
-from ..data.splits import Split
 from ..errors import ConfigError, DatasetError, OutputError
-from .loop import generator
+from .distortions import DISTORTIONS, LEVELS, distort
+from .draws import Purpose, generator
+from .fullref import METRICS, MS_SSIM_SIDE, fit_pseudo_scale, measure
 from .outputs import to_csv, write_file
-from .photos import detailed
-from .pictures import Pictures, Pixels
+from .pictures import Pictures, Pixels, detailed
+from .splits import Split
 
 LABELS, SPLIT, SCALE = "labels.csv", "split.json", "scale.json"
-WINDOW, ORDER, APPLY, LEVEL = 20, 21, 22, 23  # what generators are for; not those of a training run
 MOST_PICTURES = 10_000  # of one photograph
 TRIES = 8  # places of which a window takes the one with most detail
 
@@ -114,14 +112,13 @@ def _of_photograph(
     key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
     rows = []
     for window in range(amount.windows):
-        pristine = _window(photo, side, generator(seed, WINDOW, key, window))
+        pristine = _window(photo, side, generator(seed, Purpose.WINDOW, key, window))
         reference = pristine.astype(np.float32) / np.float32(255)
         for number, level in _cases(amount, index, window, seed, key):
             image = pristine
             if number:
-                distorted = distort(
-                    reference, number, level, generator(seed, APPLY, key, window * 1000 + number * 10 + level)
-                )
+                draw = generator(seed, Purpose.DISTORTION, key, window * 1000 + number * 10 + level)
+                distorted = distort(reference, number, level, draw)
                 image = np.rint(distorted * 255).astype(np.uint8)
             path = f"{name}/{window}-{f'{number:02d}-{level}' if number else 'original'}.png"
             _save(folder / path, image)
@@ -136,15 +133,15 @@ def _cases(amount: Amount, index: int, window: int, seed: int, key: int) -> list
     places = range(window * amount.distortions, (window + 1) * amount.distortions)
     if not amount.one_level:
         # Dealt round, because drawing for each photograph leaves some kinds out of a test part of 58.
-        order = generator(seed, ORDER, 0).permutation(list(DISTORTIONS))
+        order = generator(seed, Purpose.KINDS, 0).permutation(list(DISTORTIONS))
         first = index * amount.windows * amount.distortions
         return [(0, 0)] + [(int(order[(first + place) % len(order)]), level) for place in places for level in LEVELS]
     cases = []
     for place in places:
         # All kinds come once before any comes again.
         turn, position = divmod(place, len(DISTORTIONS) + 1)
-        number = int(generator(seed, ORDER, key, turn).permutation([0, *DISTORTIONS])[position])
-        level = int(generator(seed, LEVEL, key, place).choice(LEVELS)) if number else 0
+        number = int(generator(seed, Purpose.KINDS, key, turn).permutation([0, *DISTORTIONS])[position])
+        level = int(generator(seed, Purpose.LEVEL, key, place).choice(LEVELS)) if number else 0
         cases.append((number, level))
     return cases
 
