@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DatasetError
+from ..errors import DatasetError, UsageError
 from .distortions import DISTORTIONS
 from .labelfiles import read_csv, read_lines, read_mat, read_sheet
 
@@ -81,6 +81,19 @@ class Published:
     read: Callable[[Path], _Content]
     images: int  # that have a label and a distortion
     higher_is_better: bool
+
+
+def read_labels(
+    path: Path, name: str | None = None, *, lower_is_better: bool = False, need_files: bool = True
+) -> Dataset:
+    """Read the published data set called `name` from its folder; without a name, a CSV file. Raises DatasetError."""
+    if name is None and path.is_dir():
+        raise UsageError(f"{path} is a folder: say with --dataset which data set it holds, or give a CSV file")
+    if name is None:
+        return load_csv(path, lower_is_better=lower_is_better, need_files=need_files)
+    if lower_is_better:
+        raise UsageError("--lower-better is for CSV files: a published data set's direction is known")
+    return load(name, path)
 
 
 def load(name: str, root: Path) -> Dataset:

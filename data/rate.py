@@ -59,7 +59,7 @@ class _Row:
     values: npt.NDArray[np.float64]
 
 
-def rate(
+def rate_photographs(
     parts: Mapping[str, Sequence[Path]],
     folder: Path,
     *,

@@ -1,22 +1,18 @@
-"""How well scores agree with labels, the way image quality papers count it.
+"""How well scores agree with labels, the way papers on image quality count it.
 
-`scores` are what a model says, `labels` what it should say, in the same order; both point the same way (turn labels
-that are better when lower before). Everything that cannot be correlated raises DatasetError.
+`scores` are what a model says, `labels` what it should say, in the same order. Both must point the same way: negate
+labels that are better when lower. What cannot be correlated raises DatasetError.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from ..data.extra import load_extra
-from ..data.labelfiles import read_csv
 from ..engine.agreement import Array, Values, paired, pearson, plcc, srcc, varied
-from ..errors import DatasetError, OutputError
-from ..runtime.command.recordfile import read_records
-from ..runtime.command.records import Format
+from ..errors import DatasetError
 
 LOGISTIC_MIN = 5  # four parameters run through any four points
 
@@ -49,11 +45,10 @@ class Logistic:
 
 
 def fit_logistic(scores: Values, labels: Values) -> Logistic:
-    """Fit the curve by least squares from b1 = max y, b2 = min y, b3 = mean x, b4 = std x / 4.
+    """Fit the curve by least squares, from b1 = max y, b2 = min y, b3 = mean x, b4 = std x / 4.
 
-    From there alone, few points and falling ones can end in a poor local minimum, so the descent also begins from
-    b4 = std x and from the falling counterparts of both; the best of the four is returned. Raises DatasetError for
-    fewer than five points.
+    This one start can end in a poor local minimum: where points are few, or fall. So there are four starts: b4 = std x
+    too, and both with a minus. The best end is returned. Raises DatasetError for fewer than five points.
     """
     x, y = varied(scores, labels)
     if len(x) < LOGISTIC_MIN:
@@ -126,75 +121,6 @@ def per_group(scores: Values, labels: Values, groups: Sequence[str]) -> tuple[Gr
         except DatasetError as exc:
             rows.append(GroupRow(group, len(indices), None, str(exc)))
     return tuple(rows)
-
-
-def read_scores(path: Path, column: str = "score") -> dict[str, float]:
-    """Return the scores by image of a file that `iqa-run` wrote (.jsonl, .json, .csv) or of any CSV image,score.
-
-    `column` may also be one of the branches, vcg or vda. Images without a score (failed ones) are left out, and so are
-    all where the file has no such branch. Raises DatasetError.
-    """
-    try:
-        if path.suffix.lower() == ".csv":
-            rows = read_csv(path, "image", "score")
-            found = [(row["image"], float(row[column])) for row in rows if row.get(column)]
-        elif path.suffix.lower() in {".jsonl", ".json"}:
-            records, _ = read_records(path, Format(path.suffix.lower()[1:]))
-            values = [(record.image, getattr(record, column)) for record in records]
-            found = [(image, value) for image, value in values if value is not None]
-        else:
-            raise DatasetError(f"the score file {path} must be called .jsonl, .json or .csv")
-    except (OutputError, ValueError, OSError) as exc:
-        raise DatasetError(f"the score file {path} cannot be read: {exc}") from exc
-    scores = dict(found)
-    if len(scores) < len(found):
-        raise DatasetError(f"the score file {path} has {len(found) - len(scores)} images twice")
-    return scores
-
-
-@dataclass(frozen=True)
-class GmadPair:
-    """Two images that the fixed model finds about equal and the other one does not."""
-
-    level: float  # of the fixed model's score, as a quantile of all images
-    better: str  # the image that the other model prefers
-    worse: str
-    fixed: tuple[float, float]  # the fixed model's scores of better, worse
-    other: tuple[float, float]  # the other model's
-
-
-def gmad_pairs(
-    fixed: Mapping[str, float], other: Mapping[str, float], levels: int, window: float = 0.02
-) -> tuple[GmadPair, ...]:
-    """Return, for evenly spaced levels of the fixed model, the pair there on which the other differs most.
-
-    `fixed` and `other` map the same images to scores; a level consists of the share `window` of images (two at least)
-    that stand around it when sorted by the fixed model. Call it both ways round for the paper's two figures.
-    """
-    if different := sorted(set(fixed) ^ set(other)):
-        raise DatasetError(
-            f"{len(different)} images have a score in one file only: {', '.join(different[:3])}"
-            f"{' …' if len(different) > 3 else ''}"
-        )
-    if not 1 <= levels <= len(fixed) // 2:
-        raise DatasetError(f"{len(fixed)} images have room for 1 to {len(fixed) // 2} levels, not {levels}")
-    if not 0 < window <= 1:
-        raise DatasetError(f"the window is a share of the images between 0 and 1, not {window}")
-    images = sorted(fixed, key=lambda image: (fixed[image], image))
-    paired([fixed[image] for image in images], [other[image] for image in images])
-    size = max(2, round(window * len(images)))
-    pairs = []
-    for index in range(levels):
-        level = (index + 0.5) / levels
-        first = min(max(0, round(level * len(images) - size / 2)), len(images) - size)
-        near = images[first : first + size]
-        worse, better = min(near, key=other.__getitem__), max(near, key=other.__getitem__)
-        if other[worse] == other[better]:
-            raise DatasetError(f"the other model gives one score to all {size} images around level {level:.2f}")
-        pairs.append(
-            GmadPair(level, better, worse, (fixed[better], fixed[worse]), (other[better], other[worse])),
-        )
-    return tuple(pairs)
 
 
 def _descend(start: float, x: Array, y: Array) -> Logistic:

@@ -1,8 +1,10 @@
 """Labels over scores as a chart, with the fitted logistic."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..data.datasets import Dataset, Item
 from ..engine.agreement import plcc, srcc
 from ..errors import DatasetError
 from .charts import COLOURS, GREY, panels
@@ -45,3 +47,15 @@ def draw_scatter(points: Points) -> "Figure":
         pass
     axes.set_title(figures, loc="right", color=GREY, fontsize="small")
     return figure
+
+
+def points_of(dataset: Dataset, items: Sequence[Item], scores: Mapping[str, float]) -> Points:
+    """Return what the scatter plot shows: labels as published over scores."""
+    scored = [item for item in items if item.image in scores]
+    direction = "higher" if dataset.higher_is_better else "lower"
+    return Points(
+        title=dataset.name,
+        scores=tuple(scores[item.image] for item in scored),
+        labels=tuple(item.label for item in scored),
+        label_name=f"label ({direction} is better)",
+    )

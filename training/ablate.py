@@ -58,7 +58,7 @@ def read_recipes(config: Path, paths: Sequence[Path]) -> dict[str, ScoreConfig]:
     return recipes
 
 
-def ablate(
+def ablate_recipes(
     recipes: Mapping[str, ScoreConfig],
     parts: Mapping[str, Sequence[Rated]],
     folder: Path,

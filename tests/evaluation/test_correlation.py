@@ -9,7 +9,9 @@ from scipy import optimize
 from diffiqa.engine.agreement import plcc, srcc
 from diffiqa.errors import DatasetError
 from diffiqa.evaluation import correlation
-from diffiqa.evaluation.correlation import correlate, fit_logistic, gmad_pairs, krcc, per_group, rmse
+from diffiqa.evaluation.correlation import correlate, fit_logistic, krcc, per_group, rmse
+from diffiqa.evaluation.gmad import gmad_pairs
+from diffiqa.evaluation.scores import read_scores
 from diffiqa.runtime.command.recordfile import RecordFile
 from diffiqa.runtime.command.records import Format, Record, RunSettings, Status
 from diffiqa.runtime.results import Mode
@@ -148,9 +150,9 @@ def test_reads_scores_from_every_format(tmp_path: Path) -> None:
                 file.write(Record(image=image, status=Status.OK, score=score, engine="e", settings="s"))
             file.write(Record(image="bad.png", status=Status.ERROR, engine="e", settings="s", error="broken"))
             file.finish()
-        assert correlation.read_scores(path) == good
+        assert read_scores(path) == good
     (tmp_path / "own.csv").write_text("score,image\n3,x.png\n")
-    assert correlation.read_scores(tmp_path / "own.csv") == {"x.png": 3}
+    assert read_scores(tmp_path / "own.csv") == {"x.png": 3}
 
 
 @pytest.mark.parametrize(
@@ -167,9 +169,9 @@ def test_reads_scores_from_every_format(tmp_path: Path) -> None:
 def test_says_why_scores_cannot_be_read(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(DatasetError, match=message):
-        correlation.read_scores(tmp_path / name)
+        read_scores(tmp_path / name)
     with pytest.raises(DatasetError, match="cannot be read"):
-        correlation.read_scores(tmp_path / "none.csv")
+        read_scores(tmp_path / "none.csv")
 
 
 def test_a_whole_data_set_takes_a_moment() -> None:
