@@ -16,7 +16,8 @@ GOLDENS = json.loads(Path(__file__).with_name("fullref_goldens.json").read_text(
 SEVERITIES = np.linspace(0.02, 0.9, 12)
 
 
-@pytest.mark.parametrize("case", GOLDENS)
+# Large pictures take the most time, and differ from others only in how far MDSI reduces them.
+@pytest.mark.parametrize("case", [case for case in GOLDENS if not case.startswith("large") or "noise" in case])
 def test_metrics_agree_with_another_implementation(case: str) -> None:
     size, distortion = case.split(", ")
     reference = picture(*SIZES[size])

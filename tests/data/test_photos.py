@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def png(image: Image.Image) -> bytes:
 def package(path: Path, files: dict[str, bytes], *, section: str = "data.tar.xz") -> Path:
     """Write a Debian package as dpkg does: an ar archive of debian-binary, control and data."""
     data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w:xz") as archive:
+    with tarfile.open(fileobj=data, mode="w:xz", preset=0) as archive:
         for name, content in files.items():
             member = tarfile.TarInfo(f"./{name}")
             member.size = len(content)
@@ -61,11 +62,17 @@ def package(path: Path, files: dict[str, bytes], *, section: str = "data.tar.xz"
     return path
 
 
-@pytest.fixture
-def debian(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pictures = {f"usr/share/backgrounds/{name}.png": png(textured(seed)) for seed, name in enumerate("abcd")}
-    terms = {"usr/share/doc/walls/copyright": COPYRIGHT.encode()}
-    return package(tmp_path / "walls_1%3a2.0_all.deb", {**pictures, **terms, "usr/bin/tool": b"#!/bin/sh"})
+    files = {**pictures, "usr/share/doc/walls/copyright": COPYRIGHT.encode(), "usr/bin/tool": b"#!/bin/sh"}
+    return package(tmp_path_factory.mktemp("package") / "walls_1%3a2.0_all.deb", files)
+
+
+@pytest.fixture
+def debian(original: Path, tmp_path: Path) -> Path:
+    """Return a package that a test may spoil."""
+    return Path(shutil.copy(original, tmp_path))
 
 
 def test_a_package_gives_its_pictures_with_licence_and_origin(debian: Path, tmp_path: Path) -> None:

@@ -40,6 +40,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four metrics of every picture take most of the time, and say nothing of which pictures there are."""
+    monkeypatch.setattr("diffiqa.data.rate.measure", lambda one, other: np.full(4, np.abs(one - other).mean()))
+
+
 def rows(folder: Path) -> list[dict[str, str]]:
     with (folder / "labels.csv").open() as stream:
         return list(csv.DictReader(stream))
@@ -66,7 +72,12 @@ def test_no_distortion_of_a_photograph_is_in_two_windows(made: Path) -> None:
     assert all(len(places) == 1 for places in windows.values())
 
 
-def test_over_the_photographs_of_a_part_all_kinds_come_equally_often(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("cheap")
+def test_over_the_photographs_of_a_part_all_kinds_come_equally_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffiqa.data.rate.distort", lambda image, number, level, _: image * (1 - number * level / 999))
+    monkeypatch.setattr("diffiqa.data.rate._save", lambda *_: None)
     count, each = 5, 10
     (tmp_path / "photos").mkdir()
     paths = [tmp_path / "photos" / f"{index}.png" for index in range(count)]
@@ -140,7 +151,11 @@ def test_windows_too_small_for_ms_ssim_are_refused(tmp_path: Path) -> None:
         rate_photographs(photographs(tmp_path / "photos"), tmp_path / "set", amounts=AMOUNTS, seed=1, side=160)
 
 
-def test_with_one_level_every_kind_comes_once_before_any_comes_again(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("cheap")
+def test_with_one_level_every_kind_comes_once_before_any_comes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffiqa.data.rate._save", lambda *_: None)
     amounts = AMOUNTS | {"train": Amount(30, 1, one_level=True)}
     rate_photographs(photographs(tmp_path / "photos"), tmp_path / "set", amounts=amounts, seed=4, side=161)
     found = [row for row in rows(tmp_path / "set") if row["reference"] == "photo_train"]
@@ -151,6 +166,7 @@ def test_with_one_level_every_kind_comes_once_before_any_comes_again(tmp_path: P
     assert all(row["level"] == "" for row in found if not row["distortion"])
 
 
+@pytest.mark.usefixtures("cheap")
 def test_noise_differs_between_windows_of_a_photograph(tmp_path: Path) -> None:
     """The same noise in all of them would be something to recognise a distortion by."""
     path = tmp_path / "grey.png"

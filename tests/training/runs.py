@@ -70,4 +70,4 @@ def run(config: RestoreConfig, photos: list[Path], folder: Path, *, resume: bool
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(restore_config(), sorted(Path(sys.argv[2]).iterdir()), Path(sys.argv[1]), pause=0.15)
+    run(restore_config(), sorted(Path(sys.argv[2]).iterdir()), Path(sys.argv[1]), pause=0.1)

@@ -302,7 +302,9 @@ with open_machine("cpu", Precision.FP32) as machine:
 """
 
 
-def test_two_processes_do_what_one_does_with_the_whole_batch(photos: list[Path], tmp_path: Path) -> None:
+def test_two_processes_do_what_one_does_with_the_whole_batch(
+    photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from .runs import separable_config
 
     run(separable_config(), photos, tmp_path / "one")
@@ -311,8 +313,17 @@ def test_two_processes_do_what_one_does_with_the_whole_batch(photos: list[Path],
         port = free.getsockname()[1]
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-W", "ignore", "-c", PROCESS, str(tmp_path / "two"), str(photos[0].parent)]
-    processes = [subprocess.Popen(command, env={**shared, "RANK": str(rank)}) for rank in range(2)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    second = subprocess.Popen(command, env={**shared, "RANK": "1"})
+    for name, value in {**shared, "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with open_machine("cpu", Precision.FP32) as machine:  # waits for the second process
+        train(
+            task_of(separable_config(), photos, tmp_path / "two" / "cache"),
+            separable_config(),
+            tmp_path / "two",
+            machine,
+        )
+    assert second.wait(timeout=120) == 0
     one, two = (read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("one", "two"))
     for name, tensor in one["network"].items():
         assert torch.allclose(tensor, two["network"][name], atol=2e-5), name  # sums in another order, through Adam

@@ -158,13 +158,13 @@ def test_overfitting_two_crops_lowers_the_loss_by_a_lot(tmp_path: Path) -> None:
     for path, picture in zip(photos, (photo(8, 16, 16), photo(9, 16, 16)), strict=True):
         Image.fromarray(picture).save(path)
     config = restore_config(
-        optimisation=Optimisation(steps=200, batch=8, learning_rate=4e-3, warmup_steps=10, ema_decay=0.9),
+        optimisation=Optimisation(steps=90, batch=8, learning_rate=8e-3, warmup_steps=5, ema_decay=0.9),
         loss=Loss.L2,
         clean=1.0,
         composed=0.0,
     )
     config = dataclasses.replace(
-        config, reporting=dataclasses.replace(config.reporting, log_every=25, checkpoint_every=1000)
+        config, reporting=dataclasses.replace(config.reporting, log_every=15, checkpoint_every=1000)
     )
     run(config, photos, tmp_path / "run")
     rows = (tmp_path / "run" / "log.csv").read_text().splitlines()[1:]
