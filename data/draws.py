@@ -5,6 +5,7 @@ import enum
 import numpy as np
 
 
+@enum.unique
 class Purpose(enum.IntEnum):
     """What numbers are drawn for. They are part of every result: none is ever reused for something else."""
 
