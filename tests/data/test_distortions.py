@@ -598,6 +598,9 @@ def test_patches_come_whole_from_one_side_away(level: int) -> None:
     changed = (down != 0) | (across != 0)
     assert 0.6 * count * 16**2 < changed.sum() <= count * 16**2  # some lie on others, some had no room to move
     assert np.hypot(down[changed], across[changed]).max() <= 16 + 1
+    for move in (down, across):  # in all directions
+        assert move.min() < -8
+        assert move.max() > 8
     far = np.hypot(down[changed], across[changed]) >= 15
     assert far.mean() > 0.8  # the rest is at the picture's edges
     # The origins are few, one for each patch: no pixel comes from a place of its own.

@@ -54,6 +54,13 @@ def test_logistic_is_the_least_squares_fit_of_scipy(seed: int, images: int, sign
     )
 
 
+def test_logistic_of_few_points_is_the_best_of_several_starts() -> None:
+    """From rising starts alone, the descent on these eight points ends at 0.0613."""
+    scores, labels = sample(27, 8)
+    error = (fit_logistic(scores, labels)(scores) - labels) / np.ptp(labels)
+    assert np.sum(error**2) < 0.059
+
+
 def test_logistic_recovers_a_curve_without_noise() -> None:
     x = np.linspace(-30, 90, 200)
     fitted = fit_logistic(x, curve(x, 88, 12, 31, 9.5))
