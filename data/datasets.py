@@ -1,8 +1,8 @@
-"""Data sets with opinions about quality, read from the folders they are published as, and any CSV of one's own.
+"""Data sets with opinions about quality: published ones, read from their folders, and any CSV file.
 
-Labels are taken as published and once more brought to [0, 1], higher is better, by one line for the whole set (never
-one per split). Names are matched without case. A set is read whole or not at all: labels without images, images
-without labels, or another number of labels than published are errors that name the first few.
+Each image has its label as published, and its quality: the label brought to [0, 1], higher is better, by one straight
+line for the whole set. Names are matched without case. A set is read whole or not at all. Labels without images, images
+without labels, and another number of labels than published are errors, which name the first few.
 """
 
 import math
@@ -118,8 +118,8 @@ def load(name: str, root: Path) -> Dataset:
 def load_csv(path: Path, *, lower_is_better: bool = False, need_files: bool = True) -> Dataset:
     """Read a CSV file with the columns image, score and, where known, reference, distortion and level.
 
-    Paths in it start at its folder. Its `reference` is a file if it ends like one (.png …), otherwise just a
-    name for the content. Whoever has no use for the pictures themselves does not `need_files`. Raises DatasetError.
+    Paths in it start at its folder. A `reference` is a file if it ends like one (.png …), and else a name for the
+    content. Unless `need_files`, pictures need not exist. Raises DatasetError.
     """
     root = path.parent
     rows, images, references = [], {}, {}

@@ -74,10 +74,10 @@ def download(folder: Path) -> list[Path]:
 
 
 def gather(sources: Sequence[Path], folder: Path, *, seed: int) -> tuple[list[Photograph], list[str]]:
-    """Copy photographs from packages and folders (none: PACKAGES) into `folder`/part/; return them and what was left.
+    """Copy photographs into `folder`/part/; return them, and in words what was left out.
 
-    The split depends on the seed and on all names, those of the packages in APART aside: with other photographs, those
-    that were held out may be trained on.
+    `sources` are packages and folders; without any, PACKAGES are fetched. The split depends on the seed and on all
+    names: with other sources, a photograph may change its part. Packages in APART are split by themselves.
     Raises DatasetError, OutputError.
     """
     if folder.exists() and any(folder.iterdir()):
@@ -123,7 +123,7 @@ def _all(sources: Iterable[Path]) -> Iterator[_Found]:
 
 
 def _choose(found: Iterable[_Found]) -> tuple[list[_Found], list[str]]:
-    """Return what can be used, each content once in its largest version, and in words what cannot."""
+    """Return the usable pictures, each content once in its largest version, and in words why others are not."""
     usable: list[tuple[_Found, npt.NDArray[np.bool_], int]] = []
     left = []
     for item in found:

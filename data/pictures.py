@@ -23,9 +23,9 @@ SCHEMA = 1  # of the cache: raised when the same file would give other pixels
 class Pictures:
     """Pictures by index, as memory-mapped pixels. Files that cannot be used are left out, and `skipped` says why.
 
-    `cache` may be shared by runs and processes: a file's name is the hash of what it was made from. Pictures smaller
-    than `min_side` are enlarged if `enlarge`, as scoring does, else left out; larger than `longest_side`: reduced.
-    Raises DatasetError if no picture is left.
+    Runs and processes may share `cache`: the name of a file there is the hash of what it was made from. A picture
+    smaller than `min_side` is enlarged if `enlarge`, as scoring does, and else left out. One larger than `longest_side`
+    is reduced. Raises DatasetError if no picture is left.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ def reduced(pixels: Pixels, longest_side: int) -> Pixels:
 
 
 def detailed(pixels: npt.NDArray[np.uint8]) -> float:
-    """Return the share of blocks with detail: near 0 for drawings of flat colours, gradients, and what is blurred."""
+    """Return the share of blocks with detail. It is near 0 for flat drawings, gradients and blurred pictures."""
     picture = PIL.Image.fromarray(reduced(pixels, DETAIL_SIDE))
     luma = np.asarray(picture.convert("L"), np.float64)
     rows, columns = luma.shape[0] // 8, luma.shape[1] // 8

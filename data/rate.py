@@ -28,11 +28,11 @@ TRIES = 8  # places of which a window takes the one with most detail
 
 @dataclass(frozen=True)
 class Amount:
-    """How many windows are cut from each photograph, and how many distortions each gets.
+    """How many windows are cut from each photograph, and how many distortions each window gets.
 
-    At all levels, beside the window as it is, and over the photographs of a part all kinds come equally often; or, if
-    `one_level`, at a level that is drawn, and the original is one of the distortions: nothing but the distortion itself
-    then tells a network what the score is, as other versions of the same window would.
+    A distortion comes at all five levels, beside the undistorted window; over the photographs of a part, all kinds come
+    equally often. With `one_level`, it comes at one level, which is drawn, and "undistorted" is one of the kinds. So a
+    network has no other version of a window to compare with, and must learn from the distortion itself.
     """
 
     windows: int
@@ -71,7 +71,7 @@ def rate_photographs(
 ) -> int:
     """Write pictures (PNG), labels.csv, split.json and scale.json; return how many pictures there are.
 
-    Every window is there as it is, too. The pseudo-score is fitted on the part "train" alone.
+    The pseudo-score is fitted on the part "train" alone.
     """
     if side < MS_SSIM_SIDE:
         raise ConfigError(f"windows must have at least {MS_SSIM_SIDE} pixels a side, which MS-SSIM needs; not {side}")
@@ -107,7 +107,7 @@ def _of_photograph(
 ) -> list[_Row]:
     """Write the versions of all windows of a photograph.
 
-    What is drawn depends on its pixels' size and name only; which kinds it gets at all levels, on its place.
+    Random numbers depend on its name and size. At all levels, the kinds that it gets depend on its `index` too.
     """
     key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
     rows = []
@@ -147,7 +147,7 @@ def _cases(amount: Amount, index: int, window: int, seed: int, key: int) -> list
 
 
 def _window(photo: Pixels, side: int, draw: np.random.Generator) -> Pixels:
-    """Return the one with most detail of a few windows: where nothing is to be seen, no distortion shows either."""
+    """Draw a few windows and return the one with most detail: an empty sky shows no distortion."""
     windows = []
     for _ in range(TRIES):
         top, left = (int(draw.integers(length - side + 1)) for length in photo.shape[:2])

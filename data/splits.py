@@ -1,6 +1,6 @@
-"""Training, validation and test parts that share no content: split by reference, written down, read back.
+"""Training, validation and test parts that share no content. A split is drawn by reference, and kept in a file.
 
-An image without a known reference is its own content, and an image that is the reference of others goes with them.
+An image without a known reference is its own content. An image that is the reference of others goes with them.
 """
 
 import hashlib

@@ -26,7 +26,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--resume", is_flag=True, help="Go on with the scores in DIR.")
 @click.option("--force", is_flag=True, help="Start over if DIR holds scores.")
 @click.option("--crops", type=click.IntRange(1, 10_000), metavar="N", help="Crops per image. Default: the engine's.")
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="Of the noise.")
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="Seed of the noise.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Default: the CPUs this process may use.")
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Images scored at a time.")
 @click.option("--levels", type=click.IntRange(1), default=2, show_default=True, help="Quality levels of --gmad.")
@@ -41,8 +41,9 @@ def evaluate(
     """Compare scores with people's opinions: rank and linear correlation, by branch, distortion and level.
 
     DIR gets scores.jsonl, evaluation.json, evaluation.md (also on stdout) and scatter.png. PLCC is given raw and after
-    the 4-parameter logistic. References that a data set comes with are scored, too, to compare with. What iqa-run can
-    do beyond the options here, do with it and give --scores.
+    the 4-parameter logistic. If a data set has references, they are scored too, for comparison. iqa-run has more
+    options for scoring: use it, and give its results with --scores. SciPy and matplotlib are needed:
+    pip install 'diffiqa[train]'.
 
     \b
     Examples:
@@ -50,8 +51,8 @@ def evaluate(
       iqa-eval --scores scores.csv --labels labels.csv
       iqa-eval --gmad ours.jsonl theirs.csv
 
-    Between data sets, as in the paper's Table III: once for each data set, with the engine that another one trained,
-    without --split.
+    To test one data set's model on another, as in the paper's Table III: give the engine and the other data set, but
+    no --split.
 
     Exit codes: 0 all images have a score, 1 some have none, 2 nothing to evaluate, 130 interrupted (--resume goes on).
     """
@@ -86,7 +87,7 @@ _IDLE = {"--engine": ("levels",), "--scores": ("levels", *_SCORING), "--gmad": (
 
 
 def _refuse_idle(source: str) -> None:
-    """Refuse options that would change nothing: whoever gave one expects something of it."""
+    """Refuse options that would change nothing: whoever gives one expects an effect."""
     context = click.get_current_context()
     for parameter in context.command.params:
         name = parameter.name or ""

@@ -36,7 +36,7 @@ class LevelRow:
 
 @dataclass(frozen=True)
 class Originals:
-    """Comparisons of a distorted picture with its original; distortions that change nothing are left out."""
+    """How often an original has a higher score than its distorted version. Distortions without effect are left out."""
 
     compared: int
     higher: int  # the original has the higher score
@@ -50,7 +50,7 @@ class Originals:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that is found out about one set of scores. Correlations are of scores with labels turned higher-is-better."""
+    """All findings about one set of scores. For correlations, labels are turned so that higher is better."""
 
     data: str
     part: str | None  # of the split; None: the whole set
@@ -66,7 +66,7 @@ class Evaluation:
 
     @property
     def put_in_order(self) -> tuple[int, int]:
-        """For how many of the distortions with ordered levels the median reaches ORDERED, and how many these are."""
+        """How many distortions with ordered levels have a median of ORDERED or more, and how many there are."""
         ordered = [row for row in self.levels if row.ordered]
         return sum(abs(row.median) >= ORDERED - 1e-9 for row in ordered), len(ordered)  # 0.9 is no binary number
 

@@ -90,7 +90,7 @@ def _branches(path: Path, names: Mapping[str, str]) -> dict[str, dict[str, float
 def _matched(pictures: Mapping[str, Path], names: Iterable[str], where: Path) -> dict[str, str]:
     """Return what the score file calls each picture: its path, its name in the labels, or an end of either.
 
-    So scores need not have been made from the same folder. Raises DatasetError where two names would do.
+    So scores may have been made in another folder. Raises DatasetError where two names would fit.
     """
     spelt = {posixpath.normpath(name.replace("\\", "/")): name for name in names}
     found: dict[str, str] = {}

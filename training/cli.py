@@ -64,11 +64,11 @@ def _options(options: Sequence[Callable[[F], F]]) -> Callable[[F], F]:
 
 @click.group()
 def train() -> None:
-    """Train the restoring U-Net, the backbones, then the network that scores; make data for all three.
+    """Train the U-Net that restores, the backbones, then the network that scores; make data for all three.
 
     restore, pretrain and score run on the CPU, on a GPU, or in several processes: torchrun --nproc-per-node 2 -m --
-    diffiqa.cli train …. DIR gets log.csv, validation.csv, checkpoint.pt and, at the end, plot.png and
-    model.safetensors, which iqa-export takes.
+    diffiqa.cli train …. DIR gets log.csv, validation.csv and checkpoint.pt, and at the end plot.png and
+    model.safetensors, which iqa-export takes. Charts need matplotlib: pip install 'diffiqa[train]'.
     """
 
 
@@ -142,14 +142,14 @@ def score(quiet: bool, **given: Any) -> None:
 @train.command(cls=Command)
 @click.argument("sources", nargs=-1, type=_PATH, metavar="[SOURCE]...")
 @click.option("-o", "--output", type=_PATH, required=True, metavar="DIR", help="A new folder for the photographs.")
-@click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Of the split into parts.")
+@click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Seed of the split into parts.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 def photos(sources: tuple[Path, ...], output: Path, seed: int, quiet: bool) -> None:
     """Gather pristine photographs, split into train, validation and test.
 
     SOURCE is a Debian package (.deb) or a folder of photographs. Without any, wallpaper packages are fetched with
-    apt-get download: about 290 photographs, 350 MB. What is small, has hardly any detail, or shows what another
-    picture shows is left out, and named. photographs.csv says where each comes from and under which licence.
+    apt-get download: about 290 photographs, 350 MB. A picture is left out, and named, if it is small, has hardly any
+    detail, or shows the same as another. photographs.csv says where each comes from and under which licence.
 
     Exit codes: 0 done, 2 failed.
     """
@@ -175,19 +175,19 @@ def photos(sources: tuple[Path, ...], output: Path, seed: int, quiet: bool) -> N
 @click.option(
     "--one-level",
     is_flag=True,
-    help="Train on one level of each distortion, drawn: every picture shows something else, which pretraining wants.",
+    help="Train on one level of each distortion, which is drawn: pretraining wants pictures that differ.",
 )
 @click.option(
     "--held-out", type=(int, int), default=(1, 5), show_default=True, help="The same for validation and test."
 )
-@click.option("--side", type=int, default=176, show_default=True, help="Of the square windows, in pixels.")
-@click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Of windows and distortions.")
+@click.option("--side", type=int, default=176, show_default=True, help="Side of the square windows, in pixels.")
+@click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Seed of windows and distortions.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 def rate(folder: Path, output: Path, quiet: bool, **given: Any) -> None:
     """Make a rated data set from photographs: distort windows of them, let full-reference metrics rate the result.
 
-    The label is a pseudo-score between 0 and 1, the mean rank by HaarPSI, MDSI, GMSD and MS-SSIM among the training
-    part: nobody's opinion, but one that needs nobody. labels.csv and split.json are for `iqa-train score`.
+    The label is a pseudo-score between 0 and 1: the mean rank by HaarPSI, MDSI, GMSD and MS-SSIM among the training
+    part. It is nobody's opinion. labels.csv and split.json are for `iqa-train score`.
 
     \b
     Example:
@@ -240,7 +240,7 @@ def ablate(quiet: bool, **given: Any) -> None:
 def plot(runs: tuple[Path, ...], output: Path) -> None:
     """Draw loss, learning rate and validation of runs, unfinished ones too, over each other.
 
-    RUN is a folder of `iqa-train restore` or `iqa-train score`; a finished run has such a picture, plot.png.
+    RUN is a folder of `iqa-train restore`, pretrain or score. A finished run has such a picture already: plot.png.
 
     Exit codes: 0 done, 2 failed.
     """

@@ -1,7 +1,7 @@
-"""Teaching the two backbones what distortions look like, before the heads learn: what ImageNet is to the paper's.
+"""Teaching the two backbones what distortions look like, before the heads learn. The paper's come from ImageNet.
 
-The ViT and the ResNet see crops of distorted pictures alone. Each says through small heads of its own, which are thrown
-away, how the picture was distorted and how good it is. No restoration is needed, so they can see many pictures.
+The ViT and the ResNet see crops of distorted pictures. Each has two small heads, which are thrown away at the end: one
+says how the picture was distorted, the other how good it is. Nothing is restored, so there is time for many pictures.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,7 +46,7 @@ class Taught(nn.Module):
 
 
 class Backbones(nn.Module):
-    """What is taught of a model: its ViT, its ResNet, or both."""
+    """The backbones of a model that are trained: its ViT, its ResNet, or both."""
 
     def __init__(self, model: DiffV2IQA, config: PretrainConfig, classes: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Backbones(nn.Module):
 
 
 class PretrainTask:
-    """Crops of distorted pictures, and how far the backbones' verdicts are from the truth."""
+    """Crops of distorted pictures, and the error of what the backbones say of them."""
 
     kind = "pretrain"
 
@@ -152,9 +152,9 @@ def run_pretrain(
     cache: Path | None = None,
     conduct: Conduct = QUIETLY,
 ) -> Result:
-    """Train the backbones; write `model.safetensors`, of which `iqa-train score` takes them, and `plot.png`.
+    """Train the backbones; write `model.safetensors`, which `iqa-train score` takes them from, and `plot.png`.
 
-    `start` is a bundle whose backbones go on; what judges their features begins anew, as no bundle keeps it.
+    `start` is a bundle whose backbones are trained further. Their heads begin anew: no bundle keeps those.
     """
     asked = tuple(part for part, yes in (("vit", config.vit), ("resnet", config.resnet)) if yes)
     has = {"vit": config.model.vcg, "resnet": config.model.vda}

@@ -38,10 +38,9 @@ Steps = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Gain:
-    """What restoring did to held-out crops of one distortion: mean PSNR before and after, in dB.
+    """Mean PSNR of held-out crops of one distortion, before and after restoring, in dB.
 
-    Number and level 0: crops that were not distorted; they, and others that distorting left as they are, have no
-    `before_db` and no gain.
+    Number and level 0 are crops that were not distorted. Crops equal to their originals have no `before_db`, no gain.
     """
 
     number: int
@@ -136,14 +135,14 @@ def draw_level(draw: np.random.Generator, borders: npt.NDArray[np.float64]) -> f
 
 
 def drifting(side: int, strength: float, draw: np.random.Generator) -> npt.NDArray[np.float32]:
-    """Return a smooth error (3, side, side) of about that standard deviation: the crop's mean, its halves, quarters …
+    """Return a smooth random error (3, side, side) of about that standard deviation.
 
-    … down to waves of 16 to 32 pixels: with quarters alone, crops of 160×160 left those free to drift that crops of
-    64×64 had taught.
+    It is a sum of waves: one value for the crop, for each half, each quarter, and so on down to 16 to 32 pixels.
+    (With halves and quarters alone, crops of 160×160 left out the waves that crops of 64×64 had taught.)
 
-    White noise has nearly no long waves, so a U-Net reads those of x0 off y, even where the first steps of sampling,
-    which can hardly know x0, have put them there: colours drift, and stay. Where the noise has long waves of its own,
-    only the condition tells what x0 is like, and sampling mends what it got wrong.
+    Why: white noise has nearly no long waves. So a U-Net reads the long waves of x0 off y. But the first steps of
+    sampling put wrong ones there, because they hardly know x0: colours drift, and stay. If the noise has long waves of
+    its own, only the condition tells what x0 is like, and later steps correct the colours.
     """
     planes = np.zeros((3, side, side), np.float32)
     scales = [2**power for power in range(max(3, int(math.log2(side / LONG_WAVE)) + 1))]

@@ -1,6 +1,6 @@
-"""Teaching the quality network: crops at the same place of an image and of its restorations, against people's opinions.
+"""Teaching the quality network: it scores crops of an image and its restorations, and learns from people's opinions.
 
-The U-Net is not trained here. What it makes of every image is computed once and kept on disk as float16.
+The U-Net is not trained here. It restores every image once; the restorations are kept on disk as float16.
 """
 
 import hashlib
@@ -54,13 +54,13 @@ class Rated:
 
     path: Path
     quality: float
-    distortion: str = ""  # how it came about, where that is known; empty for an original
+    distortion: str = ""  # empty for an original, and where it is not known
 
 
 class Restorations:
-    """The restored kinds of whole images (kinds without `dis`, 3, H, W), float16 files named by what they depend on.
+    """The restorations of whole images, (kinds without `dis`, 3, H, W) float16. A file's name is a hash of its causes.
 
-    They are computed in float32 as `DiffV2IQA.score` does: on the image padded by reflection, cut back to its size.
+    They are computed in float32, as `DiffV2IQA.score` does: the image is padded by reflection, and the result cut back.
     """
 
     def __init__(self, model: DiffV2IQA, seed: int, cache: Path) -> None:
@@ -122,7 +122,7 @@ class Restorations:
         return restored
 
     def _by_onnxruntime(self) -> Callable[[FloatArray], FloatArray]:
-        """Return what does so on the CPU in half of PyTorch's time: the same stage that scoring will run."""
+        """Return what restores an image by the stage that scoring runs: on the CPU in half of PyTorch's time."""
         model, config = self._model, self._model.config
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "unet.onnx")
@@ -157,7 +157,7 @@ def restoration_key(pixels: Pixels, unet_digest: str, config: ModelConfig, seed:
 
 
 class ScoreTask:
-    """Crops of images and their restorations, and how far the network's scores are from the labels."""
+    """Crops of images and their restorations, and the error of the network's scores."""
 
     kind = "score"
 
@@ -310,9 +310,10 @@ def run_score(
     cache: Path | None = None,
     conduct: Conduct = QUIETLY,
 ) -> Result:
-    """Train both branches; write `model.safetensors`, the weights that were best on the validation part, `plot.png`.
+    """Train both branches; write the weights that validation found best to `model.safetensors`, and `plot.png`.
 
-    `start` is a bundle whose trained parts are taken over, `unet`, `vit` and `resnet` are for one part alone, and win.
+    `start` is a bundle: the run begins with its trained parts. `unet`, `vit` and `resnet` are bundles for one part
+    each; they win over `start`.
     """
     files: dict[Path, tuple[str, ...]] = {}
     if start:
@@ -362,7 +363,7 @@ def run_score(
 def prepared(
     rated: Sequence[Rated], cache: Path, crop: int, say: Callable[[str], None]
 ) -> tuple[Pictures, list[Rated]]:
-    """Return the pictures that can be used, at least a crop large, and what is known of each."""
+    """Return the pictures that can be used, and the labels of each. Those smaller than a crop are enlarged."""
     pictures = Pictures([r.path for r in rated], cache, min_side=crop, enlarge=True)
     for text in pictures.skipped:
         say(f"left out: {text}")
