@@ -1,6 +1,7 @@
 """The functions behind `iqa-train`: what they are given reaches the run, and what a run says reaches the caller."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 from diffiqa.data.rate import Amount
 from diffiqa.data.splits import Split
 from diffiqa.engine.codec import encode
+from diffiqa.errors import BackendError
 from diffiqa.tests.tiny import TINY
 from diffiqa.training import api
 from diffiqa.training.cli import train
@@ -145,3 +147,16 @@ def test_rating_has_its_amounts_for_training_and_for_what_is_held_out(tmp_path: 
         "validation",
         "test",
     ]
+
+
+@pytest.mark.parametrize("command", ["restore", "pretrain", "score", "ablate"])
+def test_a_missing_matplotlib_ends_a_run_before_it_begins(
+    command: str, config: Path, labels: Path, tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run ends with a chart: hours later, the error would come too late."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    data = [labels.parent / "photos"] if command == "restore" else labels
+    options: dict[str, Any] = {"recipes": [config]} if command == "ablate" else {}
+    with pytest.raises(BackendError, match=r"pip install 'diffiqa\[train\]'"):
+        getattr(api, command)(config, tmp_path / "out", data=data, **options)
+    assert not calls
