@@ -208,11 +208,6 @@ def fit_pseudo_scale(table: Array) -> PseudoScale:
     return PseudoScale(len(table), quantiles)
 
 
-def pseudo_score(reference: Picture, image: Picture, scale: PseudoScale) -> float:
-    """Return the pseudo-score of one picture against its original: see PseudoScale for what it means."""
-    return float(scale.scores(measure(reference, image)[None])[0])
-
-
 def _columns(table: Array, count: int) -> Array:
     if table.ndim != 2 or table.shape[1] != count:
         raise DatasetError(f"a table of {count} metrics per picture is needed, not one of shape {table.shape}")
