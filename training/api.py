@@ -59,12 +59,10 @@ def restore(
     `start` is a bundle whose U-Net the run begins with. `output` gets log.csv, validation.csv, checkpoint.pt, plot.png,
     gains.csv and model.safetensors.
     """
-    from ..evaluation.charts import require_matplotlib
     from ..runtime.inputs import find_images
     from .config import RestoreConfig, read_config
     from .restore import run_restore
 
-    require_matplotlib()
     found = read_config(RestoreConfig, Path(config))
     photos, others = (find_images(map(str, folders)) for folders in (data, held_out))
     if both := {path.resolve() for path in photos} & {path.resolve() for path in others}:
@@ -93,12 +91,11 @@ def pretrain(
     `data` is a CSV file, or the folder of the published data set that `dataset` names; `split` a file with its parts.
     Without one, parts are drawn from the configuration's seed and written to split.json in `output`.
     """
-    from ..evaluation.charts import require_matplotlib
     from .config import PretrainConfig, read_config
     from .pretrain import run_pretrain
 
-    require_matplotlib()
     found = read_config(PretrainConfig, Path(config))
+    conduct = _conduct(found, device, say, resume=resume, threads=threads)
     parts = _parts(data, dataset, split, found.seed, Path(output), ("validation",), lower_better=lower_better)
     return run_pretrain(
         found,
@@ -107,7 +104,7 @@ def pretrain(
         Path(output),
         start=_path(start),
         cache=_path(cache),
-        conduct=_conduct(found, device, say, resume=resume, threads=threads),
+        conduct=conduct,
     )
 
 
@@ -134,12 +131,11 @@ def score(
     `data`, `dataset` and `split` are as in `pretrain`. `start` is a bundle to begin with. `unet`, `vit` and `resnet`
     are bundles for one part each; they win over `start`.
     """
-    from ..evaluation.charts import require_matplotlib
     from .config import ScoreConfig, read_config
     from .score import run_score
 
-    require_matplotlib()
     found = read_config(ScoreConfig, Path(config))
+    conduct = _conduct(found, device, say, resume=resume, threads=threads)
     parts = _parts(data, dataset, split, found.seed, Path(output), ("validation",), lower_better=lower_better)
     return run_score(
         found,
@@ -151,7 +147,7 @@ def score(
         resnet=_path(resnet),
         start=_path(start),
         cache=_path(cache),
-        conduct=_conduct(found, device, say, resume=resume, threads=threads),
+        conduct=conduct,
     )
 
 
@@ -178,14 +174,13 @@ def ablate(
     `recipes` are TOML files, or folders of them: each holds what it changes in the configuration. The rest is as in
     `score`.
     """
-    from ..evaluation.charts import require_matplotlib
     from .ablate import ablate_recipes, read_recipes
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("ablate is one process; under torchrun, give each recipe's configuration to iqa-train score")
-    require_matplotlib()
     configs = read_recipes(Path(config), [Path(recipe) for recipe in recipes])
     first = next(iter(configs.values()))
+    conduct = _conduct(first, device, say, resume=resume, threads=threads)
     held_out = ("validation", "test")
     return ablate_recipes(
         configs,
@@ -195,7 +190,7 @@ def ablate(
         vit=_path(vit),
         resnet=_path(resnet),
         cache=_path(cache),
-        conduct=_conduct(first, device, say, resume=resume, threads=threads),
+        conduct=conduct,
     )
 
 
@@ -256,8 +251,11 @@ def _path(file: File | None) -> Path | None:
 
 
 def _conduct(config: "RunConfig", device: str | None, say: Say, *, resume: bool, threads: int) -> "Conduct":
+    """Return how a run is carried out. It ends with a chart, so a missing matplotlib is told now."""
+    from ..evaluation.charts import require_matplotlib
     from .loop import Conduct
 
+    require_matplotlib()
     steps = config.optimisation.steps
 
     def progress(step: int, loss: float, rate: float) -> None:
