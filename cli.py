@@ -5,9 +5,10 @@ import click
 from . import __version__
 from .bench.cli import bench
 from .calibration.cli import calibrate, quantise
+from .evaluation.cli import evaluate
 from .export.cli import build, convert, export
 from .runtime.command.cli import run
-from .training.cli import evaluate, train
+from .training.cli import train
 from .verify.cli import verify
 
 

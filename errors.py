@@ -5,11 +5,11 @@ DiffiqaError
 ├── CheckpointError   a weights file that cannot be read, or does not fit its configuration
 ├── EngineError       an engine directory that is missing, damaged, foreign or already there
 ├── ExportError       a stage that could not be exported, or disagrees with PyTorch
-├── BackendError      a runtime library that is missing or refuses a stage
+├── BackendError      a library that is missing, or refuses a stage
 ├── ImageError        one image that cannot be scored
 ├── OutputError       a result that cannot be written
 ├── UsageError        options that contradict each other
-├── DatasetError      (data/datasets.py) a data set, a split or a score table that cannot be used
+├── DatasetError      a data set, a split or a table of scores that cannot be used
 └── TrainingError     (training/loop.py) a training run that cannot go on
 """
 
@@ -37,7 +37,7 @@ class ExportError(DiffiqaError):
 
 
 class BackendError(DiffiqaError):
-    """A runtime library that is missing or refuses a stage."""
+    """A library that is missing, or refuses a stage."""
 
 
 class ImageError(DiffiqaError):
@@ -52,6 +52,10 @@ class OutputError(DiffiqaError):
 
 class UsageError(DiffiqaError):
     """Options that contradict each other."""
+
+
+class DatasetError(DiffiqaError):
+    """A data set, a split or a table of scores that cannot be used."""
 
 
 def first_line(exc: BaseException) -> str:

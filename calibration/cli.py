@@ -87,7 +87,7 @@ def calibrate(
         with replacing(fp16_plan) as stream:
             stream.write(plan.to_json().encode())
     if plot:
-        from ..training.plot import save
+        from ..evaluation.charts import save
         from .plot import draw_ranges
 
         save(draw_ranges(statistics), plot)

@@ -1,26 +1,31 @@
-"""The U-Net's ranges over the steps of the loop as PNG, so that one sees where the schedule moves them."""
+"""The U-Net's ranges over the steps of the loop as a chart: it shows where the schedule moves them."""
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import PIL.Image
 
 from ..engine.manifest import StageName
 from ..errors import UsageError
-from ..training.plot import COLOURS, GRID, HEIGHT, WIDTH, Axis, Canvas, draw_legend, make_axis
+from ..evaluation.charts import FAINT, add_legend, colour, panels
 from . import ranges
 from .statistics import StageStatistics, Statistics
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 NAMED = 5  # tensors: as many as can be told apart
 PERCENTILE = 99.9
-FAINT = tuple((3 * value + 110) // 4 for value in GRID)
+SMALLEST = 2.0**-26  # magnitudes below it are drawn there: a logarithmic axis has no 0
 _MAGNITUDES = np.abs(ranges.CENTRES)
 _ORDER = np.argsort(_MAGNITUDES, kind="stable")
 
 Table = npt.NDArray[np.float64]  # (tensors, steps)
 
 
-def draw_ranges(statistics: Statistics) -> PIL.Image.Image:
-    """Draw two panels, percentile 99.9 and maximum of every tensor's magnitudes, and name those that move the most.
+def draw_ranges(statistics: Statistics) -> "Figure":
+    """Draw percentile 99.9 and maximum of every tensor's magnitudes; name the tensors that move the most.
 
     Raises UsageError if there is nothing to draw.
     """
@@ -35,16 +40,15 @@ def draw_ranges(statistics: Statistics) -> PIL.Image.Image:
     high, largest = high[seen], largest[seen]
     moved = high.max(axis=1) / high.min(axis=1)
     named = _most_moved(high, moved)
-    legend = draw_legend([f"{tensors[row]}: {moved[row]:.0f}-fold" for row in named])
-    panels = [
-        _panel(f"U-Net, {len(tensors)} tensors: p{PERCENTILE} of magnitudes by step", high, named),
-        _panel("The same: largest magnitude by step", largest, named),
+    titles = [
+        f"U-Net, {len(tensors)} tensors: p{PERCENTILE} of magnitudes by step",
+        "The same: largest magnitude by step",
     ]
-    sheet = PIL.Image.new("RGB", (2 * WIDTH, legend.height + HEIGHT), "white")
-    sheet.paste(legend)
-    for index, panel in enumerate(panels):
-        sheet.paste(panel, (index * WIDTH, legend.height))
-    return sheet
+    figure, axes_of = panels(titles)
+    for axes, values in zip(axes_of, (high, largest), strict=True):
+        _draw(axes, np.maximum(values, SMALLEST), named)
+    add_legend(figure, [f"{tensors[row]}: {moved[row]:.0f}-fold" for row in named])
+    return figure
 
 
 def magnitudes(stage: StageStatistics) -> tuple[Table, Table]:
@@ -68,15 +72,13 @@ def _most_moved(high: Table, moved: Table) -> list[int]:
     return named
 
 
-def _panel(title: str, values: Table, named: list[int]) -> PIL.Image.Image:
-    canvas = Canvas(WIDTH, HEIGHT, title, "step: noise on the left, the restored image on the right", "")
-    values = np.maximum(values, 2.0**-26)
-    steps = values.shape[1]
-    x = Axis(max(1, steps - 1), 0, tuple(range(0, steps, max(1, steps // 5))))  # as the loop runs
-    y = make_axis([float(values.min()), float(values.max())], logarithmic=True)
-    canvas.axes(x, y)
-    for row in [row for row in range(len(values)) if row not in named] + named[::-1]:
-        colour = COLOURS[named.index(row)] if row in named else FAINT
-        places = [(x.place(step), y.place(float(value))) for step, value in enumerate(values[row])]
-        canvas.line(places, (colour[0], colour[1], colour[2]), 2.2 if row in named else 0.8)
-    return canvas.finish()
+def _draw(axes: "Axes", values: Table, named: list[int]) -> None:
+    """Draw a line for every tensor; those that have a name lie on top."""
+    axes.set_yscale("log")
+    axes.set_xlabel("step: noise on the left, the restored image on the right")
+    axes.set_xlim(max(1, values.shape[1] - 1), 0)  # as the loop runs
+    for row, line in enumerate(values):
+        if row not in named:
+            axes.plot(line, color=FAINT, linewidth=0.8)
+    for place, row in reversed(list(enumerate(named))):
+        axes.plot(values[row], color=colour(place), linewidth=2.2)

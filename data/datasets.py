@@ -1,8 +1,8 @@
-"""Data sets with opinions about quality, read from the folders they are published as, and any CSV of one's own.
+"""Data sets with opinions about quality: published ones, read from their folders, and any CSV file.
 
-Labels are taken as published and once more brought to [0, 1], higher is better, by one line for the whole set (never
-one per split). Names are matched without case. A set is read whole or not at all: labels without images, images
-without labels, or another number of labels than published are errors that name the first few.
+Each image has its label as published, and its quality: the label brought to [0, 1], higher is better, by one straight
+line for the whole set. Names are matched without case. A set is read whole or not at all. Labels without images, images
+without labels, and another number of labels than published are errors, which name the first few.
 """
 
 import math
@@ -14,13 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DiffiqaError
+from ..errors import DatasetError, UsageError
 from .distortions import DISTORTIONS
-from .labelfiles import read_csv, read_lines, read_mat, read_xlsx
-
-
-class DatasetError(DiffiqaError):
-    """A data set, a split of it or a table of its scores that cannot be used."""
+from .labelfiles import read_csv, read_lines, read_mat, read_sheet
 
 
 @dataclass(frozen=True)
@@ -87,6 +83,19 @@ class Published:
     higher_is_better: bool
 
 
+def read_labels(
+    path: Path, name: str | None = None, *, lower_is_better: bool = False, need_files: bool = True
+) -> Dataset:
+    """Read the published data set called `name` from its folder; without a name, a CSV file. Raises DatasetError."""
+    if name is None and path.is_dir():
+        raise UsageError(f"{path} is a folder: say with --dataset which data set it holds, or give a CSV file")
+    if name is None:
+        return load_csv(path, lower_is_better=lower_is_better, need_files=need_files)
+    if lower_is_better:
+        raise UsageError("--lower-better is for CSV files: a published data set's direction is known")
+    return load(name, path)
+
+
 def load(name: str, root: Path) -> Dataset:
     """Read one of the PUBLISHED data sets from the folder it was unpacked to. Raises DatasetError."""
     if name not in PUBLISHED:
@@ -109,8 +118,8 @@ def load(name: str, root: Path) -> Dataset:
 def load_csv(path: Path, *, lower_is_better: bool = False, need_files: bool = True) -> Dataset:
     """Read a CSV file with the columns image, score and, where known, reference, distortion and level.
 
-    Paths in it start at its folder. Its `reference` is a file if it ends like one (.png …), otherwise just a
-    name for the content. Whoever has no use for the pictures themselves does not `need_files`. Raises DatasetError.
+    Paths in it start at its folder. A `reference` is a file if it ends like one (.png …), and else a name for the
+    content. Unless `need_files`, pictures need not exist. Raises DatasetError.
     """
     root = path.parent
     rows, images, references = [], {}, {}
@@ -218,27 +227,22 @@ CSIQ_TYPES = {  # in the spreadsheet: in names of folders and files
 
 
 def _csiq(root: Path) -> _Content:
-    label_file = _first_file(root, "csiq.DMOS.xlsx")
-    table = _parsed(read_xlsx, label_file, "all_by_image")
-    wanted = ("image", "dst_type", "dst_lev", "dmos")
-    headings = [{str(text).strip().lower(): column for column, text in cells.items()} for cells in table[:10]]
-    start = next((at for at, names in enumerate(headings) if set(wanted) <= set(names)), None)
-    if start is None:  # in the published file it is row 4, below a title
-        raise DatasetError(f"{label_file} has no row with the headings {', '.join(wanted)}")
-    columns = headings[start]
+    if _find(root, "csiq.DMOS.csv") is None and _find(root, "csiq.DMOS.xlsx"):
+        raise DatasetError(
+            f"{root} has its labels in csiq.DMOS.xlsx, and this reads CSV: open it, and save its sheet all_by_image as "
+            f"csiq.DMOS.csv beside it"
+        )
+    label_file = _first_file(root, "csiq.DMOS.csv")
     rows = []
-    for cells in table[start + 1 :]:
-        image, kind, level, label = (cells.get(columns[name], "") for name in wanted)
-        if label == "":
+    for cells in _parsed(read_sheet, label_file, "image", "dst_type", "dst_lev", "dmos"):
+        if not cells.get("dmos"):
             continue
-        if str(kind).strip().lower() not in CSIQ_TYPES:
-            raise DatasetError(f"{label_file} has the unknown distortion {kind!r}")
-        folder = CSIQ_TYPES[str(kind).strip().lower()]
-        # One of the images is called 1600, which the spreadsheet holds as a number.
-        content = f"{image:g}" if isinstance(image, float) else image.strip().lower()
-        degree = int(_number(level, str(label_file)))
+        folder = CSIQ_TYPES.get(cells["dst_type"].lower())
+        if folder is None:
+            raise DatasetError(f"{label_file} has the unknown distortion {cells['dst_type']!r}")
+        content, degree = cells["image"].lower(), int(_number(cells["dst_lev"], str(label_file)))
         name = f"{folder}/{content}.{folder}.{degree}.png"
-        rows.append(_Row(name, _number(label, str(label_file)), f"{content}.png", folder, degree))
+        rows.append(_Row(name, _number(cells["dmos"], str(label_file)), f"{content}.png", folder, degree))
     return _Content(label_file.name, rows, _images(root, "dst_imgs"), _images(root, "src_imgs"))
 
 

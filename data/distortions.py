@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from .extra import load_extra
+
 FloatImage = npt.NDArray[np.float32]  # (height, width, 3), RGB, [0, 1]
 _Bytes = npt.NDArray[np.uint8]
 _Apply = Callable[[FloatImage, float, np.random.Generator], FloatImage]
@@ -86,23 +88,12 @@ def _convolve(image: FloatImage, kernel: npt.NDArray[np.float64]) -> FloatImage:
     padded = np.pad(image, ((reach, reach), (reach, reach), (0, 0)), mode="symmetric").transpose(2, 0, 1)
     # The product of spectra wraps around at the edges of the padding, which are as wide as the kernel reaches: what is
     # wrong is cut off again.
-    size = (_fast_length(padded.shape[1]), _fast_length(padded.shape[2]))
+    fast_length = load_extra("scipy.fft").next_fast_len
+    size = (fast_length(padded.shape[1], real=True), fast_length(padded.shape[2], real=True))
     spectrum = np.fft.rfft2(padded, size) * np.fft.rfft2(kernel.astype(np.float32), size)
     whole = np.fft.irfft2(spectrum, size)
     cut = whole[:, 2 * reach : 2 * reach + height, 2 * reach : 2 * reach + width]
     return np.ascontiguousarray(cut.transpose(1, 2, 0), dtype=np.float32)
-
-
-def _fast_length(length: int) -> int:
-    """The next length without prime factors above 5, for which the Fourier transform is fast."""
-    while True:
-        rest = length
-        for prime in (2, 3, 5):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return length
-        length += 1
 
 
 def _gaussian(sigma: float) -> npt.NDArray[np.float64]:

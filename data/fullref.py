@@ -20,8 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine.codec import decode, encode
-from ..errors import ImageError
-from .datasets import DatasetError
+from ..errors import DatasetError, ImageError
 
 Array = npt.NDArray[np.float64]
 Picture = npt.NDArray[Any]  # (H, W, 3), float, RGB in [0, 1]
@@ -207,11 +206,6 @@ def fit_pseudo_scale(table: Array) -> PseudoScale:
         for metric, column in zip(METRICS, columns, strict=True)
     )
     return PseudoScale(len(table), quantiles)
-
-
-def pseudo_score(reference: Picture, image: Picture, scale: PseudoScale) -> float:
-    """Return the pseudo-score of one picture against its original: see PseudoScale for what it means."""
-    return float(scale.scores(measure(reference, image)[None])[0])
 
 
 def _columns(table: Array, count: int) -> Array:

@@ -1,19 +1,20 @@
-"""Training, validation and test parts that share no content: split by reference, written down, read back.
+"""Training, validation and test parts that share no content. A split is drawn by reference, and kept in a file.
 
-An image without a known reference is its own content, and an image that is the reference of others goes with them.
+An image without a known reference is its own content. An image that is the reference of others goes with them.
 """
 
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from ..engine.atomic import replacing
 from ..engine.codec import decode, encode
-from .datasets import Dataset, DatasetError, Item
+from ..errors import DatasetError
+from .datasets import Dataset, Item
 
 SCHEMA_VERSION = 1
 DEFAULT_RATIOS = {"train": 0.7, "validation": 0.1, "test": 0.2}
@@ -44,13 +45,10 @@ class Split:
 
     def write(self, path: Path) -> None:
         """Write the split as JSON, whole or not at all. Raises DatasetError."""
-        temporary = path.with_name(path.name + ".new")
+        text = json.dumps(encode(self), indent=1, ensure_ascii=False) + "\n"
         try:
-            with temporary.open("w", encoding="utf-8") as stream:
-                stream.write(json.dumps(encode(self), indent=1, ensure_ascii=False) + "\n")
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(path)
+            with replacing(path) as stream:
+                stream.write(text.encode())
         except OSError as exc:
             raise DatasetError(f"the split {path} cannot be written: {exc.strerror}") from exc
 

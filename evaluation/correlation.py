@@ -1,61 +1,30 @@
-"""How well scores agree with labels, the way image quality papers count it.
+"""How well scores agree with labels, the way papers on image quality count it.
 
-`scores` are what a model says, `labels` what it should say, in the same order; both point the same way (turn labels
-that are better when lower before). Everything that cannot be correlated raises DatasetError.
+`scores` are what a model says, `labels` what it should say, in the same order. Both must point the same way: negate
+labels that are better when lower. What cannot be correlated raises DatasetError.
 """
 
-import bisect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from ..data.datasets import DatasetError
-from ..data.labelfiles import read_csv
-from ..errors import OutputError
-from ..runtime.command.recordfile import read_records
-from ..runtime.command.records import Format
-
-Array = npt.NDArray[np.float64]
-Values = Sequence[float] | npt.NDArray[np.floating]
+from ..data.extra import load_extra
+from ..engine.agreement import Array, Values, paired, pearson, plcc, srcc, varied
+from ..errors import DatasetError
 
 LOGISTIC_MIN = 5  # four parameters run through any four points
-LOGISTIC_STEPS = 500
-
-
-def srcc(scores: Values, labels: Values) -> float:
-    """Return Spearman's rank correlation; equal values share the mean of their ranks."""
-    x, y = _varied(scores, labels)
-    return _pearson(_ranks(x), _ranks(y))
-
-
-def plcc(scores: Values, labels: Values) -> float:
-    """Return Pearson's linear correlation of the values as they are."""
-    return _pearson(*_varied(scores, labels))
 
 
 def krcc(scores: Values, labels: Values) -> float:
     """Return Kendall's rank correlation (tau-b: corrected for equal values)."""
-    x, y = _varied(scores, labels)
-    order = np.lexsort((y, x))  # among equal scores labels ascend: such pairs never count as discordant
-    discordant = 0
-    seen: list[float] = []
-    for place, label in enumerate(y[order].tolist()):
-        position = bisect.bisect_right(seen, label)
-        discordant += place - position
-        seen.insert(position, label)
-    pairs = math.comb(len(x), 2)
-    tied_x, tied_y, tied_both = _tied_pairs(x), _tied_pairs(y), _tied_pairs(np.stack([x, y], axis=1))
-    difference = pairs - tied_x - tied_y + tied_both - 2 * discordant
-    return float(difference / math.sqrt(pairs - tied_x) / math.sqrt(pairs - tied_y))
+    return float(load_extra("scipy.stats").kendalltau(*varied(scores, labels)).statistic)
 
 
 def rmse(scores: Values, labels: Values) -> float:
     """Return the root mean square difference; it means something only where both have one scale."""
-    x, y = _pair(scores, labels)
+    x, y = paired(scores, labels)
     return float(np.sqrt(np.mean((x - y) ** 2)))
 
 
@@ -76,27 +45,25 @@ class Logistic:
 
 
 def fit_logistic(scores: Values, labels: Values) -> Logistic:
-    """Fit the curve by least squares from b1 = max y, b2 = min y, b3 = mean x, b4 = std x / 4.
+    """Fit the curve by least squares, from b1 = max y, b2 = min y, b3 = mean x, b4 = std x / 4.
 
-    From there alone, few points and falling ones can end in a poor local minimum, so the descent also begins from
-    b4 = std x and from the falling counterparts of both; the best of the four is returned. Raises DatasetError for
-    fewer than five points.
+    This one start can end in a poor local minimum: where points are few, or fall. So there are four starts: b4 = std x
+    too, and both with a minus. The best end is returned. Raises DatasetError for fewer than five points.
     """
-    x, y = _varied(scores, labels)
+    x, y = varied(scores, labels)
     if len(x) < LOGISTIC_MIN:
         raise DatasetError(f"a logistic of 4 parameters is fitted to {LOGISTIC_MIN} points and more, not to {len(x)}")
     # Both axes are brought to the size of 1 first; the curve's family and the least squares are the same there.
     centre, width, bottom, height = x.mean(), x.std(), y.min(), np.ptp(y)
     x, y = (x - centre) / width, (y - bottom) / height
-    starts = [np.array([1, 0, 0, b4]) for b4 in (0.25, 1, -0.25, -1)]
-    b1, b2, b3, b4 = min((_descend(start, x, y) for start in starts), key=lambda found: found[1])[0].tolist()
-    b1, b2, b3, b4 = b1 * height + bottom, b2 * height + bottom, b3 * width + centre, b4 * width
-    return Logistic(float(b1), float(b2), float(b3), float(b4))
+    found = [_descend(start, x, y) for start in (0.25, 1, -0.25, -1)]
+    best = min(found, key=lambda curve: float(np.sum((curve(x) - y) ** 2)))
+    return Logistic(best.b1 * height + bottom, best.b2 * height + bottom, best.b3 * width + centre, best.b4 * width)
 
 
 def plcc_logistic(scores: Values, labels: Values) -> float:
     """Return Pearson's linear correlation of labels with the scores laid on them by the fitted logistic."""
-    return _pearson(fit_logistic(scores, labels)(scores), np.asarray(labels, np.float64))
+    return pearson(fit_logistic(scores, labels)(scores), np.asarray(labels, np.float64))
 
 
 @dataclass(frozen=True)
@@ -120,7 +87,7 @@ def correlate(scores: Values, labels: Values) -> Correlation:
         images=len(scores),
         srcc=srcc(scores, labels),
         plcc=linear,
-        plcc_logistic=None if after is None else _pearson(after, np.asarray(labels, np.float64)),
+        plcc_logistic=None if after is None else pearson(after, np.asarray(labels, np.float64)),
         krcc=krcc(scores, labels),
         rmse_logistic=None if after is None else rmse(after, labels),
     )
@@ -141,7 +108,7 @@ def per_group(scores: Values, labels: Values, groups: Sequence[str]) -> tuple[Gr
 
     A group that cannot be correlated has a reason in place of figures; NaN anywhere is an error all the same.
     """
-    x, y = _pair(scores, labels)
+    x, y = paired(scores, labels)
     if len(groups) != len(x):
         raise DatasetError(f"{len(x)} scores have {len(groups)} group names")
     members: dict[str, list[int]] = {}
@@ -156,140 +123,14 @@ def per_group(scores: Values, labels: Values, groups: Sequence[str]) -> tuple[Gr
     return tuple(rows)
 
 
-def read_scores(path: Path, column: str = "score") -> dict[str, float]:
-    """Return the scores by image of a file that `iqa-run` wrote (.jsonl, .json, .csv) or of any CSV image,score.
+def _descend(start: float, x: Array, y: Array) -> Logistic:
+    """Return the least squares below b1 = 1, b2 = 0, b3 = 0, b4 = `start`; b4 keeps its sign."""
 
-    `column` may also be one of the branches, vcg or vda. Images without a score (failed ones) are left out, and so are
-    all where the file has no such branch. Raises DatasetError.
-    """
-    try:
-        if path.suffix.lower() == ".csv":
-            rows = read_csv(path, "image", "score")
-            found = [(row["image"], float(row[column])) for row in rows if row.get(column)]
-        elif path.suffix.lower() in {".jsonl", ".json"}:
-            records, _ = read_records(path, Format(path.suffix.lower()[1:]))
-            values = [(record.image, getattr(record, column)) for record in records]
-            found = [(image, value) for image, value in values if value is not None]
-        else:
-            raise DatasetError(f"the score file {path} must be called .jsonl, .json or .csv")
-    except (OutputError, ValueError, OSError) as exc:
-        raise DatasetError(f"the score file {path} cannot be read: {exc}") from exc
-    scores = dict(found)
-    if len(scores) < len(found):
-        raise DatasetError(f"the score file {path} has {len(found) - len(scores)} images twice")
-    return scores
+    def curve(b: Array) -> Logistic:
+        # 0 is no slope, and e¹⁴ as good as infinite: the curve of a step, and of a straight line.
+        return Logistic(b[0], b[1], b[2], math.copysign(math.exp(np.clip(b[3], -14, 14)), start))
 
-
-@dataclass(frozen=True)
-class GmadPair:
-    """Two images that the fixed model finds about equal and the other one does not."""
-
-    level: float  # of the fixed model's score, as a quantile of all images
-    better: str  # the image that the other model prefers
-    worse: str
-    fixed: tuple[float, float]  # the fixed model's scores of better, worse
-    other: tuple[float, float]  # the other model's
-
-
-def gmad_pairs(
-    fixed: Mapping[str, float], other: Mapping[str, float], levels: int, window: float = 0.02
-) -> tuple[GmadPair, ...]:
-    """Return, for evenly spaced levels of the fixed model, the pair there on which the other differs most.
-
-    `fixed` and `other` map the same images to scores; a level consists of the share `window` of images (two at least)
-    that stand around it when sorted by the fixed model. Call it both ways round for the paper's two figures.
-    """
-    if different := sorted(set(fixed) ^ set(other)):
-        raise DatasetError(
-            f"{len(different)} images have a score in one file only: {', '.join(different[:3])}"
-            f"{' …' if len(different) > 3 else ''}"
-        )
-    if not 1 <= levels <= len(fixed) // 2:
-        raise DatasetError(f"{len(fixed)} images have room for 1 to {len(fixed) // 2} levels, not {levels}")
-    if not 0 < window <= 1:
-        raise DatasetError(f"the window is a share of the images between 0 and 1, not {window}")
-    images = sorted(fixed, key=lambda image: (fixed[image], image))
-    _pair([fixed[image] for image in images], [other[image] for image in images])
-    size = max(2, round(window * len(images)))
-    pairs = []
-    for index in range(levels):
-        level = (index + 0.5) / levels
-        first = min(max(0, round(level * len(images) - size / 2)), len(images) - size)
-        near = images[first : first + size]
-        worse, better = min(near, key=other.__getitem__), max(near, key=other.__getitem__)
-        if other[worse] == other[better]:
-            raise DatasetError(f"the other model gives one score to all {size} images around level {level:.2f}")
-        pairs.append(
-            GmadPair(level, better, worse, (fixed[better], fixed[worse]), (other[better], other[worse])),
-        )
-    return tuple(pairs)
-
-
-def _pair(scores: Values, labels: Values) -> tuple[Array, Array]:
-    x, y = np.asarray(scores, np.float64), np.asarray(labels, np.float64)
-    if x.ndim != 1 or x.shape != y.shape:
-        raise DatasetError(f"scores of shape {x.shape} cannot be compared with labels of shape {y.shape}")
-    for name, values in (("scores", x), ("labels", y)):
-        if bad := np.flatnonzero(~np.isfinite(values)).tolist():
-            raise DatasetError(f"{len(bad)} of {len(x)} {name} are NaN or infinite, the first at index {bad[0]}")
-    if len(x) < 2:
-        raise DatasetError(f"correlation needs two images at least, not {len(x)}")
-    return x, y
-
-
-def _varied(scores: Values, labels: Values) -> tuple[Array, Array]:
-    x, y = _pair(scores, labels)
-    for name, values in (("scores", x), ("labels", y)):
-        if np.ptp(values) == 0:
-            raise DatasetError(f"all {len(values)} {name} are {values[0]:g}: there is nothing to correlate")
-    return x, y
-
-
-def _pearson(x: Array, y: Array) -> float:
-    x, y = x - x.mean(), y - y.mean()
-    x, y = x / np.abs(x).max(), y / np.abs(y).max()  # squares neither overflow nor vanish
-    return float(np.clip(x @ y / np.sqrt((x @ x) * (y @ y)), -1, 1))
-
-
-def _ranks(values: Array) -> Array:
-    _, where, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: Array = (np.cumsum(counts) - (counts - 1) / 2)[where]
-    return ranks
-
-
-def _tied_pairs(values: Array) -> int:
-    _, counts = np.unique(values, axis=0, return_counts=True)
-    return int((counts * (counts - 1) // 2).sum())
-
-
-def _descend(b: Array, x: Array, y: Array) -> tuple[Array, float]:
-    """Return the Levenberg–Marquardt minimum below `b`, and its sum of squares."""
-    curve, jacobian = _logistic(b, x)
-    cost, damping = float(np.sum((y - curve) ** 2)), 1e-2
-    for _ in range(LOGISTIC_STEPS):
-        hessian = jacobian.T @ jacobian
-        # The floor keeps a parameter where it is that has no influence any more (a step between two points).
-        damped = hessian + damping * np.diag(np.maximum(np.diag(hessian), 1e-9))
-        step = np.linalg.solve(damped, jacobian.T @ (y - curve))
-        trial = b + step
-        trial[3] = np.copysign(max(abs(trial[3]), 1e-6), b[3])  # never through 0, where the curve is not defined
-        trial_curve, trial_jacobian = _logistic(trial, x)
-        trial_cost = float(np.sum((y - trial_curve) ** 2))
-        if trial_cost < cost:
-            settled = bool(np.all(np.abs(step) <= 1e-9 * (1 + np.abs(b))))
-            b, curve, jacobian, cost, damping = trial, trial_curve, trial_jacobian, trial_cost, damping / 5
-            if settled:
-                break
-        elif damping > 1e12:
-            break
-        else:
-            damping *= 4
-    return b, cost
-
-
-def _logistic(b: Array, x: Array) -> tuple[Array, Array]:
-    """Return the curve and its derivatives (points, 4)."""
-    z = (x - b[2]) / b[3]
-    share = (1 + np.tanh(z / 2)) / 2
-    slope = (b[0] - b[1]) * share * (1 - share) / b[3]
-    return b[1] + (b[0] - b[1]) * share, np.stack([share, 1 - share, -slope, -slope * z], axis=1)
+    begin = [1, 0, 0, math.log(abs(start))]
+    least_squares = load_extra("scipy.optimize").least_squares
+    found = least_squares(lambda b: curve(b)(x) - y, begin, method="lm", ftol=1e-14, xtol=1e-10, gtol=1e-14)
+    return curve(found.x)

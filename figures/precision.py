@@ -41,9 +41,9 @@ from diffiqa.calibration.quantise import Recipe, quantise_engine, quantise_stage
 from diffiqa.calibration.statistics import Recorder, StageStatistics, collect, watched
 from diffiqa.data.datasets import Item, load_csv
 from diffiqa.data.splits import Split
+from diffiqa.engine.agreement import plcc, srcc
 from diffiqa.engine.manifest import EngineDirectory, Library, Precision, StageName, open_engine
 from diffiqa.errors import DiffiqaError
-from diffiqa.evaluation.correlation import plcc, srcc
 from diffiqa.export.engine import export_engine, one_image
 from diffiqa.export.macs import macs_by_node
 from diffiqa.export.precision import PrecisionPlan

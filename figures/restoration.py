@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from diffiqa.data.datasets import load_csv
+from diffiqa.data.pictures import Pictures
+from diffiqa.data.rate import LABELS, SPLIT
 from diffiqa.data.splits import Split
+from diffiqa.engine.pixels import to_pixels
 from diffiqa.model.checkpoint import load
 from diffiqa.training.loop import Machine
-from diffiqa.training.pictures import Pictures
-from diffiqa.training.rate import LABELS, SPLIT
 from diffiqa.training.score import Restorations
 
 
@@ -49,7 +50,7 @@ def main() -> None:
     found: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
     for index, item in enumerate(items):
         plane = np.load(restorations.file(pictures, index))[0].astype(np.float32)
-        restored = np.clip(np.rint((plane.transpose(1, 2, 0) + 1) * 127.5), 0, 255)
+        restored = to_pixels(plane)
         original = pictures[originals[item.reference]]
         found[item.distortion or "", item.level or 0].append(
             (psnr_db(pictures[index], original), psnr_db(restored, original))

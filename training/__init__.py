@@ -1,1 +1,1 @@
-"""Training: distorted pictures, the restoration network, the quality network, and their evaluation."""
+"""Training: the U-Net that restores, the backbones, the network that scores."""

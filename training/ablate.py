@@ -1,4 +1,4 @@
-"""The paper's ablations: one training run for each recipe, all on the same split, and one table of what they reach."""
+"""The paper's ablations: one training run for each recipe on the same split, and one table of their results."""
 
 import csv
 import dataclasses
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
+from ..data.outputs import to_csv, write_file
+from ..data.pictures import Pictures
 from ..errors import CheckpointError, ConfigError
 from ..model.checkpoint import load
 from .config import ScoreConfig, read_config
 from .loop import QUIETLY, VALIDATION, Conduct, Machine, TrainingError, open_machine
-from .outputs import to_csv, write_file
-from .pictures import Pictures
 from .score import Rated, Restorations, ScoreTask, run_score
 
 TABLE = "ablation.csv"
@@ -21,7 +21,7 @@ TABLE = "ablation.csv"
 
 @dataclass(frozen=True)
 class Row:
-    """What the best weights of a recipe reach, by validation; or why it has none."""
+    """The result of a recipe: correlations of the weights that validation found best, or the problem that ended it."""
 
     recipe: str
     step: int | None = None
@@ -58,7 +58,7 @@ def read_recipes(config: Path, paths: Sequence[Path]) -> dict[str, ScoreConfig]:
     return recipes
 
 
-def ablate(
+def ablate_recipes(
     recipes: Mapping[str, ScoreConfig],
     parts: Mapping[str, Sequence[Rated]],
     folder: Path,
@@ -69,10 +69,10 @@ def ablate(
     cache: Path | None = None,
     conduct: Conduct = QUIETLY,
 ) -> list[Row]:
-    """Train each recipe in its own folder below `folder`, and judge it on the part "test", too.
+    """Train each recipe in its own folder below `folder`, and judge it on the part "test" too.
 
-    `parts` has "train", "validation" and "test". The table is written after every run. A recipe whose loss is not
-    finite, or that a part does not fit, has a problem in place of figures, and the rest goes on.
+    `parts` has "train", "validation" and "test". The table is written after every run. If a recipe's loss is not
+    finite, or a part does not fit it, its row has a problem in place of figures, and the next recipe begins.
     """
     place = cache or folder / "cache"
     rows: list[Row] = []

@@ -1,4 +1,4 @@
-"""What a training run does, as plain data read from TOML: everything that shapes its result, and how it is reported.
+"""The configuration of a training run, read from TOML: all that shapes its result, and how often it reports.
 
     preset = "mini"        # the model; [model] overrides single entries of it (`vda = false` leaves a part out)
     seed = 1

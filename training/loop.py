@@ -1,8 +1,8 @@
 """The optimisation loop of every training run: batches, checkpoints, resuming, logs, several processes.
 
-Everything random in step n comes from generators made of (seed, what for, n, place in the batch), never from a state
-that runs along. So there is no random state to save: a run that was killed and resumed takes the same steps, on a CPU
-bit for bit, and so do runs with more or fewer loading threads.
+The random numbers of step n come from generators made of (seed, purpose, n, place in the batch). No random state runs
+along, so none is saved. A run that was killed and resumed takes the same steps, on a CPU bit for bit. The number of
+loading threads changes nothing either.
 
 A run's folder holds `checkpoint.pt` (all that resuming needs), `log.csv` and `validation.csv`.
 """
@@ -31,10 +31,11 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..data.draws import Purpose, generator
+from ..data.outputs import write_file
 from ..engine.atomic import replacing
 from ..errors import CheckpointError, ConfigError, DiffiqaError, OutputError, UsageError
 from .config import Optimisation, Precision, RunConfig, differences, digest, identity
-from .outputs import write_file
 
 FORMAT = 1
 CHECKPOINT, LOG, VALIDATION = "checkpoint.pt", "log.csv", "validation.csv"
@@ -43,9 +44,6 @@ AHEAD = 3  # batches prepared while the network works
 DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 # One process validates while the others wait in their next exchange.
 PATIENCE = datetime.timedelta(hours=6)
-
-# What generators are for. Part of every run's identity: numbers are never reused for something else.
-DATA, DROPOUT, ORDER = 1, 2, 3
 
 
 class TrainingError(DiffiqaError):
@@ -60,7 +58,7 @@ class Sample(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What validation found: a row for `validation.csv`, and, if the best weights are to be kept, how good they are."""
+    """What validation found: a row for `validation.csv`. With a `quality`, the run keeps its best weights by it."""
 
     row: dict[str, float]
     quality: float | None = None
@@ -91,14 +89,9 @@ class Task(Protocol):
         """Judge `self.network`, which is in eval mode and has its averaged weights."""
 
 
-def generator(seed: int, purpose: int, step: int, index: int = 0) -> np.random.Generator:
-    """Return the generator of all that is random for one purpose at one place of one step."""
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(purpose, step, index)))
-
-
 @functools.lru_cache(maxsize=8)
 def _permutation(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
-    return generator(seed, ORDER, epoch).permutation(count)
+    return generator(seed, Purpose.EPOCH, epoch).permutation(count)
 
 
 def picked(seed: int, place: int, count: int) -> int:
@@ -133,16 +126,13 @@ def _silent(_text: str) -> None:
 
 @dataclass(frozen=True)
 class Conduct:
-    """How a run goes, whatever it teaches: on which device (None: a GPU if there is one), whether it goes on with one
-    that is there, with how many loading threads, and who hears of it. But for the device's rounding, nothing of this
-    changes the result.
-    """
+    """How a run is carried out. Only the device changes its result, and only by rounding."""
 
-    device: str | None = None
-    resume: bool = False
-    threads: int = 2
-    progress: Callable[[int, float, float], None] | None = None
-    say: Callable[[str], None] = _silent
+    device: str | None = None  # None: a GPU if there is one
+    resume: bool = False  # go on with the run that is in the folder
+    threads: int = 2  # that prepare batches
+    progress: Callable[[int, float, float], None] | None = None  # receives step, loss and learning rate
+    say: Callable[[str], None] = _silent  # receives remarks
 
 
 QUIETLY = Conduct()
@@ -188,9 +178,10 @@ def learning_rate(plan: Optimisation, step: int) -> float:
 
 
 class Average:
-    """Exponential moving average of a network's weights and statistics, corrected for its short past.
+    """Exponential moving average of a network's weights and statistics.
 
-    After n updates it is Σ dⁿ⁻ⁱ·wᵢ / Σ dⁿ⁻ⁱ: the first weights count no more than their age says.
+    After n updates it is Σ dⁿ⁻ⁱ·wᵢ / Σ dⁿ⁻ⁱ. The division corrects for a short past: without it, the first weights
+    would count too much.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -258,10 +249,11 @@ def train(
     machine: Machine,
     conduct: Conduct = QUIETLY,
 ) -> Result:
-    """Run all steps, or those that are left; `conduct.progress(step, loss, rate)` hears each row of the log.
+    """Take all steps, or those that are left. `conduct.progress` receives each row of the log.
 
-    `folder` must not hold another run, unless it is resumed; one killed before its first checkpoint starts again.
-    SIGINT and SIGTERM end the run after the current step with a checkpoint and KeyboardInterrupt.
+    `folder` must not hold a run, unless `conduct.resume`: then that run goes on, or starts again if it was killed
+    before its first checkpoint. SIGINT and SIGTERM end the run after the current step: it writes a checkpoint, and
+    raises KeyboardInterrupt.
     Raises TrainingError (loss not finite), CheckpointError (not this run's), OutputError or UsageError.
     """
     plan = config.optimisation
@@ -295,7 +287,7 @@ def train(
     with contextlib.closing(feed), _stop_signals() as stopped:
         task.train_mode()
         for samples in feed:
-            torch.manual_seed(int(generator(config.seed, DROPOUT, state.step, machine.rank).integers(2**63)))
+            torch.manual_seed(int(generator(config.seed, Purpose.DROPOUT, state.step, machine.rank).integers(2**63)))
             rate = learning_rate(plan, state.step)
             loss, stop = _step(task, network, state, plan, machine, samples, rate, stop=stopped.is_set())
             state.step += 1
@@ -354,9 +346,9 @@ def _step(
     *,
     stop: bool,
 ) -> tuple[float, bool]:
-    """Take one optimisation step; return its loss and whether any process was told to stop.
+    """Take one optimisation step; return its loss, and whether any process was told to stop.
 
-    The loss and the gradients are looked at before weights move: a checkpoint never holds weights spoilt by them.
+    Loss and gradients are checked before the weights move, so that a checkpoint never holds spoilt weights.
     """
     batch = [
         torch.from_numpy(np.stack(arrays)).to(machine.device, non_blocking=True)
@@ -496,7 +488,7 @@ def _foreign(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 class _Feed:
-    """The batches of a range of steps, prepared ahead by threads: most of the work is in NumPy and Pillow."""
+    """The batches of a range of steps. Threads prepare them ahead; NumPy and Pillow let threads run in parallel."""
 
     def __init__(self, task: Task, indices: range, steps: range, threads: int) -> None:
         self._task, self._indices, self._steps = task, indices, iter(steps)
@@ -512,15 +504,15 @@ class _Feed:
             yield [future.result() for future in self._waiting.popleft()]
 
     def close(self) -> None:
-        """Drop what is not begun."""
+        """Cancel the batches that no thread has begun."""
         self._pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """Turn the first SIGINT or SIGTERM into a flag, so that the current step and a checkpoint can be finished.
+    """Turn the first SIGINT or SIGTERM into a flag, so that the run can finish its step and write a checkpoint.
 
-    The second one acts as before. Only the main thread may do so; elsewhere signals are left alone.
+    The second signal acts as before. Python lets only the main thread do this: in another, signals stay as they are.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -1,7 +1,7 @@
-"""Teaching the two backbones what distortions look like, before the heads learn: what ImageNet is to the paper's.
+"""Teaching the two backbones what distortions look like, before the heads learn. The paper's come from ImageNet.
 
-The ViT and the ResNet see crops of distorted pictures alone. Each says through small heads of its own, which are thrown
-away, how the picture was distorted and how good it is. No restoration is needed, so they can see many pictures.
+The ViT and the ResNet see crops of distorted pictures. Each has two small heads, which are thrown away at the end: one
+says how the picture was distorted, the other how good it is. Nothing is restored, so there is time for many pictures.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,15 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.datasets import DatasetError
+from ..data.draws import Purpose, generator
+from ..data.pictures import Pictures
 from ..engine.crops import crop_grid
-from ..errors import ConfigError
+from ..engine.pixels import to_plane
+from ..errors import ConfigError, DatasetError
 from ..model.bundle import save_bundle
 from ..model.network import DiffV2IQA
 from .config import PretrainConfig, digest, identity
-from .loop import DATA, QUIETLY, Conduct, Machine, Result, Sample, Verdict, generator, open_machine, picked, train
-from .pictures import Pictures, to_network
-from .plot import PLOT_NAME, draw_runs, save
+from .loop import QUIETLY, Conduct, Machine, Result, Sample, Verdict, open_machine, picked, train
+from .plot import write_plot
 from .score import Rated, judged, prepared
 from .start import begin
 
@@ -45,7 +46,7 @@ class Taught(nn.Module):
 
 
 class Backbones(nn.Module):
-    """What is taught of a model: its ViT, its ResNet, or both."""
+    """The backbones of a model that are trained: its ViT, its ResNet, or both."""
 
     def __init__(self, model: DiffV2IQA, config: PretrainConfig, classes: int) -> None:
         super().__init__()
@@ -62,7 +63,7 @@ class Backbones(nn.Module):
 
 
 class PretrainTask:
-    """Crops of distorted pictures, and how far the backbones' verdicts are from the truth."""
+    """Crops of distorted pictures, and the error of what the backbones say of them."""
 
     kind = "pretrain"
 
@@ -107,7 +108,7 @@ class PretrainTask:
         """Return a crop (3, crop, crop), turned and mirrored at random, its score (1,) and its distortion (1,)."""
         config, (pictures, items) = self.config, self.training
         number = picked(config.seed, step * config.optimisation.batch + index, len(pictures))
-        draw = generator(config.seed, DATA, step, index)
+        draw = generator(config.seed, Purpose.DATA, step, index)
         size, pixels = config.model.crop, pictures[number]
         top, left = (int(draw.integers(length - size + 1)) for length in pixels.shape[:2])
         crop = pixels[top : top + size, left : left + size]
@@ -115,7 +116,7 @@ class PretrainTask:
         crop = crop[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
         crop = crop.transpose(1, 0, 2) if transposed else crop
         label, kind = np.array([items[number].quality], np.float32), np.array([self._classes[number]], np.float32)
-        return Sample((to_network(crop), label, kind), f"{pictures.paths[number]} at row {top}, column {left}")
+        return Sample((to_plane(crop), label, kind), f"{pictures.paths[number]} at row {top}, column {left}")
 
     def losses(self, network: Callable[..., object], batch: Sequence[Tensor]) -> Tensor:
         """Return each crop's squared error in score, and the cross-entropy of its distortion times its weight."""
@@ -134,7 +135,7 @@ class PretrainTask:
             pixels, size = pictures[number], self.config.model.crop
             height, width = pixels.shape[:2]
             grid = crop_grid(height, width, size, self.config.validation_crops)
-            crops = [to_network(pixels[c.top : c.top + size, c.left : c.left + size]) for c in grid]
+            crops = [to_plane(pixels[c.top : c.top + size, c.left : c.left + size]) for c in grid]
             with machine.autocast():
                 told = self.backbones(torch.from_numpy(np.stack(crops)).to(machine.device))
             scores.append(float(torch.stack([score.float() for score, _ in told]).mean()))
@@ -151,9 +152,9 @@ def run_pretrain(
     cache: Path | None = None,
     conduct: Conduct = QUIETLY,
 ) -> Result:
-    """Train the backbones; write `model.safetensors`, of which `iqa-train score` takes them, and `plot.png`.
+    """Train the backbones; write `model.safetensors`, which `iqa-train score` takes them from, and `plot.png`.
 
-    `start` is a bundle whose backbones go on; what judges their features begins anew, as no bundle keeps it.
+    `start` is a bundle whose backbones are trained further. Their heads begin anew: no bundle keeps those.
     """
     asked = tuple(part for part, yes in (("vit", config.vit), ("resnet", config.resnet)) if yes)
     has = {"vit": config.model.vcg, "resnet": config.model.vda}
@@ -174,5 +175,5 @@ def run_pretrain(
                 begun.trained(part, how)
             note = f"backbones pretrained on {len(sets[0][0])} images, the weights of step {result.step} were best"
             save_bundle(begun.model.cpu().eval(), folder / "model.safetensors", sources=begun.sources, notes=[note])
-            save(draw_runs([folder]), folder / PLOT_NAME)
+            write_plot(folder)
     return result

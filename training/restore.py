@@ -17,18 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from ..data.distortions import DISTORTIONS, LEVELS, compose
+from ..data.draws import Purpose, generator
+from ..data.outputs import to_csv, write_file
+from ..data.pictures import Pictures
+from ..engine.pixels import to_plane
 from ..engine.schedule import Kind, Schedule
 from ..errors import ConfigError
 from ..model.bundle import save_bundle
 from ..model.network import DiffV2IQA
 from .config import Loss, RestoreConfig, digest, identity
-from .loop import DATA, QUIETLY, Conduct, Machine, Result, Sample, Verdict, generator, open_machine, train
-from .outputs import to_csv, write_file
-from .pictures import Pictures, to_network
-from .plot import PLOT_NAME, draw_runs, save
+from .loop import QUIETLY, Conduct, Machine, Result, Sample, Verdict, open_machine, train
+from .plot import write_plot
 from .start import Start, begin
 
-VALIDATION = 4  # what generators are for, beside those of the loop
 LONG_WAVE = 16  # pixels: what white noise has too little of to hide, at the least
 # What the project promises to improve: blur, JPEG and noise, at these levels.
 PROMISED, PROMISED_LEVELS = (1, 2, 3, 10, 11, 12, 13, 14), (3, 4, 5)
@@ -37,10 +38,9 @@ Steps = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Gain:
-    """What restoring did to held-out crops of one distortion: mean PSNR before and after, in dB.
+    """Mean PSNR of held-out crops of one distortion, before and after restoring, in dB.
 
-    Number and level 0: crops that were not distorted; they, and others that distorting left as they are, have no
-    `before_db` and no gain.
+    Number and level 0 are crops that were not distorted. Crops equal to their originals have no `before_db`, no gain.
     """
 
     number: int
@@ -92,7 +92,7 @@ class RestoreTask:
 
     def sample(self, step: int, index: int) -> Sample:
         """Return the condition, x0, ε (3, crop, crop) and the noise level (1,) of one element of a batch."""
-        draw = generator(self.config.seed, DATA, step, index)
+        draw = generator(self.config.seed, Purpose.DATA, step, index)
         number = int(draw.integers(len(self.photos)))
         photo, side = self.photos[number], self.config.crop
         top, left = (int(draw.integers(length - side + 1)) for length in photo.shape[:2])
@@ -135,14 +135,14 @@ def draw_level(draw: np.random.Generator, borders: npt.NDArray[np.float64]) -> f
 
 
 def drifting(side: int, strength: float, draw: np.random.Generator) -> npt.NDArray[np.float32]:
-    """Return a smooth error (3, side, side) of about that standard deviation: the crop's mean, its halves, quarters …
+    """Return a smooth random error (3, side, side) of about that standard deviation.
 
-    … down to waves of 16 to 32 pixels: with quarters alone, crops of 160×160 left those free to drift that crops of
-    64×64 had taught.
+    It is a sum of waves: one value for the crop, for each half, each quarter, and so on down to 16 to 32 pixels.
+    (With halves and quarters alone, crops of 160×160 left out the waves that crops of 64×64 had taught.)
 
-    White noise has nearly no long waves, so a U-Net reads those of x0 off y, even where the first steps of sampling,
-    which can hardly know x0, have put them there: colours drift, and stay. Where the noise has long waves of its own,
-    only the condition tells what x0 is like, and sampling mends what it got wrong.
+    Why: white noise has nearly no long waves. So a U-Net reads the long waves of x0 off y. But the first steps of
+    sampling put wrong ones there, because they hardly know x0: colours drift, and stay. If the noise has long waves of
+    its own, only the condition tells what x0 is like, and later steps correct the colours.
     """
     planes = np.zeros((3, side, side), np.float32)
     scales = [2**power for power in range(max(3, int(math.log2(side / LONG_WAVE)) + 1))]
@@ -181,12 +181,12 @@ def distorted_crop(
         left - before : min(width, left + side + margin),
     ]
     inside = slice(above, above + side), slice(before, before + side)
-    reference = to_network(window[inside])
+    reference = to_plane(window[inside])
     if not steps:
         return reference.copy(), reference
     distorted = compose(window.astype(np.float32) / np.float32(255), steps, draw)
     # Scoring reads files of 8 bits, so that is what the U-Net learns from.
-    return to_network(np.rint(distorted[inside] * 255).astype(np.uint8)), reference
+    return to_plane(np.rint(distorted[inside] * 255).astype(np.uint8)), reference
 
 
 def restoration_gains(
@@ -200,11 +200,10 @@ def restoration_gains(
     rows = []
     for name, steps in cases:
         number, level = steps[0] if steps else (0, 0)
+        draws = [generator(config.seed, Purpose.VALIDATION, k, 1) for k in range(len(places))]
         pairs = [
-            distorted_crop(
-                photos[index], top, left, config.crop, config.margin, steps, generator(config.seed, VALIDATION, k, 1)
-            )
-            for k, (index, top, left) in enumerate(places)
+            distorted_crop(photos[index], top, left, config.crop, config.margin, steps, draw)
+            for draw, (index, top, left) in zip(draws, places, strict=True)
         ]
         conditions, references = (torch.from_numpy(np.stack(images)).to(device) for images in zip(*pairs, strict=True))
         restored = model.restore(conditions)[Kind.Y0].clamp(-1, 1)
@@ -216,7 +215,7 @@ def restoration_gains(
 
 def _validation_place(photos: Pictures, config: RestoreConfig, number: int) -> tuple[int, int, int]:
     """Return photograph, top and left of a validation crop; they go round all photographs."""
-    draw = generator(config.seed, VALIDATION, number)
+    draw = generator(config.seed, Purpose.VALIDATION, number)
     index = number % len(photos)
     top, left = (int(draw.integers(length - config.crop + 1)) for length in photos[index].shape[:2])
     return index, top, left
@@ -284,5 +283,5 @@ def run_restore(
             save_bundle(begun.model.eval(), folder / "model.safetensors", sources=begun.sources, notes=[note])
             if task.gains:
                 write_gains(folder / "gains.csv", task.gains)
-            save(draw_runs([folder]), folder / PLOT_NAME)
+            write_plot(folder)
     return result

@@ -1,6 +1,6 @@
-"""Teaching the quality network: crops at the same place of an image and of its restorations, against people's opinions.
+"""Teaching the quality network: it scores crops of an image and its restorations, and learns from people's opinions.
 
-The U-Net is not trained here. What it makes of every image is computed once and kept on disk as float16.
+The U-Net is not trained here. It restores every image once; the restorations are kept on disk as float16.
 """
 
 import hashlib
@@ -19,13 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from ..data.datasets import DatasetError
+from ..data.draws import Purpose, generator
+from ..data.pictures import Pictures, Pixels, save_array
+from ..engine.agreement import plcc, srcc
 from ..engine.codec import encode
 from ..engine.crops import Crop, crop_grid, padded_size
 from ..engine.manifest import StageName
 from ..engine.noise import NoiseField
-from ..errors import OutputError
-from ..evaluation.correlation import plcc, rmse, srcc
+from ..engine.pixels import FloatArray, to_plane
+from ..errors import DatasetError, OutputError
+from ..evaluation.correlation import rmse
 from ..export.graph import export_graph
 from ..export.stages import stage_plans
 from ..model.bundle import save_bundle
@@ -36,12 +39,11 @@ from ..runtime.host.executor import BoundDenoiser
 from ..runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from ..runtime.host.sampler import restore
 from .config import Rates, ScoreConfig, digest, identity
-from .loop import DATA, QUIETLY, Conduct, Machine, Result, Sample, Verdict, generator, open_machine, picked, train
-from .pictures import FloatArray, Pictures, Pixels, save_array, to_network
-from .plot import PLOT_NAME, draw_runs, save
+from .loop import QUIETLY, Conduct, Machine, Result, Sample, Verdict, open_machine, picked, train
+from .plot import write_plot
 from .start import begin, weights_digest
 
-KEY_SCHEMA = 1  # of restorations on disk: raised when the same ingredients would give other restorations
+KEY_SCHEMA = 2  # of restorations on disk: raised when the same ingredients would give other restorations
 
 EXPORT_PAYS = 20  # images: fewer are restored sooner by PyTorch than a U-Net is exported for ONNX Runtime
 
@@ -52,13 +54,13 @@ class Rated:
 
     path: Path
     quality: float
-    distortion: str = ""  # how it came about, where that is known; empty for an original
+    distortion: str = ""  # empty for an original, and where it is not known
 
 
 class Restorations:
-    """The restored kinds of whole images (kinds without `dis`, 3, H, W), float16 files named by what they depend on.
+    """The restorations of whole images, (kinds without `dis`, 3, H, W) float16. A file's name is a hash of its causes.
 
-    They are computed in float32 as `DiffV2IQA.score` does: on the image padded by reflection, cut back to its size.
+    They are computed in float32, as `DiffV2IQA.score` does: the image is padded by reflection, and the result cut back.
     """
 
     def __init__(self, model: DiffV2IQA, seed: int, cache: Path) -> None:
@@ -107,7 +109,7 @@ class Restorations:
         unet = self._model.config.unet
         rows, columns = padded_size(height, width, unet.alignment if unet else 1)
         padding = ((0, 0), (0, rows - height), (0, columns - width))
-        planes = method(np.pad(to_network(pixels), padding, mode="reflect"))[:, :, :height, :width]
+        planes = method(np.pad(to_plane(pixels), padding, mode="reflect"))[:, :, :height, :width]
         return planes.astype(np.float16)
 
     def _by_torch(self, device: torch.device) -> Callable[[FloatArray], FloatArray]:
@@ -120,7 +122,7 @@ class Restorations:
         return restored
 
     def _by_onnxruntime(self) -> Callable[[FloatArray], FloatArray]:
-        """Return what does so on the CPU in half of PyTorch's time: the same stage that scoring will run."""
+        """Return what restores an image by the stage that scoring runs: on the CPU in half of PyTorch's time."""
         model, config = self._model, self._model.config
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "unet.onnx")
@@ -155,7 +157,7 @@ def restoration_key(pixels: Pixels, unet_digest: str, config: ModelConfig, seed:
 
 
 class ScoreTask:
-    """Crops of images and their restorations, and how far the network's scores are from the labels."""
+    """Crops of images and their restorations, and the error of the network's scores."""
 
     kind = "score"
 
@@ -199,7 +201,7 @@ class ScoreTask:
         """Return a crop of all kinds (kinds, 3, crop, crop) and its label (1,); every image once in each epoch."""
         config, (pictures, labels) = self.config, self.training
         number = picked(config.seed, step * config.optimisation.batch + index, len(pictures))
-        draw = generator(config.seed, DATA, step, index)
+        draw = generator(config.seed, Purpose.DATA, step, index)
         size = config.model.crop
         top, left = (int(draw.integers(length - size + 1)) for length in pictures[number].shape[:2])
         crop = self.crop(pictures, number, Crop(top, left))
@@ -213,7 +215,7 @@ class ScoreTask:
         size = self.config.model.crop
         rows, columns = slice(place.top, place.top + size), slice(place.left, place.left + size)
         pixels = pictures[number]
-        planes = [to_network(pixels[rows, columns])[None]]
+        planes = [to_plane(pixels[rows, columns])[None]]
         if self.restorations.kinds and self.config.restored:
             restored = np.load(self.restorations.file(pictures, number), mmap_mode="r")
             planes.append(restored[:, :, rows, columns].astype(np.float32))
@@ -308,9 +310,10 @@ def run_score(
     cache: Path | None = None,
     conduct: Conduct = QUIETLY,
 ) -> Result:
-    """Train both branches; write `model.safetensors`, the weights that were best on the validation part, `plot.png`.
+    """Train both branches; write the weights that validation found best to `model.safetensors`, and `plot.png`.
 
-    `start` is a bundle whose trained parts are taken over, `unet`, `vit` and `resnet` are for one part alone, and win.
+    `start` is a bundle: the run begins with its trained parts. `unet`, `vit` and `resnet` are bundles for one part
+    each; they win over `start`.
     """
     files: dict[Path, tuple[str, ...]] = {}
     if start:
@@ -353,14 +356,14 @@ def run_score(
                     begun.trained(part, how)
             note = f"scores trained on {len(sets[0][0])} images, the weights of step {result.step} were best"
             save_bundle(model.eval(), folder / "model.safetensors", sources=begun.sources, notes=[note])
-            save(draw_runs([folder]), folder / PLOT_NAME)
+            write_plot(folder)
     return result
 
 
 def prepared(
     rated: Sequence[Rated], cache: Path, crop: int, say: Callable[[str], None]
 ) -> tuple[Pictures, list[Rated]]:
-    """Return the pictures that can be used, at least a crop large, and what is known of each."""
+    """Return the pictures that can be used, and the labels of each. Those smaller than a crop are enlarged."""
     pictures = Pictures([r.path for r in rated], cache, min_side=crop, enlarge=True)
     for text in pictures.skipped:
         say(f"left out: {text}")

@@ -1,4 +1,4 @@
-"""The weights a run begins with, and where those it ends with come from."""
+"""The weights that a run begins with, and the provenance of those that it ends with."""
 
 import dataclasses
 import hashlib
@@ -18,7 +18,7 @@ from ..model.network import DiffV2IQA, build
 
 @dataclass
 class Start:
-    """A model, and for each of its parts that is not just seeded numbers where its weights come from."""
+    """A model, and where the weights of its parts come from. A part without a source holds seeded random numbers."""
 
     model: DiffV2IQA
     seed: int
@@ -46,9 +46,9 @@ class Start:
 
 
 def begin(config: ModelConfig, seed: int, files: Mapping[Path, tuple[str, ...]]) -> Start:
-    """Build a model, and fill parts of it from bundles: `files` names for each which of `PARTS`, () for all it has.
+    """Build a model, and take parts of it from bundles. `files` says which of `PARTS`; () means all that a bundle has.
 
-    Parts that a bundle says are untrained are not taken. Raises CheckpointError if a part does not fit.
+    Parts that a bundle calls untrained are not taken. Raises CheckpointError if a part does not fit.
     """
     start = Start(build(config, seed), seed)
     for path, wanted in files.items():

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..errors import UsageError
+from ..errors import DatasetError, UsageError
 from .figures import Drift, ImageFigures
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
@@ -185,8 +185,7 @@ def _check_spread(mean: float, loop: Loop, limit: float | None) -> list[Check]:
 
 
 def _check_correlations(pairs: list[tuple[float, float]], limits: Limits) -> list[Check]:
-    from ..data.datasets import DatasetError
-    from ..evaluation import correlation
+    from ..engine import agreement
 
     checks = []
     for name in CORRELATIONS:
@@ -195,7 +194,7 @@ def _check_correlations(pairs: list[tuple[float, float]], limits: Limits) -> lis
             continue
         want, have = zip(*pairs, strict=True)
         try:
-            value = getattr(correlation, name)(have, want)
+            value = getattr(agreement, name)(have, want)
             checks.append(_check(name, value, limit, f"{len(pairs)} images"))
         except DatasetError as exc:
             where = f"{exc}; give images that differ, or --limit {name}=none"

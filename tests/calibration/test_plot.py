@@ -9,10 +9,11 @@ import pytest
 from click.testing import CliRunner
 
 from diffiqa.calibration.cli import calibrate
-from diffiqa.calibration.plot import draw_ranges, magnitudes
+from diffiqa.calibration.plot import NAMED, SMALLEST, draw_ranges, magnitudes
 from diffiqa.calibration.statistics import StageStatistics, Statistics
 from diffiqa.engine.manifest import StageName
 from diffiqa.errors import UsageError
+from diffiqa.evaluation.charts import COLOURS
 
 
 def test_percentile_and_maximum_are_those_of_the_values() -> None:
@@ -26,6 +27,20 @@ def test_percentile_and_maximum_are_those_of_the_values() -> None:
         assert high[0, step] == pytest.approx(np.quantile(np.abs(value), 0.999), rel=0.04)  # bins: 32 to an octave
         assert largest[0, step] == np.abs(value).max()
     assert high[0, 2] == largest[0, 2] == 0  # never run
+
+
+def test_every_tensor_has_a_line_as_the_loop_runs_and_those_that_move_are_named(tiny_statistics: Statistics) -> None:
+    stage = tiny_statistics.stages[StageName.UNET]
+    figure = draw_ranges(tiny_statistics)
+    for axes, values in zip(figure.axes, magnitudes(stage), strict=True):
+        drawn = sorted(tuple(np.asarray(line.get_ydata())) for line in axes.lines)
+        assert drawn == sorted(tuple(np.maximum(row, SMALLEST)) for row in values)
+        assert axes.get_xlim() == (5, 0)
+    names = [text.get_text().rpartition(": ")[0] for text in figure.legends[0].get_texts()]
+    assert 1 <= len(names) <= NAMED
+    assert set(names) <= set(stage.tensors)
+    on_top = {line.get_color() for line in figure.axes[0].lines[-len(names) :]}
+    assert on_top == set(COLOURS[: len(names)])
 
 
 def test_statistics_without_images_or_u_net_are_refused(tiny_statistics: Statistics) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from diffiqa.data import datasets
-from diffiqa.data.datasets import PUBLISHED, Dataset, DatasetError, load, load_csv
+from diffiqa.data import datasets, labelfiles, matfile
+from diffiqa.data.datasets import PUBLISHED, Dataset, load, load_csv
 from diffiqa.data.distortions import DISTORTIONS
+from diffiqa.errors import DatasetError
 
-from ..training.fake_datasets import BUILDERS, LIVE_FOLDERS, touch
+from .fake_datasets import BUILDERS, LIVE_FOLDERS, touch
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +36,8 @@ def fake(
     published = dataclasses.replace(PUBLISHED[request.param], images=count)
     monkeypatch.setitem(datasets.PUBLISHED, request.param, published)
     monkeypatch.setattr(datasets, "LIVE_FOLDERS", LIVE_FOLDERS)
+    # A process for each file would take most of the time; test_labelfiles looks at those.
+    monkeypatch.setattr(labelfiles, "isolated", lambda path: matfile.read(str(path)))
     return Path(shutil.copytree(source, tmp_path / request.param))
 
 
@@ -108,7 +111,7 @@ def test_refuses_another_number_of_labels_than_published(fake: Path, monkeypatch
 
 @every
 def test_damaged_label_files_are_named(fake: Path) -> None:
-    suffixes = {".mat", ".xlsx", ".csv", ".txt"}
+    suffixes = {".mat", ".csv", ".txt"}
     for path in [p for p in sorted(fake.rglob("*")) if p.suffix in suffixes and p.name not in {"dmos.mat", "info.txt"}]:
         whole = path.read_bytes()
         for damaged in (b"", b"\xff\xfe\x00nonsense", whole[: len(whole) // 2], whole[:-30]):
@@ -152,6 +155,13 @@ def test_csiq_reads_the_image_called_1600_and_folders_of_any_case(fake: Path) ->
     assert (entry.reference, entry.distortion, entry.level) == ("src_imgs/1600.png", "awgn", 2)
     assert entry.label == pytest.approx(0.44)
     assert {item.distortion for item in dataset.items} == {"awgn", "blur", "contrast", "fnoise", "jpeg", "jpeg2000"}
+
+
+@only("csiq")
+def test_csiq_says_how_to_save_its_spreadsheet(fake: Path) -> None:
+    (fake / "csiq.DMOS.csv").rename(fake / "csiq.DMOS.xlsx")
+    with pytest.raises(DatasetError, match=r"save its sheet all_by_image as csiq\.DMOS\.csv"):
+        load("csiq", fake)
 
 
 @only("tid2013")

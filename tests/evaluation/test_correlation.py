@@ -4,11 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy import optimize, stats
+from scipy import optimize
 
-from diffiqa.data.datasets import DatasetError
+from diffiqa.engine.agreement import plcc, srcc
+from diffiqa.errors import DatasetError
 from diffiqa.evaluation import correlation
-from diffiqa.evaluation.correlation import correlate, fit_logistic, gmad_pairs, krcc, per_group, plcc, rmse, srcc
+from diffiqa.evaluation.correlation import correlate, fit_logistic, krcc, per_group, rmse
+from diffiqa.evaluation.gmad import gmad_pairs
+from diffiqa.evaluation.scores import read_scores
 from diffiqa.runtime.command.recordfile import RecordFile
 from diffiqa.runtime.command.records import Format, Record, RunSettings, Status
 from diffiqa.runtime.results import Mode
@@ -24,15 +27,6 @@ def sample(seed: int, images: int, *, ties: bool = False, sign: float = 1) -> tu
     return (np.round(scores), np.round(labels)) if ties else (scores, labels)
 
 
-@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
-@pytest.mark.parametrize("images", [3, 17, 400])
-def test_figures_are_those_of_scipy(images: int, ties: bool) -> None:
-    scores, labels = sample(3, images, ties=ties)
-    assert srcc(scores, labels) == pytest.approx(stats.spearmanr(scores, labels).statistic, abs=1e-12)
-    assert plcc(scores, labels) == pytest.approx(stats.pearsonr(scores, labels).statistic, abs=1e-12)
-    assert krcc(scores, labels) == pytest.approx(stats.kendalltau(scores, labels).statistic, abs=1e-12)
-
-
 def test_rank_correlations_of_known_orders() -> None:
     assert srcc([1, 2, 3], [10, 200, 3000]) == 1
     assert srcc([1, 2, 3], [3, 2, 1]) == -1
@@ -46,7 +40,7 @@ def curve(x: Array, b1: float, b2: float, b3: float, b4: float) -> Array:
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["rising", "falling"])
 @pytest.mark.parametrize("images", [8, 60, 3000])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_logistic_is_the_least_squares_fit_of_scipy(seed: int, images: int, sign: float) -> None:
     scores, labels = sample(seed, images, sign=sign)
     fitted = fit_logistic(scores, labels)
@@ -58,6 +52,13 @@ def test_logistic_is_the_least_squares_fit_of_scipy(seed: int, images: int, sign
     assert correlation.plcc_logistic(scores, labels) == pytest.approx(
         plcc(curve(scores, *best), labels), abs=1e-6 if images > 8 else 1e-3
     )
+
+
+def test_logistic_of_few_points_is_the_best_of_several_starts() -> None:
+    """From rising starts alone, the descent on these eight points ends at 0.0613."""
+    scores, labels = sample(27, 8)
+    error = (fit_logistic(scores, labels)(scores) - labels) / np.ptp(labels)
+    assert np.sum(error**2) < 0.059
 
 
 def test_logistic_recovers_a_curve_without_noise() -> None:
@@ -95,22 +96,10 @@ def test_correlate_gives_every_figure_and_no_logistic_below_five_images() -> Non
     assert few.plcc_logistic is few.rmse_logistic is None
 
 
-@pytest.mark.parametrize(
-    ("scores", "labels", "message"),
-    [
-        ([1, 2, math.nan], [1, 2, 3], "1 of 3 scores are NaN or infinite, the first at index 2"),
-        ([1, 2, 3], [1, math.inf, 3], "labels are NaN or infinite, the first at index 1"),
-        ([4, 4, 4], [1, 2, 3], "all 3 scores are 4"),
-        ([1, 2, 3], [0.5, 0.5, 0.5], "all 3 labels are 0.5"),
-        ([1], [1], "two images"),
-        ([1, 2], [1, 2, 3], "shape"),
-    ],
-    ids=["nan score", "inf label", "constant scores", "constant labels", "one", "lengths"],
-)
-def test_says_what_cannot_be_correlated(scores: list[float], labels: list[float], message: str) -> None:
-    for figure in (srcc, plcc, krcc, correlate):
-        with pytest.raises(DatasetError, match=message):
-            figure(scores, labels)
+def test_kendall_is_corrected_for_equal_values() -> None:
+    assert krcc([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(5 / math.sqrt(5 * 6))
+    with pytest.raises(DatasetError, match="all 3 scores are 4"):
+        krcc([4, 4, 4], [1, 2, 3])
 
 
 def test_groups_have_their_own_figures_or_a_reason() -> None:
@@ -168,9 +157,9 @@ def test_reads_scores_from_every_format(tmp_path: Path) -> None:
                 file.write(Record(image=image, status=Status.OK, score=score, engine="e", settings="s"))
             file.write(Record(image="bad.png", status=Status.ERROR, engine="e", settings="s", error="broken"))
             file.finish()
-        assert correlation.read_scores(path) == good
+        assert read_scores(path) == good
     (tmp_path / "own.csv").write_text("score,image\n3,x.png\n")
-    assert correlation.read_scores(tmp_path / "own.csv") == {"x.png": 3}
+    assert read_scores(tmp_path / "own.csv") == {"x.png": 3}
 
 
 @pytest.mark.parametrize(
@@ -187,9 +176,9 @@ def test_reads_scores_from_every_format(tmp_path: Path) -> None:
 def test_says_why_scores_cannot_be_read(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(DatasetError, match=message):
-        correlation.read_scores(tmp_path / name)
+        read_scores(tmp_path / name)
     with pytest.raises(DatasetError, match="cannot be read"):
-        correlation.read_scores(tmp_path / "none.csv")
+        read_scores(tmp_path / "none.csv")
 
 
 def test_a_whole_data_set_takes_a_moment() -> None:

@@ -13,9 +13,13 @@ from PIL import Image
 from scipy import stats
 
 from diffiqa.cli import main
-from diffiqa.data.datasets import Dataset, DatasetError, load_csv
+from diffiqa.data.datasets import Dataset, load_csv
 from diffiqa.engine.codec import decode
-from diffiqa.evaluation.evaluate import Evaluation, Originals, evaluate, pictures_of, read_branches, to_text
+from diffiqa.errors import DatasetError, UsageError
+from diffiqa.evaluation.api import evaluate
+from diffiqa.evaluation.findings import Evaluation, Originals, compare
+from diffiqa.evaluation.scores import pictures_of, read_branches
+from diffiqa.evaluation.text import to_text
 from diffiqa.tests.tiny import photo
 
 KINDS = ("jpeg", "mean_shift", "lab_saturation")
@@ -60,7 +64,7 @@ def scores_for(dataset: Dataset) -> dict[str, dict[str, float]]:
 def test_figures_are_those_of_scipy(tmp_path: Path, lower_better: bool) -> None:
     dataset = made(tmp_path, lower_better=lower_better)
     branches = scores_for(dataset)
-    found = evaluate(dataset, dataset.items, branches, scores="ours")
+    found = compare(dataset, dataset.items, branches, scores="ours")
     x = [branches["score"][item.image] for item in dataset.items]
     y = [item.label * (-1 if lower_better else 1) for item in dataset.items]
     assert [row.group for row in found.branches] == ["total", "VCG alone"]
@@ -79,7 +83,7 @@ def test_figures_are_those_of_scipy(tmp_path: Path, lower_better: bool) -> None:
 def test_levels_are_compared_within_a_reference_and_their_median_is_taken(tmp_path: Path) -> None:
     dataset = made(tmp_path)
     branches = scores_for(dataset)
-    found = evaluate(dataset, dataset.items, branches, scores="ours")
+    found = compare(dataset, dataset.items, branches, scores="ours")
     rows = {row.distortion: row for row in found.levels}
     for kind in KINDS:
         medians = [
@@ -96,7 +100,7 @@ def test_levels_are_compared_within_a_reference_and_their_median_is_taken(tmp_pa
 def test_scores_that_do_not_tell_levels_apart_put_nothing_in_order(tmp_path: Path) -> None:
     dataset = made(tmp_path)
     total = {item.image: 1.0 if item.distortion == "jpeg" else item.label for item in dataset.items}
-    found = evaluate(dataset, dataset.items, {"score": total}, scores="ours")
+    found = compare(dataset, dataset.items, {"score": total}, scores="ours")
     assert next(row.median for row in found.levels if row.distortion == "jpeg") == 0
     assert found.put_in_order == (1, 2)
     jpeg = next(row for row in found.distortions if row.group == "jpeg")
@@ -109,7 +113,7 @@ def test_originals_are_compared_with_all_that_differs_from_them(tmp_path: Path) 
     dataset = made(tmp_path)
     total = {item.image: float(item.level is None) for item in dataset.items}
     total["r0/jpeg-1.png"], total["r1/jpeg-1.png"] = 1.0, 2.0
-    found = evaluate(dataset, dataset.items, {"score": total}, scores="ours")
+    found = compare(dataset, dataset.items, {"score": total}, scores="ours")
     assert found.originals == Originals(compared=3 * 13, higher=3 * 13 - 2, equal=1)
 
 
@@ -122,7 +126,7 @@ def test_a_reference_of_its_own_file_is_the_original(tmp_path: Path) -> None:
     dataset = load_csv(write_csv(tmp_path / "labels.csv", rows), need_files=False)
     scores = write_csv(tmp_path / "s.csv", [("image", "score"), ("a.png", 1), ("b.png", 3), ("ref/a.png", 2)])
     branches = read_branches(scores, pictures_of(dataset.items))
-    assert evaluate(dataset, dataset.items, branches, scores="s").originals == Originals(2, 1, 0)
+    assert compare(dataset, dataset.items, branches, scores="s").originals == Originals(2, 1, 0)
 
 
 def test_scores_are_found_by_their_ends_and_never_taken_twice(tmp_path: Path) -> None:
@@ -161,6 +165,22 @@ def test_existing_scores_are_evaluated_and_what_lacks_one_is_listed(tmp_path: Pa
     assert (tmp_path / "out" / "evaluation.md").read_text() == result.stdout
     with Image.open(tmp_path / "out" / "scatter.png") as picture:
         assert picture.format == "PNG"
+
+
+def test_the_function_returns_what_the_command_writes_and_prints_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    dataset = made(tmp_path, lower_better=True)
+    rows = [("image", "score", "vcg"), *((image, value, 1) for image, value in scores_for(dataset)["score"].items())]
+    scores, out = write_csv(tmp_path / "scores.csv", rows), tmp_path / "out"
+    found = evaluate(tmp_path / "labels.csv", scores=scores, lower_better=True, output=out)
+    assert decode(Evaluation, json.loads((out / "evaluation.json").read_text()), "", ValueError) == found
+    assert found == compare(
+        dataset, dataset.items, read_branches(scores, pictures_of(dataset.items)), scores="scores.csv"
+    )
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(UsageError, match="either an engine or a file of scores"):
+        evaluate(tmp_path / "labels.csv")
 
 
 @pytest.fixture

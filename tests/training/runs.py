@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from PIL import Image
 
+from diffiqa.data.pictures import Pictures
 from diffiqa.model.config import Norm, UNetConfig
 from diffiqa.tests.tiny import TINY, photo
 from diffiqa.training.config import Optimisation, Reporting, RestoreConfig
 from diffiqa.training.loop import Conduct, Machine, Result, train
-from diffiqa.training.pictures import Pictures
 from diffiqa.training.restore import RestoreTask
 from diffiqa.training.start import begin
 
@@ -70,4 +70,4 @@ def run(config: RestoreConfig, photos: list[Path], folder: Path, *, resume: bool
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(restore_config(), sorted(Path(sys.argv[2]).iterdir()), Path(sys.argv[1]), pause=0.15)
+    run(restore_config(), sorted(Path(sys.argv[2]).iterdir()), Path(sys.argv[1]), pause=0.1)

@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diffiqa.data.draws import Purpose, generator
 from diffiqa.errors import CheckpointError, ConfigError, OutputError, UsageError
 from diffiqa.training.config import Optimisation, Precision, Reporting, differences, digest
 from diffiqa.training.loop import (
@@ -27,7 +28,6 @@ from diffiqa.training.loop import (
     Conduct,
     Sample,
     TrainingError,
-    generator,
     learning_rate,
     open_machine,
     read_checkpoint,
@@ -254,9 +254,10 @@ def test_the_rate_warms_up_and_follows_a_cosine_to_its_end() -> None:
 
 
 def test_generators_differ_by_every_ingredient() -> None:
-    places = [(1, 1, 0, 0), (2, 1, 0, 0), (1, 2, 0, 0), (1, 1, 1, 0), (1, 1, 0, 1), (2**32 + 1, 1, 0, 0)]
+    one, other = Purpose.DATA, Purpose.DROPOUT
+    places = [(1, one, 0, 0), (2, one, 0, 0), (1, other, 0, 0), (1, one, 1, 0), (1, one, 0, 1), (2**32 + 1, one, 0, 0)]
     assert len({int(generator(*place).integers(2**63)) for place in places}) == len(places)
-    assert generator(1, 2, 3, 4).random() == generator(1, 2, 3, 4).random()
+    assert generator(1, one, 3, 4).random() == generator(1, one, 3, 4).random()
 
 
 def test_digest_ignores_order_and_differences_name_places() -> None:
@@ -290,6 +291,7 @@ PROCESS = """
 import sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
+from diffiqa.data.draws import Purpose, generator
 from diffiqa.training.config import Precision
 from diffiqa.training.loop import open_machine, train
 from diffiqa.tests.training.runs import separable_config, task_of
@@ -300,7 +302,9 @@ with open_machine("cpu", Precision.FP32) as machine:
 """
 
 
-def test_two_processes_do_what_one_does_with_the_whole_batch(photos: list[Path], tmp_path: Path) -> None:
+def test_two_processes_do_what_one_does_with_the_whole_batch(
+    photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from .runs import separable_config
 
     run(separable_config(), photos, tmp_path / "one")
@@ -309,8 +313,17 @@ def test_two_processes_do_what_one_does_with_the_whole_batch(photos: list[Path],
         port = free.getsockname()[1]
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-W", "ignore", "-c", PROCESS, str(tmp_path / "two"), str(photos[0].parent)]
-    processes = [subprocess.Popen(command, env={**shared, "RANK": str(rank)}) for rank in range(2)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    second = subprocess.Popen(command, env={**shared, "RANK": "1"})
+    for name, value in {**shared, "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with open_machine("cpu", Precision.FP32) as machine:  # waits for the second process
+        train(
+            task_of(separable_config(), photos, tmp_path / "two" / "cache"),
+            separable_config(),
+            tmp_path / "two",
+            machine,
+        )
+    assert second.wait(timeout=120) == 0
     one, two = (read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("one", "two"))
     for name, tensor in one["network"].items():
         assert torch.allclose(tensor, two["network"][name], atol=2e-5), name  # sums in another order, through Adam

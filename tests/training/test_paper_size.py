@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from diffiqa.data.pictures import Pictures
 from diffiqa.model.config import preset
 from diffiqa.model.network import build
 from diffiqa.tests.tiny import photo
 from diffiqa.training.config import Optimisation, RestoreConfig, ScoreConfig
 from diffiqa.training.loop import train
-from diffiqa.training.pictures import Pictures
 from diffiqa.training.restore import RestoreTask
 from diffiqa.training.score import Restorations, ScoreTask
 

@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from diffiqa.data.datasets import DatasetError
-from diffiqa.errors import CheckpointError, ConfigError
+from diffiqa.data.pictures import Pictures
+from diffiqa.errors import CheckpointError, ConfigError, DatasetError
 from diffiqa.model.checkpoint import load
 from diffiqa.model.network import build
 from diffiqa.tests.tiny import TINY, photo
 from diffiqa.training.config import Optimisation, PretrainConfig, Reporting
 from diffiqa.training.loop import Conduct, train
-from diffiqa.training.pictures import Pictures
 from diffiqa.training.pretrain import PretrainTask, run_pretrain
 from diffiqa.training.score import Rated, run_score
 

@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffiqa.data.datasets import DatasetError
 from diffiqa.data.distortions import DISTORTIONS, LEVELS, Distortion
+from diffiqa.data.pictures import Pictures
+from diffiqa.engine.pixels import to_plane
 from diffiqa.engine.schedule import Schedule
-from diffiqa.errors import ConfigError
+from diffiqa.errors import ConfigError, DatasetError
 from diffiqa.model.config import ModelConfig, preset
 from diffiqa.tests.tiny import photo
 from diffiqa.training.config import Loss, Optimisation, RestoreConfig, parse_config, read_config
 from diffiqa.training.loop import Conduct, train
-from diffiqa.training.pictures import Pictures, to_network
 from diffiqa.training.restore import (
     Gain,
     distorted_crop,
@@ -149,7 +149,7 @@ def test_every_distortion_keeps_a_crop_in_place(top: int, left: int) -> None:
         draw = np.random.default_rng(number)
         condition, reference = distorted_crop(picture, top, left, 16, 8, ((number, 5),), draw)
         assert condition.shape == reference.shape == (3, 16, 16)
-        assert np.array_equal(reference, to_network(picture[top : top + 16, left : left + 16]))
+        assert np.array_equal(reference, to_plane(picture[top : top + 16, left : left + 16]))
         assert np.allclose((condition + 1) * 127.5, np.rint((condition + 1) * 127.5), atol=1e-4)
 
 
@@ -158,13 +158,13 @@ def test_overfitting_two_crops_lowers_the_loss_by_a_lot(tmp_path: Path) -> None:
     for path, picture in zip(photos, (photo(8, 16, 16), photo(9, 16, 16)), strict=True):
         Image.fromarray(picture).save(path)
     config = restore_config(
-        optimisation=Optimisation(steps=200, batch=8, learning_rate=4e-3, warmup_steps=10, ema_decay=0.9),
+        optimisation=Optimisation(steps=90, batch=8, learning_rate=8e-3, warmup_steps=5, ema_decay=0.9),
         loss=Loss.L2,
         clean=1.0,
         composed=0.0,
     )
     config = dataclasses.replace(
-        config, reporting=dataclasses.replace(config.reporting, log_every=25, checkpoint_every=1000)
+        config, reporting=dataclasses.replace(config.reporting, log_every=15, checkpoint_every=1000)
     )
     run(config, photos, tmp_path / "run")
     rows = (tmp_path / "run" / "log.csv").read_text().splitlines()[1:]

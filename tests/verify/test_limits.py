@@ -123,7 +123,7 @@ def test_results_that_change_with_what_must_not_matter_are_beyond(name: str, loo
 
 
 def test_the_default_srcc_forgives_one_swap_of_neighbours_in_twenty_images() -> None:
-    from diffiqa.evaluation.correlation import srcc
+    from diffiqa.engine.agreement import srcc
 
     limits = make_limits("fp16", [])
     scores = [float(i) for i in range(20)]

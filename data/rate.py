@@ -13,29 +13,26 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
-from ..data.datasets import DatasetError
-from ..data.distortions import DISTORTIONS, LEVELS, distort
-from ..data.fullref import METRICS, MS_SSIM_SIDE, fit_pseudo_scale, measure
-from ..data.splits import Split
-from ..errors import ConfigError, OutputError
-from .loop import generator
+from ..errors import ConfigError, DatasetError, OutputError
+from .distortions import DISTORTIONS, LEVELS, distort
+from .draws import Purpose, generator
+from .fullref import METRICS, MS_SSIM_SIDE, fit_pseudo_scale, measure
 from .outputs import to_csv, write_file
-from .photos import detailed
-from .pictures import Pictures, Pixels
+from .pictures import Pictures, Pixels, detailed
+from .splits import Split
 
 LABELS, SPLIT, SCALE = "labels.csv", "split.json", "scale.json"
-WINDOW, ORDER, APPLY, LEVEL = 20, 21, 22, 23  # what generators are for; not those of a training run
 MOST_PICTURES = 10_000  # of one photograph
 TRIES = 8  # places of which a window takes the one with most detail
 
 
 @dataclass(frozen=True)
 class Amount:
-    """How many windows are cut from each photograph, and how many distortions each gets.
+    """How many windows are cut from each photograph, and how many distortions each window gets.
 
-    At all levels, beside the window as it is, and over the photographs of a part all kinds come equally often; or, if
-    `one_level`, at a level that is drawn, and the original is one of the distortions: nothing but the distortion itself
-    then tells a network what the score is, as other versions of the same window would.
+    A distortion comes at all five levels, beside the undistorted window; over the photographs of a part, all kinds come
+    equally often. With `one_level`, it comes at one level, which is drawn, and "undistorted" is one of the kinds. So a
+    network has no other version of a window to compare with, and must learn from the distortion itself.
     """
 
     windows: int
@@ -62,7 +59,7 @@ class _Row:
     values: npt.NDArray[np.float64]
 
 
-def rate(
+def rate_photographs(
     parts: Mapping[str, Sequence[Path]],
     folder: Path,
     *,
@@ -74,7 +71,7 @@ def rate(
 ) -> int:
     """Write pictures (PNG), labels.csv, split.json and scale.json; return how many pictures there are.
 
-    Every window is there as it is, too. The pseudo-score is fitted on the part "train" alone.
+    The pseudo-score is fitted on the part "train" alone.
     """
     if side < MS_SSIM_SIDE:
         raise ConfigError(f"windows must have at least {MS_SSIM_SIDE} pixels a side, which MS-SSIM needs; not {side}")
@@ -110,19 +107,18 @@ def _of_photograph(
 ) -> list[_Row]:
     """Write the versions of all windows of a photograph.
 
-    What is drawn depends on its pixels' size and name only; which kinds it gets at all levels, on its place.
+    Random numbers depend on its name and size. At all levels, the kinds that it gets depend on its `index` too.
     """
     key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
     rows = []
     for window in range(amount.windows):
-        pristine = _window(photo, side, generator(seed, WINDOW, key, window))
+        pristine = _window(photo, side, generator(seed, Purpose.WINDOW, key, window))
         reference = pristine.astype(np.float32) / np.float32(255)
         for number, level in _cases(amount, index, window, seed, key):
             image = pristine
             if number:
-                distorted = distort(
-                    reference, number, level, generator(seed, APPLY, key, window * 1000 + number * 10 + level)
-                )
+                draw = generator(seed, Purpose.DISTORTION, key, window * 1000 + number * 10 + level)
+                distorted = distort(reference, number, level, draw)
                 image = np.rint(distorted * 255).astype(np.uint8)
             path = f"{name}/{window}-{f'{number:02d}-{level}' if number else 'original'}.png"
             _save(folder / path, image)
@@ -137,21 +133,21 @@ def _cases(amount: Amount, index: int, window: int, seed: int, key: int) -> list
     places = range(window * amount.distortions, (window + 1) * amount.distortions)
     if not amount.one_level:
         # Dealt round, because drawing for each photograph leaves some kinds out of a test part of 58.
-        order = generator(seed, ORDER, 0).permutation(list(DISTORTIONS))
+        order = generator(seed, Purpose.KINDS, 0).permutation(list(DISTORTIONS))
         first = index * amount.windows * amount.distortions
         return [(0, 0)] + [(int(order[(first + place) % len(order)]), level) for place in places for level in LEVELS]
     cases = []
     for place in places:
         # All kinds come once before any comes again.
         turn, position = divmod(place, len(DISTORTIONS) + 1)
-        number = int(generator(seed, ORDER, key, turn).permutation([0, *DISTORTIONS])[position])
-        level = int(generator(seed, LEVEL, key, place).choice(LEVELS)) if number else 0
+        number = int(generator(seed, Purpose.KINDS, key, turn).permutation([0, *DISTORTIONS])[position])
+        level = int(generator(seed, Purpose.LEVEL, key, place).choice(LEVELS)) if number else 0
         cases.append((number, level))
     return cases
 
 
 def _window(photo: Pixels, side: int, draw: np.random.Generator) -> Pixels:
-    """Return the one with most detail of a few windows: where nothing is to be seen, no distortion shows either."""
+    """Draw a few windows and return the one with most detail: an empty sky shows no distortion."""
     windows = []
     for _ in range(TRIES):
         top, left = (int(draw.integers(length - side + 1)) for length in photo.shape[:2])

@@ -1,9 +1,8 @@
 """Data sets in their published layouts, traps included; every image is a file of one byte."""
 
-import zipfile
+import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from xml.sax.saxutils import escape
 
 import numpy as np
 from scipy.io import savemat
@@ -40,15 +39,15 @@ def csiq(root: Path) -> int:
     files = {"noise": "AWGN", "blur": "BLUR", "jpeg": "JPEG"}
     rows: list[Sequence[str | float]] = [["CSIQ image quality"], [], ["", "scores"]]
     rows.append(["", "", "", "image", "dst_idx", "dst_type", "dst_lev", "dmos_std", "dmos"])
-    for content in (1600.0, "family", "snow_leaves"):
-        name = content if isinstance(content, str) else "1600"
+    for name in ("1600", "family", "snow_leaves"):
         touch(root / "src_imgs" / f"{name}.png")
         for kind, folder in CSIQ_TYPES.items():
             for level in range(1, 4):
                 touch(root / "dst_imgs" / folder / f"{name}.{files.get(kind, folder)}.{level}.png")
-                rows.append(["", "", "", content, 1.0, kind, float(level), 0.1, level / 5 + len(name) / 100])
+                rows.append(["", "", "", name, 1, kind, level, 0.1, level / 5 + len(name) / 100])
     (root / "dst_imgs/awgn").rename(root / "dst_imgs/AWGN")  # as in some copies
-    write_xlsx(root / "csiq.DMOS.xlsx", {"all_by_distortion": [["x"]], "all_by_image": rows})
+    with (root / "csiq.DMOS.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
     return 3 * 6 * 3
 
 
@@ -124,36 +123,3 @@ BUILDERS: dict[str, Callable[[Path], int]] = {
     "koniq10k": koniq10k,
     "pipal": pipal,
 }
-
-
-def write_xlsx(path: Path, sheets: dict[str, Sequence[Sequence[str | float]]]) -> None:
-    """Write text as shared strings and numbers as numbers, the way Excel does."""
-    main = 'xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"'
-    office = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
-    texts: list[str] = []
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as book:
-        entries, relations = [], []
-        for number, (name, rows) in enumerate(sheets.items(), 1):
-            entries.append(f'<sheet name="{name}" sheetId="{number}" r:id="rId{number}"/>')
-            relations.append(f'<Relationship Id="rId{number}" Target="worksheets/sheet{number}.xml"/>')
-            lines = []
-            for y, cells in enumerate(rows, 1):
-                parts = []
-                for x, cell in enumerate(cells):
-                    at = f"{chr(65 + x)}{y}"
-                    if isinstance(cell, float):
-                        parts.append(f'<c r="{at}"><v>{cell}</v></c>')
-                    elif cell:
-                        texts.append(cell)
-                        parts.append(f'<c r="{at}" t="s"><v>{len(texts) - 1}</v></c>')
-                    else:
-                        parts.append(f'<c r="{at}" s="1"/>')
-                lines.append(f'<row r="{y}">{"".join(parts)}</row>')
-            sheet = f"<worksheet {main}><sheetData>{''.join(lines)}</sheetData></worksheet>"
-            book.writestr(f"xl/worksheets/sheet{number}.xml", sheet)
-        book.writestr(
-            "xl/workbook.xml", f'<workbook {main} xmlns:r="{office}"><sheets>{"".join(entries)}</sheets></workbook>'
-        )
-        book.writestr("xl/_rels/workbook.xml.rels", f"<Relationships>{''.join(relations)}</Relationships>")
-        strings = "".join(f"<si><r><t>{escape(text)}</t></r></si>" for text in texts)
-        book.writestr("xl/sharedStrings.xml", f"<sst {main}>{strings}</sst>")

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffiqa.data.datasets import DatasetError, load_csv
+from diffiqa.data.datasets import load_csv
 from diffiqa.data.distortions import DISTORTIONS
 from diffiqa.data.fullref import PseudoScale, measure
+from diffiqa.data.rate import Amount, rate_photographs
 from diffiqa.data.splits import Split
-from diffiqa.errors import ConfigError, OutputError
+from diffiqa.errors import ConfigError, DatasetError, OutputError
 from diffiqa.runtime.images import read_image
-from diffiqa.training.rate import Amount, rate
 
 from .synthetic import picture
 
@@ -36,8 +36,14 @@ def photographs(folder: Path) -> dict[str, list[Path]]:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rated")
-    assert rate(photographs(folder / "photos"), folder / "set", amounts=AMOUNTS, seed=4) == 12 + 6 + 11
+    assert rate_photographs(photographs(folder / "photos"), folder / "set", amounts=AMOUNTS, seed=4) == 12 + 6 + 11
     return folder
+
+
+@pytest.fixture
+def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four metrics of every picture take most of the time, and say nothing of which pictures there are."""
+    monkeypatch.setattr("diffiqa.data.rate.measure", lambda one, other: np.full(4, np.abs(one - other).mean()))
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -66,14 +72,19 @@ def test_no_distortion_of_a_photograph_is_in_two_windows(made: Path) -> None:
     assert all(len(places) == 1 for places in windows.values())
 
 
-def test_over_the_photographs_of_a_part_all_kinds_come_equally_often(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("cheap")
+def test_over_the_photographs_of_a_part_all_kinds_come_equally_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffiqa.data.rate.distort", lambda image, number, level, _: image * (1 - number * level / 999))
+    monkeypatch.setattr("diffiqa.data.rate._save", lambda *_: None)
     count, each = 5, 10
     (tmp_path / "photos").mkdir()
     paths = [tmp_path / "photos" / f"{index}.png" for index in range(count)]
     for index, path in enumerate(paths):
         Image.fromarray(np.roll((picture(176, 176) * 255).astype(np.uint8), 11 * index, axis=1)).save(path)
     amount = Amount(1, each)
-    rate({"train": paths}, tmp_path / "set", amounts={"train": amount}, seed=8)
+    rate_photographs({"train": paths}, tmp_path / "set", amounts={"train": amount}, seed=8)
     kinds = Counter(row["distortion"] for row in rows(tmp_path / "set") if row["level"] == "1")
     assert len(kinds) == len(DISTORTIONS)
     assert set(kinds.values()) == {count * each // len(DISTORTIONS)}
@@ -102,7 +113,7 @@ def test_labels_and_split_are_what_training_reads(made: Path) -> None:
 def test_the_same_seed_makes_the_same_bytes_and_another_does_not(made: Path, tmp_path: Path) -> None:
     parts = photographs(tmp_path / "photos")
     for seed, same in ((4, True), (5, False)):
-        rate(parts, tmp_path / str(seed), amounts=AMOUNTS, seed=seed)
+        rate_photographs(parts, tmp_path / str(seed), amounts=AMOUNTS, seed=seed)
         assert (
             (tmp_path / str(seed) / "labels.csv").read_bytes() == (made / "set" / "labels.csv").read_bytes()
         ) is same
@@ -113,7 +124,7 @@ def test_the_same_seed_makes_the_same_bytes_and_another_does_not(made: Path, tmp
 def test_the_test_part_has_no_say_in_the_scale(made: Path, tmp_path: Path) -> None:
     parts = photographs(tmp_path / "photos")
     Image.fromarray(np.full((190, 210, 3), 90, np.uint8)).save(parts["test"][0])
-    rate(parts, tmp_path / "set", amounts=AMOUNTS, seed=4)
+    rate_photographs(parts, tmp_path / "set", amounts=AMOUNTS, seed=4)
     assert (tmp_path / "set" / "scale.json").read_bytes() == (made / "set" / "scale.json").read_bytes()
 
 
@@ -123,10 +134,10 @@ def test_a_used_folder_and_equal_names_are_refused(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "labels.csv").touch()
     with pytest.raises(OutputError, match="is not empty"):
-        rate(parts, tmp_path / "set", amounts=AMOUNTS, seed=4)
+        rate_photographs(parts, tmp_path / "set", amounts=AMOUNTS, seed=4)
     parts["test"] = [parts["train"][0].with_suffix(".jpg")]
     with pytest.raises(DatasetError, match="two photographs are called photo_train"):
-        rate(parts, tmp_path / "other", amounts=AMOUNTS, seed=4)
+        rate_photographs(parts, tmp_path / "other", amounts=AMOUNTS, seed=4)
 
 
 @pytest.mark.parametrize(("windows", "distortions"), [(0, 1), (1, 0), (13, 2), (1, 26)])
@@ -137,12 +148,16 @@ def test_amounts_that_repeat_a_distortion_are_refused(windows: int, distortions:
 
 def test_windows_too_small_for_ms_ssim_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="at least 161 pixels"):
-        rate(photographs(tmp_path / "photos"), tmp_path / "set", amounts=AMOUNTS, seed=1, side=160)
+        rate_photographs(photographs(tmp_path / "photos"), tmp_path / "set", amounts=AMOUNTS, seed=1, side=160)
 
 
-def test_with_one_level_every_kind_comes_once_before_any_comes_again(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("cheap")
+def test_with_one_level_every_kind_comes_once_before_any_comes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffiqa.data.rate._save", lambda *_: None)
     amounts = AMOUNTS | {"train": Amount(30, 1, one_level=True)}
-    rate(photographs(tmp_path / "photos"), tmp_path / "set", amounts=amounts, seed=4, side=161)
+    rate_photographs(photographs(tmp_path / "photos"), tmp_path / "set", amounts=amounts, seed=4, side=161)
     found = [row for row in rows(tmp_path / "set") if row["reference"] == "photo_train"]
     kinds = [row["distortion"] for row in sorted(found, key=lambda row: int(Path(row["image"]).name.split("-")[0]))]
     assert sorted(kinds[:26]) == sorted(["", *(kind.name for kind in DISTORTIONS.values())])
@@ -151,13 +166,14 @@ def test_with_one_level_every_kind_comes_once_before_any_comes_again(tmp_path: P
     assert all(row["level"] == "" for row in found if not row["distortion"])
 
 
+@pytest.mark.usefixtures("cheap")
 def test_noise_differs_between_windows_of_a_photograph(tmp_path: Path) -> None:
     """The same noise in all of them would be something to recognise a distortion by."""
     path = tmp_path / "grey.png"
     Image.new("RGB", (200, 200), (128, 128, 128)).save(path)
     amounts = dict.fromkeys(AMOUNTS, Amount(60, 1, one_level=True))
     parts = {part: [path] for part in ("train",)}
-    rate(parts, tmp_path / "set", amounts=amounts, seed=1, side=161)
+    rate_photographs(parts, tmp_path / "set", amounts=amounts, seed=1, side=161)
     noisy = [row["image"] for row in rows(tmp_path / "set") if row["distortion"] == "white_noise"]
     first, second = (read_image(tmp_path / "set" / name).pixels.astype(float) - 128 for name in noisy[:2])
     assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.05

@@ -1,4 +1,4 @@
-"""Pictures of a training run: each decoded once into a file of plain pixels, of which crops are then read."""
+"""Pictures decoded once into files of plain pixels, of which crops are then read."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -8,13 +8,14 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
-from ..data.datasets import DatasetError
 from ..engine.atomic import replacing
-from ..errors import ImageError, OutputError
+from ..errors import DatasetError, ImageError, OutputError
 from ..runtime.images import read_image
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3), RGB
-FloatArray = npt.NDArray[np.float32]
+
+# A block of 8×8 pixels has detail if its luma leaves its best plane by more than this (of 255), at this longest side.
+DETAIL, DETAIL_SIDE = 3.0, 1024
 
 SCHEMA = 1  # of the cache: raised when the same file would give other pixels
 
@@ -22,9 +23,9 @@ SCHEMA = 1  # of the cache: raised when the same file would give other pixels
 class Pictures:
     """Pictures by index, as memory-mapped pixels. Files that cannot be used are left out, and `skipped` says why.
 
-    `cache` may be shared by runs and processes: a file's name is the hash of what it was made from. Pictures smaller
-    than `min_side` are enlarged if `enlarge`, as scoring does, else left out; larger than `longest_side`: reduced.
-    Raises DatasetError if no picture is left.
+    Runs and processes may share `cache`: the name of a file there is the hash of what it was made from. A picture
+    smaller than `min_side` is enlarged if `enlarge`, as scoring does, and else left out. One larger than `longest_side`
+    is reduced. Raises DatasetError if no picture is left.
     """
 
     def __init__(
@@ -107,6 +108,19 @@ def reduced(pixels: Pixels, longest_side: int) -> Pixels:
     return np.asarray(PIL.Image.fromarray(pixels).resize(size, PIL.Image.Resampling.LANCZOS))
 
 
+def detailed(pixels: npt.NDArray[np.uint8]) -> float:
+    """Return the share of blocks with detail. It is near 0 for flat drawings, gradients and blurred pictures."""
+    picture = PIL.Image.fromarray(reduced(pixels, DETAIL_SIDE))
+    luma = np.asarray(picture.convert("L"), np.float64)
+    rows, columns = luma.shape[0] // 8, luma.shape[1] // 8
+    if not rows or not columns:
+        return 0.0
+    blocks = luma[: rows * 8, : columns * 8].reshape(rows, 8, columns, 8).transpose(0, 2, 1, 3).reshape(-1, 64)
+    y, x = np.mgrid[:8, :8].reshape(2, 64)
+    plane, _ = np.linalg.qr(np.stack([np.ones(64), x, y], axis=1))
+    return float(np.mean((blocks - blocks @ plane @ plane.T).std(axis=1) > DETAIL))
+
+
 def save_array(path: Path, array: npt.NDArray[np.generic]) -> None:
     """Write an .npy file, whole or not at all; raises OutputError."""
     try:
@@ -114,8 +128,3 @@ def save_array(path: Path, array: npt.NDArray[np.generic]) -> None:
             np.save(stream, array)
     except OSError as exc:
         raise OutputError(f"cannot write {path}: {exc}") from exc
-
-
-def to_network(pixels: npt.NDArray[np.uint8]) -> FloatArray:
-    """Return pixels (H, W, 3) as the networks see them: (3, H, W) in [-1, 1]."""
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float32) / np.float32(127.5) - np.float32(1)

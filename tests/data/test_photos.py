@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffiqa.data.datasets import DatasetError
-from diffiqa.errors import OutputError
+from diffiqa.data import debian as reader
+from diffiqa.data import photos
+from diffiqa.data.photos import LIST, gather, parts_in
+from diffiqa.data.pictures import detailed
+from diffiqa.errors import DatasetError, OutputError
 from diffiqa.tests.tiny import photo
-from diffiqa.training import photos
-from diffiqa.training.photos import LIST, detailed, gather, parts_in
 
 COPYRIGHT = """Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
 
@@ -47,7 +49,7 @@ def png(image: Image.Image) -> bytes:
 def package(path: Path, files: dict[str, bytes], *, section: str = "data.tar.xz") -> Path:
     """Write a Debian package as dpkg does: an ar archive of debian-binary, control and data."""
     data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w:xz") as archive:
+    with tarfile.open(fileobj=data, mode="w:xz", preset=0) as archive:
         for name, content in files.items():
             member = tarfile.TarInfo(f"./{name}")
             member.size = len(content)
@@ -60,11 +62,17 @@ def package(path: Path, files: dict[str, bytes], *, section: str = "data.tar.xz"
     return path
 
 
-@pytest.fixture
-def debian(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pictures = {f"usr/share/backgrounds/{name}.png": png(textured(seed)) for seed, name in enumerate("abcd")}
-    terms = {"usr/share/doc/walls/copyright": COPYRIGHT.encode()}
-    return package(tmp_path / "walls_1%3a2.0_all.deb", {**pictures, **terms, "usr/bin/tool": b"#!/bin/sh"})
+    files = {**pictures, "usr/share/doc/walls/copyright": COPYRIGHT.encode(), "usr/bin/tool": b"#!/bin/sh"}
+    return package(tmp_path_factory.mktemp("package") / "walls_1%3a2.0_all.deb", files)
+
+
+@pytest.fixture
+def debian(original: Path, tmp_path: Path) -> Path:
+    """Return a package that a test may spoil."""
+    return Path(shutil.copy(original, tmp_path))
 
 
 def test_a_package_gives_its_pictures_with_licence_and_origin(debian: Path, tmp_path: Path) -> None:
@@ -155,7 +163,7 @@ def test_a_damaged_package_is_named(debian: Path, tmp_path: Path, damage: object
 def test_a_package_that_unpacks_to_too_much_is_refused(
     debian: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(photos, "MAX_PICTURE", 100_000)
+    monkeypatch.setattr(reader, "MAX_PICTURE", 100_000)
     with pytest.raises(DatasetError, match="unpacks to more"):
         gather([debian], tmp_path / "out", seed=1)
 
@@ -164,7 +172,7 @@ def test_a_package_that_unpacks_without_end_is_refused_before_memory_is_gone(
     debian: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A few kilobytes of xz stand for 64 MiB of zeros, in a file that nobody would have read."""
-    monkeypatch.setattr(photos, "MAX_PACKAGE", 16 << 20)
+    monkeypatch.setattr(reader, "MAX_PACKAGE", 16 << 20)
     package(debian, {"usr/lib/zeros": bytes(64 << 20)})
     assert debian.stat().st_size < 100_000
     with pytest.raises(DatasetError, match="unpacks to more than 16 MiB"):
@@ -173,15 +181,15 @@ def test_a_package_that_unpacks_without_end_is_refused_before_memory_is_gone(
 
 def test_a_path_says_more_about_a_licence_than_a_name() -> None:
     terms = [(("walls/a/*.png",), "CC0-1.0", "A"), (("icons/x.png",), "GPL-2+", "B"), (("*",), "MIT", "C")]
-    assert photos._licence("usr/share/walls/a/x.png", terms) == ("CC0-1.0", "A")
-    assert photos._licence("usr/share/other/x.png", terms) == ("GPL-2+", "B")
-    assert photos._licence("usr/share/other/x.jpg", terms) == ("MIT", "C")
+    assert reader.licence_of("usr/share/walls/a/x.png", terms) == ("CC0-1.0", "A")
+    assert reader.licence_of("usr/share/other/x.png", terms) == ("GPL-2+", "B")
+    assert reader.licence_of("usr/share/other/x.jpg", terms) == ("MIT", "C")
 
 
 def test_a_pattern_of_another_folder_says_nothing_about_a_licence() -> None:
     """`debian/*` is in nearly every package, and its last part matches any name."""
     terms = [(("*",), "CC-BY-4.0", "A"), (("debian/*", "icons/*.png"), "Expat", "B")]
-    assert photos._licence("usr/share/walls/x.png", terms) == ("CC-BY-4.0", "A")
+    assert reader.licence_of("usr/share/walls/x.png", terms) == ("CC-BY-4.0", "A")
 
 
 def test_a_known_package_gives_what_was_chosen_by_eye_and_nothing_else(

@@ -1,0 +1,101 @@
+"""`diffiqa.evaluate`: what `iqa-eval` does, as one function; and `compete`, what its `--gmad` does."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..data.datasets import read_labels
+from ..data.extra import load_extra
+from ..data.outputs import to_csv, write_file
+from ..data.splits import Split
+from ..engine.codec import encode
+from ..errors import UsageError
+from ..runtime.backends import Backend
+from ..runtime.results import Options
+from ..runtime.scorer import load
+from .charts import require_matplotlib, save
+from .findings import Evaluation, compare
+from .gmad import gmad_table
+from .scatter import draw_scatter, points_of
+from .scores import pictures_of, read_branches, score_pictures
+from .text import to_text
+
+JSON_NAME, TEXT_NAME, SCATTER_NAME, GMAD_NAME = "evaluation.json", "evaluation.md", "scatter.png", "gmad.csv"
+
+
+def evaluate(
+    labels: str | Path,
+    *,
+    engine: str | Path | None = None,
+    scores: str | Path | None = None,
+    dataset: str | None = None,
+    lower_better: bool = False,
+    split: str | Path | None = None,
+    part: str = "test",
+    output: str | Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    backend: Backend | Sequence[Backend] | None = None,
+    crops: int | None = None,
+    seed: int = 0,
+    workers: int = 1,
+    quiet: bool = True,
+) -> Evaluation:
+    """Compare an engine's scores, or those of a file, with people's opinions.
+
+        found = diffiqa.evaluate("kadid10k/", dataset="kadid10k", engine="engine/", output="results/")
+        print(found.branches[0].correlation.srcc)
+
+    `labels` is a CSV file, or the folder of a published data set that `dataset` names. `split` is a file: then its
+    `part` alone is evaluated. `output` is a folder for scores.jsonl, evaluation.json, evaluation.md and scatter.png; an
+    engine needs one, so that an interruption loses no score. Unless `quiet`, scoring shows its progress on stderr.
+
+    Raises DatasetError, OutputError, UsageError, and BackendError where SciPy or matplotlib is missing.
+    """
+    if (engine is None) == (scores is None):
+        raise UsageError("give either an engine or a file of scores: where do the scores come from?")
+    if engine and not output:
+        raise UsageError("name a folder with -o, so that no score is lost if scoring is interrupted")
+    load_extra("scipy")
+    if output:
+        require_matplotlib()
+    known = read_labels(Path(labels), dataset, lower_is_better=lower_better, need_files=False)
+    parts = Split.read(Path(split)) if split else None
+    items = parts.items(known, part) if parts else known.items
+    pictures = pictures_of(items)
+    if engine and output:
+        with load(engine, backend) as scorer:
+            branches = score_pictures(
+                scorer,
+                pictures,
+                Path(output),
+                Options(crops, seed),
+                resume=resume,
+                force=force,
+                quiet=quiet,
+                workers=workers,
+            )
+            source = f"engine {scorer.info.engine}"
+    elif scores:
+        branches, source = read_branches(Path(scores), pictures), Path(scores).name
+    found = compare(known, items, branches, scores=source, part=part if parts else None)
+    if output:
+        folder = Path(output)
+        document = json.dumps(encode(found), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        write_file(folder / JSON_NAME, document)
+        write_file(folder / TEXT_NAME, to_text(found))
+        save(draw_scatter(points_of(known, items, branches["score"])), folder / SCATTER_NAME)
+    return found
+
+
+def compete(
+    first: str | Path, second: str | Path, *, levels: int = 2, output: str | Path | None = None
+) -> list[tuple[str, ...]]:
+    """Return the gMAD pairs of two score files as a table, its head first; `output` is a folder for gmad.csv.
+
+    print(diffiqa.evaluation.api.compete("ours.jsonl", "theirs.csv", levels=6))
+    """
+    rows = gmad_table(Path(first), Path(second), levels)
+    if output:
+        write_file(Path(output) / GMAD_NAME, to_csv(rows))
+    return rows

@@ -1,0 +1,130 @@
+"""Scores of images by their names in the labels: read from a file, whatever that calls them, or made by an engine."""
+
+import posixpath
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from ..data.datasets import Item
+from ..data.labelfiles import read_csv
+from ..errors import DatasetError, OutputError
+from ..runtime.command.recordfile import read_records
+from ..runtime.command.records import Format
+from ..runtime.command.run import Outputs, run
+from ..runtime.results import Options
+from ..runtime.scorer import Scorer
+from .findings import BRANCHES
+
+SCORES_NAME = "scores.jsonl"
+
+
+def read_scores(path: Path, column: str = "score") -> dict[str, float]:
+    """Return the scores by image of a file that `iqa-run` wrote (.jsonl, .json, .csv) or of any CSV image,score.
+
+    `column` may also be one of the branches, vcg or vda. Images without a score (failed ones) are left out, and so are
+    all where the file has no such branch. Raises DatasetError.
+    """
+    try:
+        if path.suffix.lower() == ".csv":
+            rows = read_csv(path, "image", "score")
+            found = [(row["image"], float(row[column])) for row in rows if row.get(column)]
+        elif path.suffix.lower() in {".jsonl", ".json"}:
+            records, _ = read_records(path, Format(path.suffix.lower()[1:]))
+            values = [(record.image, getattr(record, column)) for record in records]
+            found = [(image, value) for image, value in values if value is not None]
+        else:
+            raise DatasetError(f"the score file {path} must be called .jsonl, .json or .csv")
+    except (OutputError, ValueError, OSError) as exc:
+        raise DatasetError(f"the score file {path} cannot be read: {exc}") from exc
+    scores = dict(found)
+    if len(scores) < len(found):
+        raise DatasetError(f"the score file {path} has {len(found) - len(scores)} images twice")
+    return scores
+
+
+def pictures_of(items: Iterable[Item]) -> dict[str, Path]:
+    """Return the files of images and of the references that are files, by their names in the labels."""
+    found: dict[str, Path] = {}
+    for item in items:
+        if item.reference and item.reference_path:
+            found[item.reference] = item.reference_path
+        found[item.image] = item.path
+    return found
+
+
+def score_pictures(
+    scorer: Scorer,
+    pictures: Mapping[str, Path],
+    folder: Path,
+    options: Options,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    quiet: bool = False,
+    workers: int = 1,
+) -> dict[str, dict[str, float]]:
+    """Score pictures into scores.jsonl as `iqa-run` does, resuming included; return the scores as `read_branches`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise OutputError(f"cannot make the folder {folder}: {exc.strerror or exc}") from exc
+    outputs = Outputs(file=folder / SCORES_NAME, resume=resume, force=force, quiet=quiet)
+    names = {image: str(path) for image, path in pictures.items()}
+    run(scorer, list(dict.fromkeys(names.values())), options, outputs, workers=workers)
+    return _branches(folder / SCORES_NAME, names)
+
+
+def read_branches(path: Path, pictures: Mapping[str, Path]) -> dict[str, dict[str, float]]:
+    """Return the scores of a file by branch and by the labels' names of the images. Raises DatasetError."""
+    return _branches(path, _matched(pictures, read_scores(path), path))
+
+
+def _branches(path: Path, names: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    columns = {column: read_scores(path, column) for column in BRANCHES}
+    return {
+        column: {image: values[name] for image, name in names.items() if name in values}
+        for column, values in columns.items()
+    }
+
+
+def _matched(pictures: Mapping[str, Path], names: Iterable[str], where: Path) -> dict[str, str]:
+    """Return what the score file calls each picture: its path, its name in the labels, or an end of either.
+
+    So scores may have been made in another folder. Raises DatasetError where two names would fit.
+    """
+    spelt = {posixpath.normpath(name.replace("\\", "/")): name for name in names}
+    found: dict[str, str] = {}
+    for image, path in pictures.items():
+        exact = next((name for name in (path.as_posix(), image) if name in spelt), None)
+        if exact:
+            found[image] = exact
+    free = set(spelt) - set(found.values())
+    by_end: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(free):
+        for end in _ends(name):
+            by_end[end].append(name)
+    unknown = set(pictures) - set(found)
+    claims = Counter(end for image in unknown for end in _ends(image) if end in free)
+    # The longest names choose first: what ends like `b/a.png` is not the picture `a.png`.
+    for image in sorted(unknown, key=lambda image: (-image.count("/"), image)):
+        candidates = [name for name in by_end.get(image, []) if name in free]
+        candidates = candidates or [end for end in _ends(image) if end in free][:1]
+        if len(candidates) > 1:
+            raise DatasetError(
+                f"{where} has {candidates[0]} and {candidates[1]}, and either could be {image}; name images in it as "
+                f"the labels do"
+            )
+        if candidates and claims[candidates[0]] > 1:
+            raise DatasetError(
+                f"{where} has {candidates[0]}, which could be {image} or another image of the labels; name images in "
+                f"it as the labels do"
+            )
+        if candidates:
+            found[image] = candidates[0]
+            free.remove(candidates[0])
+    return {image: spelt[name] for image, name in found.items()}
+
+
+def _ends(name: str) -> list[str]:
+    parts = name.split("/")
+    return ["/".join(parts[start:]) for start in range(len(parts))]

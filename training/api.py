@@ -1,0 +1,296 @@
+"""What `iqa-train` does, one function for each of its commands.
+
+    from diffiqa.training import api
+
+    api.photos([], "photos/")
+    api.rate("photos/", "rated/")
+    api.restore("restore.toml", "runs/unet", data=["photos/train"], held_out=["photos/validation"], say=print)
+    api.score("score.toml", "runs/score", data="rated/labels.csv", split="rated/split.json",
+              unet="runs/unet/model.safetensors", say=print)
+    api.plot(["runs/unet", "runs/score"], "curves.png")
+
+Torch is loaded by the functions that need it. `say` is told how a run goes. Under torchrun every process calls the same
+function; the first one writes the files.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import OutputError, UsageError
+
+if TYPE_CHECKING:
+    from ..data.photos import Photograph
+    from .ablate import Row
+    from .config import RunConfig
+    from .loop import Conduct, Result
+    from .score import Rated
+
+File = str | Path
+Say = Callable[[str], None]
+
+SPLIT_NAME = "split.json"
+
+
+def _silent(_text: str) -> None:
+    pass
+
+
+def leads() -> bool:
+    """Return whether this is the first process of several: the one that speaks and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def restore(
+    config: File,
+    output: File,
+    *,
+    data: Sequence[File],
+    held_out: Sequence[File] = (),
+    start: File | None = None,
+    device: str | None = None,
+    resume: bool = False,
+    threads: int = 2,
+    say: Say = _silent,
+) -> "Result":
+    """Teach the U-Net to restore the photographs in the folders `data`; validate on those in `held_out`.
+
+    `start` is a bundle whose U-Net the run begins with. `output` gets log.csv, validation.csv, checkpoint.pt, plot.png,
+    gains.csv and model.safetensors.
+    """
+    from ..runtime.inputs import find_images
+    from .config import RestoreConfig, read_config
+    from .restore import run_restore
+
+    found = read_config(RestoreConfig, Path(config))
+    photos, others = (find_images(map(str, folders)) for folders in (data, held_out))
+    if both := {path.resolve() for path in photos} & {path.resolve() for path in others}:
+        raise UsageError(f"{min(both)} is given both with --data and with --held-out")
+    conduct = _conduct(found, device, say, resume=resume, threads=threads)
+    return run_restore(found, photos, others, Path(output), start=_path(start), conduct=conduct)
+
+
+def pretrain(
+    config: File,
+    output: File,
+    *,
+    data: File,
+    dataset: str | None = None,
+    lower_better: bool = False,
+    split: File | None = None,
+    cache: File | None = None,
+    start: File | None = None,
+    device: str | None = None,
+    resume: bool = False,
+    threads: int = 2,
+    say: Say = _silent,
+) -> "Result":
+    """Teach the ViT and the ResNet what distortions look like. The labels must say how each picture was distorted.
+
+    `data` is a CSV file, or the folder of the published data set that `dataset` names; `split` a file with its parts.
+    Without one, parts are drawn from the configuration's seed and written to split.json in `output`.
+    """
+    from .config import PretrainConfig, read_config
+    from .pretrain import run_pretrain
+
+    found = read_config(PretrainConfig, Path(config))
+    conduct = _conduct(found, device, say, resume=resume, threads=threads)
+    parts = _parts(data, dataset, split, found.seed, Path(output), ("validation",), lower_better=lower_better)
+    return run_pretrain(
+        found,
+        parts["train"],
+        parts["validation"],
+        Path(output),
+        start=_path(start),
+        cache=_path(cache),
+        conduct=conduct,
+    )
+
+
+def score(
+    config: File,
+    output: File,
+    *,
+    data: File,
+    dataset: str | None = None,
+    lower_better: bool = False,
+    split: File | None = None,
+    cache: File | None = None,
+    unet: File | None = None,
+    vit: File | None = None,
+    resnet: File | None = None,
+    start: File | None = None,
+    device: str | None = None,
+    resume: bool = False,
+    threads: int = 2,
+    say: Say = _silent,
+) -> "Result":
+    """Teach the network to score rated images; the part "validation" chooses the best weights.
+
+    `data`, `dataset` and `split` are as in `pretrain`. `start` is a bundle to begin with. `unet`, `vit` and `resnet`
+    are bundles for one part each; they win over `start`.
+    """
+    from .config import ScoreConfig, read_config
+    from .score import run_score
+
+    found = read_config(ScoreConfig, Path(config))
+    conduct = _conduct(found, device, say, resume=resume, threads=threads)
+    parts = _parts(data, dataset, split, found.seed, Path(output), ("validation",), lower_better=lower_better)
+    return run_score(
+        found,
+        parts["train"],
+        parts["validation"],
+        Path(output),
+        unet=_path(unet),
+        vit=_path(vit),
+        resnet=_path(resnet),
+        start=_path(start),
+        cache=_path(cache),
+        conduct=conduct,
+    )
+
+
+def ablate(
+    config: File,
+    output: File,
+    *,
+    recipes: Sequence[File],
+    data: File,
+    dataset: str | None = None,
+    lower_better: bool = False,
+    split: File | None = None,
+    cache: File | None = None,
+    unet: File | None = None,
+    vit: File | None = None,
+    resnet: File | None = None,
+    device: str | None = None,
+    resume: bool = False,
+    threads: int = 2,
+    say: Say = _silent,
+) -> "list[Row]":
+    """Train a network for each recipe, judge it on the parts "validation" and "test", and write ablation.csv.
+
+    `recipes` are TOML files, or folders of them: each holds what it changes in the configuration. The rest is as in
+    `score`.
+    """
+    from .ablate import ablate_recipes, read_recipes
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("ablate is one process; under torchrun, give each recipe's configuration to iqa-train score")
+    configs = read_recipes(Path(config), [Path(recipe) for recipe in recipes])
+    first = next(iter(configs.values()))
+    conduct = _conduct(first, device, say, resume=resume, threads=threads)
+    held_out = ("validation", "test")
+    return ablate_recipes(
+        configs,
+        _parts(data, dataset, split, first.seed, Path(output), held_out, lower_better=lower_better),
+        Path(output),
+        unet=_path(unet),
+        vit=_path(vit),
+        resnet=_path(resnet),
+        cache=_path(cache),
+        conduct=conduct,
+    )
+
+
+def photos(sources: Sequence[File], output: File, *, seed: int = 1) -> "tuple[list[Photograph], list[str]]":
+    """Gather pristine photographs into the folders train, validation and test of `output`.
+
+    `sources` are Debian packages and folders; without any, wallpaper packages are fetched. Returns the photographs, and
+    in words what was left out.
+    """
+    from ..data.photos import gather
+
+    return gather([Path(source) for source in sources], Path(output), seed=seed)
+
+
+def rate(
+    folder: File,
+    output: File,
+    *,
+    train: tuple[int, int] = (2, 2),
+    held_out: tuple[int, int] = (1, 5),
+    one_level: bool = False,
+    side: int = 176,
+    seed: int = 1,
+    say: Say = _silent,
+) -> int:
+    """Make a rated data set of the photographs that `photos` gathered in `folder`; return how many pictures it has.
+
+    `train` and `held_out` are numbers: windows of each photograph, and distortions of each window. With `one_level`,
+    each distortion to train on comes at one level, which is drawn, and not at all five.
+    """
+    from ..data.photos import parts_in
+    from ..data.rate import Amount, rate_photographs
+
+    amounts = {"train": Amount(*train, one_level), "validation": Amount(*held_out), "test": Amount(*held_out)}
+    return rate_photographs(
+        parts_in(Path(folder)),
+        Path(output),
+        amounts=amounts,
+        seed=seed,
+        side=side,
+        progress=lambda done: say(f"{done} pictures"),
+    )
+
+
+def plot(runs: Sequence[File], output: File) -> None:
+    """Draw loss, learning rate and validation of runs over each other, into the PNG file `output`."""
+    from ..evaluation.charts import save
+    from .plot import draw_runs
+
+    output = Path(output)
+    if output.suffix.lower() != ".png":
+        raise UsageError(f"{output} is no name of a PNG file; call it {output.name or 'plot'}.png")
+    save(draw_runs([Path(run) for run in runs]), output)
+
+
+def _path(file: File | None) -> Path | None:
+    return None if file is None else Path(file)
+
+
+def _conduct(config: "RunConfig", device: str | None, say: Say, *, resume: bool, threads: int) -> "Conduct":
+    """Return how a run is carried out. It ends with a chart, so a missing matplotlib is told now."""
+    from ..evaluation.charts import require_matplotlib
+    from .loop import Conduct
+
+    require_matplotlib()
+    steps = config.optimisation.steps
+
+    def progress(step: int, loss: float, rate: float) -> None:
+        say(f"step {step} of {steps}: loss {loss:.5f}, learning rate {rate:.2e}")
+
+    return Conduct(device, resume, threads, progress, say)
+
+
+def _parts(
+    data: File,
+    dataset: str | None,
+    split_file: File | None,
+    seed: int,
+    output: Path,
+    held_out: Sequence[str],
+    *,
+    lower_better: bool,
+) -> "dict[str, list[Rated]]":
+    """Return "train" and the held-out parts of the split in a file; without one, draw it and write it to the folder."""
+    from ..data.datasets import read_labels
+    from ..data.splits import Split, split_by_content
+    from .score import Rated
+
+    rated = read_labels(Path(data), dataset, lower_is_better=lower_better)
+    split = Split.read(Path(split_file)) if split_file else split_by_content(rated, seed)
+    if split_file is None and leads():
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise OutputError(f"cannot make the folder {output}: {exc}") from exc
+        split.write(output / SPLIT_NAME)
+    names = {name: name for name in ("train", *held_out)}
+    if "training" in split.parts:  # as publishers call it
+        names["train"] = "training"
+    return {
+        name: [Rated(item.path, item.quality, item.distortion or "") for item in split.items(rated, part)]
+        for name, part in names.items()
+    }
