@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT := out
 
-.PHONY: run test slow check clean
+.PHONY: run test slow check docs clean
 
 run: $(VENV)/ready
 	@echo "== exporting models/mini to $(OUT)/engine (half a minute)"
@@ -24,9 +24,14 @@ slow: $(VENV)/ready
 	@$(BIN)/python -m pytest -q -m "slow and not gpu"
 
 check: $(VENV)/ready
-	@echo "== format, lint, types, the README's tables"
+	@echo "== format, lint, types, the documents: their tables, their links"
 	@$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet . && scripts/typecheck $(BIN)/mypy
 	@$(BIN)/python figures/tables.py --check
+	@$(MAKE) --no-print-directory docs
+
+# The pages of docs/, to read in a browser. A dead link is an error.
+docs: $(VENV)/ready
+	@$(BIN)/mkdocs build --strict --site-dir $(OUT)/docs
 
 $(VENV)/ready: requirements.lock pyproject.toml
 	@echo "== setting up $(VENV) (a minute or two)"

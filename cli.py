@@ -15,9 +15,11 @@ from .verify.cli import verify
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="iqa")
 def main() -> None:
-    """Diff-V²-IQA image quality scores: export a checkpoint once, score images anywhere.
+    """Give images a quality score, without perfect copies to compare them with.
 
-    Each command is also installed under its own name, such as iqa-export.
+    iqa export turns trained weights into an engine. iqa run scores images with it. The other commands make engines
+    smaller, check them, measure them and train new weights. Each command is also installed under its own name, such as
+    iqa-export.
     """
 
 

@@ -1,11 +1,11 @@
-"""The README's tables of figures, made from `results/*.json`: rewrites them in place, or with `--check` compares.
+"""The tables of figures in the documents, made from `results/*.json`.
 
-    python figures/tables.py [--check] [--readme FILE]
+    python figures/tables.py [--check] [FILE…]
 
-A table stands between two comments in the README. The first names what makes it:
+The script rewrites the tables in place. With `--check` it compares them and changes nothing. Without FILE it takes
+README.md and every page of docs/. A table stands between two comments. The first names the function that makes it:
 
-    <!-- table: figures -->                     the table of single figures, from the JSON of the scripts here
-    <!-- table: precision -->                   the table of precisions, from that of precision.py
+    <!-- table: figures -->                     a table of the functions here, from the JSON of the scripts here
     <!-- table: peers from bench-mini.json -->  a table of `iqa-bench`, from what its --json wrote
     <!-- end of table -->
 """
@@ -36,19 +36,24 @@ _BLOCK = re.compile(
 def main() -> None:
     """Rewrite or check; exits with 1 where a table differs or cannot be made."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("documents", metavar="FILE", nargs="*", type=Path)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
-    text = given.readme.read_text(encoding="utf-8")
-    try:
-        made, changed = remake(text, given.results)
-    except (OSError, KeyError, ValueError, DiffiqaError) as exc:
-        sys.exit(f"{given.readme}: a table cannot be made: {type(exc).__name__}: {exc}")
-    if given.check and changed:
-        sys.exit(f"{given.readme} differs from {given.results}: {', '.join(changed)}; run python figures/tables.py")
-    if not given.check:
-        given.readme.write_text(made, encoding="utf-8")
+    problems = []
+    for document in given.documents or [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = document.read_text(encoding="utf-8")
+        try:
+            made, changed = remake(text, given.results)
+        except (OSError, KeyError, ValueError, DiffiqaError) as exc:
+            problems.append(f"{document}: a table cannot be made: {type(exc).__name__}: {exc}")
+            continue
+        if given.check and changed:
+            problems.append(f"{document} differs from {given.results}: {', '.join(changed)}")
+        if not given.check and changed:
+            document.write_text(made, encoding="utf-8")
+    if problems:
+        sys.exit("\n".join([*problems, "python figures/tables.py writes the tables anew"]))
 
 
 def remake(text: str, results: Path) -> tuple[str, list[str]]:
@@ -92,7 +97,6 @@ def figures(results: Path) -> str:
     soaked = read(results / "bench-mini-soak.json")
     soak = soaked.soak
     assert soak is not None
-    spin = {(case["condition"], case["side"]): case["ratio"] for case in load("score-spin")["cases"]}
     errors = [
         [
             error
@@ -103,60 +107,69 @@ def figures(results: Path) -> str:
         ]
         for wanted in ("noise", "score")
     ]
-    sizes: dict[tuple[int, int], list[float]] = {}
-    for sample in overhead["samples"]:
-        sizes.setdefault(tuple(sample["size"]), []).append(sample["seconds"])
-    small, larger = (statistics.median(seconds) for seconds in sizes.values())
+    small, larger = _seconds_per_image(results)
     gib = max(p["peak_memory_gib"] for p in presets.values())
     rows = [
         [
-            "export of `paper`, `authors`, verification included",
-            f"{presets['paper']['seconds']:.0f} s, {presets['authors']['seconds']:.0f} s; {gib:.1f} GiB at most",
+            "export of `paper` and of `authors`, verification included",
+            f"{presets['paper']['seconds']:.0f} s and {presets['authors']['seconds']:.0f} s; {gib:.1f} GiB at most",
         ],
-        ["largest difference from PyTorch: U-Net noise, scores", ", ".join(f"{max(e):.1e}" for e in errors)],
-        ["`mini`, 9 crops, 224×224; 384×320", f"{small:.1f} s; {larger:.1f} s"],
-        ["the same, share of time outside ONNX Runtime", f"{overhead['overhead_percent_median']:.2f} %"],
-        [
-            "`--spin`, a `mini` U-Net step at 112×112, 224×224: time beside without",
-            "; ".join(f"{who} {spin[who, 112]:.2f}, {spin[who, 224]:.2f}" for who in dict.fromkeys(w for w, _ in spin)),
-        ],
-        ["`mini`, fresh process to first score", f"{load('score-startup')['first_score_seconds_median']:.1f} s"],
+        ["largest difference from PyTorch: noise of the U-Net, scores", ", ".join(f"{max(e):.1e}" for e in errors)],
+        ["`mini`, 9 crops: 224×224, 384×320", f"{small:.1f} s, {larger:.1f} s"],
+        ["the same: share of time outside ONNX Runtime", f"{overhead['overhead_percent_median']:.2f} %"],
+        ["`mini`: fresh process to the first score", f"{load('score-startup')['first_score_seconds_median']:.1f} s"],
         [
             "`paper`, 224×224, 50 steps",
             f"{full['samples'][0]['seconds']:.0f} s, {full['overhead_percent_median']:.2f} % outside ONNX Runtime",
         ],
         [
-            "the same, peak memory of the process",
+            "the same: peak memory of the process",
             f"{full_memory['peak_mib'] / 1024:.1f} GiB, engine {full_memory['engine_mib'] / 1024:.1f} GiB",
         ],
         [
-            "its U-Net step in int8, beside float32",
+            "`paper`: one U-Net step in int8, beside float32",
             f"{eight['cpu_time_over_fp32']:.1f}× less CPU time, {eight['speed_over_fp32']:.1f}× faster, "
             f"{eight['bytes']['int8'] / eight['bytes']['fp32']:.0%} of the size",
         ],
         [
-            "its U-Net step beside ONNX Runtime's default settings: float32, OpenVINO bf16, int8",
-            ", ".join(f"{eight['speed_over_defaults'][name]:.2f}×" for name in ("fp32", "openvino bf16", "int8")),
-        ],
-        [
-            "all its stages in int8, beside float32",
+            "`paper`: all stages in int8, beside float32",
             f"{sum(b['int8'] for b in full_bytes) / sum(b['fp32'] for b in full_bytes):.0%} of the size",
         ],
         [
-            f"`iqa-verify --precision fp16`, {verify['images']} images of 176×176, `mini`",
+            f"`mini`: `iqa-verify --precision fp16` on {verify['images']} images of 176×176",
             f"{verify['seconds'] / 60:.1f} min",
         ],
         [
-            f"`mini`, {soaked.cases[0].name}: memory over {soak.images:,} images; time of the later half",
+            f"`mini`, {soaked.cases[0].name}, {soak.images:,} images: memory; change of time in the later half",
             f"{soak.resident_mib[0]:.0f} MiB, at the end {soak.resident_mib[-1]:.0f}; {soak.drift:+.1%}",
         ],
         [
-            "resident memory over 1,000 images of five sizes",
+            "`mini`: resident memory over 1,000 images of five sizes",
             f"{memory['resident_mib'][0]:.0f} MiB, growth {memory['growth_percent_after_image_150']:.2f} %",
         ],
         [
-            "a 24-megapixel JPEG, `mini`, 4 crops",
+            "`mini`, 4 crops: a 24-megapixel JPEG",
             f"{large['peak_mib_above_a_small_image']} MiB above a small image's peak",
+        ],
+    ]
+    return report.table(["what", "measured"], rows)
+
+
+def speed(results: Path) -> str:
+    """Return the README's table: how long a score takes."""
+    small, larger = _seconds_per_image(results)
+    full, eight = _read(results, "score-full"), _read(results, "precision-speed")["speed_over_defaults"]
+    rows = [
+        ["`mini`, one image of 224×224, 9 crops", f"{small:.1f} s"],
+        ["`mini`, one image of 384×320, 9 crops", f"{larger:.1f} s"],
+        [
+            "`mini`, new process to first score",
+            f"{_read(results, 'score-startup')['first_score_seconds_median']:.1f} s",
+        ],
+        ["full size (`paper`), one image of 224×224", f"{full['samples'][0]['seconds']:.0f} s"],
+        [
+            "full size, one step, speed beside ONNX Runtime's default settings: float32; int8; OpenVINO in bf16",
+            "; ".join(f"{eight[name]:.2f}×" for name in ("fp32", "int8", "openvino bf16")),
         ],
     ]
     return report.table(["what", "measured"], rows)
@@ -167,33 +180,73 @@ def precision(results: Path) -> str:
     found, engines = _read(results, "precision"), _read(results, "precision-engines")["bytes"]
     rows = []
     for name, row in found["precisions"].items():
-        sizes = row.get("bytes")
-        reference = found["precisions"]["fp32"]["bytes"]
         left = max(row.get("share_of_macs_in_float32", {}).values(), default=None)
         rows.append(
             [
                 f"`{name}`",
                 str(row["images"]),
-                "" if name == "fp32" else f"{row['mean_drift']:.1e}",
-                "" if name == "fp32" else f"{row['max_drift']:.1e}",
+                *_changes(name, row),
                 "" if name == "fp32" else f"{row['srcc_with_fp32']:.5f}",
                 f"{row['srcc_with_labels']:.3f}",
                 "" if left is None else f"{left:.2g}",
-                f"{sum(sizes.values()) / sum(reference.values()):.0%}" if sizes else "–",
+                _size(found, row) or report.NONE,
                 f"{sum(engines[name].values()) / 1e6:.1f} MB" if name in engines else "",
-                f"{row['speed_over_fp32']:.1f}×" if "speed_over_fp32" in row else "1" if name == "fp32" else "emulated",
+                _speed(name, row) or "emulated",
             ]
         )
-    head = [
-        "precision",
-        "pictures",
-        "mean change of score",
-        "worst",
-        "SRCC with `fp32`",
-        "SRCC with labels",
-        "MACs in float32, worst stage",
+    head = ["precision", "pictures", "mean change of score", "worst", "SRCC with `fp32`", "SRCC with labels"]
+    return report.table([*head, "MACs in float32, worst stage", "size", "RTX engines", "CPU speed"], rows)
+
+
+def precisions(results: Path) -> str:
+    """Return the README's table: the precisions that were scored on all pictures."""
+    found = _read(results, "precision")
+    rows = [
+        [f"`{name}`", *_changes(name, row), _size(found, row) or report.NONE, _speed(name, row) or report.NONE]
+        for name, row in found["precisions"].items()
+        if row["images"] == found["images"] and name != "mixed"
     ]
-    return report.table([*head, "size", "RTX engines", "CPU speed"], rows)
+    return report.table(
+        ["precision", "mean change of score", "largest change", "size of the stages", "CPU speed"], rows
+    )
+
+
+def tried(results: Path) -> str:
+    """Return how long a U-Net step took with what was tried, beside the same step without."""
+    constants = _read(results, "score-tables")["seconds_per_step_base_over_constant_median"]
+    eight = _read(results, "precision-speed")["speed_over_defaults"]
+    rows = [
+        [f"`mini`, {case['side']}×{case['side']}: busy threads, {case['condition']}", f"{case['ratio']:.2f}"]
+        for case in _read(results, "score-spin")["cases"]
+    ]
+    rows.append(["`mini`: all that depends on the step alone as constants", f"{1 / constants:.2f}"])
+    rows += [
+        [f"`paper`, 224×224: {name}, beside ONNX Runtime's defaults", f"{1 / times:.2f}"]
+        for name, times in eight.items()
+        if times != 1
+    ]
+    return report.table(["what was tried", "time, without = 1"], rows)
+
+
+def _seconds_per_image(results: Path) -> list[float]:
+    """Return the median seconds of `mini` with 9 crops, for the smaller and the larger image."""
+    sizes: dict[tuple[int, int], list[float]] = {}
+    for sample in _read(results, "score-overhead")["samples"]:
+        sizes.setdefault(tuple(sample["size"]), []).append(sample["seconds"])
+    return [statistics.median(seconds) for seconds in sizes.values()]
+
+
+def _changes(name: str, row: Any) -> list[str]:
+    return ["0", "0"] if name == "fp32" else [report.number(row["mean_drift"]), report.number(row["max_drift"])]
+
+
+def _size(found: Any, row: Any) -> str:
+    reference = found["precisions"]["fp32"]["bytes"]
+    return f"{sum(row['bytes'].values()) / sum(reference.values()):.0%}" if "bytes" in row else ""
+
+
+def _speed(name: str, row: Any) -> str:
+    return f"{row['speed_over_fp32']:.1f}×" if "speed_over_fp32" in row else "1" if name == "fp32" else ""
 
 
 def _read(results: Path, name: str) -> Any:
@@ -201,7 +254,9 @@ def _read(results: Path, name: str) -> Any:
     return json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
 
 
-SINGLE: dict[str, Callable[[Path], str]] = {"figures": figures, "precision": precision}
+SINGLE: dict[str, Callable[[Path], str]] = {
+    made.__name__: made for made in (figures, speed, precision, precisions, tried)
+}
 
 
 if __name__ == "__main__":

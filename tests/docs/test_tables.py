@@ -1,4 +1,4 @@
-"""`figures/tables.py`: the README's tables come from the JSON, and a check tells when they do not."""
+"""`figures/tables.py`: the tables of the documents come from the JSON, and a check tells when they do not."""
 
 import subprocess
 import sys
@@ -16,29 +16,43 @@ def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_tables_are_made_and_then_checked(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(TABLE.format("old\n"), encoding="utf-8")
-    stale = call("--check", "--readme", readme)
+    page = tmp_path / "page.md"
+    page.write_text(TABLE.format("old\n"), encoding="utf-8")
+    stale = call("--check", page)
     assert stale.returncode == 1
     assert "<!-- table: figures -->" in stale.stderr
-    assert readme.read_text(encoding="utf-8") == TABLE.format("old\n")
-    assert call("--readme", readme).returncode == 0
-    text = readme.read_text(encoding="utf-8")
+    assert page.read_text(encoding="utf-8") == TABLE.format("old\n")
+    assert call(page).returncode == 0
+    text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n<!-- table: figures -->\n\n| what | measured |\n")
     assert text.endswith(" |\n\n<!-- end of table -->\nafter\n")
-    assert call("--check", "--readme", readme).returncode == 0
+    assert call("--check", page).returncode == 0
 
 
 def test_a_table_that_cannot_be_made_is_said(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
+    page = tmp_path / "page.md"
     for text, says in (
         ("<!-- table: peers from none.json -->\n<!-- end of table -->", "none.json"),
         ("<!-- table: magic from score-full.json -->\n<!-- end of table -->", "no table is called 'magic'"),
         ("<!-- table: figures -->\n", "no <!-- end of table -->"),
         ("<!-- table: peers from score-full.json -->\n<!-- end of table -->", "is not what iqa-bench --json writes"),
     ):
-        readme.write_text(text, encoding="utf-8")
-        result = call("--check", "--readme", readme)
+        page.write_text(text, encoding="utf-8")
+        result = call("--check", page)
         assert result.returncode == 1
         assert says in result.stderr, result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_every_page_is_checked_and_each_problem_is_said(tmp_path: Path) -> None:
+    pages = [tmp_path / "a.md", tmp_path / "b.md"]
+    for page in pages:
+        page.write_text(TABLE.format("old\n"), encoding="utf-8")
+    result = call("--check", *pages)
+    assert result.returncode == 1
+    assert all(f"{page} differs" in result.stderr for page in pages)
+
+
+def test_the_documents_hold_the_tables_as_they_are_made_today() -> None:
+    result = call("--check")
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,192 @@
+"""What the documents show works: commands parse, cheap ones run, Python blocks run, and what is named exists."""
+
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+import diffiqa
+from diffiqa import Failure, Score, cli
+from diffiqa.model.bundle import save_bundle
+from diffiqa.model.network import DiffV2IQA
+
+from ..tiny import photo
+
+ROOT = Path(cli.__file__).parent
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = [ROOT / name for name in ("CONTRIBUTING.md", "models/mini/README.md", "training/recipes/ablations/README.md")]
+
+# Commands that take seconds on the tiny engine. The others are parsed and no more.
+CHEAP = {"run", "verify", "calibrate", "quantise", "convert", "bench"}
+# What the tests have no part of: GPUs, other people's weights, a network of another size, minutes of measuring.
+ABSENT = re.compile(
+    r"tensorrt|onnxruntime-gpu|CUDAExecution|bf16|iqa_net|maniqa|--preset|--peers|\.deb|--bisect|--spin"
+)
+NOT_RUN = "<!-- not run"
+
+Line = list[str]  # the words of one command line
+
+
+def blocks(text: str, language: str) -> Iterator[str]:
+    """Return the fenced blocks in a language, but for those that a comment before them sets apart."""
+    for before, block in re.findall(rf"([^\n]*)\n+```{language}\n(.*?)```", text, re.DOTALL):
+        if not before.startswith(NOT_RUN):
+            yield block
+
+
+def command_lines(text: str) -> Iterator[Line]:
+    """Return every `iqa-… ` line of the shell blocks, with variables put in."""
+    for block in blocks(text, "sh"):
+        values: dict[str, str] = {}
+        for line in block.replace("\\\n", " ").splitlines():
+            if assignment := re.fullmatch(r'([A-Z]+)="(.*)"', line):
+                values[assignment[1]] = assignment[2]
+                continue
+            for name, value in values.items():
+                line = line.replace(f"${name}", value)
+            for part in line.split(" | "):
+                if words := shlex.split(part, comments=True):
+                    yield words
+
+
+def find(words: Line) -> tuple[click.Command, Line]:
+    """Return the command that a line calls, and what the line gives it."""
+    name, *rest = words
+    command: click.Command = cli.main.commands[name.removeprefix("iqa-")]
+    if isinstance(command, click.Group):
+        command, rest = command.commands[rest[0]], rest[1:]
+    return command, rest
+
+
+def options_of(command: click.Command) -> set[str]:
+    parts = command.commands.values() if isinstance(command, click.Group) else [command]
+    return {"--help"} | {option for part in parts for parameter in part.params for option in parameter.opts}
+
+
+def ids(page: Path) -> str:
+    return page.stem
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_line_parses(page: Path) -> None:
+    for words in command_lines(page.read_text(encoding="utf-8")):
+        if words[0].startswith("iqa-"):
+            command, arguments = find(words)
+            with command.make_context(words[0], list(arguments)) as context:
+                assert context.params
+
+
+def test_the_pages_show_every_command() -> None:
+    shown = {words[0] for page in PAGES for words in command_lines(page.read_text(encoding="utf-8"))}
+    assert {f"iqa-{name}" for name in cli.main.commands} <= shown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_every_option_a_page_names_exists(page: Path) -> None:
+    """In text: `iqa-build --plan` names an option of that command, `--plan` alone one of any."""
+    known = {option for command in cli.main.commands.values() for option in options_of(command)}
+    known |= {"--nproc-per-node"}  # torchrun's
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for span in re.findall(r"`([^`\n]+)`", text):
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", span))
+        command = re.match(r"iqa-(\w+)", span)
+        allowed = options_of(cli.main.commands[command[1]]) if command else known
+        assert named <= allowed, f"{page.name}: {span}"
+
+
+@pytest.fixture
+def world(tiny_engine: Path, tiny_model: DiffV2IQA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with everything that the pages' commands read, small: the engine, weights, photographs."""
+    monkeypatch.chdir(tmp_path)
+    Path("engine").symlink_to(tiny_engine)
+    for name in ("model.safetensors", "models/mini/model.safetensors"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        save_bundle(tiny_model, Path(name))
+    folders = {"photos": 4, "more": 1, "samples": 1}
+    pictures = [f"{folder}/{index}.png" for folder, count in folders.items() for index in range(count)]
+    for index, name in enumerate(["photo.jpg", "a.png", *pictures]):
+        Path(name).parent.mkdir(exist_ok=True)
+        Image.fromarray(photo(index, 40, 48)).save(name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_the_cheap_commands_run_in_the_order_of_the_page(page: Path, world: Path) -> None:
+    for words in command_lines(page.read_text(encoding="utf-8")):
+        name = words[0].removeprefix("iqa-")
+        if name not in CHEAP or ABSENT.search(" ".join(words)):
+            continue
+        command, arguments = find(words)
+        more = ["--rounds", "1", "--starts", "0"] if name == "bench" else []
+        result = CliRunner().invoke(command, [*arguments, *more], input="a.png\n")
+        judged = {0, 1} if name in {"verify", "bench"} else {0}  # of a tiny network and so short a run
+        assert result.exit_code in judged, f"{' '.join(words)}\n{result.output}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_the_python_blocks_run(page: Path, world: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(block, page.name, "exec")
+    names: dict[str, object] = {}
+    for block in blocks(text, "python"):
+        exec(compile(block, page.name, "exec"), names)  # noqa: S102 — our own example
+
+
+def test_the_readmes_example_prints_scores_and_failures(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = blocks(README.read_text(encoding="utf-8"), "python")
+    exec(compile(example, README.name, "exec"), {})  # noqa: S102
+    printed = capsys.readouterr().out.splitlines()
+    assert float(printed[0].split()[0]) > 0
+    assert printed[1].startswith(f"{Score.__name__}(source='a.png'")
+    assert printed[2].startswith(f"{Failure.__name__}(source='b.png'")  # it is missing
+
+
+def test_every_public_name_the_python_page_shows_exists() -> None:
+    named = {
+        name
+        for page in PAGES
+        for block in blocks(page.read_text(encoding="utf-8"), "python")
+        for name in re.findall(r"diffiqa\.(\w+)", block)
+    }
+    assert named <= set(diffiqa.__all__), named - set(diffiqa.__all__)
+
+
+def test_every_record_field_that_is_written_is_explained() -> None:
+    from diffiqa.runtime.command.records import COLUMNS
+
+    text = (ROOT / "docs" / "scoring.md").read_text(encoding="utf-8")
+    (rows,) = re.findall(r"\| field \|.*?\n\n", text, re.DOTALL)
+    assert tuple(re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE)) == COLUMNS
+
+
+def test_every_extra_is_explained() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    text = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == set(project["optional-dependencies"])
+    for page in PAGES:
+        for named in re.findall(r"\.\[([\w,]+)\]", page.read_text(encoding="utf-8")):
+            assert set(named.split(",")) <= set(project["optional-dependencies"]), page
+
+
+@pytest.mark.parametrize("page", [README, *OTHERS, ROOT / "samples" / "README.md"], ids=ids)
+def test_relative_links_outside_of_docs_lead_somewhere(page: Path) -> None:
+    """Pages of docs/ are checked by mkdocs, anchors too."""
+    text = page.read_text(encoding="utf-8")
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([\w-]+))?\)", text):
+        file = page.parent / target if target else page
+        assert file.exists(), f"{page}: {target}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, anchor
+
+
+def test_the_readme_stays_short() -> None:
+    assert len(README.read_bytes()) < 8_000  # people read all of it, or nothing
