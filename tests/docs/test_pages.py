@@ -94,7 +94,7 @@ def test_every_option_a_page_names_exists(page: Path) -> None:
     known = {option for command in cli.main.commands.values() for option in options_of(command)}
     known |= {"--nproc-per-node"}  # torchrun's
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    for span in re.findall(r"`([^`\n]+)`", text):
+    for span in re.findall(r"`([^`]+)`", re.sub(r"\n(?!\n)", " ", text)):
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", span))
         command = re.match(r"iqa-(\w+)", span)
         allowed = options_of(cli.main.commands[command[1]]) if command else known
