@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT := out
 
-.PHONY: run test slow check docs clean
+.PHONY: run test slow check docs mutants clean
 
 run: $(VENV)/ready
 	@echo "== exporting models/mini to $(OUT)/engine (half a minute)"
@@ -24,14 +24,20 @@ slow: $(VENV)/ready
 	@$(BIN)/python -m pytest -q -m "slow and not gpu"
 
 check: $(VENV)/ready
-	@echo "== format, lint, types, the documents: their tables, their links"
+	@echo "== format, lint, types, which room imports which, the documents: their tables, their links"
 	@$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet . && scripts/typecheck $(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
 	@$(BIN)/python figures/tables.py --check
 	@$(MAKE) --no-print-directory docs
 
 # The pages of docs/, to read in a browser. A dead link is an error.
 docs: $(VENV)/ready
 	@$(BIN)/mkdocs build --strict --site-dir $(OUT)/docs
+
+# Faults that are planted on purpose, and which of them no test notices: about half an hour.
+mutants: $(VENV)/ready
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check mutmut==3.8.1
+	@$(BIN)/python scripts/mutants
 
 $(VENV)/ready: requirements.lock pyproject.toml
 	@echo "== setting up $(VENV) (a minute or two)"
