@@ -51,7 +51,7 @@ def render(findings: Findings, checks: Sequence[Check]) -> str:
         f".line-{i} {{ stroke: light-dark({pair}); }}\n.key-{i} {{ background: light-dark({pair}); }}\n"
         for i, pair in enumerate(_COLOURS)
     )
-    style = resources.files("diffiqa.runtime").joinpath("report.css").read_text(encoding="utf-8") + _STYLE + colours
+    style = resources.files("diffiqa.runtime.report").joinpath("report.css").read_text(encoding="utf-8") + _STYLE + colours
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     title = f"{'Within' if is_within(checks) else 'Beyond'} limits: {findings.candidate.label}"

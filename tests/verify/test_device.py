@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from diffiqa import cli
 from diffiqa.engine.manifest import Precision, StageName, open_engine
-from diffiqa.runtime.gpu import layer as device_layer
+from diffiqa.runtime.gpu import tensorrt_stage
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from diffiqa.verify.device import DeviceStage
 from diffiqa.verify.trace import NotForShapesError
@@ -60,7 +60,7 @@ def test_an_engine_that_computes_something_else_is_caught_in_its_stage(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     other = open_engine(edited(tiny_engine, tmp_path / "other", StageName.UNET, scale_weights))
-    monkeypatch.setattr(device_layer, "load_engines", lambda layer, *_: fake_stages(layer, other))
+    monkeypatch.setattr(tensorrt_stage, "load_engines", lambda layer, *_: fake_stages(layer, other))
     result = call(tiny_build, images, "--json", tmp_path / "a.json")
     assert result.exit_code == 1, result.output
     found = checks(tmp_path / "a.json")
@@ -106,7 +106,7 @@ def test_images_of_a_size_that_the_build_does_not_take_are_refused_and_all_is_fr
     def small(layer: FakeLayer, _library: object, directory: Any, _build: object) -> Any:
         return fake_stages(layer, directory, sizes=("32x32",))
 
-    monkeypatch.setattr(device_layer, "load_engines", small)
+    monkeypatch.setattr(tensorrt_stage, "load_engines", small)
     result = call(tiny_build, images)
     assert result.exit_code == 2
     assert "no profile of the unet engine takes" in result.stderr
