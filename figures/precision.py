@@ -46,7 +46,6 @@ from diffiqa.engine.manifest import EngineDirectory, Library, Precision, StageNa
 from diffiqa.errors import DiffiqaError
 from diffiqa.export.engine import export_engine, one_image
 from diffiqa.export.macs import macs_by_node
-from diffiqa.export.precision import PrecisionPlan
 from diffiqa.export.tensorrt import BuildOptions, build_engines
 from diffiqa.model.checkpoint import load as load_checkpoint
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
@@ -54,7 +53,7 @@ from diffiqa.runtime.host.openvino_stage import OpenVino, OpenVinoStage
 from diffiqa.runtime.host.stages import load_stages
 from diffiqa.runtime.results import Mode, Options
 from diffiqa.runtime.scorer import Scorer
-from diffiqa.verify.sides import Given, chosen_plan, emulated_side
+from diffiqa.verify.api import load_emulated
 
 CALIBRATION_IMAGES = 16
 VERIFIED_IMAGES = 20
@@ -106,11 +105,11 @@ def measure_scores(given: argparse.Namespace, folder: Path) -> None:
     scorers = {name: Scorer(e.manifest, load_stages(e, settings), backend=name) for name, e in engines.items()}
     shares: dict[str, dict[str, float]] = {}
     for precision in (Precision.FP16, Precision.BF16):
-        scorers[precision], plan = emulated(engines["fp32"], precision, settings)
+        scorers[precision], plan = load_emulated(engines["fp32"].path, precision=precision)
         nodes = {stage.name: {kept.node for kept in stage.float32} for stage in plan.stages}
         shares[precision] = share_of_macs(engines["fp32"], nodes)
     if "fp8" in written:
-        scorers["fp8"], _ = emulated(written["fp8"], Precision.FP16, settings)
+        scorers["fp8"], _ = load_emulated(written["fp8"].path, precision=Precision.FP16)
     found: dict[str, list[float]] = {name: [] for name in scorers}
     seconds: dict[str, list[float]] = {name: [] for name in scorers}
     for number, item in enumerate(chosen):
@@ -162,14 +161,6 @@ def quantise_all(folder: Path, images: list[Path]) -> tuple[list[Trial], dict[st
         except DiffiqaError as exc:
             print(f"{name} is left out: {exc}")
     return trials, written
-
-
-def emulated(engine: EngineDirectory, precision: Precision, settings: OnnxRuntime) -> tuple[Scorer, PrecisionPlan]:
-    """Return an engine as `iqa-build` would cast it, and by which plan."""
-    plan = chosen_plan(Given(engine.path, precision=precision), engine)
-    assert plan is not None
-    side = emulated_side(engine, plan, settings)
-    return Scorer(side.manifest, side.stages, backend=precision), plan
 
 
 def beside(reference: list[float], scores: list[float], truth: list[float]) -> dict[str, Any]:

@@ -1,16 +1,15 @@
-"""Which nodes cost a precision plan its verdict: the smallest set found whose return to float32 brings it under limits.
+"""Find the fewest nodes of a precision plan that must return to float32 so that the plan is within the limits.
 
-Delta debugging (Zeller's ddmin) over groups of nodes: one that computes, with those behind it that only move its result
-and would round it again. A trial runs the whole pipeline on the image that is worst, because drift that a stage shows
-by itself may vanish in the loop, or grow there. The plan found is then verified on all images, and where another one
-stays beyond a limit, trials go on with that image too.
+The search is delta debugging (Zeller's ddmin) over groups of nodes. A group is a node that computes, and the nodes
+behind it that only move its result: they would round it again. A trial runs the whole pipeline on the worst image,
+because an error that a stage makes by itself may vanish in the loop, or grow there. The plan that is found is verified
+on all images; if another image is still beyond a limit, the search goes on with that image too.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import onnx
 from onnx import TensorProto, shape_inference
 
@@ -19,16 +18,17 @@ from ..errors import UsageError
 from ..export.precision import MOVES, Kept, PrecisionPlan, StagePrecision
 from ..runtime.executor import Call, StageRunner
 from ..runtime.host.onnx_stage import OnnxRuntime
-from .figures import measure
-from .limits import RULES, Check, Limits, check_image
-from .run import Choices, Findings, Progress, Subject, verify
+from .compare import Choices, Say, Subject, compare_sides
+from .figures import Findings, image_figures
+from .limits import RULES, LimitCheck, Limits, check_image, judge
 from .sides import Side, emulate, emulated_side
 from .trace import FloatArray, Pipeline, Trace
 
 WHY = "returned to float32 by iqa-verify --bisect"
 TRIALS = 64
 _FORCED = {"unet-max", "unet-mean", "unet-cosine", "vit-mean", "vit-cosine"}
-_REMEMBERED = 4  # loops of the U-Net that are kept, so that trials in the heads need not run it again
+_IN_NO_IMAGE = {"srcc", "plcc", "batch", "repeat", "order"}
+_REMEMBERED = 4  # loops of the U-Net that are kept: trials in the heads then need not run it again
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Culprits:
-    """What a bisection found."""
+    """What a search found."""
 
     groups: tuple[Group, ...]
     trials: int
-    minimal: bool  # no group of these can stay low; False if the trials were used up before that was known
-    checks: tuple[Check, ...]  # the verdict on the plan, over all images
+    minimal: bool  # each of the groups is needed; False: the trials were used up before that was known
+    checks: tuple[LimitCheck, ...]  # the verdict on the new plan, over all images
     plan: PrecisionPlan  # the plan with these nodes in float32
 
 
 def node_groups(model: onnx.ModelProto, plan: StagePrecision) -> list[Group]:
-    """Return what a plan computes in the low type, in the order of the graph."""
+    """Return the nodes that a plan computes in the low type, in groups and in the order of the graph."""
     graph = shape_inference.infer_shapes(model, strict_mode=True).graph
     values = [*graph.input, *graph.value_info, *graph.output]
     floats = {v.name for v in values if v.type.tensor_type.elem_type == TensorProto.FLOAT}
@@ -84,9 +84,10 @@ def with_returned(plan: PrecisionPlan, groups: Sequence[Group]) -> PrecisionPlan
 def smallest(
     parts: Sequence[Sequence[Group]], passes: Callable[[tuple[Group, ...]], bool | None]
 ) -> tuple[tuple[Group, ...], bool]:
-    """Return the smallest set that passes, and whether it is minimal; `parts` are tried first, `passes` of all is true.
+    """Return the smallest set that passes, and whether it is known to be minimal.
 
-    Ends with what it has when `passes` returns None, for want of trials.
+    All groups together must pass. `parts` are tried first. `passes` returns None when no trials are left: then the
+    smallest set so far is returned.
     """
     chunks = [list(part) for part in parts if part]
     while True:
@@ -116,128 +117,107 @@ def _halves(chunks: Sequence[list[Group]]) -> list[list[Group]]:
     return [half for half in halves if half]
 
 
-def bisect(
-    directory: EngineDirectory,
-    plan: PrecisionPlan,
-    reference: Side,
-    subjects: Sequence[Subject],
-    findings: Findings,
-    limits: Limits,
-    *,
-    choices: Choices,
-    settings: OnnxRuntime,
-    trials: int = TRIALS,
-    progress: Progress = lambda doing: None,
-) -> Culprits:
-    """Find the smallest set that brings `findings`, of this plan, under the limits.
+@dataclass(eq=False)
+class Bisection:
+    """A search on one plan. `findings`, of this plan, are beyond some of `limits`."""
 
-    Raises UsageError if no image shows what is beyond, or if all nodes in float32 do not help.
-    """
-    failed = [check for check in findings.judge(limits) if not check.within]
-    per_image = _per_image(failed, findings, limits)
-    trial = _Trials(directory, plan, reference, subjects, findings, per_image, settings, trials, progress)
-    trial.forced = any(check.name in _FORCED for check in failed)
-    parts = [node_groups(model, plan.stage(name)) for name, model in trial.stages.models.items()]
-    everything = tuple(group for part in parts for group in part)
-    if not everything:
-        raise UsageError("the plan keeps every node in float32 already; there is nothing to return")
-    looked = findings
-    result: Culprits | None = None
-    while True:
-        trial.places.append(_worst_image(looked, per_image))
-        answer = trial.passes(everything)
-        if answer is None and result:
-            return dataclasses.replace(result, minimal=False)
-        if not answer:
-            raise UsageError(
-                f"even with every node in float32, {subjects[trial.places[-1]].name} stays beyond the limits: they are "
-                f"tighter than the rounding of what passes between stages; raise them with --limit, or plan "
-                f"float32 for those tensors"
-            )
-        groups, minimal = smallest(parts, trial.passes)
-        found = with_returned(plan, groups)
-        progress(f"bisect: the plan with {len(groups)} groups in float32, on all images")
-        looked = verify(
-            reference,
-            emulated_side(directory, found, settings),
-            subjects,
-            dataclasses.replace(choices, options=dataclasses.replace(choices.options, seeds=1)),
-            limits,
-        )
-        known = findings.loop
-        loop = dataclasses.replace(
-            looked.loop, spread=known.spread, spread_seeds=known.spread_seeds, spread_images=known.spread_images
-        )
-        looked = dataclasses.replace(looked, loop=loop)
-        checks = looked.judge(limits)
-        result = Culprits(groups, trial.count, minimal, checks, found)
-        if all(check.within for check in checks) or not minimal or _worst_image(looked, per_image) in trial.places:
-            return result
+    directory: EngineDirectory
+    plan: PrecisionPlan
+    reference: Side
+    subjects: Sequence[Subject]
+    findings: Findings
+    limits: Limits
+    choices: Choices
+    settings: OnnxRuntime
+    budget: int = TRIALS
+    say: Say = lambda doing: None
 
-
-class _Trials:
-    """Answers whether groups in float32 bring the images that were chosen so far under the limits."""
-
-    def __init__(
-        self,
-        directory: EngineDirectory,
-        plan: PrecisionPlan,
-        reference: Side,
-        subjects: Sequence[Subject],
-        findings: Findings,
-        limits: Limits,
-        settings: OnnxRuntime,
-        budget: int,
-        progress: Progress,
-    ) -> None:
-        self.stages = _Stages(directory, plan, settings)
-        self.places: list[int] = []
-        self.forced = False  # whether stages are asked about the reference's inputs too
-        self.count = 0
-        self._manifest, self._subjects, self._findings, self._limits = directory.manifest, subjects, findings, limits
-        self._budget, self._progress = budget, progress
-        self._reference = Pipeline(reference.manifest, reference.stages)
+    def __post_init__(self) -> None:
+        """Prepare the trials. Raises UsageError if no image shows what is beyond."""
+        failed = {check.name for check in judge(self.findings, self.limits) if not check.within}
+        self._per_image = _per_image(failed, self.findings, self.limits)
+        self._forced = bool(failed & _FORCED)
+        self._stages = _Stages(self.directory, self.plan, self.settings)
+        self._pipeline = Pipeline(self.reference.manifest, self.reference.stages)
+        self._places: list[int] = []  # of the images that trials run on
         self._wanted: dict[int, Trace] = {}
         self._known: dict[tuple[int, frozenset[Group]], bool] = {}
 
-    def passes(self, groups: tuple[Group, ...]) -> bool | None:
-        """Whether all chosen images are within; None once the trials are used up. Nothing is tried twice."""
-        for place in self.places:
+    def culprits(self) -> Culprits:
+        """Search. Raises UsageError if not even all nodes in float32 are enough."""
+        parts = [node_groups(model, self.plan.stage(name)) for name, model in self._stages.models.items()]
+        everything = tuple(group for part in parts for group in part)
+        if not everything:
+            raise UsageError("the plan keeps every node in float32 already: there is none to return")
+        looked = self.findings
+        result: Culprits | None = None
+        while True:
+            self._places.append(_worst_image(looked, self._per_image))
+            enough = self._passes(everything)
+            if enough is None and result:
+                return dataclasses.replace(result, minimal=False)
+            if not enough:
+                raise UsageError(
+                    f"even with every node in float32, {self.subjects[self._places[-1]].name} stays beyond the limits: "
+                    f"they are tighter than the rounding of the tensors between stages; raise them with --limit, or "
+                    f"plan float32 for those tensors"
+                )
+            groups, minimal = smallest(parts, self._passes)
+            found = with_returned(self.plan, groups)
+            self.say(f"bisect: the plan with {len(groups)} groups in float32, on all images")
+            looked = self._verified(found)
+            checks = judge(looked, self.limits)
+            result = Culprits(groups, len(self._known), minimal, checks, found)
+            within = all(check.within for check in checks)
+            if within or not minimal or _worst_image(looked, self._per_image) in self._places:
+                return result
+
+    def _verified(self, plan: PrecisionPlan) -> Findings:
+        """Compare the engine under another plan. The spread between seeds is the reference's: known already."""
+        one_seed = dataclasses.replace(self.choices, options=dataclasses.replace(self.choices.options, seeds=1))
+        side = emulated_side(self.directory, plan, self.settings)
+        looked = compare_sides(self.reference, side, self.subjects, one_seed)
+        known = self.findings.loop
+        loop = dataclasses.replace(
+            looked.loop, spread=known.spread, spread_seeds=known.spread_seeds, spread_images=known.spread_images
+        )
+        return dataclasses.replace(looked, loop=loop)
+
+    def _passes(self, groups: tuple[Group, ...]) -> bool | None:
+        """Whether all chosen images are within the limits; None if no trials are left. Nothing is tried twice."""
+        for place in self._places:
             key = place, frozenset(groups)
             if key not in self._known:
-                if self.count >= self._budget:
+                if len(self._known) >= self.budget:
                     return None
-                self.count += 1
                 self._known[key] = self._try(place, groups)
                 outcome = "within" if self._known[key] else "beyond"
-                of = f"trial {self.count} of {self._budget} at most"
-                self._progress(f"bisect: {of}, {len(groups)} groups in float32: {outcome}")
+                of = f"trial {len(self._known)} of {self.budget} at most"
+                self.say(f"bisect: {of}, {len(groups)} groups in float32: {outcome}")
             if not self._known[key]:
                 return False
         return True
 
     def _try(self, place: int, groups: tuple[Group, ...]) -> bool:
-        subject, findings = self._subjects[place], self._findings
+        subject, findings = self.subjects[place], self.findings
         if place not in self._wanted:
-            self._wanted[place] = self._reference.trace(subject.plane, subject.plan, findings.seed)
+            self._wanted[place] = self._pipeline.trace(subject.plane, subject.plan, findings.seed)
         want = self._wanted[place]
-        have, runner = self.stages.trace(groups, place, subject, findings.seed)
-        with np.errstate(all="ignore"):
-            answers = runner.answer(want) if self.forced else None
-        figures = measure(self._manifest, subject.name, want, have, answers, findings.quantile)
-        return all(check.within for check in check_image(figures, self._limits, findings.span))
+        have, runner = self._stages.trace(groups, place, subject, findings.seed)
+        answers = runner.answer(want) if self._forced else None
+        figures = image_figures(self.directory.manifest, subject.name, want, have, answers, findings.quantile)
+        return all(check.within for check in check_image(figures, self._per_image, findings.span))
 
 
-def _per_image(failed: Sequence[Check], findings: Findings, limits: Limits) -> dict[str, float | None]:
-    """Return limits under which one image shows what is beyond: those of the mean become the image's own."""
-    names = {check.name for check in failed}
-    if not names - {"srcc", "plcc", "batch", "repeat", "order"}:
+def _per_image(failed: set[str], findings: Findings, limits: Limits) -> dict[str, float | None]:
+    """Return limits under which one image shows what is beyond: those of means become limits of each image."""
+    if failed <= _IN_NO_IMAGE:
         raise UsageError(
-            f"what is beyond ({', '.join(sorted(names))}) shows in no single image, so nodes cannot be tried on one; "
-            f"name a drift to reach instead, such as --limit score=0.001"
+            f"what is beyond ({', '.join(sorted(failed))}) shows in no single image, so nodes cannot be tried on one; "
+            f"name an error to reach instead, such as --limit score=0.001"
         )
-    bounds = [limits["score"], limits["score-mean"] if "score-mean" in names else None]
-    if "spread" in names and (limit := limits["spread"]) is not None and findings.loop.spread:
+    bounds = [limits["score"], limits["score-mean"] if "score-mean" in failed else None]
+    if "spread" in failed and (limit := limits["spread"]) is not None and findings.loop.spread:
         bounds.append(limit * findings.loop.spread / findings.span)
     known = [bound for bound in bounds if bound is not None]
     return {**limits, "score": min(known) if known else None}
@@ -252,7 +232,7 @@ def _worst_image(findings: Findings, limits: Limits) -> int:
 
 
 class _Stages:
-    """Emulated stages by what is returned in them, and loops that need not run twice."""
+    """Loads emulated stages with some groups in float32, and runs no loop twice."""
 
     def __init__(self, directory: EngineDirectory, plan: PrecisionPlan, settings: OnnxRuntime) -> None:
         self._directory, self._plan, self._settings = directory, plan, settings
@@ -290,7 +270,7 @@ class _Stages:
 
 
 class _Replay:
-    """A U-Net that gives the answers it gave before: from the same state come the same ones."""
+    """A U-Net that repeats its answers: the same state gives the same ones."""
 
     def __init__(self, noise: FloatArray) -> None:
         self._noise, self._next = noise, 0

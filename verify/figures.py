@@ -1,4 +1,7 @@
-"""How far a tensor is from its reference, and all such figures of one image."""
+"""What a verification measures, as plain numbers: no verdict, no files.
+
+A tensor beside its reference is a `Difference`, an image an `ImageFigures`, a whole run `Findings`.
+"""
 
 import math
 from dataclasses import dataclass
@@ -8,6 +11,7 @@ import numpy.typing as npt
 
 from ..engine.manifest import Manifest
 from ..engine.score import weighted_sum
+from .sides import Party
 from .trace import HEAD_CALLS, Answers, Trace
 
 Array = npt.NDArray[np.floating]
@@ -15,7 +19,7 @@ QUANTILE = 0.99
 
 
 @dataclass(frozen=True)
-class Drift:
+class Difference:
     """A tensor beside its reference. Errors are shares of `largest`, the reference's largest absolute value."""
 
     max: float
@@ -25,7 +29,7 @@ class Drift:
     cosine: float
     psnr: float  # dB, against `largest`; infinite where both are equal
     largest: float
-    not_finite: int  # NaN and Inf of the candidate; any makes the errors infinite
+    not_finite: int  # NaN and Inf of the candidate; a single one makes all errors infinite
 
 
 @dataclass(frozen=True)
@@ -34,29 +38,60 @@ class ImageFigures:
 
     name: str
     scores: dict[str, tuple[float, float]]  # "score", "vcg", "vda" → (reference, candidate)
-    noise: tuple[Drift, ...]  # by step, T − 1 first: each engine on its own way
-    state: tuple[Drift, ...]  # what the steps start from, likewise
-    forced: tuple[Drift, ...]  # noise by step: the candidate on the reference's inputs; empty where not measured
-    taps: dict[str, Drift]
-    maps: Drift | None
-    heads: dict[str, Drift]  # by stage: the candidate on the reference's inputs; empty where not measured
+    noise: tuple[Difference, ...]  # by step, T − 1 first: each engine on its own way
+    state: tuple[Difference, ...]  # what each step starts from, likewise
+    forced: tuple[Difference, ...]  # noise by step: the candidate on the reference's inputs; empty: not measured
+    taps: dict[str, Difference]
+    maps: Difference | None
+    heads: dict[str, Difference]  # by stage: the candidate on the reference's inputs; empty: not measured
 
 
-def compare(reference: Array, candidate: Array, quantile: float = QUANTILE) -> Drift:
+@dataclass(frozen=True)
+class RunFigures:
+    """What a run measures beyond single images. None: not measured."""
+
+    spread: float | None = None  # standard deviation of the reference's scores between seeds
+    spread_seeds: int = 0
+    spread_images: int = 0
+    repeat: bool | None = None  # the same image gave the same results at once …
+    order: bool | None = None  # … and after all others
+    batch: dict[str, float] | None = None  # two inputs at once against each alone, by stage
+    graph: bool | None = None  # a CUDA graph gave the same results
+    graph_note: str = ""  # why there was no graph
+    device: float | None = None  # how far scoring on the GPU is from the stages run one by one; None: not on a GPU
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that a verification measured. `limits.judge` turns it into a verdict, under any limits."""
+
+    reference: Party
+    candidate: Party
+    model: str
+    trained: bool
+    span: float  # the range of scores: their errors are shares of it
+    quantile: float
+    seed: int
+    images: tuple[ImageFigures, ...]
+    asked: int  # images to compare; `images` has fewer if the run ended early
+    loop: RunFigures
+
+
+def difference(reference: Array, candidate: Array, quantile: float = QUANTILE) -> Difference:
     """Compare two arrays of one shape, element by element."""
     want, have = reference.astype(np.float64).ravel(), candidate.astype(np.float64).ravel()
     largest = float(np.abs(want).max())
     if not_finite := int(np.count_nonzero(~np.isfinite(have))):
         far = math.inf
-        return Drift(far, far, far, far, cosine=0.0, psnr=-far, largest=largest, not_finite=not_finite)
+        return Difference(far, far, far, far, cosine=0.0, psnr=-far, largest=largest, not_finite=not_finite)
     error = np.abs(have - want)
-    scale = largest or 1.0  # where the reference is 0 throughout, errors are as they are
+    scale = largest or 1.0  # a reference of zeros: the errors themselves
     median, high = np.quantile(error, [0.5, quantile])
     square = _dot(error, error) / error.size
     lengths = math.sqrt(_dot(want, want)) * math.sqrt(_dot(have, have))
     cosine = _dot(want, have) / lengths if lengths else float(not (want.any() or have.any()))
     psnr = 20 * math.log10(scale) - 10 * math.log10(square) if square else math.inf
-    return Drift(
+    return Difference(
         max=float(error.max()) / scale,
         mean=float(error.mean()) / scale,
         median=float(median) / scale,
@@ -73,13 +108,13 @@ def _dot(a: Array, b: Array) -> float:
     return float(np.einsum("i,i", a, b))
 
 
-def measure(
+def image_figures(
     manifest: Manifest, name: str, reference: Trace, candidate: Trace, answers: Answers | None, quantile: float
 ) -> ImageFigures:
     """Return the figures of one image from what both engines computed."""
 
-    def steps(want: Array, have: Array) -> tuple[Drift, ...]:
-        return tuple(compare(w, h, quantile) for w, h in zip(want, have, strict=True))
+    def steps(want: Array, have: Array) -> tuple[Difference, ...]:
+        return tuple(difference(w, h, quantile) for w, h in zip(want, have, strict=True))
 
     heads = {}
     if answers:
@@ -88,29 +123,28 @@ def measure(
             "vcg": (reference.vcg[:HEAD_CALLS], answers.vcg),
             "vda": (reference.vda[:HEAD_CALLS], answers.vda),
         }
-        heads = {stage: compare(want, have, quantile) for stage, (want, have) in pairs.items() if want.size}
+        heads = {stage: difference(want, have, quantile) for stage, (want, have) in pairs.items() if want.size}
     return ImageFigures(
         name=name,
-        scores=score_pairs(manifest, reference, candidate),
+        scores=_scores(manifest, reference, candidate),
         noise=steps(reference.noise, candidate.noise),
         state=steps(reference.state, candidate.state),
         forced=steps(reference.noise, answers.noise) if answers else (),
         taps={
-            kind: compare(reference.crops[:, row], candidate.crops[:, row], quantile)
+            kind: difference(reference.crops[:, row], candidate.crops[:, row], quantile)
             for row, kind in enumerate(manifest.kinds)
-            if row  # the image itself is the same for both
+            if row  # the first is the image itself, the same for both
         },
-        maps=compare(reference.maps, candidate.maps, quantile) if reference.maps.size else None,
+        maps=difference(reference.maps, candidate.maps, quantile) if reference.maps.size else None,
         heads=heads,
     )
 
 
-def score_pairs(manifest: Manifest, reference: Trace, candidate: Trace) -> dict[str, tuple[float, float]]:
+def _scores(manifest: Manifest, reference: Trace, candidate: Trace) -> dict[str, tuple[float, float]]:
     """Return the total and the branches' scores of both, means over the crops."""
     branches = {name: (getattr(reference, name), getattr(candidate, name)) for name in ("vcg", "vda")}
-    present = {name: pair for name, pair in branches.items() if len(pair[0])}
+    means = {name: (float(w.mean()), float(h.mean())) for name, (w, h) in branches.items() if len(w)}
     want, have = (total_score(manifest, trace.vcg, trace.vda) for trace in (reference, candidate))
-    means = {name: (float(want.mean()), float(have.mean())) for name, (want, have) in present.items()}
     return {"score": (want, have), **means}
 
 

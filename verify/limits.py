@@ -1,11 +1,12 @@
-"""How much a candidate may drift: limits by name with defaults for each precision, and the verdict over them."""
+"""How far a candidate may be from its reference: limits by name, with defaults for each precision, and the verdict."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..engine import agreement
 from ..errors import DatasetError, UsageError
-from .figures import Drift, ImageFigures
+from .figures import Difference, Findings, ImageFigures, RunFigures
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 Limits = Mapping[str, float | None]  # None: not judged
@@ -13,43 +14,55 @@ Limits = Mapping[str, float | None]  # None: not judged
 
 @dataclass(frozen=True)
 class Rule:
-    """A figure that is judged. Errors are shares of the largest value, those of scores shares of the score's range."""
+    """A figure that has a limit. Errors are shares of the largest value; those of scores, of the range of scores."""
 
     about: str
     defaults: tuple[float, ...]  # for PRECISIONS
-    floor: bool = False  # the figure must be at least the limit, not at most
+    floor: bool = False  # the limit is the least that is allowed, not the most
 
 
-# Where nothing else is said, the worst image and step count. Limits of scores are what a plan is asked to hold; the
-# others are wide enough for rounding in the networks at hand: what exceeds them is more than that.
+# The worst image and step count, unless the text says otherwise. The limits of scores are what a precision plan must
+# hold; the others are wide enough for the rounding of the networks at hand: more than that has another cause.
 RULES: dict[str, Rule] = {
-    "unet-max": Rule("noise of one step, on the reference's inputs: largest error", (1e-3, 0.05, 0.2, 0.5, 0.5)),
-    "unet-mean": Rule("… mean error", (1e-4, 0.005, 0.02, 0.05, 0.05)),
-    "unet-cosine": Rule("… cosine", (0.99999, 0.9995, 0.99, 0.97, 0.97), floor=True),
+    "unet-max": Rule("U-Net, one step on the reference's inputs: largest error", (1e-3, 0.05, 0.2, 0.5, 0.5)),
+    "unet-mean": Rule("U-Net, one step on the reference's inputs: mean error", (1e-4, 0.005, 0.02, 0.05, 0.05)),
+    "unet-cosine": Rule(
+        "U-Net, one step on the reference's inputs: cosine", (0.99999, 0.9995, 0.99, 0.97, 0.97), floor=True
+    ),
     "vit-mean": Rule("ViT maps, on the reference's inputs: mean error", (1e-4, 0.005, 0.02, 0.02, 0.02)),
-    "vit-cosine": Rule("… cosine", (0.99999, 0.9999, 0.999, 0.99, 0.99), floor=True),
-    "state-mean": Rule("state of the loop, freely run: mean error", (1e-3, 0.01, 0.03, 0.05, 0.05)),
-    "tap-mean": Rule("tapped images: mean error", (1e-3, 0.01, 0.03, 0.05, 0.05)),
-    "tap-psnr": Rule("tapped images: PSNR, dB", (60.0, 35.0, 25.0, 20.0, 20.0), floor=True),
-    "maps-mean": Rule("ViT maps, freely run: mean error", (1e-3, 0.01, 0.03, 0.05, 0.05)),
-    "branch": Rule("score of a branch", (1e-3, 0.01, 0.03, 0.05, 0.05)),
-    "score": Rule("score", (1e-3, 0.01, 0.03, 0.05, 0.05)),
-    "score-mean": Rule("score, mean over the images", (1e-4, 0.002, 0.01, 0.01, 0.01)),
-    "spread": Rule("score, mean over the images, of the spread between seeds", (0.1, 1.0, 1.0, 1.0, 1.0)),
-    "srcc": Rule("SRCC of the two score lists", (0.9999, 0.9995, 0.998, 0.995, 0.995), floor=True),
-    "plcc": Rule("PLCC of the two score lists", (0.9999, 0.9995, 0.998, 0.995, 0.995), floor=True),
-    "batch": Rule("two inputs at once against each alone: largest error", (1e-4, 0.02, 0.1, 0.02, 0.02)),
-    "repeat": Rule("the same image again: images whose results differ", (0.0,) * 5),
-    "order": Rule("the same image after the others: images whose results differ", (0.0,) * 5),
-    "graph": Rule("the same image by a CUDA graph: images whose results differ", (0.0,) * 5),
-    "device": Rule("score of the same image as iqa-run computes it, all on the GPU", (1e-3, 0.01, 0.03, 0.05, 0.05)),
+    "vit-cosine": Rule("ViT maps, on the reference's inputs: cosine", (0.99999, 0.9999, 0.999, 0.99, 0.99), floor=True),
+    "state-mean": Rule("state of the loop, in a whole run: mean error", (1e-3, 0.01, 0.03, 0.05, 0.05)),
+    "tap-mean": Rule("tapped images, in a whole run: mean error", (1e-3, 0.01, 0.03, 0.05, 0.05)),
+    "tap-psnr": Rule("tapped images, in a whole run: PSNR in dB", (60.0, 35.0, 25.0, 20.0, 20.0), floor=True),
+    "maps-mean": Rule("ViT maps, in a whole run: mean error", (1e-3, 0.01, 0.03, 0.05, 0.05)),
+    "branch": Rule("score of one branch: error", (1e-3, 0.01, 0.03, 0.05, 0.05)),
+    "score": Rule("score: error", (1e-3, 0.01, 0.03, 0.05, 0.05)),
+    "score-mean": Rule("score: mean error over the images", (1e-4, 0.002, 0.01, 0.01, 0.01)),
+    "spread": Rule(
+        "score: mean error over the images, as a multiple of the spread between seeds", (0.1, 1.0, 1.0, 1.0, 1.0)
+    ),
+    "srcc": Rule(
+        "rank correlation of the candidate's scores with the reference's",
+        (0.9999, 0.9995, 0.998, 0.995, 0.995),
+        floor=True,
+    ),
+    "plcc": Rule(
+        "linear correlation of the candidate's scores with the reference's",
+        (0.9999, 0.9995, 0.998, 0.995, 0.995),
+        floor=True,
+    ),
+    "batch": Rule("two inputs at once, and each alone: largest difference", (1e-4, 0.02, 0.1, 0.02, 0.02)),
+    "repeat": Rule("the same image twice in a row: 1 if the results differ", (0.0,) * 5),
+    "order": Rule("the same image first and last: 1 if the results differ", (0.0,) * 5),
+    "graph": Rule("the same image with a CUDA graph and without: 1 if the results differ", (0.0,) * 5),
+    "device": Rule("score all on the GPU, as iqa-run computes it: error", (1e-3, 0.01, 0.03, 0.05, 0.05)),
 }
 CORRELATIONS = ("srcc", "plcc")
 
 
 @dataclass(frozen=True)
-class Check:
-    """One rule applied. `value` None: it could not be measured, and `where` says why."""
+class LimitCheck:
+    """One limit beside the figure it is for. `value` None: there is no figure, and `where` says why."""
 
     name: str
     value: float | None
@@ -59,7 +72,7 @@ class Check:
 
     @property
     def excess(self) -> float:
-        """How many times the limit the figure reaches; for floors, in terms of the distance from 1."""
+        """How many times its limit the figure is; a floor is compared by the distance from 1."""
         if self.value is None or self.limit is None:
             return 0.0
         if not math.isfinite(self.value):
@@ -71,171 +84,164 @@ class Check:
         return (1 - self.value) / (1 - self.limit) if self.limit < 1 else (math.inf if self.value < 1 else 0.0)
 
 
-@dataclass(frozen=True)
-class Loop:
-    """What is known beyond single images. None: not measured."""
-
-    spread: float | None = None  # standard deviation of the reference's scores between seeds
-    spread_seeds: int = 0
-    spread_images: int = 0
-    repeat: bool | None = None  # whether the same image came out the same at once …
-    order: bool | None = None  # … and after all others
-    batch: dict[str, float] | None = None  # by stage
-    graph: bool | None = None  # whether a CUDA graph changes nothing
-    graph_note: str = ""  # why there was none
-    device: float | None = None  # how far the score is from that of the stages run one by one; None: not on a device
+def parse_limit(text: str) -> tuple[str, float | None]:
+    """Read one `--limit`, such as `score=0.01` or `srcc=none`. Raises UsageError."""
+    name, _, value = text.partition("=")
+    if name not in RULES:
+        raise _no_limit(name)
+    try:
+        return name, None if value == "none" else float(value)
+    except ValueError:
+        raise UsageError(f"the limit {text!r} must be a number or none, such as {name}=0.01") from None
 
 
-def make_limits(precision: str, changes: Iterable[str]) -> dict[str, float | None]:
-    """Return the limits of a precision with changes such as `score=0.01` or `srcc=none`. Raises UsageError."""
+def make_limits(precision: str, changes: Limits, images: int) -> dict[str, float | None]:
+    """Return the default limits of a precision for so many images, with some of them changed; None lifts a limit.
+
+    The *default* SRCC lets one pair of neighbours in twenty images change places. On few images one such pair, equal to
+    any eye, costs more than the whole allowance: 0.0015 with 20 images.
+
+    Raises UsageError for a name that does not exist, and for NaN.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError(f"there are no limits for {precision!r}, only for {', '.join(PRECISIONS)}")
     limits: dict[str, float | None] = {name: rule.defaults[PRECISIONS.index(precision)] for name, rule in RULES.items()}
-    for change in changes:
-        name, _, text = change.partition("=")
+    default = limits["srcc"]
+    if default is not None and images > 1:
+        swaps = -(-images // 20)
+        limits["srcc"] = min(default, 1 - 12 * swaps / (images * (images**2 - 1)))
+    for name, value in changes.items():
         if name not in RULES:
-            raise UsageError(f"there is no limit {name!r}; there are {', '.join(RULES)}")
-        try:
-            limits[name] = None if text == "none" else float(text)
-        except ValueError:
-            raise UsageError(f"the limit {change!r} must be a number or none, such as {name}=0.01") from None
-        if math.isnan(limits[name] or 0.0):
-            raise UsageError(f"the limit {change!r} must be a number or none, such as {name}=0.01")
+            raise _no_limit(name)
+        if math.isnan(value or 0.0):
+            raise UsageError(f"the limit {name} must be a number or none, not NaN")
+        limits[name] = value
     return limits
 
 
-def few_images(limits: dict[str, float | None], changes: Iterable[str], images: int) -> dict[str, float | None]:
-    """Return limits whose *default* SRCC allows one pair of neighbours in twenty to change places.
-
-    On few images such a pair, equal to any eye, costs more than the whole allowance: 0.0015 of 20 images.
-    """
-    named = {change.partition("=")[0] for change in changes}
-    default = limits["srcc"]
-    if "srcc" in named or default is None or images < 2:
-        return limits
-    swaps = -(-images // 20)
-    return {**limits, "srcc": min(default, 1 - 12 * swaps / (images * (images**2 - 1)))}
+def _no_limit(name: str) -> UsageError:
+    return UsageError(f"there is no limit {name!r}; there are {', '.join(RULES)}")
 
 
-def check_image(figures: ImageFigures, limits: Limits, span: float) -> list[Check]:
-    """Judge one image; `span` is the range of scores. NaN and Inf fail whatever the limits."""
-    found: list[Check] = []
-
-    def worst(name: str, drifts: Mapping[str, Drift], pick: Callable[[Drift], float]) -> None:
-        limit = limits[name]
-        if not drifts or limit is None:
-            return
-        floor = RULES[name].floor
-        place = (min if floor else max)(drifts, key=lambda key: pick(drifts[key]))
-        found.append(_check(name, pick(drifts[place]), limit, f"{figures.name}{place and ', '}{place}"))
-
+def check_image(figures: ImageFigures, limits: Limits, span: float) -> list[LimitCheck]:
+    """Check one image; `span` is the range of scores. NaN and Inf are beyond any limit."""
+    found = _Checks(limits)
     forced = _by_step(figures.forced)
-    worst("unet-max", forced, lambda d: d.max)
-    worst("unet-mean", forced, lambda d: d.mean)
-    worst("unet-cosine", forced, lambda d: d.cosine)
-    vit = {"": figures.heads["vit"]} if "vit" in figures.heads else {}
-    worst("vit-mean", vit, lambda d: d.mean)
-    worst("vit-cosine", vit, lambda d: d.cosine)
-    worst("state-mean", _by_step(figures.state), lambda d: d.mean)
-    worst("tap-mean", figures.taps, lambda d: d.mean)
-    worst("tap-psnr", figures.taps, lambda d: d.psnr)
-    worst("maps-mean", {"": figures.maps} if figures.maps else {}, lambda d: d.mean)
+    for name, differences, part in (
+        ("unet-max", forced, "max"),
+        ("unet-mean", forced, "mean"),
+        ("unet-cosine", forced, "cosine"),
+        ("vit-mean", _alone(figures.heads.get("vit")), "mean"),
+        ("vit-cosine", _alone(figures.heads.get("vit")), "cosine"),
+        ("state-mean", _by_step(figures.state), "mean"),
+        ("tap-mean", figures.taps, "mean"),
+        ("tap-psnr", figures.taps, "psnr"),
+        ("maps-mean", _alone(figures.maps), "mean"),
+    ):
+        found.worst(name, {place: getattr(d, part) for place, d in differences.items()}, figures.name)
     errors = {name: abs(have - want) / span for name, (want, have) in figures.scores.items()}
-    for name, wanted in (("branch", [n for n in errors if n != "score"]), ("score", ["score"])):
-        limit = limits[name]
-        if limit is not None and wanted:
-            place = max(wanted, key=lambda n: math.inf if math.isnan(errors[n]) else errors[n])
-            found.append(_check(name, errors[place], limit, figures.name + (f", {place}" if name == "branch" else "")))
+    score = errors.pop("score")
+    found.worst("branch", errors, figures.name)
+    found.figure("score", score, figures.name)
     if what := _not_finite(figures):
-        found.append(Check("finite", None, None, within=False, where=f"{figures.name}: NaN or Inf in {what}"))
-    return found
+        found.checks.append(
+            LimitCheck("finite", None, None, within=False, where=f"{figures.name}: NaN or Inf in {what}")
+        )
+    return found.checks
 
 
-def judge(images: Sequence[ImageFigures], loop: Loop, limits: Limits, span: float) -> tuple[Check, ...]:
-    """Judge a whole run: for every rule the worst image, then what takes all images."""
-    worst: dict[str, Check] = {}
-    for figures in images:
-        for check in check_image(figures, limits, span):
+def judge(findings: Findings, limits: Limits) -> tuple[LimitCheck, ...]:
+    """Check a whole run: for each limit the worst image, then what takes all images."""
+    if len(findings.images) < findings.asked:  # it ended early, and the images left out count in a correlation
+        limits = {**limits, **dict.fromkeys(CORRELATIONS)}
+    worst: dict[str, LimitCheck] = {}
+    for figures in findings.images:
+        for check in check_image(figures, limits, findings.span):
             known = worst.get(check.name)
             if known is None or (not check.within, check.excess) > (not known.within, known.excess):
                 worst[check.name] = check
-    pairs = [figures.scores["score"] for figures in images]
+    found = _Checks(limits)
+    found.checks += [worst[name] for name in ("finite", *RULES) if name in worst]
+    pairs = [figures.scores["score"] for figures in findings.images]
     mean = math.fsum(abs(have - want) for want, have in pairs) / len(pairs)
-    checks = [worst.pop(name) for name in ("finite", *RULES) if name in worst]
-    everything = f"{len(images)} images"
-    if (limit := limits["score-mean"]) is not None:
-        checks.append(_check("score-mean", mean / span, limit, everything))
-    checks += _check_spread(mean, loop, limits["spread"])
-    checks += _check_correlations(pairs, limits)
-    checks += _check_invariance(loop, limits)
-    return tuple(checks)
+    found.figure("score-mean", mean / findings.span, f"{len(pairs)} images")
+    loop = findings.loop
+    if loop.spread:
+        where = f"spread {loop.spread:.2g}, from {loop.spread_seeds} seeds on {loop.spread_images} images"
+        found.figure("spread", mean / loop.spread, where)
+    else:
+        found.missing(
+            "spread", "other seeds give the same score" if loop.spread == 0 else "not measured: give --seeds 2"
+        )
+    _check_correlations(found, pairs)
+    _check_invariance(found, loop)
+    return tuple(found.checks)
 
 
-def _check(name: str, value: float, limit: float, where: str) -> Check:
-    within = value >= limit if RULES[name].floor else value <= limit  # NaN is neither
-    return Check(name, value, limit, within, where)
+class _Checks:
+    """Checks figures one by one; a limit of None is not checked."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.checks: list[LimitCheck] = []
+        self._limits = limits
+
+    def figure(self, name: str, value: float, where: str) -> None:
+        """Check a figure."""
+        if (limit := self._limits[name]) is not None:
+            within = value >= limit if RULES[name].floor else value <= limit  # NaN is neither
+            self.checks.append(LimitCheck(name, value, limit, within, where))
+
+    def worst(self, name: str, values: Mapping[str, float], of: str = "") -> None:
+        """Check the worst of several figures, if there are any; NaN is worst."""
+        sign = -1 if RULES[name].floor else 1
+        if values:
+            place = max(values, key=lambda key: math.inf if math.isnan(values[key]) else sign * values[key])
+            self.figure(name, values[place], ", ".join(filter(None, (of, place))))
+
+    def missing(self, name: str, why: str, *, within: bool = True) -> None:
+        """Say why there is no figure."""
+        if (limit := self._limits[name]) is not None:
+            self.checks.append(LimitCheck(name, None, limit, within, why))
 
 
-def _check_spread(mean: float, loop: Loop, limit: float | None) -> list[Check]:
-    if limit is None:
-        return []
-    if not loop.spread:
-        why = "seeds make no difference" if loop.spread == 0 else "not measured: it takes --seeds 2"
-        return [Check("spread", None, limit, within=True, where=why)]
-    where = f"spread {loop.spread:.2g}: {loop.spread_seeds} seeds, {loop.spread_images} images"
-    return [_check("spread", mean / loop.spread, limit, where)]
-
-
-def _check_correlations(pairs: list[tuple[float, float]], limits: Limits) -> list[Check]:
-    from ..engine import agreement
-
-    checks = []
+def _check_correlations(found: _Checks, pairs: Sequence[tuple[float, float]]) -> None:
+    want, have = zip(*pairs, strict=True)
     for name in CORRELATIONS:
-        limit = limits[name]
-        if limit is None:
-            continue
-        want, have = zip(*pairs, strict=True)
         try:
-            value = getattr(agreement, name)(have, want)
-            checks.append(_check(name, value, limit, f"{len(pairs)} images"))
+            found.figure(name, getattr(agreement, name)(have, want), f"{len(pairs)} images")
         except DatasetError as exc:
-            where = f"{exc}; give images that differ, or --limit {name}=none"
-            checks.append(Check(name, None, limit, within=False, where=where))
-    return checks
+            found.missing(name, f"{exc}; give images that differ, or --limit {name}=none", within=False)
 
 
-def _check_invariance(loop: Loop, limits: Limits) -> list[Check]:
-    checks = []
-    batch, limit = loop.batch, limits["batch"]
-    if limit is not None and batch:
-        stage = max(batch, key=lambda name: math.inf if math.isnan(batch[name]) else batch[name])
-        checks.append(_check("batch", batch[stage], limit, stage))
-    invariants = [("repeat", loop.repeat, ""), ("order", loop.order, ": it takes two images")]
+def _check_invariance(found: _Checks, loop: RunFigures) -> None:
+    found.worst("batch", loop.batch or {})
+    same = [("repeat", loop.repeat, "not measured"), ("order", loop.order, "not measured: give two images")]
     if loop.device is not None:
-        invariants.append(("graph", loop.graph, f": {loop.graph_note}"))
-    for name, same, missing in invariants:
-        limit = limits[name]
-        if limit is None:
-            continue
-        if same is None:
-            why = f"not measured{missing}"
-            checks.append(Check(name, None, limit, within=True, where=why))
+        same.append(("graph", loop.graph, f"not measured: {loop.graph_note}"))
+    for name, is_same, why in same:
+        if is_same is None:
+            found.missing(name, why)
         else:
-            checks.append(_check(name, float(not same), limit, "the first image"))
-    if loop.device is not None and (limit := limits["device"]) is not None:
-        checks.append(_check("device", loop.device, limit, "the first image"))
-    return checks
+            found.figure(name, float(not is_same), "the first image")
+    if loop.device is not None:
+        found.figure("device", loop.device, "the first image")
 
 
-def _by_step(drifts: Sequence[Drift]) -> dict[str, Drift]:
-    return {f"step {len(drifts) - 1 - index}": drift for index, drift in enumerate(drifts)}
+def _alone(difference: Difference | None) -> dict[str, Difference]:
+    return {"": difference} if difference else {}
+
+
+def _by_step(differences: Sequence[Difference]) -> dict[str, Difference]:
+    return {f"step {len(differences) - 1 - index}": each for index, each in enumerate(differences)}
 
 
 def _not_finite(figures: ImageFigures) -> str:
     """Return where a candidate first stops giving numbers."""
     places = {
-        **{f"the noise of {step}": drift for step, drift in _by_step(figures.noise).items()},
-        **{f"tap {kind}": drift for kind, drift in figures.taps.items()},
+        **{f"the noise of {step}": each for step, each in _by_step(figures.noise).items()},
+        **{f"tap {kind}": each for kind, each in figures.taps.items()},
         **({"the ViT maps": figures.maps} if figures.maps else {}),
     }
-    found = [place for place, drift in places.items() if drift.not_finite]
+    found = [place for place, each in places.items() if each.not_finite]
     found += [f"the {name}" for name, (_, have) in figures.scores.items() if not math.isfinite(have)]
     return found[0] if found else ""

@@ -10,10 +10,9 @@ from .. import __version__
 from ..runtime.report.markup import Html, join, tag
 from ..runtime.report.page import number_text
 from .curves import Line, chart
-from .figures import Drift
-from .limits import RULES, Check
+from .figures import Difference, Findings
+from .limits import RULES, LimitCheck
 from .report import allowed, is_within, number, verdict_of
-from .run import Findings
 
 _STYLE = """
 main { padding-block: 1rem 3rem; }
@@ -45,13 +44,15 @@ _COLOURS = (
 )
 
 
-def render(findings: Findings, checks: Sequence[Check]) -> str:
+def render(findings: Findings, checks: Sequence[LimitCheck]) -> str:
     """Return the page."""
     colours = "".join(
         f".line-{i} {{ stroke: light-dark({pair}); }}\n.key-{i} {{ background: light-dark({pair}); }}\n"
         for i, pair in enumerate(_COLOURS)
     )
-    style = resources.files("diffiqa.runtime.report").joinpath("report.css").read_text(encoding="utf-8") + _STYLE + colours
+    style = (
+        resources.files("diffiqa.runtime.report").joinpath("report.css").read_text(encoding="utf-8") + _STYLE + colours
+    )
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     title = f"{'Within' if is_within(checks) else 'Beyond'} limits: {findings.candidate.label}"
@@ -88,7 +89,7 @@ def _parties(findings: Findings) -> Html:
     return tag("dl", *items, class_="small")
 
 
-def _verdict(checks: Sequence[Check]) -> Html:
+def _verdict(checks: Sequence[LimitCheck]) -> Html:
     rows = []
     for check in checks:
         about = RULES[check.name].about if check.name in RULES else "every number is finite"
@@ -147,14 +148,14 @@ def _loop(findings: Findings) -> Html:
 
 def _taps(findings: Findings) -> Html:
     """Worst images: what the heads look at, and what each stage adds by itself."""
-    groups: dict[str, list[Drift]] = {}
+    groups: dict[str, list[Difference]] = {}
     for figures in findings.images:
-        for kind, drift in figures.taps.items():
-            groups.setdefault(f"tap {kind}", []).append(drift)
+        for kind, tap in figures.taps.items():
+            groups.setdefault(f"tap {kind}", []).append(tap)
         if figures.maps:
             groups.setdefault("ViT maps", []).append(figures.maps)
-        for stage, drift in figures.heads.items():
-            groups.setdefault(f"{stage} by itself", []).append(drift)
+        for stage, answer in figures.heads.items():
+            groups.setdefault(f"{stage} by itself", []).append(answer)
     rows = [
         tag(
             "tr",
@@ -162,17 +163,17 @@ def _taps(findings: Findings) -> Html:
             *(
                 tag("td", number(value))
                 for value in (
-                    max(d.max for d in drifts),
-                    max(d.quantile for d in drifts),
-                    max(d.mean for d in drifts),
-                    max(d.median for d in drifts),
-                    min(d.cosine for d in drifts),
-                    min(d.psnr for d in drifts),
+                    max(d.max for d in found),
+                    max(d.quantile for d in found),
+                    max(d.mean for d in found),
+                    max(d.median for d in found),
+                    min(d.cosine for d in found),
+                    min(d.psnr for d in found),
                 )
             ),
-            tag("td", str(sum(d.not_finite for d in drifts))),
+            tag("td", str(sum(d.not_finite for d in found))),
         )
-        for name, drifts in groups.items()
+        for name, found in groups.items()
     ]
     titles = ("Tensor", "Largest", f"{findings.quantile:.0%}", "Mean", "Median", "Cosine", "PSNR, dB", "NaN, Inf")
     return _section("Taps and stages, worst image", _table(titles, rows)) if rows else Html()
@@ -202,9 +203,9 @@ def _table(titles: Sequence[str], rows: Sequence[Html]) -> Html:
     return tag("div", tag("table", head, tag("tbody", join(*rows))), class_="wide")
 
 
-def _worst(label: str, runs: Sequence[tuple[Drift, ...]], pick: Callable[[Drift], float]) -> Line:
+def _worst(label: str, runs: Sequence[tuple[Difference, ...]], pick: Callable[[Difference], float]) -> Line:
     return Line(label, tuple(max(map(pick, column)) for column in zip(*runs, strict=True)))
 
 
-def _mean(label: str, runs: Sequence[tuple[Drift, ...]], pick: Callable[[Drift], float]) -> Line:
+def _mean(label: str, runs: Sequence[tuple[Difference, ...]], pick: Callable[[Difference], float]) -> Line:
     return Line(label, tuple(sum(map(pick, column)) / len(column) for column in zip(*runs, strict=True)))

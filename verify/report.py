@@ -1,4 +1,4 @@
-"""A verdict as JSON and as a table on the terminal."""
+"""A verification as text: JSON, and the table on a terminal."""
 
 import json
 import math
@@ -15,20 +15,21 @@ from ..engine.atomic import replacing
 from ..engine.codec import encode
 from ..errors import OutputError
 from ..runtime.command.table import printable
-from .limits import RULES, Check
-from .run import Findings
+from .bisect import Culprits
+from .figures import Findings
+from .limits import RULES, LimitCheck
 
 SCHEMA = 1
 
 
-def to_json(findings: Findings, checks: Sequence[Check]) -> str:
-    """Return everything measured, and the verdict. What is not finite is null: JSON has no other word for it."""
+def to_json(findings: Findings, checks: Sequence[LimitCheck]) -> str:
+    """Return everything measured, and the verdict. NaN and infinity become null: JSON does not have them."""
     verdict = {"schema": SCHEMA, "within": is_within(checks), "checks": encode(tuple(checks))}
     data = _finite({**verdict, **encode(findings)})
     return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def is_within(checks: Sequence[Check]) -> bool:
+def is_within(checks: Sequence[LimitCheck]) -> bool:
     """Whether no check fails."""
     return all(check.within for check in checks)
 
@@ -42,16 +43,16 @@ def write(path: Path, text: str) -> None:
         raise OutputError(f"cannot write {path}: {exc.strerror or exc}; choose another name") from exc
 
 
-def show(findings: Findings, checks: Sequence[Check], stream: TextIO) -> None:
-    """Print what was compared, a row for each rule, and the verdict."""
+def show(findings: Findings, checks: Sequence[LimitCheck], stream: TextIO) -> None:
+    """Print what was compared, a row for each limit, and the verdict."""
     # In a file or pipe, names are not folded: somebody may search for them.
     console = Console(file=stream, highlight=False, width=None if stream.isatty() else 200)
     console.print(Text(f"reference  {printable(findings.reference.label)}  ({findings.reference.id})"))
     console.print(Text(f"candidate  {printable(findings.candidate.label)}  ({findings.candidate.id})"))
     if not findings.trained:
-        console.print(Text("UNTRAINED ENGINE · scores mean nothing, and neither does their order", "bold yellow"))
+        console.print(Text("UNTRAINED ENGINE: its scores mean nothing, and neither does their order", "bold yellow"))
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for title in ("limit", "measured", "allowed", ""):
+    for title in ("limit", "measured", "allowed", "verdict"):
         table.add_column(title, justify="left" if title == "limit" else "right", no_wrap=True)
     table.add_column("where", overflow="fold")
     for check in checks:
@@ -63,23 +64,35 @@ def show(findings: Findings, checks: Sequence[Check], stream: TextIO) -> None:
             Text(printable(check.where)),
         )
     console.print(table)
-    missing = findings.asked - len(findings.images)
-    if missing:
-        console.print(
-            Text(f"ended at the first image beyond a limit; {missing} of {findings.asked} were not looked at")
-        )
+    if missing := findings.asked - len(findings.images):
+        text = f"ended at the first image beyond a limit: {missing} of {findings.asked} images were not compared"
+        console.print(Text(text))
+    console.print(Text(verdict(checks), "bold"))
+
+
+def show_culprits(culprits: Culprits, path: Path, stream: TextIO) -> None:
+    """Print the nodes that a bisection found, and what the plan with them, in `path`, reaches."""
+    nodes = [f"  {group.stage}: {name} ({op})" for group in culprits.groups for name, op in group.nodes]
+    lines = [f"\n{len(nodes)} nodes must be float32 (found in {culprits.trials} trials):", *nodes]
+    if not culprits.minimal:
+        lines.append("All trials were used, so fewer nodes may be enough: search on with more --trials.")
+    print(*lines, f"{path}: the plan with these nodes in float32 is {verdict(culprits.checks)}", sep="\n", file=stream)
+
+
+def verdict(checks: Sequence[LimitCheck]) -> str:
+    """Return the verdict over all limits."""
     beyond = [check.name for check in checks if not check.within]
-    console.print(Text(f"beyond: {', '.join(beyond)}" if beyond else "within all limits", "bold"))
+    return f"beyond: {', '.join(beyond)}" if beyond else "within all limits"
 
 
-def verdict_of(check: Check, good: str = "", bad: str = "") -> Text:
+def verdict_of(check: LimitCheck, good: str = "", bad: str = "") -> Text:
     """Return a check's verdict in a word."""
     if check.within and check.value is None:
         return Text("not judged")
     return Text("within", good) if check.within else Text("beyond", bad)
 
 
-def allowed(check: Check) -> str:
+def allowed(check: LimitCheck) -> str:
     """Return a check's limit with its direction."""
     if check.limit is None:
         return ""

@@ -18,9 +18,8 @@ from ..engine.atomic import replacing
 from ..engine.codec import decode, encode
 from ..engine.manifest import Manifest
 from ..errors import OutputError, UsageError, first_line
-from .figures import measure
-from .limits import Loop
-from .run import Findings, Kept
+from .compare import Kept
+from .figures import Findings, RunFigures, image_figures
 from .sides import Party
 from .trace import Answers, Trace
 
@@ -45,7 +44,7 @@ class _Index:
     seed: int
     asked: int
     images: tuple[_Entry, ...]
-    loop: Loop
+    loop: RunFigures
 
 
 class Store:
@@ -127,7 +126,7 @@ def read_saved(folder: Path, quantile: float | None = None) -> tuple[Findings, s
     chosen = index.quantile if quantile is None else quantile
     try:
         images = tuple(
-            measure(manifest, name, reference, candidate, answers, chosen)
+            image_figures(manifest, name, reference, candidate, answers, chosen)
             for name, reference, candidate, answers in _traces(folder, index)
         )
     except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile) as exc:

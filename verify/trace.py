@@ -96,6 +96,10 @@ class Pipeline:
 
     def answer(self, trace: Trace) -> Answers:
         """Run every stage on the inputs it had in a trace."""
+        with np.errstate(all="ignore"):  # as in `trace`
+            return self._answer(trace)
+
+    def _answer(self, trace: Trace) -> Answers:
         noise = np.empty_like(trace.noise)
         if len(noise):
             denoiser = BoundDenoiser(self._stages[StageName.UNET], *noise.shape[2:])

@@ -120,7 +120,7 @@ def test_images_of_a_size_that_the_build_does_not_take_are_refused_and_all_is_fr
     [
         (("--precision", "fp16"), "a build has a plan of its own"),
         (("--bisect", "plan.json"), "a build has a plan of its own"),
-        (("--saved", "kept"), "--backend takes a run"),
+        (("--saved", "kept"), "--backend needs a run"),
     ],
 )
 def test_options_that_contradict_a_build_are_refused(

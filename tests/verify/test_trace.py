@@ -12,7 +12,7 @@ from diffiqa.runtime.host.stages import load_stages
 from diffiqa.runtime.plan import Plan, make_plan
 from diffiqa.runtime.results import Mode, Options
 from diffiqa.runtime.scorer import Scorer
-from diffiqa.verify.figures import measure, total_score
+from diffiqa.verify.figures import image_figures, total_score
 from diffiqa.verify.trace import HEAD_CALLS, Pipeline
 
 from ..tiny import photo
@@ -72,7 +72,7 @@ def test_what_is_wrong_in_one_stage_shows_there_alone(tiny: Pipeline, tiny_engin
     wrong = pipeline(edited(tiny_engine, tmp_path / "e", StageName.VDA, scale_weights))
     plan, plane = plan_of(tiny), to_plane(PIXELS)
     want = tiny.trace(plane, plan, 0)
-    figures = measure(tiny.manifest, "a", want, wrong.trace(plane, plan, 0), wrong.answer(want), 0.99)
+    figures = image_figures(tiny.manifest, "a", want, wrong.trace(plane, plan, 0), wrong.answer(want), 0.99)
     assert figures.heads["vda"].max > 1e-4
     assert figures.heads["vcg"].max == figures.heads["vit"].max == figures.forced[-1].max == 0
     assert figures.taps["y0"].max == 0
@@ -84,7 +84,7 @@ def test_errors_of_the_unet_add_up_when_it_runs_freely(tiny: Pipeline, tiny_engi
     wrong = pipeline(edited(tiny_engine, tmp_path / "e", StageName.UNET, scale_weights))
     plan, plane = plan_of(tiny), to_plane(PIXELS)
     want = tiny.trace(plane, plan, 0)
-    figures = measure(tiny.manifest, "a", want, wrong.trace(plane, plan, 0), wrong.answer(want), 0.99)
+    figures = image_figures(tiny.manifest, "a", want, wrong.trace(plane, plan, 0), wrong.answer(want), 0.99)
     assert figures.state[0].max == 0  # both start from the same noise
     assert 0 < figures.state[1].mean < figures.state[-1].mean
     assert figures.forced[0] == figures.noise[0]

@@ -1,0 +1,212 @@
+"""Verify an engine from Python: everything that `iqa-verify` does, as functions that return values.
+
+from diffiqa.verify.api import verify
+
+result = verify("engine/", ["photos/"], precision="fp16", limits={"score-mean": 0.005})
+print(result.within, [check.name for check in result.checks if not check.within])
+"""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..engine.manifest import Precision, read_manifest
+from ..errors import UsageError
+from ..export.precision import PrecisionPlan
+from ..runtime.host.onnx_stage import OnnxRuntime
+from ..runtime.inputs import find_images
+from ..runtime.results import Options
+from ..runtime.scorer import Scorer
+from .bisect import TRIALS, Bisection, Culprits
+from .compare import Choices, Say, compare_sides, read_subjects
+from .figures import QUANTILE, Findings
+from .limits import CORRELATIONS, LimitCheck, Limits, check_image, judge, make_limits
+from .saved import Store, read_saved
+from .sides import (
+    Given,
+    chosen_plan,
+    default_limits,
+    emulated_side,
+    open_sides,
+    open_verified,
+    plan_id,
+    reference_side,
+)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was measured, and the verdict."""
+
+    findings: Findings
+    checks: tuple[LimitCheck, ...]
+    culprits: Culprits | None = None  # of a bisection, if one was asked for and a limit was exceeded
+
+    @property
+    def within(self) -> bool:
+        """Whether the candidate is within all limits."""
+        return all(check.within for check in self.checks)
+
+
+def verify(
+    engine: str | Path,
+    images: Sequence[str | Path],
+    *,
+    against: str | Path | None = None,
+    precision: Precision | str | None = None,
+    plan: PrecisionPlan | None = None,
+    gpu: int | None = None,
+    any_weights: bool = False,
+    options: Options = Options(seeds=3),  # noqa: B008 — frozen
+    forced: int = 2,
+    quantile: float = QUANTILE,
+    limits_of: str | None = None,
+    limits: Limits | None = None,
+    fail_fast: bool = False,
+    save: str | Path | None = None,
+    bisect: bool = False,
+    trials: int = TRIALS,
+    threads: int | None = None,
+    say: Say = lambda doing: None,
+) -> Verification:
+    """Compare an engine with a float32 reference over the whole loop, with the same noise, and judge the difference.
+
+    The candidate is the engine itself; or, with `precision` or `plan`, the engine as iqa-build would round it, emulated
+    in float32; or, with `gpu`, the build for this GPU. The reference is `against` (another engine directory, or a
+    checkpoint), or else the engine's own ONNX stages. `any_weights` compares the two even if they were made from
+    different weights files.
+
+    `options.seeds` is the number of seeds that the spread of scores is measured with. On the first `forced` images,
+    each stage also runs on the reference's inputs. `limits_of` names the precision whose default limits apply, and
+    `limits` changes single ones; None lifts a limit. `fail_fast` ends at the first image beyond a limit. `save` names a
+    new folder for all inputs and outputs, which `verify_saved` can judge again. `bisect` searches, if a limit is
+    exceeded, for the fewest nodes that must be float32, in so many `trials`.
+
+    Raises UsageError, EngineError, BackendError or OutputError.
+    """
+    given = Given(Path(engine), Path(against) if against else None, plan, _precision(precision), any_weights)
+    _refuse_contradictions(given, gpu, fail_fast=fail_fast, bisect=bisect)
+    changes = limits or {}
+    settings = OnnxRuntime(threads=threads)
+    choices = Choices(options, forced, quantile)
+    with contextlib.ExitStack() as opened:
+        # Loading networks takes long: bad images and limits are refused before.
+        paths = find_images(map(str, images))
+        make_limits("fp32", changes, len(paths))
+        _refuse_too_few(paths, changes)
+        subjects = read_subjects(paths, read_manifest(given.engine), options)
+        if gpu is None:
+            reference, candidate = open_sides(given, settings)
+        else:
+            from .device import open_device_side
+
+            directory = open_verified(given.engine)
+            reference = reference_side(given, directory, settings)
+            candidate = opened.enter_context(open_device_side(directory, gpu))
+        name = limits_of or default_limits(reference.party, candidate.party)
+        allowed = make_limits(name, changes, len(subjects))
+        span = candidate.manifest.score.nominal_maximum - candidate.manifest.score.minimum
+        store = Store(Path(save)) if save else None
+        findings = compare_sides(
+            reference,
+            candidate,
+            subjects,
+            choices,
+            goes_on=lambda image: not fail_fast or all(check.within for check in check_image(image, allowed, span)),
+            keep=store.add if store else lambda kept: None,
+            say=say,
+        )
+        if store:
+            store.finish(findings, candidate.manifest)
+        result = Verification(findings, judge(findings, allowed))
+        if not bisect or result.within:
+            return result
+        directory = open_verified(given.engine)
+        low = chosen_plan(given, directory)
+        assert low is not None  # noqa: S101 — refused above
+        search = Bisection(directory, low, reference, subjects, findings, allowed, choices, settings, trials, say)
+        return Verification(findings, result.checks, search.culprits())
+
+
+def verify_saved(
+    folder: str | Path,
+    *,
+    engine: str | Path | None = None,
+    against: str | Path | None = None,
+    precision: Precision | str | None = None,
+    plan: PrecisionPlan | None = None,
+    quantile: float | None = None,
+    limits_of: str | None = None,
+    limits: Limits | None = None,
+) -> Verification:
+    """Judge again what `verify(..., save=folder)` kept, without a run; options as there.
+
+    `engine`, `against`, `precision` and `plan` are optional: results of others than these are refused.
+    """
+    findings, engine_id = read_saved(Path(folder), quantile)
+
+    def require(name: object, wanted: str, saved: str) -> None:
+        if wanted != saved:
+            raise UsageError(
+                f"{folder} holds results of another engine: {saved}, while {name} is {wanted}; name the one that was "
+                f"saved, or verify this one without --saved"
+            )
+
+    if engine:
+        manifest = read_manifest(Path(engine))
+        require(engine, manifest.engine_id, engine_id)
+        if plan:
+            require("the plan", plan_id(manifest, plan), findings.candidate.id)
+    if precision:
+        require("--precision", str(precision), findings.candidate.cast or findings.candidate.precision)
+    if against and Path(against).is_dir():
+        require(against, read_manifest(Path(against)).engine_id, findings.reference.id)
+    name = limits_of or default_limits(findings.reference, findings.candidate)
+    return Verification(findings, judge(findings, make_limits(name, limits or {}, len(findings.images))))
+
+
+def load_emulated(
+    engine: str | Path,
+    *,
+    precision: Precision | str | None = None,
+    plan: PrecisionPlan | None = None,
+    threads: int | None = None,
+) -> tuple[Scorer, PrecisionPlan]:
+    """Return a scorer that rounds as a build of this precision or plan would, and the plan.
+
+    It computes in float32, so its times say nothing about the build.
+    """
+    directory = open_verified(Path(engine))
+    low = chosen_plan(Given(directory.path, None, plan, _precision(precision)), directory)
+    assert low is not None  # noqa: S101 — only where there is another engine to compare with
+    side = emulated_side(directory, low, OnnxRuntime(threads=threads))
+    return Scorer(side.manifest, side.stages, backend=f"{low.precision}, emulated"), low
+
+
+def _precision(name: Precision | str | None) -> Precision | None:
+    try:
+        return Precision(name) if name else None
+    except ValueError:
+        raise UsageError(f"there is no precision {name!r}; there are {', '.join(Precision)}") from None
+
+
+def _refuse_contradictions(given: Given, gpu: int | None, *, fail_fast: bool, bisect: bool) -> None:
+    low = given.plan or given.precision
+    if gpu is not None and (low or bisect):
+        raise UsageError(
+            "a build has a plan of its own; leave --plan, --precision and --bisect out, or --backend tensorrt"
+        )
+    if bisect and not low:
+        raise UsageError("--bisect changes a precision plan: give one with --plan, or --precision")
+    if bisect and fail_fast:
+        raise UsageError("--bisect needs the worst of all images, and --fail-fast ends earlier; choose one")
+
+
+def _refuse_too_few(paths: Sequence[Path], changes: Mapping[str, float | None]) -> None:
+    if not paths:
+        raise UsageError("no images found; give files, folders or glob patterns")
+    wanted = [name for name in CORRELATIONS if changes.get(name, 0.0) is not None]
+    if len(paths) < 2 and wanted:
+        leave = " ".join(f"--limit {name}=none" for name in wanted)
+        raise UsageError(f"a correlation needs two images, and there is one; give more, or {leave}")
