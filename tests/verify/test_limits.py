@@ -140,8 +140,8 @@ def test_the_worst_image_and_step_are_named_and_held_against_their_limit(name: s
     ("name", "images", "loop"),
     [
         # Mean errors of 1 of a range of 4: a quarter of it, and a quarter of a spread of 4.
-        ("score-mean", [figures("a", 1, 3), figures("b", 1, 1)], LOOP),
-        ("spread", [figures("a", 1, 3), figures("b", 1, 1)], dataclasses.replace(LOOP, spread=4.0)),
+        ("score-mean", [figures("a", 1, 2.5), figures("b", 1, 0.5)], LOOP),
+        ("spread", [figures("a", 1, 2.5), figures("b", 1, 0.5)], dataclasses.replace(LOOP, spread=4.0)),
         ("batch", [figures("a")], dataclasses.replace(LOOP, batch={"unet": 0.0, "vit": 0.25, "vda": 0.125})),
         ("device", [figures("a")], dataclasses.replace(LOOP, device=0.25)),
         ("repeat", [figures("a")], dataclasses.replace(LOOP, repeat=False)),
@@ -188,8 +188,9 @@ def test_nan_is_beyond_whatever_the_limits() -> None:
     assert "tap t1" in check.where
     (check,) = check_image(figures("a", maps=broken), LIFTED, 1.0)
     assert "ViT maps" in check.where
-    (check,) = check_image(figures("a", have=math.nan), LIFTED, 1.0)
-    assert "score" in check.where
+    for bad in (math.nan, math.inf):
+        (check,) = check_image(figures("a", have=bad), LIFTED, 1.0)
+        assert "score" in check.where
     checks = judged([figures("a", have=math.nan), figures("b", 0.7)], fp16())
     assert not any(checks[name].within for name in ("finite", "score", "score-mean", "srcc", "plcc", "spread"))
     assert not judged([figures("a")], fp16(1), dataclasses.replace(LOOP, batch={"unet": 0, "vit": math.nan}))[
@@ -219,16 +220,18 @@ def test_what_was_not_measured_says_so() -> None:
     found = judged(bare, fp16(changes=UNCORRELATED), RunFigures(spread=0.0, device=0.0, graph_note="no graph today"))
     assert "same score" in found["spread"].where
     assert "no graph today" in found["graph"].where
+    assert found["device"].value == 0
 
 
 def test_the_default_srcc_forgives_one_swap_of_neighbours_in_twenty_images() -> None:
     from diffiqa.engine.agreement import srcc
 
-    scores = [float(i) for i in range(20)]
-    swapped = [*scores[:8], scores[9], scores[8], *scores[10:]]
-    twice = [*scores[:3], scores[4], scores[3], *scores[5:8], scores[9], scores[8], *scores[10:]]
-    allowed = fp16(20)["srcc"]
-    assert allowed is not None
-    assert srcc(twice, scores) < allowed <= srcc(swapped, scores) + 1e-12
+    for count in (10, 20):
+        scores = [float(i) for i in range(count)]
+        swapped = [*scores[:8], scores[9], scores[8], *scores[10:]]
+        twice = [scores[1], scores[0], *swapped[2:]]
+        allowed = fp16(count)["srcc"]
+        assert allowed is not None
+        assert srcc(twice, scores) < allowed <= srcc(swapped, scores) + 1e-12
     assert fp16(20, {"srcc": 0.9995})["srcc"] == 0.9995
     assert fp16(2000)["srcc"] == 0.9995
