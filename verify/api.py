@@ -21,7 +21,7 @@ from ..runtime.scorer import Scorer
 from .bisect import TRIALS, Bisection, Culprits
 from .compare import Choices, Say, compare_sides, read_subjects
 from .figures import QUANTILE, Findings
-from .limits import CORRELATIONS, LimitCheck, Limits, check_image, judge, make_limits
+from .limits import CORRELATIONS, LimitCheck, Limits, check_image, is_within, judge, make_limits
 from .saved import Store, read_saved
 from .sides import (
     Given,
@@ -46,7 +46,7 @@ class Verification:
     @property
     def within(self) -> bool:
         """Whether the candidate is within all limits."""
-        return all(check.within for check in self.checks)
+        return is_within(self.checks)
 
 
 def verify(
@@ -113,7 +113,7 @@ def verify(
             candidate,
             subjects,
             choices,
-            goes_on=lambda image: not fail_fast or all(check.within for check in check_image(image, allowed, span)),
+            goes_on=lambda image: not fail_fast or is_within(check_image(image, allowed, span)),
             keep=store.add if store else lambda kept: None,
             say=say,
         )

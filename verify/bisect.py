@@ -20,7 +20,7 @@ from ..runtime.executor import Call, StageRunner
 from ..runtime.host.onnx_stage import OnnxRuntime
 from .compare import Choices, Say, Subject, compare_sides
 from .figures import Findings, image_figures
-from .limits import RULES, LimitCheck, Limits, check_image, judge
+from .limits import RULES, LimitCheck, Limits, check_image, is_within, judge
 from .sides import Side, emulate, emulated_side
 from .trace import FloatArray, Pipeline, Trace
 
@@ -168,7 +168,7 @@ class Bisection:
             looked = self._verified(found)
             checks = judge(looked, self.limits)
             result = Culprits(groups, len(self._known), minimal, checks, found)
-            within = all(check.within for check in checks)
+            within = is_within(checks)
             if within or not minimal or _worst_image(looked, self._per_image) in self._places:
                 return result
 
@@ -206,7 +206,7 @@ class Bisection:
         have, runner = self._stages.trace(groups, place, subject, findings.seed)
         answers = runner.answer(want) if self._forced else None
         figures = image_figures(self.directory.manifest, subject.name, want, have, answers, findings.quantile)
-        return all(check.within for check in check_image(figures, self._per_image, findings.span))
+        return is_within(check_image(figures, self._per_image, findings.span))
 
 
 def _per_image(failed: set[str], findings: Findings, limits: Limits) -> dict[str, float | None]:

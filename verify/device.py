@@ -1,8 +1,8 @@
-"""The engines of a build as a candidate: each stage on the GPU between arrays of the host, and the whole as it scores.
+"""A build as a candidate: its engines one by one between arrays of the host, and an image scored all on the GPU.
 
-Figures by stage and step take the numbers between stages, which scoring leaves in the device's memory: here every call
-carries its inputs there and its outputs back. What that goes round, our kernels and the CUDA graph, is asked of the
-executor that scores.
+Figures by stage and step need the tensors between the stages, and scoring leaves those in GPU memory. So each call here
+uploads its inputs and downloads its outputs. These calls use neither our kernels nor a CUDA graph: to check those, the
+executor that scores runs one image too.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ _DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat
 
 @contextlib.contextmanager
 def open_device_side(directory: EngineDirectory, ordinal: int) -> Generator[Side]:
-    """Lend the build that fits a GPU. Raises BackendError or EngineError with the way out."""
+    """Open the build that fits a GPU, for the length of a block. Raises BackendError or EngineError."""
     opened = open_tensorrt(directory, ordinal)
     assert opened.build is not None  # noqa: S101 — what it opens is a build
     with contextlib.closing(opened.executor(directory)) as executor:
@@ -50,9 +50,9 @@ def open_device_side(directory: EngineDirectory, ordinal: int) -> Generator[Side
 
 
 class DeviceStage:
-    """An engine behind arrays of the host. One thread at a time; `close()` before the layer goes.
+    """An engine that reads and writes arrays of the host. For one thread; close it before its layer.
 
-    Only what ran last stays bound: a context's scratch memory is that of its whole profile, and images differ in size.
+    Only the last shapes stay bound: scratch memory is as large as the profile asks for, and images differ in size.
     """
 
     def __init__(self, layer: Layer, stage: LoadedStage) -> None:
@@ -60,7 +60,7 @@ class DeviceStage:
         self._bound: _Bound | None = None
 
     def bind(self, inputs: Mapping[str, FloatArray], outputs: Mapping[str, FloatArray]) -> Call:
-        """Return a call that takes the inputs to the device, runs the engine and fetches the outputs asked for."""
+        """Return a call that uploads the inputs, runs the engine and downloads the outputs asked for."""
         layer = self._layer
         shapes = {name: array.shape for name, array in inputs.items()}
 
@@ -81,11 +81,11 @@ class DeviceStage:
         return call
 
     def close(self) -> None:
-        """Free the context and its memory, once nothing runs that uses them."""
+        """Wait for the GPU, then free the context and its memory."""
         bound, self._bound = self._bound, None
         if bound is None:
             return
-        with contextlib.suppress(BackendError, MemoryError):  # after a failure, which has been told already
+        with contextlib.suppress(BackendError, MemoryError):  # an earlier failure has been reported already
             self._layer.enter()
             self._layer.synchronise()
         if bound.stage:
@@ -114,7 +114,7 @@ class DeviceStage:
             )
         sizes = built.sizes(shapes)
         specs = (*built.inputs, *built.outputs)
-        # Known to `close` from the first piece of memory on.
+        # Set first, so that `close` frees what was allocated even if the rest fails.
         bound = self._bound = _Bound(shapes, {spec.name: np.dtype(_DTYPES[spec.dtype]) for spec in specs})
         for spec in specs:
             needed = math.prod(spec.at(sizes)) * ITEM_BYTES[spec.dtype]

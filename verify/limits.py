@@ -178,6 +178,11 @@ def judge(findings: Findings, limits: Limits) -> tuple[LimitCheck, ...]:
     return tuple(found.checks)
 
 
+def is_within(checks: Sequence[LimitCheck]) -> bool:
+    """Whether no check fails."""
+    return all(check.within for check in checks)
+
+
 class _Checks:
     """Checks figures one by one; a limit of None is not checked."""
 

@@ -11,8 +11,8 @@ from ..runtime.report.markup import Html, join, tag
 from ..runtime.report.page import number_text
 from .curves import Line, chart
 from .figures import Difference, Findings
-from .limits import RULES, LimitCheck
-from .report import allowed, is_within, number, verdict_of
+from .limits import RULES, LimitCheck, is_within
+from .report import allowed, number, verdict_of
 
 _STYLE = """
 main { padding-block: 1rem 3rem; }

@@ -17,7 +17,7 @@ from ..errors import OutputError
 from ..runtime.command.table import printable
 from .bisect import Culprits
 from .figures import Findings
-from .limits import RULES, LimitCheck
+from .limits import RULES, LimitCheck, is_within
 
 SCHEMA = 1
 
@@ -27,11 +27,6 @@ def to_json(findings: Findings, checks: Sequence[LimitCheck]) -> str:
     verdict = {"schema": SCHEMA, "within": is_within(checks), "checks": encode(tuple(checks))}
     data = _finite({**verdict, **encode(findings)})
     return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def is_within(checks: Sequence[LimitCheck]) -> bool:
-    """Whether no check fails."""
-    return all(check.within for check in checks)
 
 
 def write(path: Path, text: str) -> None:

@@ -1,7 +1,7 @@
-"""Inputs and outputs of a verification on disk, to be judged again without a run.
+"""All inputs and outputs of a verification in a folder, to judge them again without a run.
 
-verify.json     what was compared, by id; seeds, images and what is known beyond single images
-0001.npz …      one per image: the image, both traces, and the candidate's answers where they were asked for
+verify.json     which engines were compared, the seed, the images, and the figures of the whole run
+0001.npz …      one for each image: its pixels, both traces, and the candidate's answers to the reference's inputs
 """
 
 import contextlib
@@ -39,7 +39,7 @@ class _Index:
     reference: Party
     candidate: Party
     engine: str  # id of the candidate's engine, without its plan
-    manifest: Any  # of the candidate, which says how scores add up
+    manifest: Any  # of the candidate: it has the weights of the branches
     quantile: float
     seed: int
     asked: int
@@ -48,7 +48,7 @@ class _Index:
 
 
 class Store:
-    """A folder that is being written, image by image; `finish` makes it one that can be read."""
+    """Writes a folder, image by image; `read_saved` takes it after `finish`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -73,7 +73,7 @@ class Store:
         self._images.append(_Entry(kept.subject.name, kept.subject.digest))
 
     def finish(self, findings: Findings, manifest: Manifest) -> None:
-        """Write the index, last: a folder without one is unfinished."""
+        """Write the index. It comes last: a folder without one is unfinished."""
         index = _Index(
             SCHEMA,
             findings.reference,
@@ -92,7 +92,7 @@ class Store:
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[BinaryIO]:
-    """`replacing`, with errors that say what to do."""
+    """`replacing`, with an OutputError that says what to do."""
     try:
         with replacing(path) as stream:
             yield stream

@@ -15,7 +15,7 @@ from ..runtime.host.executor import BoundDenoiser, HostExecutor
 from ..runtime.plan import Plan
 
 FloatArray = npt.NDArray[np.float32]
-BROKEN = 1e9  # a difference beyond all limits, where one side is NaN or Inf; JSON has no infinity
+BROKEN = 1e9  # stands for a difference to NaN or Inf: JSON has no infinity
 HEAD_CALLS = 4  # crops of an image whose ViT maps are kept: at full size they are 38 MB each
 
 _WATCHED = {
@@ -27,7 +27,7 @@ _WATCHED = {
 
 
 class NotForShapesError(BackendError):
-    """A stage that was made for other inputs than these."""
+    """A stage does not take inputs of these shapes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ class Trace:
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What an engine's stages make of the inputs in another engine's trace, each stage by itself."""
+    """What each stage of an engine answers to the inputs in another engine's trace."""
 
     noise: FloatArray  # (T, 3, H, W)
     maps: FloatArray  # as in the trace
@@ -89,13 +89,13 @@ class Pipeline:
         )
 
     def scores(self, image: FloatArray, plan: Plan, seed: int) -> tuple[FloatArray, FloatArray]:
-        """Return the branches' scores of the crops, keeping nothing else."""
+        """Return the branches' scores of the crops; record nothing."""
         for recorder in self._recorders.values():
             recorder.start(0)
         return branch_scores(self._executor.run(image, plan, seed))
 
     def answer(self, trace: Trace) -> Answers:
-        """Run every stage on the inputs it had in a trace."""
+        """Run every stage on the inputs that a trace has for it."""
         with np.errstate(all="ignore"):  # as in `trace`
             return self._answer(trace)
 
@@ -119,10 +119,10 @@ class Pipeline:
         return Answers(noise, maps, np.array(vcg, np.float32), np.array(vda, np.float32))
 
     def batch_difference(self, trace: Trace) -> dict[str, float]:
-        """Return by stage how far answers to two inputs at once are from those of `trace`, one of our own.
+        """Return, by stage, how far the answers to two inputs at once are from those in `trace`, one of our own.
 
-        A share of the largest answer; a stage is left out where the trace has no two inputs for it, or where it was
-        not made for two.
+        As a share of the largest answer. A stage is left out if the trace has no two inputs for it, or if it does not
+        take two at once.
         """
         pairs: dict[str, tuple[FloatArray, FloatArray]] = {}
 
@@ -168,7 +168,7 @@ class _Recorder:
         self.calls: list[dict[str, FloatArray]] = []
 
     def start(self, limit: int) -> None:
-        """Forget what was recorded and keep the next `limit` calls."""
+        """Forget all recorded calls, and record the next `limit` ones."""
         self.calls, self._limit = [], limit
 
     def bind(self, inputs: Mapping[str, FloatArray], outputs: Mapping[str, FloatArray]) -> Call:

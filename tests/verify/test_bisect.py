@@ -32,7 +32,7 @@ def counted(culprits: set[Group], budget: int = 10_000) -> tuple[Callable[[tuple
     return passes, calls
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(4))
 def test_exactly_the_culprits_are_found(seed: int) -> None:
     chosen = set(random.Random(seed).sample(GROUPS, 1 + seed % 4))  # noqa: S311 — no secret
     passes, calls = counted(chosen)
