@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 
 from diffiqa import cli
 from diffiqa.engine.manifest import Precision, StageName, open_engine
+from diffiqa.errors import BackendError
 from diffiqa.runtime.gpu import tensorrt_stage
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from diffiqa.verify.device import DeviceStage
@@ -160,3 +161,24 @@ def test_a_stage_on_the_device_answers_as_on_the_host_in_the_types_of_its_engine
     stage.bind(arrays, {"noise": have})()
     stage.close()
     assert fake_gpu.alive == 0
+
+
+def test_a_stage_waits_for_its_work_before_it_frees_what_the_work_uses(
+    tiny_engine: Path, fake_gpu: FakeLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that fails midway leaves work on the stream."""
+
+    def fails(values: Any, address: int) -> None:
+        raise BackendError("no copy today")
+
+    directory = open_engine(tiny_engine)
+    stage = DeviceStage(fake_gpu, fake_stages(fake_gpu, directory)[StageName.UNET])
+    arrays = {name: np.zeros((1, 3, 32, 32), np.float32) for name in ("y", "condition")}
+    arrays["noise_level"] = np.full((1, 1), 0.5, np.float32)
+    monkeypatch.setattr(fake_gpu, "download", fails)
+    with pytest.raises(BackendError, match="no copy today"):
+        stage.bind(arrays, {"noise": np.empty((1, 3, 32, 32), np.float32)})()
+    stage.close()
+    fake_gpu.synchronise()  # what is run only now would find its memory gone
+    assert fake_gpu.alive == 0
+    assert "unet" in fake_gpu.log
