@@ -63,6 +63,9 @@ def show(findings: Findings, checks: Sequence[LimitCheck], stream: TextIO) -> No
         text = f"ended at the first image beyond a limit: {missing} of {findings.asked} images were not compared"
         console.print(Text(text))
     console.print(Text(verdict(checks), "bold"))
+    for check in checks:
+        if not check.within and check.name in RULES:
+            console.print(Text(f"  {check.name}: {RULES[check.name].about}"))
 
 
 def show_culprits(culprits: Culprits, path: Path, stream: TextIO) -> None:
