@@ -21,9 +21,10 @@ class Rule:
     floor: bool = False  # the limit is the least that is allowed, not the most
 
 
+_STEP = "in one step, given the reference's inputs"
+
 # The worst image and step count, unless the text says otherwise. The limits of scores are what a precision plan must
 # hold; the others are wide enough for the rounding of the networks at hand: more than that has another cause.
-_STEP = "in one step, given the reference's inputs"
 RULES: dict[str, Rule] = {
     "unet-max": Rule(f"largest error of the U-Net {_STEP}", (1e-3, 0.05, 0.2, 0.5, 0.5)),
     "unet-mean": Rule(f"mean error of the U-Net {_STEP}", (1e-4, 0.005, 0.02, 0.05, 0.05)),
