@@ -11,12 +11,13 @@ from click.testing import CliRunner, Result
 from diffiqa import cli
 from diffiqa.engine.manifest import Precision, StageName, open_engine
 from diffiqa.errors import BackendError
+from diffiqa.kernels.launch import Launch
 from diffiqa.runtime.gpu import tensorrt_stage
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from diffiqa.verify.device import DeviceStage
 from diffiqa.verify.trace import NotForShapesError
 
-from ..fake_device import FakeLayer, fake_stages
+from ..fake_device import FakeGraph, FakeLayer, fake_stages
 from .verify_engines import edited, pictures, scale_weights
 
 CALM = ("--limit", "srcc=none", "--limit", "plcc=none", "--threads", "1", "--seeds", "1")
@@ -182,3 +183,30 @@ def test_a_stage_waits_for_its_work_before_it_frees_what_the_work_uses(
     fake_gpu.synchronise()  # what is run only now would find its memory gone
     assert fake_gpu.alive == 0
     assert "unet" in fake_gpu.log
+
+
+def test_a_graph_that_gives_other_numbers_is_caught(
+    tiny_build: Path, fake_gpu: FakeLayer, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeGraph, "_run", lambda graph: None)
+    result = call(tiny_build, images, "--json", tmp_path / "a.json")
+    assert result.exit_code == 1, result.output
+    found = checks(tmp_path / "a.json")
+    assert (found["graph"]["value"], found["graph"]["within"]) == (1, False)
+    assert found["device"]["within"]  # which is without a graph
+
+
+def test_kernels_that_compute_something_else_are_caught_in_the_score_of_the_whole(
+    tiny_build: Path, fake_gpu: FakeLayer, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = fake_gpu.launch
+
+    def without_the_sampler(one: Launch) -> None:
+        if not one.kernel.startswith("sampler_step"):
+            launch(one)
+
+    monkeypatch.setattr(fake_gpu, "launch", without_the_sampler)
+    result = call(tiny_build, images, "--json", tmp_path / "a.json")
+    assert result.exit_code == 1, result.output
+    found = checks(tmp_path / "a.json")
+    assert [name for name, check in found.items() if not check["within"]] == ["device"]
