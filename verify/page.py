@@ -115,20 +115,20 @@ def _loop(findings: Findings) -> Html:
     noise, state = [figures.noise for figures in images], [figures.state for figures in images]
     if not noise[0]:
         return Html()
-    high = f"{findings.quantile:.0%} of the elements"
+    high = f"{findings.quantile:.0%} quantile"
     errors = [
-        *([_worst("on the reference’s inputs: largest", forced, lambda d: d.max)] if forced else []),
-        *([_worst(f"on them: {high}", forced, lambda d: d.quantile)] if forced else []),
-        *([_mean("on them: mean", forced, lambda d: d.mean)] if forced else []),
-        *([_mean("on them: median", forced, lambda d: d.median)] if forced else []),
-        _worst("freely run: largest", noise, lambda d: d.max),
-        _mean("freely run: mean", noise, lambda d: d.mean),
+        *([_worst("one step: largest", forced, lambda d: d.max)] if forced else []),
+        *([_worst(f"one step: {high}", forced, lambda d: d.quantile)] if forced else []),
+        *([_mean("one step: mean", forced, lambda d: d.mean)] if forced else []),
+        *([_mean("one step: median", forced, lambda d: d.median)] if forced else []),
+        _worst("whole run: largest", noise, lambda d: d.max),
+        _mean("whole run: mean", noise, lambda d: d.mean),
     ]
-    cosines = [_worst("freely run", noise, lambda d: 1 - d.cosine)]
-    psnr = [_mean("freely run", noise, lambda d: d.psnr)]
+    cosines = [_worst("whole run", noise, lambda d: 1 - d.cosine)]
+    psnr = [_mean("whole run", noise, lambda d: d.psnr)]
     if forced:
-        cosines.insert(0, _worst("on the reference’s inputs", forced, lambda d: 1 - d.cosine))
-        psnr.insert(0, _mean("on the reference’s inputs", forced, lambda d: d.psnr))
+        cosines.insert(0, _worst("one step", forced, lambda d: 1 - d.cosine))
+        psnr.insert(0, _mean("one step", forced, lambda d: d.psnr))
     states = [
         _worst("largest", state, lambda d: d.max),
         _worst(high, state, lambda d: d.quantile),
@@ -137,8 +137,9 @@ def _loop(findings: Findings) -> Html:
     ]
     return _section(
         "The loop, step by step",
-        tag("p", "Errors are shares of the reference’s largest value. Largest errors are those of the worst image, "
-            "means are taken over the images.", class_="quiet"),
+        tag("p", "Errors are shares of the reference’s largest value. The largest error is that of the worst image, "
+            "the mean is over all images. “One step” gives the candidate the reference’s inputs at each step; in the "
+            "“whole run” it goes on from its own results.", class_="quiet"),
         chart("Noise that the U-Net predicts: error", errors),
         chart("The same: distance of the cosine from 1", cosines),
         chart("The same: PSNR, dB", psnr, logarithmic=False),
@@ -155,7 +156,7 @@ def _taps(findings: Findings) -> Html:
         if figures.maps:
             groups.setdefault("ViT maps", []).append(figures.maps)
         for stage, answer in figures.heads.items():
-            groups.setdefault(f"{stage} by itself", []).append(answer)
+            groups.setdefault(f"{stage}, given the reference’s inputs", []).append(answer)
     rows = [
         tag(
             "tr",
