@@ -1,7 +1,7 @@
 """Run a candidate beside its float32 reference, over the whole loop and with the same noise, and measure both.
 
-Each image goes through both pipelines *freely*: the candidate continues from its own results, as it does in use, so
-errors may grow or shrink from step to step. On the first images the candidate's stages are *also* run on the inputs
+Each image makes a whole run of both pipelines: the candidate goes on from its own results, as it does in use, so errors
+may grow or shrink from step to step. On the first images the candidate's stages are *also* run on the inputs
 that the reference had: such an error belongs to one step and one stage. This second pass costs another loop, and
 rounding differs little between images, so a few images are enough.
 

@@ -143,7 +143,7 @@ def _loop(findings: Findings) -> Html:
         chart("Noise that the U-Net predicts: error", errors),
         chart("The same: distance of the cosine from 1", cosines),
         chart("The same: PSNR, dB", psnr, logarithmic=False),
-        chart("State that each step starts from, freely run: error", states),
+        chart("State that each step starts from, in the whole run: error", states),
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
-"""The two that are compared: a float32 reference, and a candidate that should be the same model.
+"""The two sides of a comparison: a float32 reference, and a candidate that should be the same model.
 
-Candidates run through ONNX Runtime on the CPU: another engine's stages as they are (int8 ones, for instance), or stages
-under a precision plan, emulated in float32 with every result rounded. `verify_device` has those that run on a GPU.
+These candidates run through ONNX Runtime on the CPU: an engine's stages as they are (in int8, for instance), or its
+stages under a precision plan, emulated in float32 with every result rounded. `device.py` has the candidate on a GPU.
 """
 
 import dataclasses
@@ -41,21 +41,21 @@ _LOW = {TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
 
 @dataclass(frozen=True)
 class Party:
-    """What a side is called, and an id that changes with anything its results depend on."""
+    """The name of a side, and an id that changes with everything its results depend on."""
 
     label: str
     id: str
-    precision: str  # the lowest that any of its ONNX stages computes in: fp32, bf16, fp16, int8 or fp8
-    cast: str = ""  # what a plan or a build has cast the rest to, where there is one
+    precision: str  # the lowest of its ONNX stages: fp32, bf16, fp16, int8 or fp8
+    cast: str = ""  # the precision that a plan or a build casts the rest to, if there is one
 
 
 @dataclass(frozen=True)
 class Whole:
-    """An image scored all on a device."""
+    """The score of an image, computed all on a GPU."""
 
     score: float
-    graph_same: bool | None  # whether a CUDA graph gave the same bits; None: there was none
-    note: str = ""  # why there was none
+    graph_same: bool | None  # a CUDA graph gave the same bits; None: there was no graph
+    note: str = ""  # why there was no graph
 
 
 @dataclass(frozen=True)
@@ -65,26 +65,26 @@ class Side:
     party: Party
     manifest: Manifest
     stages: Mapping[StageName, StageRunner]
-    whole: Callable[[FloatArray, Plan, int], Whole] | None = None  # as it scores, where that is not by these stages
+    whole: Callable[[FloatArray, Plan, int], Whole] | None = None  # scores all on a GPU
 
 
 @dataclass(frozen=True)
 class Given:
-    """What the user names: an engine, what it is held against, and how the engine is to be rounded."""
+    """What the user names: an engine, its reference, and how to round the engine."""
 
     engine: Path
     against: Path | None = None  # another engine, or a checkpoint
     plan: PrecisionPlan | None = None
     precision: Precision | None = None
-    any_weights: bool = False  # compare engines of other weights all the same
+    any_weights: bool = False  # compare even if the two have different weights
 
 
 def open_verified(path: Path) -> EngineDirectory:
-    """Open an engine of which the ONNX stages are needed. Raises EngineError with the way out."""
+    """Open an engine with its ONNX stages. Raises EngineError if they are missing."""
     for stage in read_manifest(path).stages:
         if not (path / stage.file.path).is_file():
             raise EngineError(
-                f"{path} has no ONNX stages ({stage.file.path} is missing), which verifying takes; "
+                f"{path} has no ONNX stages ({stage.file.path} is missing), and verifying needs them; "
                 f"export the engine again, or copy its onnx folder back"
             )
     return open_engine(path)
@@ -135,7 +135,7 @@ def chosen_plan(given: Given, directory: EngineDirectory) -> PrecisionPlan | Non
 
 
 def plan_party(directory: EngineDirectory, plan: PrecisionPlan) -> Party:
-    """Return what an engine under a plan is called."""
+    """Return the name and id of an engine under a plan."""
     lowest = onnx_precision(directory)
     form = f"in {plan.precision}" if lowest == "fp32" else f"in {lowest}, the rest in {plan.precision}"
     return Party(f"{directory.path} {form}, emulated", plan_id(directory.manifest, plan), lowest, plan.precision)
@@ -147,7 +147,7 @@ def plan_id(manifest: Manifest, plan: PrecisionPlan) -> str:
 
 
 def default_limits(reference: Party, candidate: Party) -> str:
-    """Return the precision whose limits apply: of what sets the candidate apart from its reference."""
+    """Return the precision whose limits apply: that of the difference between candidate and reference."""
     as_low = candidate.precision in {"fp32", reference.precision}
     return candidate.cast if candidate.cast and as_low else candidate.precision
 
@@ -155,7 +155,7 @@ def default_limits(reference: Party, candidate: Party) -> str:
 def emulate(
     directory: EngineDirectory, stage: Stage, plan: StagePrecision, precision: Precision, settings: OnnxRuntime
 ) -> OnnxStage:
-    """Load a stage that computes in float32 and rounds every result, and what it is given, as the plan says."""
+    """Load a stage that computes in float32 and rounds its inputs and every result as the plan says."""
     model = emulated(onnx.load(directory.file(stage.file)), plan, precision)
     with tempfile.TemporaryDirectory(prefix="iqa-verify-") as folder:
         path = Path(folder, f"{stage.name}.onnx")  # messages then name the stage
@@ -164,7 +164,7 @@ def emulate(
 
 
 def emulated(model: onnx.ModelProto, plan: StagePrecision, precision: Precision) -> onnx.ModelProto:
-    """Return a stage as `rounded`, its inputs rounded too: an engine is given them in the type that its plan says."""
+    """Return a stage as `rounded`, with its inputs rounded too: an engine gets them in the type of its plan."""
     typed = cast(model, plan, precision)
     result = rounded(typed)
     graph = result.graph
@@ -186,7 +186,7 @@ def emulated(model: onnx.ModelProto, plan: StagePrecision, precision: Precision)
 
 
 def reference_side(given: Given, directory: EngineDirectory, settings: OnnxRuntime) -> Side:
-    """Return what an engine is held against."""
+    """Return the reference."""
     if given.against is None:
         return _engine_side(directory, settings)
     if given.against.is_file():
@@ -242,7 +242,7 @@ class _TorchStage:
 
 
 def _require_same_model(given: Given, mine: Manifest, other: Manifest) -> None:
-    """Raise UsageError unless both engines are to compute the same scores."""
+    """Raise UsageError unless both engines should give the same scores."""
     alike = ("model", "schedule", "taps", "kinds", "alignment")
     different = [
         f.name for f in fields(Manifest) if f.name in alike and getattr(mine, f.name) != getattr(other, f.name)
@@ -263,7 +263,7 @@ def _require_same_model(given: Given, mine: Manifest, other: Manifest) -> None:
 
 def _require_same_weights(given: Given, mine: tuple[Source, ...], other: tuple[Source, ...]) -> None:
     # Parts that were never trained have no file, only the seed of their initial values.
-    # Statistics, which 8-bit engines have been through, are no weights.
+    # An 8-bit engine also lists its statistics, which are no weights.
     mine, other = (tuple(source for source in sources if source.role != STATISTICS) for sources in (mine, other))
     hashes = [{source.sha256 or source.format for source in sources} for sources in (mine, other)]
     if given.any_weights or not all(hashes) or hashes[0] == hashes[1]:
