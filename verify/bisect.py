@@ -135,7 +135,7 @@ class Bisection:
     def __post_init__(self) -> None:
         """Prepare the trials. Raises UsageError if no image shows what is beyond."""
         failed = {check.name for check in judge(self.findings, self.limits) if not check.within}
-        self._per_image = _per_image(failed, self.findings, self.limits)
+        self._per_image = limits_of_an_image(failed, self.findings, self.limits)
         self._forced = bool(failed & _FORCED)
         self._stages = _Stages(self.directory, self.plan, self.settings)
         self._pipeline = Pipeline(self.reference.manifest, self.reference.stages)
@@ -209,7 +209,7 @@ class Bisection:
         return is_within(check_image(figures, self._per_image, findings.span))
 
 
-def _per_image(failed: set[str], findings: Findings, limits: Limits) -> dict[str, float | None]:
+def limits_of_an_image(failed: set[str], findings: Findings, limits: Limits) -> dict[str, float | None]:
     """Return limits under which one image shows what is beyond: those of means become limits of each image."""
     if failed <= _IN_NO_IMAGE:
         raise UsageError(

@@ -11,9 +11,13 @@ from click.testing import CliRunner
 
 from diffiqa import cli
 from diffiqa.engine.manifest import Precision, StageName, read_manifest
+from diffiqa.errors import UsageError
 from diffiqa.export.precision import MOVES, PrecisionPlan, cast, plan_stage, read_plan
-from diffiqa.verify.bisect import WHY, Group, node_groups, smallest, with_returned
+from diffiqa.verify.bisect import WHY, Group, limits_of_an_image, node_groups, smallest, with_returned
+from diffiqa.verify.figures import RunFigures
+from diffiqa.verify.limits import make_limits
 
+from .test_limits import figures, findings
 from .verify_engines import PLANTED, edited, pictures, plant_large_range
 
 GROUPS = [Group(StageName.UNET, ((f"n{i}", "Add"),)) for i in range(40)]
@@ -49,6 +53,15 @@ def test_a_used_up_budget_leaves_a_set_that_passes() -> None:
     assert not minimal
     assert chosen <= set(found)
     assert len(found) < len(GROUPS)
+
+
+def test_limits_of_means_become_limits_of_each_image() -> None:
+    limits = make_limits("fp16", {"score": 0.01, "score-mean": 0.002, "spread": 0.5}, 2)
+    found = findings([figures("a"), figures("b")], RunFigures(spread=0.004), span=2.0)
+    for failed, score in (("score", 0.01), ("score-mean", 0.002), ("spread", 0.001), ("unet-max", 0.01)):
+        assert limits_of_an_image({failed, "srcc"}, found, limits) == {**limits, "score": score}
+    with pytest.raises(UsageError, match="order, srcc"):
+        limits_of_an_image({"srcc", "order"}, found, limits)
 
 
 def test_one_group_is_minimal_by_itself() -> None:
