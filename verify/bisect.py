@@ -137,7 +137,7 @@ class Bisection:
         failed = {check.name for check in judge(self.findings, self.limits) if not check.within}
         self._per_image = limits_of_an_image(failed, self.findings, self.limits)
         self._forced = bool(failed & _FORCED)
-        self._stages = _Stages(self.directory, self.plan, self.settings)
+        self._stages = EmulatedStages(self.directory, self.plan, self.settings)
         self._pipeline = Pipeline(self.reference.manifest, self.reference.stages)
         self._places: list[int] = []  # of the images that trials run on
         self._wanted: dict[int, Trace] = {}
@@ -152,7 +152,7 @@ class Bisection:
         looked = self.findings
         result: Culprits | None = None
         while True:
-            self._places.append(_worst_image(looked, self._per_image))
+            self._places.append(worst_image(looked, self._per_image))
             enough = self._passes(everything)
             if enough is None and result:
                 return dataclasses.replace(result, minimal=False)
@@ -169,7 +169,7 @@ class Bisection:
             checks = judge(looked, self.limits)
             result = Culprits(groups, len(self._known), minimal, checks, found)
             within = is_within(checks)
-            if within or not minimal or _worst_image(looked, self._per_image) in self._places:
+            if within or not minimal or worst_image(looked, self._per_image) in self._places:
                 return result
 
     def _verified(self, plan: PrecisionPlan) -> Findings:
@@ -223,7 +223,7 @@ def limits_of_an_image(failed: set[str], findings: Findings, limits: Limits) -> 
     return {**limits, "score": min(known) if known else None}
 
 
-def _worst_image(findings: Findings, limits: Limits) -> int:
+def worst_image(findings: Findings, limits: Limits) -> int:
     def excess(index: int) -> float:
         checks = check_image(findings.images[index], limits, findings.span)
         return max((c.excess if c.name in RULES else float("inf") for c in checks if not c.within), default=0.0)
@@ -231,7 +231,7 @@ def _worst_image(findings: Findings, limits: Limits) -> int:
     return max(range(len(findings.images)), key=excess)
 
 
-class _Stages:
+class EmulatedStages:
     """Loads emulated stages with some groups in float32, and runs no loop twice."""
 
     def __init__(self, directory: EngineDirectory, plan: PrecisionPlan, settings: OnnxRuntime) -> None:

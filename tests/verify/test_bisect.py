@@ -1,7 +1,9 @@
 """Bisecting: the smallest set is found, also under a budget, and a planted culprit is named."""
 
 import json
+import math
 import random
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +12,25 @@ import pytest
 from click.testing import CliRunner
 
 from diffiqa import cli
-from diffiqa.engine.manifest import Precision, StageName, read_manifest
+from diffiqa.engine.manifest import Precision, StageName, open_engine, read_manifest
 from diffiqa.errors import UsageError
 from diffiqa.export.precision import MOVES, PrecisionPlan, cast, plan_stage, read_plan
-from diffiqa.verify.bisect import WHY, Group, limits_of_an_image, node_groups, smallest, with_returned
+from diffiqa.runtime.host.onnx_stage import OnnxRuntime
+from diffiqa.runtime.results import Options
+from diffiqa.verify.api import verify
+from diffiqa.verify.bisect import (
+    WHY,
+    EmulatedStages,
+    Group,
+    limits_of_an_image,
+    node_groups,
+    smallest,
+    with_returned,
+    worst_image,
+)
+from diffiqa.verify.compare import read_subjects
 from diffiqa.verify.figures import RunFigures
-from diffiqa.verify.limits import make_limits
+from diffiqa.verify.limits import RULES, make_limits
 
 from .test_limits import figures, findings
 from .verify_engines import PLANTED, edited, pictures, plant_large_range
@@ -62,6 +77,14 @@ def test_limits_of_means_become_limits_of_each_image() -> None:
         assert limits_of_an_image({failed, "srcc"}, found, limits) == {**limits, "score": score}
     with pytest.raises(UsageError, match="order, srcc"):
         limits_of_an_image({"srcc", "order"}, found, limits)
+
+
+def test_a_search_starts_with_the_image_that_is_furthest_beyond() -> None:
+    limits = make_limits("fp16", {}, 3)
+    images = [figures("a"), figures("b", 0.5, 0.6), figures("c", 0.5, 0.55)]
+    assert worst_image(findings(images), limits) == 1
+    broken = figures("d", have=math.nan)
+    assert worst_image(findings([*images, broken]), limits) == 3
 
 
 def test_one_group_is_minimal_by_itself() -> None:
@@ -124,3 +147,31 @@ def test_nothing_is_bisected_where_all_is_well_or_nothing_would_help(tiny_engine
     assert order.exit_code == 2
     assert "shows in no single image" in order.stderr
     assert not plan.exists()
+
+
+def test_a_search_runs_stages_on_the_references_inputs_where_those_are_beyond(
+    tiny_engine: Path, tmp_path: Path
+) -> None:
+    images = [pictures(tmp_path / "in", 2)]
+    lifted: dict[str, float | None] = dict.fromkeys(RULES)
+    once = Options(crops=1, seeds=1)
+    before = verify(tiny_engine, images, precision="fp16", limits=lifted, options=once, threads=1)
+    largest = [max(step.max for step in image.forced) for image in before.findings.images]
+    # One of the two images is beyond.
+    limits = {**lifted, "unet-max": statistics.fmean(largest)}
+    result = verify(
+        tiny_engine, images, precision="fp16", limits=limits, options=once, threads=1, bisect=True, trials=6
+    )
+    assert not result.within
+    assert result.culprits
+    assert [(check.name, check.within) for check in result.culprits.checks] == [("unet-max", True)]
+
+
+def test_a_loop_that_is_not_run_again_gives_the_same_numbers(tiny_engine: Path, tmp_path: Path) -> None:
+    directory, options = open_engine(tiny_engine), Options(crops=1)
+    made = (plan_stage(onnx.load(directory.file(s.file)), s, Precision.FP16) for s in directory.manifest.stages)
+    plan = PrecisionPlan(1, Precision.FP16, tuple(made))
+    (subject,) = read_subjects(sorted(pictures(tmp_path / "in", 1).iterdir()), directory.manifest, options)
+    stages = EmulatedStages(directory, plan, OnnxRuntime(threads=1))
+    (first, _), (again, _) = (stages.trace((), 0, subject, 0) for _ in range(2))
+    assert first.equals(again)
