@@ -224,6 +224,8 @@ def limits_of_an_image(failed: set[str], findings: Findings, limits: Limits) -> 
 
 
 def worst_image(findings: Findings, limits: Limits) -> int:
+    """Return the place of the image that is furthest beyond its limits."""
+
     def excess(index: int) -> float:
         checks = check_image(findings.images[index], limits, findings.span)
         return max((c.excess if c.name in RULES else float("inf") for c in checks if not c.within), default=0.0)

@@ -9,6 +9,7 @@ from typing import Any
 import click
 import pytest
 
+from diffiqa.engine.agreement import srcc
 from diffiqa.errors import UsageError
 from diffiqa.verify.cli import verify
 from diffiqa.verify.figures import Difference, Findings, ImageFigures, RunFigures
@@ -224,8 +225,6 @@ def test_what_was_not_measured_says_so() -> None:
 
 
 def test_the_default_srcc_forgives_one_swap_of_neighbours_in_twenty_images() -> None:
-    from diffiqa.engine.agreement import srcc
-
     for count in (10, 20):
         scores = [float(i) for i in range(count)]
         swapped = [*scores[:8], scores[9], scores[8], *scores[10:]]
