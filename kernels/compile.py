@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SOURCES = ("images.cu", "loop.cu", "sampler.cu")
+SOURCES = ("images.cu", "sampler.cu")
 HEADERS = ("device.h", "noise.h")
 # Keyword arguments of cuda.core's ProgramOptions. The last four make every arithmetic operation the IEEE one: noise.h
 # and the tests rely on results that are the same bits everywhere. The kernels wait for memory, not for arithmetic.

@@ -120,14 +120,6 @@ class SamplerBuffers:
         )
 
 
-def more_steps(progress: int, condition: int) -> Launch:
-    """Let the `while` node of a CUDA graph go on as long as the loop of `progress` has steps left.
-
-    `condition` is the node's handle; with 0 nothing happens.
-    """
-    return Launch("loop.cu", "more_steps", (1, 1), 1, (np.uint64(progress), np.uint64(condition)))
-
-
 def normalise_pad(
     image: int, size: tuple[int, int], row_bytes: int, plane: int, padded: tuple[int, int], storage: Storage
 ) -> Launch:

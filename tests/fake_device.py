@@ -19,14 +19,13 @@ import numpy.typing as npt
 from diffiqa.engine.manifest import BuiltStage, EngineDirectory, FileEntry, Manifest, Precision, Stage, StageName
 from diffiqa.errors import BackendError
 from diffiqa.export.profiles import stage_profiles
-from diffiqa.kernels.launch import PROGRESS, Launch, more_steps
+from diffiqa.kernels.launch import Launch
 from diffiqa.runtime.gpu.layer import Array, Bytes, DeviceMemoryError, LoadedStage, Shapes, choose_profile
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 
 from .kernels.devices import Host
 
 BAND = 256  # bytes before and after every piece of memory
-MAX_ROUNDS = 500  # of a loop in a graph; a GPU would go on for ever
 NOTHING = FileEntry("", 0, "")
 
 
@@ -133,28 +132,6 @@ class FakeLayer:
 
     def end_capture(self) -> "FakeGraph":
         return self._graph(self._recorded())
-
-    def capture_loop(self, begin: Callable[[], None], step: Callable[[], None], progress: int) -> "FakeGraph":
-        condition = np.zeros((), np.uint32)
-        self.begin_capture()
-        begin()
-        first = self._recorded()
-        self.begin_capture()
-        step()
-        self.launch(more_steps(progress, condition.ctypes.data))
-        again = self._recorded()
-
-        def loop() -> None:
-            self.owned(progress, PROGRESS.itemsize)
-            condition[...] = 1
-            for _ in range(MAX_ROUNDS):
-                if not condition:
-                    return
-                for work in again:
-                    work()
-            raise AssertionError("the loop does not end")
-
-        return self._graph([*first, loop], launches=len(first) + len(again))
 
     def abandon_capture(self) -> None:
         self._capture = None

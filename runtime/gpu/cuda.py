@@ -12,9 +12,9 @@ import numpy as np
 
 from ...errors import BackendError, DiffiqaError, first_line
 from ...kernels.compile import KernelError
-from ...kernels.launch import Launch, more_steps
+from ...kernels.launch import Launch
 from ..arrays import result_of
-from .layer import Array, Bytes, DeviceMemoryError, Enqueue
+from .layer import Array, Bytes, DeviceMemoryError
 from .tensorrt import gpu_capability
 
 
@@ -128,48 +128,14 @@ class CudaLayer:
 
     def end_capture(self) -> "_CudaGraph":
         """Instantiate what was captured."""
-        with self._speaking("could not capture"), contextlib.ExitStack() as graphs:
-            return _CudaGraph(self, result_of(self._driver.cuGraphInstantiate(self._recorded(graphs), 0)))
-
-    def capture_loop(self, begin: Enqueue, step: Enqueue, progress: int) -> "_CudaGraph":
-        """Put what `step` launches into the body of a `while` node behind what `begin` launches; since CUDA 12.4.
-
-        Both are captured by themselves and copied: a capture that fails inside a body crashes the driver when it is
-        ended (cuda.core's issue 2918). It also leaves engines the one stream they know. What a body may not hold, such
-        as memory, calls of the host and cooperative kernels, the driver refuses here.
-        """
-        driver = self._driver
-        with self._speaking("cannot capture a loop"), contextlib.ExitStack() as graphs:
-            self.launch(more_steps(progress, 0))  # loads the code, which is forbidden while capturing
-            self.synchronise()
-            whole = result_of(driver.cuGraphCreate(0))
-            graphs.callback(driver.cuGraphDestroy, whole)
-            node = driver.CUgraphNodeParams()
-            node.type = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
-            loop = node.conditional
-            loop.type, loop.size = driver.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_WHILE, 1
-            loop.ctx = context = self._stream.context.handle
-            default = 1, driver.CU_GRAPH_COND_ASSIGN_DEFAULT  # what the condition is at the start of every launch
-            loop.handle = condition = result_of(driver.cuGraphConditionalHandleCreate(whole, context, *default))
-            self.begin_capture()
-            begin()
-            first = self._recorded(graphs)
-            self.begin_capture()
-            step()
-            self.launch(more_steps(progress, int(condition)))
-            again = self._recorded(graphs)
-            before = result_of(driver.cuGraphAddChildGraphNode(whole, None, 0, first))
-            result_of(driver.cuGraphAddNode(whole, [before], None, 1, node))
-            result_of(driver.cuGraphAddChildGraphNode(loop.phGraph_out[0], None, 0, again))
-            executable = result_of(driver.cuGraphInstantiate(whole, 0))
-            # Kept, because nobody says whether a condition outlives the graph it was made for.
-            return _CudaGraph(self, executable, graphs.pop_all())
+        with self._speaking("could not capture"), self._recorded() as graph:
+            return _CudaGraph(self, result_of(self._driver.cuGraphInstantiate(graph, 0)))
 
     def abandon_capture(self) -> None:
         """End the capture and clear the error that one has left with the CUDA runtime, which TensorRT would find."""
         if self._capturing:
-            with contextlib.suppress(Exception), contextlib.ExitStack() as graphs:
-                self._recorded(graphs)
+            with contextlib.suppress(Exception), self._recorded():
+                pass
         with contextlib.suppress(Exception):
             from cuda.bindings import runtime
 
@@ -202,19 +168,22 @@ class CudaLayer:
                 raise DeviceMemoryError(text) from exc
             raise BackendError(text) from exc
 
-    def _recorded(self, graphs: contextlib.ExitStack) -> Any:
-        """End the capture and return its graph, which is destroyed with `graphs`."""
+    @contextlib.contextmanager
+    def _recorded(self) -> Iterator[Any]:
+        """End the capture; its graph is there inside, and destroyed behind."""
         self._capturing = False
         graph = result_of(self._driver.cuStreamEndCapture(self._stream.handle))
-        graphs.callback(self._driver.cuGraphDestroy, graph)
-        return graph
+        try:
+            yield graph
+        finally:
+            self._driver.cuGraphDestroy(graph)
 
 
 class _CudaGraph:
     """An instantiated graph; the memory it works on is kept alive by its executor, not by it."""
 
-    def __init__(self, layer: CudaLayer, executable: Any, kept: contextlib.ExitStack | None = None) -> None:
-        self._layer, self._executable, self._kept = layer, executable, kept or contextlib.ExitStack()
+    def __init__(self, layer: CudaLayer, executable: Any) -> None:
+        self._layer, self._executable = layer, executable
 
     def launch(self) -> None:
         """Run it on the layer's stream."""
@@ -224,7 +193,6 @@ class _CudaGraph:
     def close(self) -> None:
         """Free it."""
         self._layer._driver.cuGraphExecDestroy(self._executable)
-        self._kept.close()
 
 
 def _mebibytes(size: int) -> str:

@@ -458,7 +458,7 @@ class DeviceExecutor:
             launch(step)
 
         # Steps and taps are the manifest's: one executor has one of each, so the key need not say them.
-        work = Work(key, advance, buffers.steps, lambda: launch(begin), bound.capture_problem, buffers.progress)
+        work = Work(key, advance, buffers.steps, lambda: launch(begin), bound.capture_problem)
         self._loops[key] = _Loop(bound, buffers, condition, work)
         return self._loops[key]
 

@@ -16,10 +16,6 @@ from ...errors import BackendError, first_line
 from ..executor import Cancelled
 from .layer import Enqueue, Graph, Layer
 
-# One graph of all steps holds a node for every kernel of every step: beyond this many steps, one that loops over a
-# single step is launched instead. Not measured: no GPU was at hand.
-MAX_LOOP_STEPS = 128
-
 
 class Form(enum.StrEnum):
     """What one graph holds. All forms launch the same kernels in the same order and give the same bits."""
@@ -27,18 +23,16 @@ class Form(enum.StrEnum):
     NONE = "none"
     STEP = "step"  # one step: its counter is in device memory, so that every step is the same graph
     LOOP = "loop"  # the beginning and all steps
-    WHILE = "while"  # the beginning and one step, which the GPU repeats until the counter says that the loop is over
 
 
-_HOLDS = {Form.STEP: "one step", Form.LOOP: "all steps", Form.WHILE: "a loop"}
+_HOLDS = {Form.STEP: "one step", Form.LOOP: "all steps"}
 
 
 @dataclass(frozen=True)
 class Work:
     """Something that is launched often: `begin`, if there is one, then `steps` times `step`.
 
-    `key` says all that a graph of it depends on and that is not told by `forget`: shapes, steps and taps. `progress` is
-    the device address of the PROGRESS that `begin` sets and `step` counts down; without one no graph can loop.
+    `key` says all that a graph of it depends on and that is not told by `forget`: shapes, steps and taps.
     """
 
     key: Hashable
@@ -46,7 +40,6 @@ class Work:
     steps: int = 1
     begin: Enqueue | None = None
     problem: Callable[[], str | None] = lambda: None  # why it cannot be captured, if that is known beforehand
-    progress: int | None = None
 
     def enqueue(self, cancelled: Callable[[], bool] = lambda: False) -> None:
         """Launch all of it; raises Cancelled between two steps once nobody wants the result."""
@@ -116,10 +109,13 @@ class Graphs:
         if problem := work.problem():
             entry.note = f"ran without a CUDA graph: {problem}"
             return
-        ways, failures = self._ways(work), []
-        for form, capture in ways.items():
+        ways = {Form.LOOP: work.enqueue, Form.STEP: work.step}  # the best first
+        if self.form is Form.STEP:
+            del ways[Form.LOOP]
+        failures: list[str] = []
+        for form, enqueue in ways.items():
             try:
-                graph = self._captured(capture)
+                graph = self._captured(enqueue)
             except (BackendError, MemoryError) as exc:
                 failures.append(first_line(exc))
                 continue
@@ -128,31 +124,16 @@ class Graphs:
             else:
                 entry.whole = graph
             if failures:
-                wanted = _HOLDS[next(iter(ways))]
-                entry.note = f"ran with a CUDA graph of {_HOLDS[form]}, not of {wanted}: {_once(failures)}"
+                entry.note = f"ran with a CUDA graph of {_HOLDS[form]}, not of {_HOLDS[Form.LOOP]}: {_once(failures)}"
             return
         entry.note = f"ran without a CUDA graph: {_once(failures)}"
 
-    def _ways(self, work: Work) -> dict[Form, Callable[[], Graph]]:
-        """Return how `work` can be captured, the best form first."""
-        short, begin, progress = work.steps <= MAX_LOOP_STEPS, work.begin, work.progress
-        ways: dict[Form, Callable[[], Graph]] = {}
-        if begin and progress is not None and (self.form is Form.WHILE or (self.form is Form.LOOP and not short)):
-            ways[Form.WHILE] = lambda: self.layer.capture_loop(begin, work.step, progress)
-        if self.form is not Form.STEP and short:
-            ways[Form.LOOP] = lambda: self._recorded(work.enqueue)
-        ways[Form.STEP] = lambda: self._recorded(work.step)
-        return ways
-
-    def _recorded(self, enqueue: Enqueue) -> Graph:
-        self.layer.begin_capture()
-        enqueue()
-        return self.layer.end_capture()
-
-    def _captured(self, capture: Callable[[], Graph]) -> Graph:
+    def _captured(self, enqueue: Enqueue) -> Graph:
         self.layer.synchronise()
         try:
-            graph = capture()
+            self.layer.begin_capture()
+            enqueue()
+            graph = self.layer.end_capture()
         except BaseException:
             self.layer.abandon_capture()
             raise

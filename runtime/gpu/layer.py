@@ -124,12 +124,6 @@ class Layer(Protocol):
     def end_capture(self) -> Graph:
         """Return what was recorded, ready to run."""
 
-    def capture_loop(self, begin: Enqueue, step: Enqueue, progress: int) -> Graph:
-        """Return a graph of `begin`, and of `step` as long as the PROGRESS at that address has steps left.
-
-        Both are called here, once, and launch kernels and engines, nothing else.
-        """
-
     def abandon_capture(self) -> None:
         """Drop what is being recorded, if anything is; never raises."""
 

@@ -361,16 +361,6 @@ def test_events_stand_around_graphs_and_never_inside_them(
     assert runner.executor.graphs.form is Form.LOOP
 
 
-def test_a_graph_that_loops_on_the_gpu_is_timed_as_one(tiny_build: Path, fake_gpu: FakeLayer, tmp_path: Path) -> None:
-    bench = on(tiny_build, tmp_path, crops=1)
-    runner, pixels, options = device_case(bench), [photo(1, 40, 48)], Options(crops=1)
-    runner.executor.graphs.form = Form.WHILE
-    runner.layer.marking = True
-    runner.warm_up(pixels, options)
-    assert len(runner.layer.spans()[GRAPH]) == 2
-    assert runner.notes == {}
-
-
 def test_being_watched_changes_no_score(tiny_build: Path, fake_gpu: FakeLayer, tmp_path: Path) -> None:
     bench = on(tiny_build, tmp_path)
     picture, options = photo(5, 40, 48), Options(crops=2)

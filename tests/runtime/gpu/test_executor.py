@@ -28,9 +28,8 @@ from diffiqa.model.network import build
 from diffiqa.runtime import plan as plan_module
 from diffiqa.runtime.executor import Cancelled, Outcome
 from diffiqa.runtime.gpu import executor as device_module
-from diffiqa.runtime.gpu import graphs as graphs_module
 from diffiqa.runtime.gpu.executor import DeviceExecutor
-from diffiqa.runtime.gpu.graphs import Form, Graphs, Work
+from diffiqa.runtime.gpu.graphs import Form
 from diffiqa.runtime.gpu.layer import DeviceMemoryError, choose_profile
 from diffiqa.runtime.host.executor import HostExecutor
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime
@@ -232,63 +231,6 @@ def test_a_graph_of_one_step_is_launched_once_a_step(directory: EngineDirectory,
     assert "unet" not in again
 
 
-def nodes(layer: FakeLayer) -> list[int]:
-    """Let captures note here how many launches they hold."""
-    seen: list[int] = []
-
-    def note(count: int) -> bool:
-        seen.append(count)
-        return False
-
-    layer.capture_fails = note
-    return seen
-
-
-def test_a_graph_that_loops_holds_one_step_and_is_launched_once(directory: EngineDirectory, layer: FakeLayer) -> None:
-    pixels, sizes = photo(5, 48, 64), nodes(layer)
-    plan, executor = planned(directory, pixels, crops=1), device(layer, directory, Form.WHILE)
-    _, second, third = (launches(layer, lambda: executor.run(pixels, plan, 0)) for _ in range(3))
-    assert second.count("graph") == third.count("graph") == 1 + 1  # and the heads'
-    assert not {"noise_init_f32", "unet", "sampler_step_f32"} & {*second, *third}
-    assert sizes == [1 + 3, 3]  # the beginning; U-Net, sampler step, condition; the heads
-
-
-def test_long_loops_are_captured_as_one_step_in_a_loop(
-    directory: EngineDirectory, layer: FakeLayer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(graphs_module, "MAX_LOOP_STEPS", 5)
-    pixels, sizes = photo(5, 48, 64), nodes(layer)
-    plan, executor = planned(directory, pixels, crops=1), device(layer, directory)
-    executor.run(pixels, plan, 0)
-    assert launches(layer, lambda: executor.run(pixels, plan, 0)).count("graph") == 1 + 1
-    assert sizes == [1 + 3, 3]
-
-
-def test_long_loops_that_cannot_be_captured_so_are_captured_a_step_at_a_time(
-    directory: EngineDirectory, layer: FakeLayer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(graphs_module, "MAX_LOOP_STEPS", 5)
-    layer.capture_fails = lambda count: count == 4
-    pixels = photo(5, 48, 64)
-    plan, executor = planned(directory, pixels, crops=1), device(layer, directory)
-    executor.run(pixels, plan, 0)
-    before = layer.log.count("graph")
-    (note,) = executor.run(pixels, plan, 0).notes
-    assert layer.log.count("graph") - before == 6 + 1
-    assert "with a CUDA graph of one step, not of a loop: the fake GPU" in note
-
-
-@pytest.mark.parametrize("form", [Form.LOOP, Form.WHILE])
-def test_work_whose_steps_the_device_does_not_count_is_captured_without_a_loop(layer: FakeLayer, form: Form) -> None:
-    sizes, done = nodes(layer), []
-    work = Work("key", lambda: layer.do("step", lambda: done.append("step")), 3, lambda: layer.do("begin", done.clear))
-    graphs = Graphs(layer, form)
-    for _ in range(3):
-        assert graphs.run(work, lambda: False) is None
-        assert done == ["step"] * 3
-    assert sizes == [1 + 3]
-
-
 @pytest.mark.parametrize("form", Form)
 def test_what_nobody_wants_any_more_is_not_launched(directory: EngineDirectory, layer: FakeLayer, form: Form) -> None:
     pixels = photo(5, 48, 64)
@@ -316,7 +258,7 @@ def test_another_shape_is_captured_anew_and_the_first_is_kept(directory: EngineD
     assert same(before, device(FakeLayer(layer._kernels._library), directory).run(small, plans[0], 1))
 
 
-@pytest.mark.parametrize("form", [Form.STEP, Form.LOOP, Form.WHILE])
+@pytest.mark.parametrize("form", [Form.STEP, Form.LOOP])
 def test_graphs_of_moved_memory_are_dropped(directory: EngineDirectory, layer: FakeLayer, form: Form) -> None:
     """The crop's profile comes first and is small; the family's moves every buffer. A stale graph would write there."""
     executor = device(layer, directory, form)
@@ -346,26 +288,21 @@ def test_only_so_many_shapes_keep_their_contexts_and_graphs(
 
 
 @pytest.mark.parametrize(
-    ("form", "fails", "graphs", "says"),
+    ("fails", "graphs", "says"),
     [
-        pytest.param(Form.LOOP, {13}, 6 + 1, "with a CUDA graph of one step, not of all steps: ", id="all steps"),
-        pytest.param(Form.LOOP, {2, 13}, 1, "without a CUDA graph: ", id="all steps and one"),
-        pytest.param(Form.LOOP, {3}, 1, "without a CUDA graph: ", id="heads"),
-        pytest.param(Form.LOOP, {2, 3, 13}, 0, "without a CUDA graph: ", id="everything"),
-        pytest.param(Form.WHILE, {4}, 1 + 1, "with a CUDA graph of all steps, not of a loop: ", id="loop"),
-        pytest.param(
-            Form.WHILE, {4, 13}, 6 + 1, "with a CUDA graph of one step, not of a loop: ", id="loop, all steps"
-        ),
-        pytest.param(Form.WHILE, {2, 4, 13}, 1, "without a CUDA graph: ", id="loop, all steps and one"),
+        pytest.param({13}, 6 + 1, "with a CUDA graph of one step, not of all steps: ", id="all steps"),
+        pytest.param({2, 13}, 1, "without a CUDA graph: ", id="all steps and one"),
+        pytest.param({3}, 1, "without a CUDA graph: ", id="heads"),
+        pytest.param({2, 3, 13}, 0, "without a CUDA graph: ", id="everything"),
     ],
 )
 def test_a_failing_capture_falls_back_and_every_result_says_so(
-    directory: EngineDirectory, layer: FakeLayer, form: Form, fails: set[int], graphs: int, says: str
+    directory: EngineDirectory, layer: FakeLayer, fails: set[int], graphs: int, says: str
 ) -> None:
-    """A loop holds 4 launches, all six steps 13, one step 2 and the heads 3."""
+    """All six steps are 13 launches, one step 2 and the heads 3."""
     layer.capture_fails = lambda count: count in fails
     pixels = photo(10, 48, 64)
-    plan, executor = planned(directory, pixels, crops=1), device(layer, directory, form)
+    plan, executor = planned(directory, pixels, crops=1), device(layer, directory)
     first = executor.run(pixels, plan, 0)
     assert first.notes == ()  # no graph was to be used yet
     for _ in range(2):
@@ -517,19 +454,18 @@ def test_stages_that_do_not_agree_on_types_are_refused(directory: EngineDirector
 
 
 @pytest.mark.parametrize(
-    ("form", "runs_before"),
+    "runs_before",
     [
-        pytest.param(Form.LOOP, 0, id="plain launches"),
-        pytest.param(Form.LOOP, 1, id="capture of all steps"),
-        pytest.param(Form.WHILE, 1, id="capture of a loop"),
-        pytest.param(Form.LOOP, 2, id="graphs"),
+        pytest.param(0, id="plain launches"),
+        pytest.param(1, id="capture of all steps"),
+        pytest.param(2, id="graphs"),
     ],
 )
 def test_ctrl_c_between_any_two_launches_leaves_a_device_that_works_and_can_be_freed(
-    directory: EngineDirectory, layer: FakeLayer, form: Form, runs_before: int
+    directory: EngineDirectory, layer: FakeLayer, runs_before: int
 ) -> None:
     pixels = photo(17, 48, 64)
-    plan, executor = planned(directory, pixels, crops=5), device(layer, directory, form)
+    plan, executor = planned(directory, pixels, crops=5), device(layer, directory)
     expected = executor.run(pixels, plan, 1)
     calls = itertools.count()
 
@@ -547,7 +483,7 @@ def test_ctrl_c_between_any_two_launches_leaves_a_device_that_works_and_can_be_f
         except KeyboardInterrupt:
             pass
         else:
-            assert runs_before == 2 or form is Form.WHILE, "that many launches are made"
+            assert runs_before == 2, "that many launches are made"
             assert target > 5
         layer.watch = lambda count: None
         assert same(executor.run(pixels, plan, 1), expected)
