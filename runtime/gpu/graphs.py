@@ -74,17 +74,20 @@ class Graphs:
     captures: int = 0  # graphs made so far
     _entries: dict[Hashable, _Entry] = field(default_factory=dict)
 
-    def run(self, work: Work, cancelled: Callable[[], bool]) -> str | None:
-        """Launch `work` by its graph where there is one; return what the result should say of a graph that failed."""
+    def run(self, work: Work, cancelled: Callable[[], bool], form: Form | None = None) -> str | None:
+        """Launch `work` by its graph where there is one; return what the result should say of a graph that failed.
+
+        `form` replaces that of all runs for this one: Form.NONE launches plainly and keeps the graph for later.
+        """
         if cancelled():
             raise Cancelled
-        entry = self._entries.get(work.key)
-        if self.form is Form.NONE or entry is None:
+        form, entry = form or self.form, self._entries.get(work.key)
+        if form is Form.NONE or entry is None:
             work.enqueue(cancelled)
             self._entries.setdefault(work.key, _Entry())
             return None
         if not entry.tried:
-            self._capture(entry, work)
+            self._capture(entry, work, form)
             entry.tried = True  # not before: an interrupted capture is no failed one
         if entry.whole:
             entry.whole.launch()
@@ -104,13 +107,13 @@ class Graphs:
         for key in list(self._entries):
             self.forget(key)
 
-    def _capture(self, entry: _Entry, work: Work) -> None:
+    def _capture(self, entry: _Entry, work: Work, wanted: Form) -> None:
         """Make the best graph of `work` that can be had, or none; say what was wanted and did not come."""
         if problem := work.problem():
             entry.note = f"ran without a CUDA graph: {problem}"
             return
         ways = {Form.LOOP: work.enqueue, Form.STEP: work.step}  # the best first
-        if self.form is Form.STEP:
+        if wanted is Form.STEP:
             del ways[Form.LOOP]
         failures: list[str] = []
         for form, enqueue in ways.items():

@@ -27,7 +27,7 @@ from diffiqa.model.checkpoint import Loaded
 from diffiqa.model.network import build
 from diffiqa.runtime import plan as plan_module
 from diffiqa.runtime.executor import Cancelled, Outcome
-from diffiqa.runtime.gpu import executor as device_module
+from diffiqa.runtime.gpu import bindings as bindings_module
 from diffiqa.runtime.gpu.executor import DeviceExecutor
 from diffiqa.runtime.gpu.graphs import Form
 from diffiqa.runtime.gpu.layer import DeviceMemoryError, choose_profile
@@ -275,7 +275,7 @@ def test_graphs_of_moved_memory_are_dropped(directory: EngineDirectory, layer: F
 def test_only_so_many_shapes_keep_their_contexts_and_graphs(
     directory: EngineDirectory, layer: FakeLayer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_module, "MAX_LOOPS", 2)
+    monkeypatch.setattr(bindings_module, "MAX_LOOPS", 2)
     executor = device(layer, directory, sizes=("32x32:64x64:128x128",))
     expected: dict[int, Outcome] = {}
     # Twice each, so that there is a graph to outlive its context; then all over again.
