@@ -47,7 +47,7 @@ class DeviceExecutor:
     """
 
     takes_pixels = True
-    waiting = 1  # the pixels of one caller come in while another's are computed with
+    queue_depth = 1  # the pixels of one caller come in while another's are computed with
 
     def __init__(
         self,
@@ -134,18 +134,14 @@ class DeviceExecutor:
         except DeviceMemoryError:
             with self._lock:
                 self._refuse_if_closed()
-                self._settle()
-                self._release()  # what larger images have left behind
-            dock.release()
+                self._give_up_memory(dock)  # larger images have left it behind
             dock.bring(images, size)
         with self._lock:
             self._refuse_if_closed()
             try:
                 return self._run(dock, wanted)
             except DeviceMemoryError:
-                self._settle()
-                self._release()
-                dock.release()
+                self._give_up_memory(dock)
                 raise
             except BaseException:
                 self._settle()
@@ -387,6 +383,14 @@ class DeviceExecutor:
         self._layer.abandon_capture()
         with contextlib.suppress(BackendError, MemoryError):  # whatever it is, the next call tells it again
             self._layer.synchronise()
+
+    def _give_up_memory(self, dock: Dock) -> None:
+        """Free all that can be had again, and let other libraries on this device have it."""
+        self._settle()
+        self._release()
+        dock.release()
+        with contextlib.suppress(BackendError):
+            self._layer.trim()
 
     def _release(self) -> None:
         self._bindings.release()

@@ -23,11 +23,11 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class DeviceMemoryError(MemoryError):
-    """Device memory that is not to be had; the message says how much was asked for, and where."""
+    """The device has not enough memory; the message says how much was asked for, and where."""
 
 
 class BoundStage(Protocol):
-    """An engine with its shapes and addresses set: what a graph may be captured of, as long as they stay."""
+    """An engine with its shapes and addresses set. A captured graph of it holds as long as they stay."""
 
     activation_bytes: int  # scratch memory it needs while it runs; stages that run one after the other share theirs
 
@@ -47,7 +47,7 @@ class BoundStage(Protocol):
 class LoadedStage(Protocol):
     """An engine on the device."""
 
-    # Its profiles say what it takes, not what is worth setting memory aside for: buffers grow with the images.
+    # Whether its profiles take any size. Buffers then grow with the images; else they are made for the largest at once.
     open_ended: bool
 
     @property
@@ -74,10 +74,10 @@ class Graph(Protocol):
 class Layer(Protocol):
     """One device and one stream: all calls take effect in order. Device addresses are multiples of 256.
 
-    Beside it there is a second stream, for `bring` and the memory that this fills: both may be called while another
-    thread captures or waits.
+    A second stream runs beside it, for `bring` and the memory that this fills: allocate, fill and free such memory at
+    any time, even while another thread captures or waits.
 
-    Raises DeviceMemoryError, or BackendError for whatever else the device refuses.
+    Raises DeviceMemoryError, and BackendError for whatever else the device refuses.
     """
 
     name: str
@@ -94,14 +94,17 @@ class Layer(Protocol):
     def free(self, address: int) -> None:
         """Give back device memory, after what has been launched."""
 
-    def allocate_pinned(self, size: int) -> Bytes:
-        """Return host memory that the device copies from and to by itself."""
+    def trim(self) -> None:
+        """Wait for everything, and give the device what was freed and kept for later; other libraries may need it."""
+
+    def allocate_pinned(self, size: int, *, beside: bool = False) -> Bytes:
+        """Return host memory that the device copies from and to by itself, on the second stream if `beside`."""
 
     def free_pinned(self, memory: Bytes) -> None:
-        """Give it back; no copy from or to it may be under way."""
+        """Give it back, after the copies that its stream has to do."""
 
     def upload(self, address: int, values: Array) -> None:
-        """Copy to the device. Pinned `values` must stay as they are until `synchronise`; others are taken at once."""
+        """Copy to the device. Leave pinned `values` as they are until `synchronise`; others are copied at once."""
 
     def download(self, values: Array, address: int) -> None:
         """Copy from the device; pinned `values` are there after `synchronise`."""

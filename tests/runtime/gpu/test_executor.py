@@ -418,6 +418,7 @@ def test_memory_for_not_even_one_crop_is_an_error_that_leaves_nothing_behind(
     with pytest.raises(DeviceMemoryError, match="fake GPU has no"):
         executor.run(pixels, planned(directory, pixels), 0)
     assert layer.alive == 0
+    assert layer.kept == 0, "what was freed is kept from others"
     layer.capacity = 2**30  # another process has gone
     small = photo(15, 32, 32)
     assert executor.run(small, planned(directory, small), 0).verdicts

@@ -5,8 +5,10 @@ The driver here keeps accounts, no more. What a real one makes of these calls is
 
 # ruff: noqa: N802, N815 — the names are the driver's
 
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from diffiqa.errors import BackendError
@@ -69,6 +71,45 @@ def layer_on(driver: Driver) -> CudaLayer:
     layer.name, layer._capturing = "GPU", False
     layer._driver, layer._stream = driver, Stream()
     return layer
+
+
+class Piece:
+    """A buffer of cuda.core's that notes on which stream it is freed."""
+
+    def __init__(self) -> None:
+        self.memory = np.zeros(16, np.uint8)
+        self.handle = self.memory.ctypes.data
+        self.freed: list[Any] = []
+
+    def close(self, stream: Any = None) -> None:
+        self.freed.append(stream)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_pinned_memory_is_freed_after_the_copies_of_its_own_stream(beside: bool) -> None:
+    layer, piece = layer_on(Driver()), Piece()
+    layer._beside, layer._buffers, layer._pinned_beside = Stream(), {}, set()
+    layer._pinned = SimpleNamespace(allocate=lambda size: piece)
+    memory = layer.allocate_pinned(16, beside=beside)
+    layer.free_pinned(memory)
+    assert piece.freed == [layer._beside if beside else layer._stream]
+    assert (layer._buffers, layer._pinned_beside) == ({}, set())
+
+
+def test_memory_is_given_back_once_both_streams_have_freed_it() -> None:
+    driver, done = Driver(), list[Any]()
+    layer = layer_on(driver)
+    for name in ("_stream", "_beside"):
+        setattr(layer, name, SimpleNamespace(sync=lambda name=name: done.append(name)))
+    layer._device = SimpleNamespace(memory_resource=SimpleNamespace(handle=5))
+
+    def trim(pool: int, keep: int) -> tuple[Any]:
+        done.append((pool, keep))
+        return (OK,)
+
+    driver.cuMemPoolTrimTo = trim  # type: ignore[attr-defined]
+    layer.trim()
+    assert done == ["_stream", "_beside", (5, 0)]
 
 
 def test_a_captured_graph_is_one_executable_until_it_is_closed() -> None:

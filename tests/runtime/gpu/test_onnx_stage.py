@@ -51,7 +51,8 @@ def host(directory: EngineDirectory, sessions: dict[StageName, Any]) -> HostExec
 
 @pytest.fixture
 def layer(library: ctypes.CDLL) -> FakeLayer:
-    return FakeLayer(library)
+    """Sessions on the CPU run in the caller's thread, so what they read has to be there."""
+    return FakeLayer(library, eager=True)
 
 
 def on_cpu(directory: EngineDirectory, sessions: dict[StageName, Any]) -> dict[StageName, LoadedStage]:
@@ -256,7 +257,7 @@ def test_batches_and_sizes_are_bounded(directory: EngineDirectory, sessions: dic
 @pytest.fixture
 def gpu(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> FakeLayer:
     """A machine with a GPU and an onnxruntime that has CUDA, but no TensorRT."""
-    layer = FakeLayer(library)
+    layer = FakeLayer(library, eager=True)
     monkeypatch.setattr(door, "gpu_capability", lambda ordinal: "8.9")
     monkeypatch.setattr(door, "installed_libraries", list)
     monkeypatch.setattr(cuda, "CudaLayer", lambda ordinal: layer)
