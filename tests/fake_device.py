@@ -170,6 +170,7 @@ class FakeLayer:
 
     def begin_capture(self) -> None:
         self._not_capturing()
+        assert not self._queue, "the launches before a capture are waited for: an engine's first may allocate"
         self._capture = []
 
     def end_capture(self) -> "FakeGraph":
@@ -184,6 +185,7 @@ class FakeLayer:
         self._capture = None
 
     def close(self) -> None:
+        self.synchronise()
         self.closed = True
         self.left = self.alive
         self._memory.clear()

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import dataclasses
 import itertools
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -732,3 +733,62 @@ def test_closing_waits_for_images_that_have_come_in_and_refuses_them(
         else:
             assert "closed" in str(refusal)
     assert layer.left == 0
+
+
+# ------------------------------------------------------------------------------------------- waits that are left out
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(
+    "left_out",
+    [
+        None,
+        ("executor", "_run"),
+        ("executor", "_download_restored"),
+        ("executor", "_settle"),
+        ("memory", "get"),
+        ("bindings", "loop"),
+        ("graphs", "_captured"),
+    ],
+    ids=lambda where: ".".join(where) if where else "none",
+)
+def test_a_wait_that_is_left_out_shows(
+    directory: EngineDirectory, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, left_out: tuple[str, str] | None
+) -> None:
+    """Each wait of the executor is there for something, and these tests would notice if it were gone."""
+
+    class Hasty(FakeLayer):
+        def synchronise(self) -> None:
+            caller = sys._getframe(1).f_code
+            if (Path(caller.co_filename).stem, caller.co_name) != left_out:
+                super().synchronise()
+
+    monkeypatch.setattr(bindings_module, "MAX_LOOPS", 1)
+    small, large = photo(1, 40, 48), photo(2, 70, 118)
+
+    def outcomes(layer: FakeLayer) -> list[Outcome]:
+        executor = device(layer, directory, batches=("1", "2"), sizes=("32x32", "32x32:64x64:96x128"))
+        # Without a graph, captured, with buffers that move, and again.
+        found = [
+            executor.run(pixels, planned(directory, pixels, mode=mode, crops=3), 7)
+            for pixels in (small, small, large, small)
+            for mode in (Mode.CROP, Mode.WHOLE, Mode.TILE)
+        ]
+        launched = len(layer.log)
+
+        def interrupt(launches: int) -> None:
+            if launches == launched + 5:
+                raise KeyboardInterrupt
+
+        layer.watch = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            executor.run(small, planned(directory, small, mode=Mode.CROP, crops=3), 7, form=Form.NONE)
+        executor.close()
+        return found
+
+    expected = outcomes(FakeLayer(library))
+    try:
+        shows = not all(map(same, outcomes(Hasty(library)), expected))
+    except AssertionError:
+        shows = True
+    assert shows is (left_out is not None)
