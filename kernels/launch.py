@@ -26,8 +26,8 @@ CROP = np.dtype([(name, "<i4") for name in ("image", "top", "left", "unused")])
 Table = npt.NDArray[Any]
 
 _BLOCK = 256
-# Enough blocks along x to fill any GPU with a single plane; larger planes give every thread several quads. The y
-# limit is CUDA's. Either loop in the kernels takes up what the grid leaves.
+# Enough blocks along x to fill any GPU with a single plane; in larger planes every thread does several quads. The limit
+# of y is CUDA's. The loops in the kernels cover whatever the grid does not.
 _MAX_GRID = 1024, 65535
 _ALIGNMENT = 16  # bytes a thread loads at once
 
@@ -90,7 +90,7 @@ class SamplerBuffers:
     progress: int
 
     def __post_init__(self) -> None:
-        """Refuse what the kernels do not check."""
+        """Raise ValueError for what the kernels do not check."""
         _check_size("sampler", self.batch, self.height, self.width)
         for name in ("state", "y", "noise", "taps", "windows", "table"):
             _check_address(name, getattr(self, name))

@@ -19,7 +19,7 @@ from .tensorrt import gpu_capability
 
 
 class CudaLayer:
-    """A GPU through cuda.core. One thread at a time, after `enter`, but for what goes `beside`."""
+    """A GPU through cuda.core, for one thread at a time, after `enter`; what goes `beside` may run in another."""
 
     def __init__(self, ordinal: int) -> None:
         gpu_capability(ordinal)  # raises saying what is missing
@@ -53,7 +53,7 @@ class CudaLayer:
             self._device.set_current()
 
     def allocate(self, size: int, *, beside: bool = False) -> int:
-        """Return the address of new device memory, there for the stream it is allocated on from now on."""
+        """Return the address of new device memory; its stream may use it from now on."""
         with self.translate_errors(f"has no {_mebibytes(size)} left"):
             buffer = self._device.allocate(size, stream=self._beside if beside else self._stream)
         address = int(buffer.handle)
@@ -61,7 +61,7 @@ class CudaLayer:
         return address
 
     def bring(self, address: int, values: Array) -> None:
-        """Copy host to device on the second stream, and wait for it: the host's time, which others use."""
+        """Copy host to device on the second stream and wait, while another thread uses the first."""
         with self.translate_errors("does not take data"):
             stream = self._beside
             result_of(self._driver.cuMemcpyHtoDAsync(address, values.ctypes.data, values.nbytes, stream.handle))
@@ -99,7 +99,7 @@ class CudaLayer:
             self._buffers.pop(address).close(stream)
 
     def upload(self, address: int, values: Array) -> None:
-        """Copy host to device. From pageable memory the driver returns once it has the values, says its manual."""
+        """Copy host to device. The driver's manual: from pageable memory it returns once it has read the values."""
         with self.translate_errors("does not take data"):
             result_of(self._driver.cuMemcpyHtoDAsync(address, values.ctypes.data, values.nbytes, self._stream.handle))
 
@@ -114,12 +114,12 @@ class CudaLayer:
             self._enqueue(launch, self._stream)
 
     def synchronise(self) -> None:
-        """Wait for the stream; errors of what ran on it come out here."""
+        """Wait for the stream, and raise the errors of what ran on it."""
         with self.translate_errors("failed"):
             self._stream.sync()
 
     def mark(self) -> Any:
-        """Record an event that has a time."""
+        """Record an event with a time."""
         from cuda.core import EventOptions
 
         with self.translate_errors("does not time"):
@@ -131,10 +131,10 @@ class CudaLayer:
             return float(last - first) / 1e3
 
     def begin_capture(self) -> None:
-        """Capture this stream, forbidding unsafe calls to this thread alone: others may allocate meanwhile.
+        """Capture this stream. Thread-local mode forbids unsafe calls to this thread alone: others may allocate.
 
-        Through the driver and not cuda.core's GraphBuilder, which destroys a capture that failed although the driver
-        already has, and crashes (its issue 2834, in 1.2): a capture that TensorRT spoils is to cost a note.
+        Through the driver, not cuda.core's GraphBuilder: after a capture that failed it destroys what the driver has
+        destroyed already, and crashes (its issue 2834, in 1.2). A capture that TensorRT spoils must cost a note alone.
         """
         with self.translate_errors("cannot capture"):
             self._capturing = True
@@ -153,7 +153,7 @@ class CudaLayer:
                 pass
 
     def close(self) -> None:
-        """Free everything that was allocated, and the stream."""
+        """Free everything that was allocated, and the streams."""
         with contextlib.suppress(Exception):
             self.enter()
             self._stream.sync()
@@ -191,7 +191,7 @@ class CudaLayer:
 
 
 class _CudaGraph:
-    """An instantiated graph; the memory it works on is kept alive by its executor, not by it."""
+    """An instantiated graph. Its executor keeps the memory alive that it works on."""
 
     def __init__(self, layer: CudaLayer, executable: Any) -> None:
         self._layer, self._executable = layer, executable

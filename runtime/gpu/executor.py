@@ -1,17 +1,17 @@
-"""Carrying out a plan on a device: the plans, taps, noise and results of `host.py`, with the images in its memory.
+"""Carries out plans on a device: the results are those of `host/executor.py`, the images stay in device memory.
 
     pixels ─ normalise, pad ─▶ plane ─ cut windows ─▶ condition ─ noise, T × (U-Net, sampler step) ─▶ taps
     plane, taps ─ cut crops ─▶ crops of all kinds, float32 ─ a batch at a time ─▶ ViT ─▶ VCG, VDA ─▶ scores
 
-Everything runs on one stream, so nothing is waited for before the scores, but for tiles; only images come in on a
-second one, beside what runs for another thread. Memory that graphs know is sized by an engine's profile, unless that is
-open-ended, the rest by the largest image so far; once both have been seen nothing is allocated.
+Everything runs on one stream. The host waits for scores, restored images and tiles, and for nothing else. Images come
+in on a second stream while the device computes for another thread. `bindings.py` has the buffers whose addresses a CUDA
+graph holds; all others are as large as the largest image so far needed. Sizes that were seen before allocate nothing.
 
 `together` images of one size, or seeds of one image, share batches. An engine computes other last bits for another size
-of batch, so all batches of an image then have the same size, whatever else is there: places left over repeat the last.
+of batch. So all batches of an image have one size, whatever shares them; a half-full batch repeats its last item.
 
-Left out: blending tiles on the device (copying and adding them on the host takes perhaps a tenth of the time of
-restoring them: an estimate, not a measurement), and batches of images that differ in size.
+Left out: batches of images that differ in size, and blending tiles on the device. To copy and add them on the host
+takes perhaps a tenth of the time of restoring them (an estimate, not a measurement).
 """
 
 import contextlib
@@ -43,11 +43,12 @@ _CROP_ROWS = 256  # where the crops start in the table of a gather, behind its s
 class DeviceExecutor:
     """Runs plans on one device, one at a time; callers in other threads wait. `close()` frees the device.
 
-    `rebuild` gives the command that makes a build for a size such as "512x400", and so many images, as well.
+    `form` says what a CUDA graph holds. `rebuild` takes a size such as "512x400" and a number of images; it returns the
+    command for a build that takes these too.
     """
 
     takes_pixels = True
-    queue_depth = 1  # the pixels of one caller come in while another's are computed with
+    queue_depth = 1  # one caller's pixels come in while the device computes with another's
 
     def __init__(
         self,
@@ -61,11 +62,11 @@ class DeviceExecutor:
     ) -> None:
         self._manifest, self._layer, self._stages, self._rebuild = manifest, layer, stages, rebuild
         self.graphs, self._asked = Graphs(layer, form), together
-        self._lock = threading.Lock()  # of all that follows; a dock's own is taken before it
+        self._lock = threading.Lock()  # of all below; take a dock's lock first, then this one
         self._closed = False
         self._images = Pool(layer)
         self._pinned = Pinned(layer)
-        self._docks = Dock(layer), Dock(layer)  # the second is for who waits: a single caller has memory for one
+        self._docks = Dock(layer), Dock(layer)  # a single caller uses the first alone
         self._bindings = Bindings(manifest, layer, stages, self.graphs)
         self._limit = self._bindings.largest_batch
         self.together = min(together, self._limit)
@@ -100,7 +101,7 @@ class DeviceExecutor:
         pictures: bool = True,
         form: Form | None = None,
     ) -> list[Outcome]:
-        """Restore and score images with their seeds, in batches; all are of the plan's size, none depends on others."""
+        """Restore and score images of the plan's size, each with a seed, in batches. No result depends on another."""
         wanted = _Wanted(tasks, plan, cancelled, pictures, form)
         first, second = self._docks
         free = second if first.lock.locked() and not second.lock.locked() else first
@@ -108,13 +109,13 @@ class DeviceExecutor:
             with free.lock:
                 return self._attempt(free, wanted)
         except DeviceMemoryError:
-            # An image that waits for its turn may be what the memory is full of: from here on nobody else has one.
+            # Another caller's image may be what fills the memory. With both locks held there is none.
             with second.lock, first.lock:
                 second.release()
                 return self._fewer(first, wanted)
 
     def _fewer(self, dock: Dock, wanted: "_Wanted") -> list[Outcome]:
-        """Carry it out with fewer images at a time, then with smaller batches, which change the last bits."""
+        """Carry it out with fewer images at a time; then with smaller batches, which change the last bits."""
         try:
             return self._attempt(dock, wanted)
         except DeviceMemoryError:
@@ -125,7 +126,7 @@ class DeviceExecutor:
         return [outcome for tasks in parts for outcome in self._fewer(dock, replace(wanted, tasks=tasks))]
 
     def _attempt(self, dock: Dock, wanted: "_Wanted") -> list[Outcome]:
-        """Carry it out, with a dock that the caller has locked; if memory runs out, all of it is given up."""
+        """Carry it out with a dock that the caller has locked. Where memory runs out, give all of it up and raise."""
         images, size = [image for image, _ in wanted.tasks], _plane_size(wanted.plan)
         self._refuse_if_closed()
         self._layer.enter()
@@ -148,7 +149,7 @@ class DeviceExecutor:
                 raise
 
     def close(self) -> None:
-        """Free the engines and all memory, after what other threads have begun."""
+        """Free the engines and all memory, once the runs that other threads have begun are over."""
         with self._lock:
             if self._closed:
                 return
@@ -159,7 +160,10 @@ class DeviceExecutor:
         with contextlib.suppress(BackendError):
             self._release()
         for dock in self._docks:
-            with dock.lock, contextlib.suppress(BackendError):  # who has it finds out, and lets go
+            with (
+                dock.lock,
+                contextlib.suppress(BackendError),
+            ):  # its holder sees that the executor is closed, and lets go
                 dock.release()
         for stage in self._stages.values():
             stage.close()
@@ -350,7 +354,7 @@ class DeviceExecutor:
         """Cut crops out of float32 sources (images, 3, *size), at places (image, top, left)."""
         crop = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
         rows = crop_table(places, images, size, crop)
-        # One table for all gathers: the stream reads it before the next one is copied over it.
+        # One table serves all gathers: the stream reads it before it copies the next one there.
         table = self._images.get("table", round_up(_CROP_ROWS + rows.nbytes, 4096))
         self._layer.upload(table, source_table([(address, Storage.F32) for address in sources]))
         self._layer.upload(table + _CROP_ROWS, rows)
@@ -379,9 +383,9 @@ class DeviceExecutor:
         return batches
 
     def _settle(self) -> None:
-        """After an interruption: no capture under way, nothing running that reads or writes our memory."""
+        """End what an interruption left: a capture, and work that reads or writes our memory."""
         self._layer.abandon_capture()
-        with contextlib.suppress(BackendError, MemoryError):  # whatever it is, the next call tells it again
+        with contextlib.suppress(BackendError, MemoryError):  # the next call raises it again
             self._layer.synchronise()
 
     def _give_up_memory(self, dock: Dock) -> None:
@@ -398,7 +402,7 @@ class DeviceExecutor:
         self._pinned.release()
 
     def _shrink(self) -> bool:
-        """Allow half the batch that was too large; return False if there is no smaller one."""
+        """From now on allow half the batch that was too large; return False if no stage takes a smaller one."""
         used = self._batch_in_use
         if used // 2 < self._bindings.smallest_batch:
             return False
@@ -422,7 +426,7 @@ class _Wanted:
 
 @dataclass(frozen=True)
 class _Batch:
-    """`size` places for the `used` items from `start` on; what is left over repeats the last."""
+    """`size` places for the `used` items from `start` on; the places left over repeat the last item."""
 
     start: int
     used: int

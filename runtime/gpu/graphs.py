@@ -1,11 +1,11 @@
-"""CUDA graphs of what is launched again and again: when they are captured, when they hold, what happens if they fail.
+"""CUDA graphs of work that is launched again and again: when to capture, how long a graph holds, what if it fails.
 
-NVIDIA's order: shapes and addresses are set, everything is launched once without a graph and waited for (the first
-enqueue of an engine may allocate), then it is captured, and from then on replayed. The launch without a graph is the
-first image of its shape, so a shape seen once pays for no capture.
+NVIDIA's order: set shapes and addresses; launch everything once without a graph and wait for it, as an engine's first
+enqueue may allocate; capture; replay. The launch without a graph is the first image of its shape, so a shape that is
+seen once costs no capture.
 
-A graph holds addresses and the state of an execution context, not their lifetime: whoever frees or changes either
-calls `forget` or `clear` first. A capture that fails costs a note in every result that was to use it, not the result.
+A graph holds addresses and the state of an execution context; it does not keep either alive. Call `forget` or `clear`
+before you free or change one. A capture that fails costs no result: it puts a note in those that should have used it.
 """
 
 import enum
@@ -18,7 +18,7 @@ from .layer import Enqueue, Graph, Layer
 
 
 class Form(enum.StrEnum):
-    """What one graph holds. All forms launch the same kernels in the same order and give the same bits."""
+    """What one graph holds. All forms launch the same kernels in the same order, so they give the same bits."""
 
     NONE = "none"
     STEP = "step"  # one step: its counter is in device memory, so that every step is the same graph
@@ -30,16 +30,16 @@ _HOLDS = {Form.STEP: "one step", Form.LOOP: "all steps"}
 
 @dataclass(frozen=True)
 class Work:
-    """Something that is launched often: `begin`, if there is one, then `steps` times `step`.
+    """Work that is launched often: `begin`, if there is one, then `steps` times `step`.
 
-    `key` says all that a graph of it depends on and that is not told by `forget`: shapes, steps and taps.
+    `key` names all that a graph of it depends on (shapes, steps, taps), but for addresses and contexts: see `forget`.
     """
 
     key: Hashable
     step: Enqueue
     steps: int = 1
     begin: Enqueue | None = None
-    problem: Callable[[], str | None] = lambda: None  # why it cannot be captured, if that is known beforehand
+    problem: Callable[[], str | None] = lambda: None  # why it cannot be captured, where that is known
 
     def enqueue(self, cancelled: Callable[[], bool] = lambda: False) -> None:
         """Launch all of it; raises Cancelled between two steps once nobody wants the result."""
@@ -53,7 +53,7 @@ class Work:
 
 @dataclass
 class _Entry:
-    """What is known of one key after its first run."""
+    """What is known of a key once its work has run."""
 
     whole: Graph | None = None
     step: Graph | None = None
@@ -75,7 +75,7 @@ class Graphs:
     _entries: dict[Hashable, _Entry] = field(default_factory=dict)
 
     def run(self, work: Work, cancelled: Callable[[], bool], form: Form | None = None) -> str | None:
-        """Launch `work` by its graph where there is one; return what the result should say of a graph that failed.
+        """Launch `work`, by its graph where there is one; return a note for the result if a graph failed.
 
         `form` replaces that of all runs for this one: Form.NONE launches plainly and keeps the graph for later.
         """
@@ -88,7 +88,7 @@ class Graphs:
             return None
         if not entry.tried:
             self._capture(entry, work, form)
-            entry.tried = True  # not before: an interrupted capture is no failed one
+            entry.tried = True  # only now: a capture that was interrupted has not failed
         if entry.whole:
             entry.whole.launch()
         elif entry.step:
@@ -98,7 +98,7 @@ class Graphs:
         return entry.note
 
     def forget(self, key: Hashable) -> None:
-        """Free the graphs of a key whose context is about to go."""
+        """Free the graphs of a key; call it before its context goes."""
         for graph in self._entries.pop(key, _Entry()).graphs:
             graph.close()
 
@@ -108,7 +108,7 @@ class Graphs:
             self.forget(key)
 
     def _capture(self, entry: _Entry, work: Work, wanted: Form) -> None:
-        """Make the best graph of `work` that can be had, or none; say what was wanted and did not come."""
+        """Make the best graph of `work` that the device captures; where that is not the one wanted, note it."""
         if problem := work.problem():
             entry.note = f"ran without a CUDA graph: {problem}"
             return

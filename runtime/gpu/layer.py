@@ -1,7 +1,7 @@
-"""A GPU as plans need it, in a few calls: what an executor asks of a device, and of a stage that is loaded on it.
+"""What an executor asks of a device, and of a stage that is loaded onto it: protocols of a few calls.
 
-`Layer` is narrow so that the tests can put another in its place: NumPy arrays for memory, the same kernels compiled by
-a C++ compiler, ONNX Runtime for engines. `cuda.py` has the real one.
+`Layer` is narrow, so that tests can replace it: NumPy arrays for memory, the same kernels from a C++ compiler, ONNX
+Runtime for engines. `cuda.py` has the real one.
 """
 
 import math
@@ -29,16 +29,16 @@ class DeviceMemoryError(MemoryError):
 class BoundStage(Protocol):
     """An engine with its shapes and addresses set. A captured graph of it holds as long as they stay."""
 
-    activation_bytes: int  # scratch memory it needs while it runs; stages that run one after the other share theirs
+    activation_bytes: int  # scratch memory that it needs while it runs; stages that run in turn share one piece
 
     def use_activation(self, address: int, size: int) -> None:
-        """Set its scratch memory, before the first `enqueue` and never again."""
+        """Set its scratch memory: once, before the first `enqueue`."""
 
     def enqueue(self) -> None:
         """Run on the layer's stream, or become part of what is being captured."""
 
     def capture_problem(self) -> str | None:
-        """Return why it cannot be captured, if it knows."""
+        """Return why it cannot be captured; None if it can, or does not know."""
 
     def close(self) -> None:
         """Free its context."""
@@ -55,7 +55,7 @@ class LoadedStage(Protocol):
         """Its signature and profiles."""
 
     def bind(self, profile: int, shapes: Shapes, addresses: Mapping[str, int]) -> BoundStage:
-        """Set input shapes, and the address of every input and output, in a context of its own."""
+        """Return it in a context of its own, with the shapes of its inputs and the address of every tensor."""
 
     def close(self) -> None:
         """Free it."""
@@ -83,16 +83,16 @@ class Layer(Protocol):
     name: str
 
     def enter(self) -> None:
-        """Make the device the calling thread's; before any other call in a thread."""
+        """Make the device current; every thread calls this first."""
 
     def allocate(self, size: int, *, beside: bool = False) -> int:
         """Return the address of new device memory, its contents arbitrary."""
 
     def bring(self, address: int, values: Array) -> None:
-        """Copy pinned `values` to memory that was allocated `beside`, and return when they are there."""
+        """Copy pinned `values` to memory that was allocated `beside`; they are there when it returns."""
 
     def free(self, address: int) -> None:
-        """Give back device memory, after what has been launched."""
+        """Give back device memory, once its stream has done what was launched before."""
 
     def trim(self) -> None:
         """Wait for everything, and give the device what was freed and kept for later; other libraries may need it."""
@@ -116,7 +116,7 @@ class Layer(Protocol):
         """Wait for all that was launched and copied."""
 
     def mark(self) -> object:
-        """Note the time when the stream comes to here; never while capturing."""
+        """Have the stream note the time when it comes to this place; never while capturing."""
 
     def seconds_between(self, first: object, last: object) -> float:
         """Return the time on the device between two marks; after `synchronise`."""
@@ -128,7 +128,7 @@ class Layer(Protocol):
         """Return what was recorded, ready to run."""
 
     def abandon_capture(self) -> None:
-        """Drop what is being recorded, if anything is; never raises."""
+        """Drop what is being recorded, if anything; never raises."""
 
     def close(self) -> None:
         """Free the device's stream and all memory; never raises."""

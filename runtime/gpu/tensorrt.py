@@ -21,16 +21,16 @@ class Traits:
 
     module: str
     install: str
-    # TensorRT builds for the GPU it runs on. RTX compiles kernels when it runs, so its builder needs no GPU and takes
-    # compute capabilities; it measures nothing, and says of its timing cache that operations on it are no-ops.
+    # TensorRT builds for the GPU it runs on. RTX compiles its kernels when it runs. So its builder needs no GPU but a
+    # list of compute capabilities; it measures nothing, and its manual calls operations on the timing cache no-ops.
     ahead_of_time: bool
     timing_cache: bool
-    # RTX knows whether an engine is for this GPU and whether a context can be captured. TensorRT has no such calls:
-    # there the manifest and the attempt must do.
+    # RTX knows whether an engine is for this GPU and whether a context can be captured. TensorRT has no such calls: the
+    # manifest answers the first question, a capture the second.
     tells_validity: bool
     tells_capturable: bool
-    # RTX compiles kernels for a shape when it first meets it: by default in the background, running others until they
-    # are there. Scores must not depend on when that is.
+    # RTX compiles kernels for a shape when it first meets it. By default it does so in the background and runs others
+    # until then. Scores must not depend on when that is.
     compiles_late: bool
 
 
@@ -129,7 +129,7 @@ class Log:
         return kept[max(0, number - (self.count - len(kept))) :]
 
 
-@functools.cache  # the first logger a process registers is the one all its builders and runtimes speak to
+@functools.cache  # all builders and runtimes of a process speak to the first logger that it registers
 def _log(_library: Library, api: Any) -> Log:
     return Log(api)
 
@@ -164,7 +164,7 @@ def usable_library() -> Library | None:
 
 
 def installed_libraries() -> list[Library]:
-    """Return the libraries that are installed, TensorRT first; whether they can be loaded is another question."""
+    """Return the libraries that are installed, TensorRT first; `load_library` finds out whether they load."""
     return [library for library in Library if importlib.util.find_spec(TRAITS[library].module)]
 
 

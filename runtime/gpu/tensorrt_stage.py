@@ -70,7 +70,7 @@ class _Engine:
             raise EngineError(f"{built.name}.engine has other tensors than the manifest says; {remedy}")
 
     def bind(self, profile: int, shapes: Shapes, addresses: Mapping[str, int]) -> "_Context":
-        """Return a context of its own: a graph captured of one whose shapes change later is not valid."""
+        """Return a context of its own: a captured graph does not survive a change of its context's shapes."""
         return _Context(self._layer, self, profile, shapes, addresses)
 
     def create_context(self) -> Any:
@@ -88,7 +88,7 @@ class _Engine:
         return self.engine.create_execution_context(config)
 
     def close(self) -> None:
-        """Let go of the engine; the bindings free it with its last reference. The first to go saves what all share."""
+        """Let go of the engine; its last reference frees it. The first engine to go saves the cache that all share."""
         if self._cache:
             self._cache.save()
         self.engine = self._runtime = None
@@ -130,7 +130,7 @@ class _Context:
         self._context.set_device_memory(address, size)
 
     def enqueue(self) -> None:
-        """Enqueue, and look at the answer: False is how TensorRT reports a failure, in a capture too."""
+        """Enqueue, and check the answer: TensorRT reports a failure with False, in a capture too."""
         log_start = self._log.count
         if not self._context.execute_async_v3(self._layer.stream):
             raise library_error(self._log, log_start, f"{self._layer.name}: engine {self._name} failed")
@@ -142,7 +142,7 @@ class _Context:
         return None
 
     def close(self) -> None:
-        """Let go of the context; the bindings free it with its last reference."""
+        """Let go of the context; its last reference frees it."""
         self._context = None
 
 

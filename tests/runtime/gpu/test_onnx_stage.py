@@ -216,7 +216,7 @@ def test_options_of_a_provider_are_the_users_but_for_device_and_stream() -> None
     assert settings.provider_names == asked.provider_names
     assert [options["user_compute_stream"] for options in options_of(settings)] == ["7", "7"]
     assert options_of(settings)[1]["use_tf32"] == "1"
-    with pytest.raises(UsageError, match=r"device_id of CUDAExecutionProvider is set here; .* device"):
+    with pytest.raises(UsageError, match=r"device_id of CUDAExecutionProvider cannot be set: .* device"):
         gpu_settings(OnnxRuntime(providers=[(CUDA, {"device_id": "1"})]), 0, 7)
     kept = gpu_settings(OnnxRuntime(providers=[CUDA], spinning=True, session_config={"a": "1"}), 0, 7)
     assert (kept.spinning, kept.session_config["a"]) == (True, "1")
