@@ -286,6 +286,8 @@ def test_layer_brings_images_while_another_thread_captures(layer: CudaLayer) -> 
 
 def test_layer_is_whole_after_an_abandoned_capture(layer: CudaLayer) -> None:
     launch, check = _normalise(layer)
+    launch()  # loads the code, which a capture does not allow
+    check()
     layer.begin_capture()
     launch()
     layer.abandon_capture()
@@ -297,6 +299,8 @@ def test_layer_is_whole_after_an_abandoned_capture(layer: CudaLayer) -> None:
 def test_layer_after_a_capture_that_fails_goes_on(layer: CudaLayer) -> None:
     """Waiting for a stream that is being captured is what breaks a capture."""
     launch, check = _normalise(layer)
+    launch()  # loads the code
+    check()
     layer.begin_capture()
     launch()
     with pytest.raises(BackendError):
