@@ -83,13 +83,6 @@ class TimedLayer:
         self._capturing = False
         return cast(Graph, _TimedGraph(self._layer.end_capture(), self))
 
-    def capture_loop(self, begin: Callable[[], None], step: Callable[[], None], progress: int) -> Graph:
-        """Return a graph whose launches are timed; nothing is until it is there."""
-        self._capturing = True
-        graph = self._layer.capture_loop(begin, step, progress)
-        self._capturing = False
-        return cast(Graph, _TimedGraph(graph, self))
-
     def abandon_capture(self) -> None:
         """Time again."""
         self._capturing = False

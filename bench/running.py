@@ -1,26 +1,28 @@
 """What runs the cases, on the host or on a GPU, and where the time of a score goes there."""
 
 import contextlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from ..engine.manifest import EngineDirectory, Manifest, StageName
 from ..runtime.backends import Backend, GpuBackend, HostBackend, OnnxRuntime, TensorRt
-from ..runtime.executor import StageRunner
+from ..runtime.executor import Executor, Outcome, StageRunner, Task
 from ..runtime.gpu.door import closed_if_it_fails
 from ..runtime.gpu.graphs import Form
 from ..runtime.gpu.tensorrt import gpu_capability, installed_libraries, load_library
 from ..runtime.host.stages import load_stages
+from ..runtime.plan import Plan
 from ..runtime.results import Options
 from ..runtime.scorer import Scorer
 from .gpu import GpuWatch
 from .timing import Clock, timed_stages
 
 if TYPE_CHECKING:
+    from ..runtime.gpu.executor import DeviceExecutor
     from ..runtime.gpu.layer import Layer
 
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
@@ -206,6 +208,7 @@ class DeviceCase:
             rebuild=runtime.opened.rebuild,
         )
         self.scorer = Scorer(manifest, self.executor, backend="bench")
+        self.plain_scorer = Scorer(manifest, cast(Executor, _WithoutGraphs(self.executor)), backend="bench")
         self.timed_calls = 0
         self.calls: dict[StageName, int] = {}
         self.notes: dict[str, None] = {}
@@ -235,10 +238,9 @@ class DeviceCase:
         up, down, busy = sum(spans[UPLOAD]), sum(spans[DOWNLOAD]), sum(map(sum, spans.values()))
         plain = enqueue_plain = None
         if self._runtime.form is not Form.NONE:
-            with self._without_graphs():
-                plain, enqueue_plain = self._score(pixels, options), layer.enqueue
-                with self._marking():
-                    self._score(pixels, options)
+            plain, enqueue_plain = self._score(pixels, options, self.plain_scorer), layer.enqueue
+            with self._marking():
+                self._score(pixels, options, self.plain_scorer)
             spans = layer.spans()
         stages = {name: spans[name] for name in StageName if name in spans}
         self.calls = {name: len(calls) for name, calls in stages.items()}
@@ -267,11 +269,11 @@ class DeviceCase:
         """Free this case's memory, contexts and graphs."""
         self.scorer.close()
 
-    def _score(self, pixels: Sequence[Pixels], options: Options) -> float:
+    def _score(self, pixels: Sequence[Pixels], options: Options, scorer: Scorer | None = None) -> float:
         """Score images and return the seconds it took; what the layer has noted is of this score."""
         self.layer.reset()
         start = self._clock()
-        score = self.scorer.score
+        score = (scorer or self.scorer).score
         found = [score(pixels[0], options)] if len(pixels) == 1 else score(list(pixels), options)
         seconds = self._clock() - start
         for result in found:
@@ -286,14 +288,20 @@ class DeviceCase:
         finally:
             self.layer.marking = False
 
-    @contextlib.contextmanager
-    def _without_graphs(self) -> Generator[None, None, None]:
-        graphs = self.executor.graphs
-        graphs.form = Form.NONE
-        try:
-            yield
-        finally:
-            graphs.form = self._runtime.form
+
+class _WithoutGraphs:
+    """An executor that launches plainly and leaves its graphs as they are."""
+
+    def __init__(self, executor: "DeviceExecutor") -> None:
+        self._executor = executor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._executor, name)
+
+    def run_together(
+        self, tasks: Sequence[Task], plan: Plan, cancelled: Callable[[], bool], *, pictures: bool = True
+    ) -> list[Outcome]:
+        return self._executor.run_together(tasks, plan, cancelled, pictures=pictures, form=Form.NONE)
 
 
 def open_runtime(directory: EngineDirectory, backend: Backend) -> HostRuntime | DeviceRuntime:

@@ -183,7 +183,7 @@ def _existing(job: _Job) -> Build | None:
 def _build_stages(job: _Job, work: Path, progress: Progress) -> list[StageBuild]:
     """Write engines, plan, log and timing cache into `work`. A failed build leaves its log in the engine directory."""
     options, log = job.options, job.library.log
-    log.entries.clear()
+    start_of_log = log.count
     failed = work.parent / "failed.log"
     builder = _Builder(job.library, options.compute_capabilities, _known_timings(job))
     done = []
@@ -196,18 +196,18 @@ def _build_stages(job: _Job, work: Path, progress: Progress) -> list[StageBuild]
         drift = measure_drift(job.directory, stage, typed, options.precision) if low else ()
         middle = time.perf_counter()
         progress(stage.name, f"building with {options.library}")
-        log.entries.append(("INFO", f"diffiqa: stage {stage.name}"))
+        log.add("INFO", f"diffiqa: stage {stage.name}")
         try:
             engine, inputs, outputs = builder.build(stage, typed.SerializeToString(), profiles, plan.tensors)
         except ExportError as exc:
-            failed.write_text(log.text(), encoding="utf-8")
+            failed.write_text(log.text(start_of_log), encoding="utf-8")
             raise ExportError(f"{exc}; the whole log is in {failed}") from exc
         (work / f"{stage.name}.engine").write_bytes(engine)
         file = job.entry(work, f"{stage.name}.engine")
         built = BuiltStage(stage.name, stage.file.sha256, file, inputs, outputs, profiles, drift)
         done.append(StageBuild(built, middle - start, time.perf_counter() - middle))
     (work / "plan.json").write_text(job.plan.to_json(), encoding="utf-8")
-    (work / "build.log").write_text(log.text(), encoding="utf-8")
+    (work / "build.log").write_text(log.text(start_of_log), encoding="utf-8")
     if job.library.traits.timing_cache:
         (work / "timing.cache").write_bytes(builder.timings)
     failed.unlink(missing_ok=True)
@@ -222,21 +222,22 @@ class _Builder:
         self._capabilities = [library.capability(name) for name in capabilities] if self._traits.ahead_of_time else []
         self.timings = timings
         self._cache: Any = None
+        log_start = self._log.count
         self._builder = self._api.Builder(self._log.logger)
         if self._builder is None:
-            raise self._failure("the builder does not start", 0)
+            raise self._failure("the builder does not start", log_start)
 
     def build(
         self, stage: Stage, model: bytes, profiles: Profiles, dtypes: dict[str, str]
     ) -> tuple[memoryview, tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
         """Return a serialised engine and its signature. Raises ExportError with what parser and builder said."""
-        heard = len(self._log.entries)
+        log_start = self._log.count
         # TensorRT 11 knows no other networks and ignores the flag; 10 and RTX need it.
         network = self._builder.create_network(1 << int(self._api.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = self._api.OnnxParser(network, self._log.logger)
         if not parser.parse(model):
-            said = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-            raise self._failure(f"stage {stage.name}: the ONNX parser refuses it", heard, *said)
+            messages = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+            raise self._failure(f"stage {stage.name}: the ONNX parser refuses it", log_start, *messages)
         inputs = _signature(stage, stage.inputs, [network.get_input(i) for i in range(network.num_inputs)])
         outputs = _signature(stage, stage.outputs, [network.get_output(i) for i in range(network.num_outputs)])
         if wrong := [spec for spec in (*inputs, *outputs) if spec.dtype != dtypes[spec.name]]:
@@ -244,7 +245,7 @@ class _Builder:
         config = self._config(profiles)
         engine = self._builder.build_serialized_network(network, config)
         if engine is None:
-            raise self._failure(f"stage {stage.name}: the builder failed", heard)
+            raise self._failure(f"stage {stage.name}: the builder failed", log_start)
         if self._traits.timing_cache:
             self.timings = bytes(memoryview(config.get_timing_cache().serialize()))
         return memoryview(engine), inputs, outputs
@@ -271,9 +272,9 @@ class _Builder:
             config.add_optimization_profile(profile)
         return config
 
-    def _failure(self, what: str, heard: int, *said: str) -> ExportError:
-        messages = dict.fromkeys([*said, *self._log.errors(since=heard)])
-        return ExportError(f"{what}: {'; '.join(list(messages)[:3]) or 'it gave no reason'}")
+    def _failure(self, what: str, log_start: int, *messages: str) -> ExportError:
+        distinct = dict.fromkeys([*messages, *self._log.errors(since=log_start)])
+        return ExportError(f"{what}: {'; '.join(list(distinct)[:3]) or 'it gave no reason'}")
 
 
 def _signature(stage: Stage, planned: tuple[TensorSpec, ...], tensors: list[Any]) -> tuple[TensorSpec, ...]:

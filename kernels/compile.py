@@ -1,30 +1,27 @@
-"""CUDA C++ source → cubin, once per source, options, GPU architecture and compiler: NVRTC behind a cache on disk.
+"""CUDA C++ source → cubin: NVRTC behind cuda.core's program cache on disk.
 
 NVRTC comes through `cuda.core` (`pip install cuda-core cuda-bindings nvidia-cuda-nvrtc`); it needs no GPU, no driver
-and no CUDA headers. Cubins are code: the cache folder must be writable by no one else.
+and no CUDA headers. Cubins are code: only their user may write the cache folder.
 """
 
-import contextlib
 import functools
 import hashlib
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SOURCES = ("images.cu", "loop.cu", "sampler.cu")
+SOURCES = ("images.cu", "sampler.cu")
 HEADERS = ("device.h", "noise.h")
 # Keyword arguments of cuda.core's ProgramOptions. The last four make every arithmetic operation the IEEE one: noise.h
 # and the tests rely on results that are the same bits everywhere. The kernels wait for memory, not for arithmetic.
 OPTIONS = (("std", "c++17"), ("fma", False), ("ftz", False), ("prec_div", True), ("prec_sqrt", True))
 
-_KEY_VERSION = "1"  # count up when the meaning of the key or of a cache entry changes
-_MAGIC = b"diffiqa cubin 1\n"
 _FOLDER = Path(__file__).parent
+_SEAL_BYTES = hashlib.sha256().digest_size
 _log = logging.getLogger(__name__)
 
 
@@ -34,80 +31,12 @@ class KernelError(RuntimeError):
 
 @dataclass(frozen=True)
 class Unit:
-    """One compilation: everything that decides what comes out of it."""
+    """One compilation: a source that finds our headers beside it."""
 
     name: str
     text: str
-    headers: tuple[tuple[str, str], ...]  # name and text of all that `text` may include
     arch: str  # "sm_90"
-    options: tuple[tuple[str, str | bool], ...]
-    compiler: str  # name and version
-
-    def key(self) -> str:
-        """Return a SHA-256 over all of it; labels and lengths keep two units from ever looking the same."""
-        digest = hashlib.sha256()
-        options = ((f"option {name}", repr(value)) for name, value in self.options)
-        headers = ((f"header {name}", text) for name, text in self.headers)
-        for label, text in (
-            ("version", _KEY_VERSION),
-            ("name", self.name),
-            ("text", self.text),
-            *headers,
-            ("arch", self.arch),
-            *options,
-            ("compiler", self.compiler),
-        ):
-            for part in (label.encode(), text.encode()):
-                digest.update(len(part).to_bytes(8, "little") + part)
-        return digest.hexdigest()
-
-
-class CubinCache:
-    """Cubins by unit in `folder`. Any number of processes may use one folder; an entry is whole or not there."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def path(self, unit: Unit) -> Path:
-        """Return the file that holds, or would hold, the cubin of `unit`."""
-        return self.folder / f"{Path(unit.name).stem}-{unit.arch}-{unit.key()}.cubin"
-
-    def get(self, unit: Unit) -> bytes | None:
-        """Return the cubin of `unit`; None if there is none, or if it is not what was written."""
-        try:
-            entry = self.path(unit).read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as exc:
-            _log.warning("the kernel cache cannot be read: %s", exc)
-            return None
-        start = len(_MAGIC) + hashlib.sha256().digest_size
-        if entry[:start] != self._header(unit, entry[start:]):
-            _log.warning("%s is damaged: compiling again", self.path(unit))
-            return None
-        return entry[start:]
-
-    def put(self, unit: Unit, code: bytes) -> None:
-        """Store the cubin of `unit`. A cache that cannot be written costs time at the next start, no more."""
-        temporary = None
-        try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=".unfinished-")
-            with os.fdopen(handle, "wb") as file:
-                file.write(self._header(unit, code) + code)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).replace(self.path(unit))
-        except OSError as exc:
-            _log.warning("the kernel cache cannot be written: %s", exc)
-            if temporary is not None:
-                with contextlib.suppress(OSError):
-                    Path(temporary).unlink()
-
-    @staticmethod
-    def _header(unit: Unit, code: bytes) -> bytes:
-        """Bind the entry to its unit: a file under another entry's name is as damaged as a changed one."""
-        return _MAGIC + hashlib.sha256(unit.key().encode() + code).digest()
+    options: tuple[tuple[str, str | bool], ...] = OPTIONS
 
 
 def cache_folder() -> Path:
@@ -123,10 +52,9 @@ def cache_folder() -> Path:
     return base / "diffiqa" / "kernels"
 
 
-def read_unit(source: str, arch: str, compiler: str) -> Unit:
-    """Return one of `SOURCES` as shipped, with our headers and options."""
-    text, *headers = ((_FOLDER / name).read_text(encoding="utf-8") for name in (source, *HEADERS))
-    return Unit(source, text, tuple(zip(HEADERS, headers, strict=True)), arch, OPTIONS, compiler)
+def read_unit(source: str, arch: str) -> Unit:
+    """Return one of `SOURCES` as shipped."""
+    return Unit(source, (_FOLDER / source).read_text(encoding="utf-8"), arch)
 
 
 @functools.cache
@@ -147,33 +75,75 @@ def nvrtc_version() -> str:
 
 def compile_nvrtc(unit: Unit, logs: Any = None) -> bytes:
     """Compile with NVRTC; `logs.write` receives its messages. Raises KernelError with them when it refuses."""
+    compiler = nvrtc_version()
     try:
-        from cuda.core import Program, ProgramOptions
+        from cuda.core import Program
     except ImportError as exc:
         raise _missing(exc) from exc
     try:
-        options = ProgramOptions(name=unit.name, arch=unit.arch, include_path=str(_FOLDER), **dict(unit.options))
-        return bytes(Program(unit.text, "c++", options).compile("cubin", logs=logs).code)
+        return bytes(Program(unit.text, "c++", _options(unit)).compile("cubin", logs=logs).code)
     except Exception as exc:  # cuda.core's CUDAError has no public name
-        raise KernelError(f"{unit.compiler} cannot compile {unit.name} for {unit.arch}: {exc}") from exc
+        raise KernelError(f"{compiler} cannot compile {unit.name} for {unit.arch}: {exc}") from exc
 
 
-def cubin(
-    source: str,
-    arch: str,
-    *,
-    cache: CubinCache | None = None,
-    compiler: Callable[[Unit], bytes] = compile_nvrtc,
-    version: Callable[[], str] = nvrtc_version,
-) -> bytes:
+def cubin(source: str, arch: str) -> bytes:
     """Return the machine code of one of `SOURCES` for `arch` ("sm_90"), from the cache or compiled."""
-    unit = read_unit(source, arch, version())
-    cache = cache or CubinCache(cache_folder())
-    code = cache.get(unit)
-    if code is None:
-        code = compiler(unit)
-        cache.put(unit, code)
+    return compile_cached(read_unit(source, arch), cache_folder())
+
+
+def compile_cached(unit: Unit, folder: Path, compiler: Callable[[Unit], bytes] = compile_nvrtc) -> bytes:
+    """Return the machine code of `unit` from the cache in `folder`, or compile it and keep it there.
+
+    A cache that cannot be read or written, or whose entry is damaged, costs time and a warning, no more. Any number of
+    threads and processes may use one folder.
+    """
+    key = cache_key(unit)
+    from cuda.core.utils import FileStreamProgramCache
+
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        cache = FileStreamProgramCache(folder)
+        entry = cache.get(key)
+    except OSError as exc:
+        _log.warning("the kernel cache cannot be used: %s", exc)
+        return compiler(unit)
+    if entry is not None:
+        code: bytes = entry[_SEAL_BYTES:]
+        if entry[:_SEAL_BYTES] == _seal(key, code):
+            return code
+        _log.warning("the entry of %s in the kernel cache %s is damaged: compiling again", unit.name, folder)
+    code = compiler(unit)
+    try:
+        cache[key] = _seal(key, code) + code
+    except OSError as exc:
+        _log.warning("the kernel cache cannot be written: %s", exc)
     return code
+
+
+def cache_key(unit: Unit) -> bytes:
+    """Return a digest of all that decides what comes out: unit, headers, and the compiler's version."""
+    headers = hashlib.sha256()
+    for name in HEADERS:
+        headers.update(hashlib.sha256((_FOLDER / name).read_bytes()).digest())
+    try:
+        from cuda.core.utils import make_program_cache_key
+    except ImportError as exc:
+        raise _missing(exc) from exc
+    key: bytes = make_program_cache_key(
+        code=unit.text, code_type="c++", options=_options(unit), target_type="cubin", extra_digest=headers.digest()
+    )
+    return key
+
+
+def _options(unit: Unit) -> Any:
+    from cuda.core import ProgramOptions
+
+    return ProgramOptions(name=unit.name, arch=unit.arch, include_path=str(_FOLDER), **dict(unit.options))
+
+
+def _seal(key: bytes, code: bytes) -> bytes:
+    """Bind an entry to its key, which cuda.core does not: a driver loads whatever it is given."""
+    return hashlib.sha256(key + code).digest()
 
 
 def _missing(exc: Exception) -> KernelError:

@@ -26,8 +26,8 @@ CROP = np.dtype([(name, "<i4") for name in ("image", "top", "left", "unused")])
 Table = npt.NDArray[Any]
 
 _BLOCK = 256
-# Enough blocks along x to fill any GPU with a single plane; larger planes give every thread several quads. The y
-# limit is CUDA's. Either loop in the kernels takes up what the grid leaves.
+# Enough blocks along x to fill any GPU with a single plane; in larger planes every thread does several quads. The limit
+# of y is CUDA's. The loops in the kernels cover whatever the grid does not.
 _MAX_GRID = 1024, 65535
 _ALIGNMENT = 16  # bytes a thread loads at once
 
@@ -90,7 +90,7 @@ class SamplerBuffers:
     progress: int
 
     def __post_init__(self) -> None:
-        """Refuse what the kernels do not check."""
+        """Raise ValueError for what the kernels do not check."""
         _check_size("sampler", self.batch, self.height, self.width)
         for name in ("state", "y", "noise", "taps", "windows", "table"):
             _check_address(name, getattr(self, name))
@@ -118,14 +118,6 @@ class SamplerBuffers:
             _BLOCK,
             (*map(np.uint64, addresses), *map(np.int32, (self.batch, self.height, self.width, self.steps))),
         )
-
-
-def more_steps(progress: int, condition: int) -> Launch:
-    """Let the `while` node of a CUDA graph go on as long as the loop of `progress` has steps left.
-
-    `condition` is the node's handle; with 0 nothing happens.
-    """
-    return Launch("loop.cu", "more_steps", (1, 1), 1, (np.uint64(progress), np.uint64(condition)))
 
 
 def normalise_pad(

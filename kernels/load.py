@@ -1,7 +1,7 @@
-"""Compiled kernels, ready to run on the current GPU: through `cuda.core`, or as a guest in a PyCUDA program.
+"""Loads compiled kernels onto the current GPU, through `cuda.core` or as a guest in a PyCUDA program.
 
-Both give a function `enqueue(launch, stream)`. It loads a source at its first launch, which is no time to be capturing,
-and keeps the loaded code alive; a captured graph does not.
+Both give a function `enqueue(launch, stream)`. Its first launch of a source loads the code, which a capture does not
+allow. The function keeps the code alive; a captured graph does not.
 """
 
 import functools

@@ -1,8 +1,8 @@
-"""Arrays of other libraries, in the host's memory or a GPU's, as NumPy arrays: by DLPack or `__cuda_array_interface__`.
+"""Takes arrays of other libraries, on the host or a GPU, as NumPy arrays: by DLPack or `__cuda_array_interface__`.
 
-An array on a GPU says which stream it is made on, or must be ready: PyTorch's does not say. It is copied to the host,
-whatever is to score it, because its digest, alpha and size are seen to there as those of any image. That is two copies,
-beside a loop that takes many times as long (an estimate: about a thousandth).
+An array on a GPU may name the stream that makes it; one that names none, as PyTorch's, must be ready. It is copied to
+the host, even if a GPU is to score it: the host checks digest, alpha and size, as for any image. These two copies take
+perhaps a thousandth of the time of the loop (an estimate).
 """
 
 import math
@@ -34,12 +34,12 @@ class Exchangeable(Protocol):
 
 
 def is_foreign(source: object) -> bool:
-    """Whether something is an array of another library. Its type is asked: it may refuse by any error itself."""
+    """Whether something is an array of another library. This asks its type: the object may refuse with any error."""
     return hasattr(type(source), "__cuda_array_interface__") or hasattr(type(source), "__dlpack__")
 
 
 def to_numpy(source: Any) -> npt.NDArray[Any]:
-    """Return the values, after what is enqueued on the stream that they say they are made on. Raises ImageError."""
+    """Return the values, once the stream that makes them has done so. Raises ImageError."""
     try:
         if hasattr(source, "__cuda_array_interface__"):
             return _from_gpu(source.__cuda_array_interface__)
@@ -50,7 +50,7 @@ def to_numpy(source: Any) -> npt.NDArray[Any]:
         raise
     except Exception as exc:  # each library has errors of its own
         raise ImageError(
-            f"its values cannot be had ({first_line(exc)}); copy it to the host as a NumPy array of (H, W, 3)"
+            f"its values cannot be read ({first_line(exc)}); copy it to the host as a NumPy array of (H, W, 3)"
         ) from exc
 
 
@@ -68,7 +68,7 @@ def _from_gpu(interface: Mapping[str, Any]) -> npt.NDArray[Any]:
 
 
 def _copy(address: int, values: npt.NDArray[Any], stream: int | None) -> None:
-    """Copy from a GPU, in the context that the memory belongs to, after what `stream` has in hand."""
+    """Copy from a GPU, in the context that owns the memory, once `stream` has done its work."""
     from cuda.bindings import driver
 
     with _context_of(driver, address):
@@ -79,7 +79,7 @@ def _copy(address: int, values: npt.NDArray[Any], stream: int | None) -> None:
 
 @contextmanager
 def _context_of(driver: Any, address: int) -> Iterator[None]:
-    """Make the context current that memory is of; that of memory pools is of none: then the device's own."""
+    """Make the context current that owns the memory. A memory pool has none: then the device's own."""
     result_of(driver.cuInit(0))
     attribute = driver.CUpointer_attribute
     status, context = driver.cuPointerGetAttribute(attribute.CU_POINTER_ATTRIBUTE_CONTEXT, address)
@@ -100,7 +100,7 @@ def _context_of(driver: Any, address: int) -> Iterator[None]:
 
 
 def result_of(answer: tuple[Any, ...]) -> Any:
-    """Return the result of a call of cuda.bindings, None if it has none. Raises RuntimeError with its status."""
+    """Return the result of a call of cuda.bindings, None if it has none. Raises RuntimeError with a bad status."""
     status, *results = answer
     if int(status):
         raise RuntimeError(str(status))

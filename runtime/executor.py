@@ -59,7 +59,7 @@ class Executor(Protocol):
 
     takes_pixels: bool  # (height, width, 3) bytes as they are, beside planes (3, height, width) in [-1, 1]
     together: int  # how many tasks it restores at a time
-    waiting: int  # callers it can do something for while it restores for another, who do not count as workers
+    queue_depth: int  # callers whose images it can bring in while it works for another; they do not count as workers
 
     def run_together(
         self, tasks: Sequence[Task], plan: Plan, cancelled: Callable[[], bool], *, pictures: bool = True

@@ -171,14 +171,14 @@ class Scorer:
         source = enumerate(images)
         decoding: collections.deque[_Decoding] = collections.deque()
         scoring: collections.deque[Future[Sequence[Score | Failure]]] = collections.deque()
-        waiting = self._executor.waiting if self._executor else 0
+        queued = self._executor.queue_depth if self._executor else 0
         with (
             ThreadPoolExecutor(min(ahead, 2), "diffiqa-decode") as decoders,
-            ThreadPoolExecutor(workers + waiting, "diffiqa-score") as scorers,
+            ThreadPoolExecutor(workers + queued, "diffiqa-score") as scorers,
         ):
             try:
                 while True:
-                    while len(scoring) <= workers + waiting:  # one waits, so that scoring never does
+                    while len(scoring) <= workers + queued:  # one waits, so that scoring never does
                         for index, image in itertools.islice(source, ahead - len(decoding)):
                             decoding.append((decoders.submit(self._read, image), _name(image, index)))
                         if not decoding:

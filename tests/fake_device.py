@@ -1,7 +1,9 @@
 """A device without a GPU: NumPy memory, the kernels' own sources compiled by g++, ONNX Runtime in place of engines.
 
-It is stricter than a GPU. Fresh memory is NaN and lies between guard bands; engines look whether the memory they were
-given still is theirs, and spoil the scratch memory they share; nothing but launches is allowed while capturing.
+It is stricter than a GPU, and as late as one may be. What goes on a stream runs when somebody waits for that stream,
+not before: copies read and write pinned memory only then. Fresh memory is NaN and lies between guard bands; freed
+memory is NaN at once, and work that still wants it fails. Engines look whether the memory they were given is theirs,
+and spoil the scratch memory they share. While capturing, launches alone are allowed.
 """
 
 import ctypes
@@ -9,6 +11,7 @@ import dataclasses
 import functools
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,37 +22,42 @@ import numpy.typing as npt
 from diffiqa.engine.manifest import BuiltStage, EngineDirectory, FileEntry, Manifest, Precision, Stage, StageName
 from diffiqa.errors import BackendError
 from diffiqa.export.profiles import stage_profiles
-from diffiqa.kernels.launch import PROGRESS, Launch, more_steps
+from diffiqa.kernels.launch import SOURCE, Launch
 from diffiqa.runtime.gpu.layer import Array, Bytes, DeviceMemoryError, LoadedStage, Shapes, choose_profile
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 
 from .kernels.devices import Host
 
 BAND = 256  # bytes before and after every piece of memory
-MAX_ROUNDS = 500  # of a loop in a graph; a GPU would go on for ever
 NOTHING = FileEntry("", 0, "")
 
 
 class FakeLayer:
-    """A `Layer` whose calls take effect at once. `log` names every launch; `alive` counts what was not freed."""
+    """A `Layer` whose streams run when waited for. `log` names every launch; `alive` counts what was not freed.
 
-    def __init__(self, library: ctypes.CDLL, *, capacity: int = 2**40) -> None:
+    An `eager` one does all at once, for stages that run in the caller's thread and not on its stream.
+    """
+
+    def __init__(self, library: ctypes.CDLL, *, capacity: int = 2**40, eager: bool = False) -> None:
         self.name, self.stream = "fake GPU", 0
         self.capacity = capacity  # bytes of device memory
         self.log: list[str] = []
         self.allocations = 0
         self.peak = 0  # of `held`
+        self.kept = 0  # bytes that were freed and not trimmed
         self.graphs: list[FakeGraph] = []
         self.contexts = 0
         self.closed = False
         self.left = 0  # alive when it was closed: a real layer frees that too, but nothing should have to
         self.capture_fails: Callable[[int], bool] = lambda launches: False  # asked with the length of a capture
         self.watch: Callable[[int], None] = lambda launches: None  # called before every launch with their number
-        self._kernels = Host(library)
+        self._kernels, self._eager = Host(library), eager
         self._memory: dict[int, tuple[Bytes, int]] = {}
+        self._freed: list[Bytes] = []  # held until the stream has run: nobody gets its addresses again before
         self._pinned: dict[int, Bytes] = {}
         self._beside: set[int] = set()  # addresses of the second stream
         self.brought = 0  # copies on it
+        self._queue: deque[Callable[[], None]] = deque()
         self._capture: list[Callable[[], None]] | None = None
 
     @property
@@ -60,7 +68,7 @@ class FakeLayer:
     @property
     def held(self) -> int:
         """Bytes of device memory in use."""
-        return sum(size for _, size in self._memory.values())
+        return sum(size for _, size in list(self._memory.values()))
 
     def enter(self) -> None:
         assert not self.closed
@@ -83,7 +91,7 @@ class FakeLayer:
     def bring(self, address: int, values: Array) -> None:
         assert address in self._beside, "of the second stream"
         self.brought += 1
-        self.owned(address, values.nbytes)[:] = values.reshape(-1).view(np.uint8)
+        self.owned(address, values.nbytes)[:] = as_bytes(values)
 
     def free(self, address: int) -> None:
         if address in self._beside:
@@ -94,96 +102,103 @@ class FakeLayer:
         start = address - raw.ctypes.data
         assert (raw[:start] == 255).all(), "something wrote before the memory"
         assert (raw[start + size :] == 255).all(), "something wrote past the memory"
+        raw[:] = 255
+        self._freed.append(raw)
+        self.kept += size
 
-    def allocate_pinned(self, size: int) -> Bytes:
+    def trim(self) -> None:
+        self.synchronise()
+        self.kept = 0
+
+    def allocate_pinned(self, size: int, *, beside: bool = False) -> Bytes:
         memory = np.full(size, 255, np.uint8)
         self._pinned[memory.ctypes.data] = memory
         self.allocations += 1
         return memory
 
     def free_pinned(self, memory: Bytes) -> None:
+        """Later than its last copy: that would find it gone."""
         del self._pinned[memory.ctypes.data]
+        memory[:] = 255
 
     def upload(self, address: int, values: Array) -> None:
         self._not_capturing()
         assert values.flags.c_contiguous
-        self.owned(address, values.nbytes)[:] = values.reshape(-1).view(np.uint8)
+        pinned = self._is_pinned(values)
+        source = values if pinned else values.copy()
+
+        def copy() -> None:
+            assert not pinned or self._is_pinned(values), "pinned memory was freed before the copy from it"
+            self.owned(address, source.nbytes)[:] = as_bytes(source)
+
+        self._enqueue(copy)
 
     def download(self, values: Array, address: int) -> None:
         self._not_capturing()
         assert values.flags.c_contiguous
-        values.reshape(-1).view(np.uint8)[:] = self.owned(address, values.nbytes)
+        pinned = self._is_pinned(values)
+        if not self._eager:
+            as_bytes(values)[:] = 255  # who reads it before it is there gets NaN
+
+        def copy() -> None:
+            assert not pinned or self._is_pinned(values), "pinned memory was freed before the copy to it"
+            as_bytes(values)[:] = self.owned(address, values.nbytes)
+
+        self._enqueue(copy)
 
     def launch(self, launch: Launch) -> None:
-        self.do(launch.kernel, lambda: self._kernels.run(launch))
+        self.do(launch.kernel, lambda: self._run(launch))
 
     def synchronise(self) -> None:
         self._not_capturing()
+        try:
+            while self._queue:
+                self._queue.popleft()()
+        finally:
+            self._queue.clear()  # a GPU does nothing more after a failure either
+        self._freed.clear()
 
-    def mark(self) -> float:
+    def mark(self) -> list[float]:
+        """Return a list that will hold the time when the stream came to here."""
         self._not_capturing()
-        return time.perf_counter()  # its calls take effect at once
+        times: list[float] = []
+        self._enqueue(lambda: times.append(time.perf_counter()))
+        return times
 
     def seconds_between(self, first: Any, last: Any) -> float:
-        return float(last - first)
+        return float(last[0] - first[0])
 
     def begin_capture(self) -> None:
         self._not_capturing()
+        assert not self._queue, "the launches before a capture are waited for: an engine's first may allocate"
         self._capture = []
 
     def end_capture(self) -> "FakeGraph":
-        return self._graph(self._recorded())
-
-    def capture_loop(self, begin: Callable[[], None], step: Callable[[], None], progress: int) -> "FakeGraph":
-        condition = np.zeros((), np.uint32)
-        self.begin_capture()
-        begin()
-        first = self._recorded()
-        self.begin_capture()
-        step()
-        self.launch(more_steps(progress, condition.ctypes.data))
-        again = self._recorded()
-
-        def loop() -> None:
-            self.owned(progress, PROGRESS.itemsize)
-            condition[...] = 1
-            for _ in range(MAX_ROUNDS):
-                if not condition:
-                    return
-                for work in again:
-                    work()
-            raise AssertionError("the loop does not end")
-
-        return self._graph([*first, loop], launches=len(first) + len(again))
+        assert self._capture is not None
+        recorded, self._capture = self._capture, None
+        if self.capture_fails(len(recorded)):
+            raise BackendError("the fake GPU captures nothing today")
+        self.graphs.append(FakeGraph(self, recorded))
+        return self.graphs[-1]
 
     def abandon_capture(self) -> None:
         self._capture = None
 
-    def _recorded(self) -> list[Callable[[], None]]:
-        assert self._capture is not None
-        recorded, self._capture = self._capture, None
-        return recorded
-
-    def _graph(self, work: list[Callable[[], None]], launches: int | None = None) -> "FakeGraph":
-        if self.capture_fails(launches or len(work)):
-            raise BackendError("the fake GPU captures nothing today")
-        self.graphs.append(FakeGraph(self, work))
-        return self.graphs[-1]
-
     def close(self) -> None:
+        self.synchronise()
         self.closed = True
         self.left = self.alive
         self._memory.clear()
         self._pinned.clear()
 
     def do(self, name: str, work: Callable[[], None]) -> None:
-        """Run `work`, or record it if a capture is under way."""
+        """Put `work` on the stream, or record it if a capture is under way."""
         self.watch(len(self.log))
         if self._capture is not None:
             self._capture.append(work)
             return
         self.log.append(name)
-        work()
+        self._enqueue(work)
 
     def owned(self, address: int, size: int) -> Bytes:
         """Return the bytes at an address, all of one piece of memory that has not been freed."""
@@ -192,8 +207,32 @@ class FakeLayer:
                 return raw[address - raw.ctypes.data :][:size]
         raise AssertionError(f"{size} bytes at {address:#x} are not memory in use")
 
+    def _enqueue(self, work: Callable[[], None]) -> None:
+        self._queue.append(work)
+        if self._eager:
+            self.synchronise()
+
+    def _run(self, launch: Launch) -> None:
+        """Run a kernel, if all the memory that it is given is still there."""
+        addresses = [int(argument) for argument in launch.arguments if isinstance(argument, np.uint64) and argument]
+        if launch.kernel.startswith("gather_crops"):
+            table, kinds = addresses[0], int(launch.arguments[4])
+            addresses += self.owned(table, kinds * SOURCE.itemsize).view(SOURCE)["address"].tolist()
+        for address in addresses:
+            self.owned(address, 1)
+        self._kernels.run(launch)
+
+    def _is_pinned(self, values: Array) -> bool:
+        address = values.ctypes.data
+        return any(start <= address < start + memory.nbytes for start, memory in list(self._pinned.items()))
+
     def _not_capturing(self) -> None:
         assert self._capture is None, "not allowed while capturing"
+
+
+def as_bytes(values: Array) -> Bytes:
+    """Return an array's memory."""
+    return values.reshape(-1).view(np.uint8)
 
 
 class FakeGraph:
@@ -211,6 +250,7 @@ class FakeGraph:
         self.closed = True
 
     def _run(self) -> None:
+        assert not self.closed, "the graph is gone"
         for work in self.work:
             work()
 
@@ -303,11 +343,12 @@ def fake_stages(
     batches: tuple[str, ...] = ("1:2:4",),
     sizes: tuple[str, ...] = ("32x32", "32x32:64x64:128x128"),
     precision: Precision = Precision.FP32,
+    kind: Callable[[Any, Path, BuiltStage], LoadedStage] = FakeStage,
 ) -> dict[StageName, LoadedStage]:
     """Return every stage of an engine directory as iqa-build would make it with these options."""
     m = directory.manifest
     return {
-        stage.name: FakeStage(layer, directory.file(stage.file), _built(m, stage, batches, sizes, precision))
+        stage.name: kind(layer, directory.file(stage.file), _built(m, stage, batches, sizes, precision))
         for stage in m.stages
     }
 

@@ -141,10 +141,8 @@ class _Bound:
 
 def score_whole(manifest: Manifest, executor: DeviceExecutor, image: FloatArray, plan: Plan, seed: int) -> Whole:
     """Score an image as `iqa-run` does: without a graph, then captured, then replayed."""
-    executor.graphs.form = Form.NONE
-    first = executor.run(image, plan, seed)
-    executor.graphs.form = Form.LOOP
-    captured, replayed = (executor.run(image, plan, seed) for _ in range(2))
+    first = executor.run(image, plan, seed, form=Form.NONE)
+    captured, replayed = (executor.run(image, plan, seed, form=Form.LOOP) for _ in range(2))
     note = next((text for text in (*captured.notes, *replayed.notes) if "without a CUDA graph" in text), "")
     same = None if note else _equal(first, captured) and _equal(first, replayed)
     return Whole(total_score(manifest, *branch_scores(first)), same, note)

@@ -1,4 +1,4 @@
-"""Which TensorRT build of an engine directory fits a machine; why not, and the command that makes one that does."""
+"""Finds the TensorRT build of an engine directory that fits a machine, or the reason and the command that makes one."""
 
 import shlex
 from collections.abc import Mapping
@@ -6,16 +6,15 @@ from pathlib import Path
 
 from ...engine.manifest import Build, EngineDirectory, Library, Precision, check_file
 from ...errors import EngineError
+from .tensorrt import supported_capabilities
 
-# A build of RTX that names no compute capability is not for Turing and before; whether it runs on each later GPU, its
-# documentation of 1.7 does not say for all (9.0, 10.0): there the library itself must be asked when it loads.
-OLDEST_PORTABLE = (8, 0)
+OLDEST_PORTABLE = (8, 0)  # a build of RTX that names no compute capability is not for Turing and before
 
 
 def newest_build(directory: EngineDirectory, versions: Mapping[Library, str], compute_capability: str) -> Build:
-    """Return the build to run with the installed libraries: of the first that has one that fits.
+    """Return the newest build that fits, of the first installed library that has one.
 
-    Raises EngineError as `open_build` does: for a library that has builds here, if one has.
+    Raises the EngineError of `open_build`: that of a library with builds in this directory, where there is one.
     """
     problems: dict[Library, EngineError] = {}
     for library, version in versions.items():
@@ -35,11 +34,18 @@ def open_build(
     compute_capability: str,
     precision: Precision | None = None,
 ) -> Build:
-    """Return the newest build that fits, its files checked; the caller has asked library and device what they are.
+    """Return the newest build that fits the library's version and the GPU's compute capability, its files checked.
 
     Raises EngineError with the `iqa-build` command to run: there is none, it is for another library, version, GPU or
-    precision, its ONNX stages have changed, or its files have.
+    precision, its ONNX stages have changed, or its files have. Where the library has no kernels for this GPU no build
+    helps, and the error names another backend.
     """
+    supported = supported_capabilities(library)
+    if supported and compute_capability not in supported:
+        raise EngineError(
+            f"{library} {version} has no kernels for the compute capability {compute_capability} of this GPU, only for "
+            f"{', '.join(supported)}; use another backend, such as onnxruntime-gpu"
+        )
     builds = [
         build
         for build in reversed(directory.manifest.builds)

@@ -12,14 +12,14 @@ import numpy as np
 
 from ...errors import BackendError, DiffiqaError, first_line
 from ...kernels.compile import KernelError
-from ...kernels.launch import Launch, more_steps
+from ...kernels.launch import Launch
 from ..arrays import result_of
-from .layer import Array, Bytes, DeviceMemoryError, Enqueue
+from .layer import Array, Bytes, DeviceMemoryError
 from .tensorrt import gpu_capability
 
 
 class CudaLayer:
-    """A GPU through cuda.core. One thread at a time, after `enter`, but for what goes `beside`."""
+    """A GPU through cuda.core, for one thread at a time, after `enter`; what goes `beside` may run in another."""
 
     def __init__(self, ordinal: int) -> None:
         gpu_capability(ordinal)  # raises saying what is missing
@@ -32,7 +32,8 @@ class CudaLayer:
         self._driver, self._ordinal = driver, ordinal
         self._capturing = False
         self._buffers: dict[int, Any] = {}
-        with self._speaking("cannot be used"):
+        self._pinned_beside: set[int] = set()  # addresses
+        with self.translate_errors("cannot be used"):
             self._device = Device(ordinal)
             self._device.set_current()
             self.name = str(self._device.name)
@@ -48,135 +49,111 @@ class CudaLayer:
 
     def enter(self) -> None:
         """Make the device the calling thread's."""
-        with self._speaking("cannot be used"):
+        with self.translate_errors("cannot be used"):
             self._device.set_current()
 
     def allocate(self, size: int, *, beside: bool = False) -> int:
-        """Return the address of new device memory, there for the stream it is allocated on from now on."""
-        with self._speaking(f"has no {_mebibytes(size)} left"):
+        """Return the address of new device memory; its stream may use it from now on."""
+        with self.translate_errors(f"has no {_mebibytes(size)} left"):
             buffer = self._device.allocate(size, stream=self._beside if beside else self._stream)
         address = int(buffer.handle)
         self._buffers[address] = buffer
         return address
 
     def bring(self, address: int, values: Array) -> None:
-        """Copy host to device on the second stream, and wait for it: the host's time, which others use."""
-        with self._speaking("does not take data"):
+        """Copy host to device on the second stream and wait, while another thread uses the first."""
+        with self.translate_errors("does not take data"):
             stream = self._beside
             result_of(self._driver.cuMemcpyHtoDAsync(address, values.ctypes.data, values.nbytes, stream.handle))
             stream.sync()
 
     def free(self, address: int) -> None:
         """Give back device memory, in order of the stream it was allocated on."""
-        with self._speaking("does not free memory"):
+        with self.translate_errors("does not free memory"):
             self._buffers.pop(address).close()
 
-    def allocate_pinned(self, size: int) -> Bytes:
+    def trim(self) -> None:
+        """Return freed memory to the driver: cuda.core's pool keeps all of it for its own next allocations."""
+        with self.translate_errors("does not give memory back"):
+            for stream in (self._stream, self._beside):
+                stream.sync()  # memory is free when its stream comes to the call that frees it
+            if (pool := getattr(self._device.memory_resource, "handle", None)) is not None:
+                result_of(self._driver.cuMemPoolTrimTo(pool, 0))
+
+    def allocate_pinned(self, size: int, *, beside: bool = False) -> Bytes:
         """Return page-locked host memory."""
-        with self._speaking(f"cannot lock {_mebibytes(size)} of host memory"):
+        with self.translate_errors(f"cannot lock {_mebibytes(size)} of host memory"):
             buffer = self._pinned.allocate(size)
         address = int(buffer.handle)
         self._buffers[address] = buffer
+        if beside:
+            self._pinned_beside.add(address)
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
     def free_pinned(self, memory: Bytes) -> None:
-        """Give back page-locked memory."""
-        self.free(memory.ctypes.data)
+        """Give back page-locked memory, after what its own stream has to do; cuda.core would wait for another."""
+        address = memory.ctypes.data
+        stream = self._beside if address in self._pinned_beside else self._stream
+        self._pinned_beside.discard(address)
+        with self.translate_errors("does not free memory"):
+            self._buffers.pop(address).close(stream)
 
     def upload(self, address: int, values: Array) -> None:
-        """Copy host to device. From pageable memory the driver returns once it has the values, says its manual."""
-        with self._speaking("does not take data"):
+        """Copy host to device. The driver's manual: from pageable memory it returns once it has read the values."""
+        with self.translate_errors("does not take data"):
             result_of(self._driver.cuMemcpyHtoDAsync(address, values.ctypes.data, values.nbytes, self._stream.handle))
 
     def download(self, values: Array, address: int) -> None:
         """Copy device to host."""
-        with self._speaking("does not give data"):
+        with self.translate_errors("does not give data"):
             result_of(self._driver.cuMemcpyDtoHAsync(values.ctypes.data, address, values.nbytes, self._stream.handle))
 
     def launch(self, launch: Launch) -> None:
         """Launch one of our kernels."""
-        with self._speaking(f"does not run {launch.kernel}"):
+        with self.translate_errors(f"does not run {launch.kernel}"):
             self._enqueue(launch, self._stream)
 
     def synchronise(self) -> None:
-        """Wait for the stream; errors of what ran on it come out here."""
-        with self._speaking("failed"):
+        """Wait for the stream, and raise the errors of what ran on it."""
+        with self.translate_errors("failed"):
             self._stream.sync()
 
     def mark(self) -> Any:
-        """Record an event that has a time."""
+        """Record an event with a time."""
         from cuda.core import EventOptions
 
-        with self._speaking("does not time"):
+        with self.translate_errors("does not time"):
             return self._stream.record(options=EventOptions(timing_enabled=True))
 
     def seconds_between(self, first: Any, last: Any) -> float:
         """Return the time between two events, which the driver gives in milliseconds."""
-        with self._speaking("does not time"):
+        with self.translate_errors("does not time"):
             return float(last - first) / 1e3
 
     def begin_capture(self) -> None:
-        """Capture this stream, forbidding unsafe calls to this thread alone: others may allocate meanwhile.
+        """Capture this stream. Thread-local mode forbids unsafe calls to this thread alone: others may allocate.
 
-        Through the driver and not cuda.core's GraphBuilder, which destroys a capture that failed although the driver
-        already has, and crashes (its issue 2834, in 1.2): a capture that TensorRT spoils is to cost a note.
+        Through the driver, not cuda.core's GraphBuilder: after a capture that failed it destroys what the driver has
+        destroyed already, and crashes (its issue 2834, in 1.2). A capture that TensorRT spoils must cost a note alone.
         """
-        with self._speaking("cannot capture"):
+        with self.translate_errors("cannot capture"):
             self._capturing = True
             mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
             result_of(self._driver.cuStreamBeginCapture(self._stream.handle, mode))
 
     def end_capture(self) -> "_CudaGraph":
         """Instantiate what was captured."""
-        with self._speaking("could not capture"), contextlib.ExitStack() as graphs:
-            return _CudaGraph(self, result_of(self._driver.cuGraphInstantiate(self._recorded(graphs), 0)))
-
-    def capture_loop(self, begin: Enqueue, step: Enqueue, progress: int) -> "_CudaGraph":
-        """Put what `step` launches into the body of a `while` node behind what `begin` launches; since CUDA 12.4.
-
-        Both are captured by themselves and copied: a capture that fails inside a body crashes the driver when it is
-        ended (cuda.core's issue 2918). It also leaves engines the one stream they know. What a body may not hold, such
-        as memory, calls of the host and cooperative kernels, the driver refuses here.
-        """
-        driver = self._driver
-        with self._speaking("cannot capture a loop"), contextlib.ExitStack() as graphs:
-            self.launch(more_steps(progress, 0))  # loads the code, which is forbidden while capturing
-            self.synchronise()
-            whole = result_of(driver.cuGraphCreate(0))
-            graphs.callback(driver.cuGraphDestroy, whole)
-            node = driver.CUgraphNodeParams()
-            node.type = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
-            loop = node.conditional
-            loop.type, loop.size = driver.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_WHILE, 1
-            loop.ctx = context = self._stream.context.handle
-            default = 1, driver.CU_GRAPH_COND_ASSIGN_DEFAULT  # what the condition is at the start of every launch
-            loop.handle = condition = result_of(driver.cuGraphConditionalHandleCreate(whole, context, *default))
-            self.begin_capture()
-            begin()
-            first = self._recorded(graphs)
-            self.begin_capture()
-            step()
-            self.launch(more_steps(progress, int(condition)))
-            again = self._recorded(graphs)
-            before = result_of(driver.cuGraphAddChildGraphNode(whole, None, 0, first))
-            result_of(driver.cuGraphAddNode(whole, [before], None, 1, node))
-            result_of(driver.cuGraphAddChildGraphNode(loop.phGraph_out[0], None, 0, again))
-            executable = result_of(driver.cuGraphInstantiate(whole, 0))
-            # Kept, because nobody says whether a condition outlives the graph it was made for.
-            return _CudaGraph(self, executable, graphs.pop_all())
+        with self.translate_errors("could not capture"), self._recorded() as graph:
+            return _CudaGraph(self, result_of(self._driver.cuGraphInstantiate(graph, 0)))
 
     def abandon_capture(self) -> None:
-        """End the capture and clear the error that one has left with the CUDA runtime, which TensorRT would find."""
+        """End the capture."""
         if self._capturing:
-            with contextlib.suppress(Exception), contextlib.ExitStack() as graphs:
-                self._recorded(graphs)
-        with contextlib.suppress(Exception):
-            from cuda.bindings import runtime
-
-            runtime.cudaGetLastError()
+            with contextlib.suppress(Exception), self._recorded():
+                pass
 
     def close(self) -> None:
-        """Free everything that was allocated, and the stream."""
+        """Free everything that was allocated, and the streams."""
         with contextlib.suppress(Exception):
             self.enter()
             self._stream.sync()
@@ -188,8 +165,8 @@ class CudaLayer:
                 stream.close()
 
     @contextlib.contextmanager
-    def _speaking(self, what: str) -> Iterator[None]:
-        """Translate cuda.core's errors, which have no public base class, into ours."""
+    def translate_errors(self, what: str) -> Iterator[None]:
+        """Raise our errors for those of cuda.core, which have no public base class: "GPU 0 does not …: its words"."""
         try:
             yield
         except (DiffiqaError, MemoryError):
@@ -202,29 +179,31 @@ class CudaLayer:
                 raise DeviceMemoryError(text) from exc
             raise BackendError(text) from exc
 
-    def _recorded(self, graphs: contextlib.ExitStack) -> Any:
-        """End the capture and return its graph, which is destroyed with `graphs`."""
+    @contextlib.contextmanager
+    def _recorded(self) -> Iterator[Any]:
+        """End the capture; its graph is there inside, and destroyed behind."""
         self._capturing = False
         graph = result_of(self._driver.cuStreamEndCapture(self._stream.handle))
-        graphs.callback(self._driver.cuGraphDestroy, graph)
-        return graph
+        try:
+            yield graph
+        finally:
+            self._driver.cuGraphDestroy(graph)
 
 
 class _CudaGraph:
-    """An instantiated graph; the memory it works on is kept alive by its executor, not by it."""
+    """An instantiated graph. Its executor keeps the memory alive that it works on."""
 
-    def __init__(self, layer: CudaLayer, executable: Any, kept: contextlib.ExitStack | None = None) -> None:
-        self._layer, self._executable, self._kept = layer, executable, kept or contextlib.ExitStack()
+    def __init__(self, layer: CudaLayer, executable: Any) -> None:
+        self._layer, self._executable = layer, executable
 
     def launch(self) -> None:
         """Run it on the layer's stream."""
-        with self._layer._speaking("does not launch a graph"):
+        with self._layer.translate_errors("does not launch a graph"):
             result_of(self._layer._driver.cuGraphLaunch(self._executable, self._layer._stream.handle))
 
     def close(self) -> None:
         """Free it."""
         self._layer._driver.cuGraphExecDestroy(self._executable)
-        self._kept.close()
 
 
 def _mebibytes(size: int) -> str:

@@ -1,11 +1,11 @@
-"""CUDA graphs of what is launched again and again: when they are captured, when they hold, what happens if they fail.
+"""CUDA graphs of work that is launched again and again: when to capture, how long a graph holds, what if it fails.
 
-NVIDIA's order: shapes and addresses are set, everything is launched once without a graph and waited for (the first
-enqueue of an engine may allocate), then it is captured, and from then on replayed. The launch without a graph is the
-first image of its shape, so a shape seen once pays for no capture.
+NVIDIA's order: set shapes and addresses; launch everything once without a graph and wait for it, as an engine's first
+enqueue may allocate; capture; replay. The launch without a graph is the first image of its shape, so a shape that is
+seen once costs no capture.
 
-A graph holds addresses and the state of an execution context, not their lifetime: whoever frees or changes either
-calls `forget` or `clear` first. A capture that fails costs a note in every result that was to use it, not the result.
+A graph holds addresses and the state of an execution context; it does not keep either alive. Call `forget` or `clear`
+before you free or change one. A capture that fails costs no result: it puts a note in those that should have used it.
 """
 
 import enum
@@ -16,37 +16,30 @@ from ...errors import BackendError, first_line
 from ..executor import Cancelled
 from .layer import Enqueue, Graph, Layer
 
-# One graph of all steps holds a node for every kernel of every step: beyond this many steps, one that loops over a
-# single step is launched instead. Not measured: no GPU was at hand.
-MAX_LOOP_STEPS = 128
-
 
 class Form(enum.StrEnum):
-    """What one graph holds. All forms launch the same kernels in the same order and give the same bits."""
+    """What one graph holds. All forms launch the same kernels in the same order, so they give the same bits."""
 
     NONE = "none"
     STEP = "step"  # one step: its counter is in device memory, so that every step is the same graph
     LOOP = "loop"  # the beginning and all steps
-    WHILE = "while"  # the beginning and one step, which the GPU repeats until the counter says that the loop is over
 
 
-_HOLDS = {Form.STEP: "one step", Form.LOOP: "all steps", Form.WHILE: "a loop"}
+_HOLDS = {Form.STEP: "one step", Form.LOOP: "all steps"}
 
 
 @dataclass(frozen=True)
 class Work:
-    """Something that is launched often: `begin`, if there is one, then `steps` times `step`.
+    """Work that is launched often: `begin`, if there is one, then `steps` times `step`.
 
-    `key` says all that a graph of it depends on and that is not told by `forget`: shapes, steps and taps. `progress` is
-    the device address of the PROGRESS that `begin` sets and `step` counts down; without one no graph can loop.
+    `key` names all that a graph of it depends on (shapes, steps, taps), but for addresses and contexts: see `forget`.
     """
 
     key: Hashable
     step: Enqueue
     steps: int = 1
     begin: Enqueue | None = None
-    problem: Callable[[], str | None] = lambda: None  # why it cannot be captured, if that is known beforehand
-    progress: int | None = None
+    problem: Callable[[], str | None] = lambda: None  # why it cannot be captured, where that is known
 
     def enqueue(self, cancelled: Callable[[], bool] = lambda: False) -> None:
         """Launch all of it; raises Cancelled between two steps once nobody wants the result."""
@@ -60,7 +53,7 @@ class Work:
 
 @dataclass
 class _Entry:
-    """What is known of one key after its first run."""
+    """What is known of a key once its work has run."""
 
     whole: Graph | None = None
     step: Graph | None = None
@@ -81,18 +74,21 @@ class Graphs:
     captures: int = 0  # graphs made so far
     _entries: dict[Hashable, _Entry] = field(default_factory=dict)
 
-    def run(self, work: Work, cancelled: Callable[[], bool]) -> str | None:
-        """Launch `work` by its graph where there is one; return what the result should say of a graph that failed."""
+    def run(self, work: Work, cancelled: Callable[[], bool], form: Form | None = None) -> str | None:
+        """Launch `work`, by its graph where there is one; return a note for the result if a graph failed.
+
+        `form` replaces that of all runs for this one: Form.NONE launches plainly and keeps the graph for later.
+        """
         if cancelled():
             raise Cancelled
-        entry = self._entries.get(work.key)
-        if self.form is Form.NONE or entry is None:
+        form, entry = form or self.form, self._entries.get(work.key)
+        if form is Form.NONE or entry is None:
             work.enqueue(cancelled)
             self._entries.setdefault(work.key, _Entry())
             return None
         if not entry.tried:
-            self._capture(entry, work)
-            entry.tried = True  # not before: an interrupted capture is no failed one
+            self._capture(entry, work, form)
+            entry.tried = True  # only now: a capture that was interrupted has not failed
         if entry.whole:
             entry.whole.launch()
         elif entry.step:
@@ -102,7 +98,7 @@ class Graphs:
         return entry.note
 
     def forget(self, key: Hashable) -> None:
-        """Free the graphs of a key whose context is about to go."""
+        """Free the graphs of a key; call it before its context goes."""
         for graph in self._entries.pop(key, _Entry()).graphs:
             graph.close()
 
@@ -111,15 +107,18 @@ class Graphs:
         for key in list(self._entries):
             self.forget(key)
 
-    def _capture(self, entry: _Entry, work: Work) -> None:
-        """Make the best graph of `work` that can be had, or none; say what was wanted and did not come."""
+    def _capture(self, entry: _Entry, work: Work, wanted: Form) -> None:
+        """Make the best graph of `work` that the device captures; where that is not the one wanted, note it."""
         if problem := work.problem():
             entry.note = f"ran without a CUDA graph: {problem}"
             return
-        ways, failures = self._ways(work), []
-        for form, capture in ways.items():
+        ways = {Form.LOOP: work.enqueue, Form.STEP: work.step}  # the best first
+        if wanted is Form.STEP:
+            del ways[Form.LOOP]
+        failures: list[str] = []
+        for form, enqueue in ways.items():
             try:
-                graph = self._captured(capture)
+                graph = self._captured(enqueue)
             except (BackendError, MemoryError) as exc:
                 failures.append(first_line(exc))
                 continue
@@ -128,31 +127,16 @@ class Graphs:
             else:
                 entry.whole = graph
             if failures:
-                wanted = _HOLDS[next(iter(ways))]
-                entry.note = f"ran with a CUDA graph of {_HOLDS[form]}, not of {wanted}: {_once(failures)}"
+                entry.note = f"ran with a CUDA graph of {_HOLDS[form]}, not of {_HOLDS[Form.LOOP]}: {_once(failures)}"
             return
         entry.note = f"ran without a CUDA graph: {_once(failures)}"
 
-    def _ways(self, work: Work) -> dict[Form, Callable[[], Graph]]:
-        """Return how `work` can be captured, the best form first."""
-        short, begin, progress = work.steps <= MAX_LOOP_STEPS, work.begin, work.progress
-        ways: dict[Form, Callable[[], Graph]] = {}
-        if begin and progress is not None and (self.form is Form.WHILE or (self.form is Form.LOOP and not short)):
-            ways[Form.WHILE] = lambda: self.layer.capture_loop(begin, work.step, progress)
-        if self.form is not Form.STEP and short:
-            ways[Form.LOOP] = lambda: self._recorded(work.enqueue)
-        ways[Form.STEP] = lambda: self._recorded(work.step)
-        return ways
-
-    def _recorded(self, enqueue: Enqueue) -> Graph:
-        self.layer.begin_capture()
-        enqueue()
-        return self.layer.end_capture()
-
-    def _captured(self, capture: Callable[[], Graph]) -> Graph:
+    def _captured(self, enqueue: Enqueue) -> Graph:
         self.layer.synchronise()
         try:
-            graph = capture()
+            self.layer.begin_capture()
+            enqueue()
+            graph = self.layer.end_capture()
         except BaseException:
             self.layer.abandon_capture()
             raise

@@ -1,7 +1,7 @@
-"""A GPU as plans need it, in a few calls: what an executor asks of a device, and of a stage that is loaded on it.
+"""What an executor asks of a device, and of a stage that is loaded onto it: protocols of a few calls.
 
-`Layer` is narrow so that the tests can put another in its place: NumPy arrays for memory, the same kernels compiled by
-a C++ compiler, ONNX Runtime for engines. `cuda.py` has the real one.
+`Layer` is narrow, so that tests can replace it: NumPy arrays for memory, the same kernels from a C++ compiler, ONNX
+Runtime for engines. `cuda.py` has the real one.
 """
 
 import math
@@ -23,22 +23,22 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class DeviceMemoryError(MemoryError):
-    """Device memory that is not to be had; the message says how much was asked for, and where."""
+    """The device has not enough memory; the message says how much was asked for, and where."""
 
 
 class BoundStage(Protocol):
-    """An engine with its shapes and addresses set: what a graph may be captured of, as long as they stay."""
+    """An engine with its shapes and addresses set. A captured graph of it holds as long as they stay."""
 
-    activation_bytes: int  # scratch memory it needs while it runs; stages that run one after the other share theirs
+    activation_bytes: int  # scratch memory that it needs while it runs; stages that run in turn share one piece
 
     def use_activation(self, address: int, size: int) -> None:
-        """Set its scratch memory, before the first `enqueue` and never again."""
+        """Set its scratch memory: once, before the first `enqueue`."""
 
     def enqueue(self) -> None:
         """Run on the layer's stream, or become part of what is being captured."""
 
     def capture_problem(self) -> str | None:
-        """Return why it cannot be captured, if it knows."""
+        """Return why it cannot be captured; None if it can, or does not know."""
 
     def close(self) -> None:
         """Free its context."""
@@ -47,7 +47,7 @@ class BoundStage(Protocol):
 class LoadedStage(Protocol):
     """An engine on the device."""
 
-    # Its profiles say what it takes, not what is worth setting memory aside for: buffers grow with the images.
+    # Whether its profiles take any size. Buffers then grow with the images; else they are made for the largest at once.
     open_ended: bool
 
     @property
@@ -55,7 +55,7 @@ class LoadedStage(Protocol):
         """Its signature and profiles."""
 
     def bind(self, profile: int, shapes: Shapes, addresses: Mapping[str, int]) -> BoundStage:
-        """Set input shapes, and the address of every input and output, in a context of its own."""
+        """Return it in a context of its own, with the shapes of its inputs and the address of every tensor."""
 
     def close(self) -> None:
         """Free it."""
@@ -74,34 +74,37 @@ class Graph(Protocol):
 class Layer(Protocol):
     """One device and one stream: all calls take effect in order. Device addresses are multiples of 256.
 
-    Beside it there is a second stream, for `bring` and the memory that this fills: both may be called while another
-    thread captures or waits.
+    A second stream runs beside it, for `bring` and the memory that this fills: allocate, fill and free such memory at
+    any time, even while another thread captures or waits.
 
-    Raises DeviceMemoryError, or BackendError for whatever else the device refuses.
+    Raises DeviceMemoryError, and BackendError for whatever else the device refuses.
     """
 
     name: str
 
     def enter(self) -> None:
-        """Make the device the calling thread's; before any other call in a thread."""
+        """Make the device current; every thread calls this first."""
 
     def allocate(self, size: int, *, beside: bool = False) -> int:
         """Return the address of new device memory, its contents arbitrary."""
 
     def bring(self, address: int, values: Array) -> None:
-        """Copy pinned `values` to memory that was allocated `beside`, and return when they are there."""
+        """Copy pinned `values` to memory that was allocated `beside`; they are there when it returns."""
 
     def free(self, address: int) -> None:
-        """Give back device memory, after what has been launched."""
+        """Give back device memory, once its stream has done what was launched before."""
 
-    def allocate_pinned(self, size: int) -> Bytes:
-        """Return host memory that the device copies from and to by itself."""
+    def trim(self) -> None:
+        """Wait for everything, and give the device what was freed and kept for later; other libraries may need it."""
+
+    def allocate_pinned(self, size: int, *, beside: bool = False) -> Bytes:
+        """Return host memory that the device copies from and to by itself, on the second stream if `beside`."""
 
     def free_pinned(self, memory: Bytes) -> None:
-        """Give it back; no copy from or to it may be under way."""
+        """Give it back, after the copies that its stream has to do."""
 
     def upload(self, address: int, values: Array) -> None:
-        """Copy to the device. Pinned `values` must stay as they are until `synchronise`; others are taken at once."""
+        """Copy to the device. Leave pinned `values` as they are until `synchronise`; others are copied at once."""
 
     def download(self, values: Array, address: int) -> None:
         """Copy from the device; pinned `values` are there after `synchronise`."""
@@ -113,7 +116,7 @@ class Layer(Protocol):
         """Wait for all that was launched and copied."""
 
     def mark(self) -> object:
-        """Note the time when the stream comes to here; never while capturing."""
+        """Have the stream note the time when it comes to this place; never while capturing."""
 
     def seconds_between(self, first: object, last: object) -> float:
         """Return the time on the device between two marks; after `synchronise`."""
@@ -124,14 +127,8 @@ class Layer(Protocol):
     def end_capture(self) -> Graph:
         """Return what was recorded, ready to run."""
 
-    def capture_loop(self, begin: Enqueue, step: Enqueue, progress: int) -> Graph:
-        """Return a graph of `begin`, and of `step` as long as the PROGRESS at that address has steps left.
-
-        Both are called here, once, and launch kernels and engines, nothing else.
-        """
-
     def abandon_capture(self) -> None:
-        """Drop what is being recorded, if anything is; never raises."""
+        """Drop what is being recorded, if anything; never raises."""
 
     def close(self) -> None:
         """Free the device's stream and all memory; never raises."""

@@ -1,4 +1,4 @@
-"""Memory of a device, by name, that only grows; and places where images wait for it to be free."""
+"""Device memory and page-locked memory by name, which only grow; and docks, where images wait for the device."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ from .layer import Array, Bytes, Layer
 class Pool:
     """Named pieces of device memory that only grow. `version` counts how often an address has become invalid.
 
-    That of a pool `beside` is for `bring`, and nothing may be using it when it grows.
+    A pool `beside` holds memory of the second stream; nothing may be using a piece of it that grows.
     """
 
     def __init__(self, layer: Layer, *, beside: bool = False) -> None:
@@ -46,10 +46,10 @@ class Pool:
 
 
 class Pinned:
-    """Named pieces of page-locked host memory that only grow; no copy may be under way when one does."""
+    """Named pieces of page-locked host memory that only grow. Wait for the copies of a piece before it is got again."""
 
-    def __init__(self, layer: Layer) -> None:
-        self._layer = layer
+    def __init__(self, layer: Layer, *, beside: bool = False) -> None:
+        self._layer, self._beside = layer, beside
         self._held: dict[str, Bytes] = {}
 
     def get(self, name: str, shape: Sequence[int], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
@@ -58,7 +58,7 @@ class Pinned:
         if name not in self._held or self._held[name].nbytes < size:
             if name in self._held:
                 self._layer.free_pinned(self._held.pop(name))
-            self._held[name] = self._layer.allocate_pinned(size)
+            self._held[name] = self._layer.allocate_pinned(size, beside=self._beside)
         return self._held[name][:size].view(dtype).reshape(shape)
 
     def release(self) -> None:
@@ -68,14 +68,15 @@ class Pinned:
 
 
 class Dock:
-    """Memory for images that wait for the device: bytes as they are, others as planes, padded on the host.
+    """Device memory for the images of one caller, filled while the device computes with another caller's.
 
-    Who uses it holds its lock, by `with`: of all that could be waited for, an interrupt loses only that never.
+    8-bit images come as they are, others as planes, padded on the host. Hold `lock` to use a dock. Take it with `with`:
+    it is the one wait that Ctrl-C cannot leave locked.
     """
 
     def __init__(self, layer: Layer) -> None:
         self.lock = threading.Lock()
-        self._layer, self._pool, self._pinned = layer, Pool(layer, beside=True), Pinned(layer)
+        self._layer, self._pool, self._pinned = layer, Pool(layer, beside=True), Pinned(layer, beside=True)
         self.images: list[tuple[int, tuple[int, int] | None]] = []  # address, and (height, width) of bytes
 
     def bring(self, images: Sequence[FloatArray | Bytes], padded: tuple[int, int]) -> None:

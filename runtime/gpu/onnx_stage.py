@@ -1,7 +1,7 @@
 """Stages on a device through ONNX Runtime: sessions bound to device addresses, on the layer's stream.
 
-For machines with a GPU and no TensorRT build that fits. Everything around the networks stays as it is with engines;
-the sessions' own scratch memory is ONNX Runtime's, outside our accounts. Its names have not run on a GPU yet.
+For machines with a GPU and without a TensorRT build that fits. All around the networks is as with engines; the scratch
+memory of the sessions is ONNX Runtime's own, and we do not count it. This file has not run on a GPU yet.
 """
 
 import contextlib
@@ -40,10 +40,10 @@ _DEFAULTS = {
         "arena_extend_strategy": "kSameAsRequested",  # powers of two would leave less for our buffers
     }
 }
-# What is worth a GPU. The small rest (shapes, mostly) ONNX Runtime keeps on the CPU by design.
+# Nodes that need a GPU. The small rest (shapes, mostly) ONNX Runtime keeps on the CPU by design.
 _HEAVY = {"Attention", "Conv", "ConvInteger", "Einsum", "Gemm", "MatMul", "MatMulInteger", "QLinearConv", "Softmax"}
 
-# Words of arena, driver and cuDNN for memory that is not there: onnxruntime has no exception of its own for it.
+# How arena, driver and cuDNN say that memory is missing: onnxruntime has no exception of its own for it.
 _NO_MEMORY = ("allocate memory", "available memory", "out of memory", "alloc_failed")
 
 
@@ -85,7 +85,7 @@ class _Binding:
         assert stage.loaded is not None  # noqa: S101 — closed by the executor that binds
         self._name, self._session = built.name, stage.loaded.session
         self._options = onnxruntime.RunOptions()
-        # The stream keeps the order; the executor waits where it reads.
+        # The stream keeps the order, and the executor waits before it reads.
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         sizes = built.sizes(shapes)
         try:
@@ -100,7 +100,7 @@ class _Binding:
             raise _failure(f"onnxruntime cannot bind the {self._name} stage to {dict(shapes)}", exc) from exc
 
     def use_activation(self, address: int, size: int) -> None:
-        """Never asked for."""
+        """Do nothing: none was asked for."""
 
     def enqueue(self) -> None:
         """Run on the session's stream; on a GPU this returns before it is done."""
@@ -110,7 +110,7 @@ class _Binding:
             raise _failure(f"onnxruntime failed in the {self._name} stage", exc) from exc
 
     def capture_problem(self) -> str | None:
-        """Say no: a run allocates, copies shapes to the host and asks its stream, none of which a capture allows."""
+        """Return why not: a run allocates, copies shapes to the host and queries its stream: no capture allows that."""
         return "ONNX Runtime's own allocations cannot be captured"
 
     def close(self) -> None:
@@ -119,7 +119,7 @@ class _Binding:
 
 
 def gpu_settings(settings: OnnxRuntime | None, ordinal: int, stream: int) -> OnnxRuntime:
-    """Return how sessions are set up for a GPU and a stream. Raises UsageError for what is not the user's to say."""
+    """Return settings of sessions for a GPU and a stream. Raises UsageError for options that a user may not set."""
     asked: list[Provider] = list(settings.providers) if settings else [CUDA]
     providers: list[Provider] = []
     for provider in asked:
@@ -128,8 +128,8 @@ def gpu_settings(settings: OnnxRuntime | None, ordinal: int, stream: int) -> Onn
             raise UsageError(f"the backend onnxruntime-gpu takes the providers {', '.join(GPU_PROVIDERS)}, not {name}")
         if taken := OURS & set(given):
             raise UsageError(
-                f"{', '.join(sorted(taken))} of {name} is set here; stream and graphs are ours, and the GPU is chosen "
-                f"with device"
+                f"{', '.join(sorted(taken))} of {name} cannot be set: stream and graphs are diffiqa's, and the option "
+                f"device chooses the GPU"
             )
         ours = {"device_id": str(ordinal), "user_compute_stream": str(stream)}
         providers.append((name, {**_DEFAULTS.get(name, {}), **given, **ours}))
@@ -147,7 +147,7 @@ def prepare(settings: OnnxRuntime | None) -> None:
         )
     import onnxruntime
 
-    # CUDA's libraries as pip installs them, which it does not look for by itself (from 1.21 on).
+    # CUDA's libraries where pip installs them: since 1.21 onnxruntime looks there only when it is told to.
     if preload := getattr(onnxruntime, "preload_dlls", None):
         with contextlib.redirect_stdout(io.StringIO()):  # it prints, and stdout is for results
             preload()
@@ -175,8 +175,8 @@ def stranded(loaded: OnnxStage) -> list[str]:
     ask = getattr(loaded.session, "get_provider_graph_assignment_info", None)
     if ask is None:
         raise BackendError(
-            "this onnxruntime does not say which nodes it runs on the CPU, so a slow run would pass for one on the "
-            "GPU; install onnxruntime-gpu 1.24 or newer"
+            "this onnxruntime does not say which nodes it runs on the CPU, so a slow run on the CPU would pass for one "
+            "on the GPU; install onnxruntime-gpu 1.24 or newer"
         )
     return [
         f"{node.op_type} {node.name}"

@@ -1,7 +1,7 @@
-"""What TensorRT-RTX compiled when it ran, kept on disk: without it every start compiles every kernel again.
+"""Keeps on disk the kernels that TensorRT-RTX compiles when it runs; without it every start compiles them again.
 
-The library says whether a cache is for this GPU, driver and version; here is where it lies and that it is whole. It is
-code: it lies beside the engines, which are trusted like a program, or where only this user may write.
+The library knows whether a cache is for this GPU, driver and version. This file decides where it lies and sees that it
+is whole. A cache is code: it lies beside the engines, which are trusted like a program, or where only its user writes.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from ...engine.atomic import replacing
 from ...engine.manifest import Build
 from ...kernels.compile import KernelError, cache_folder
 
-MAX_BYTES = 512 * 2**20  # kernels are compiled for each size of image: a limit to what a thousand sizes leave behind
+MAX_BYTES = 512 * 2**20  # each size of image has kernels of its own; a thousand sizes stop here
 _MAGIC = b"diffiqa runtime cache 1\n"
 _START = len(_MAGIC) + hashlib.sha256().digest_size
 
@@ -25,8 +25,8 @@ _log = logging.getLogger(__name__)
 class RuntimeCache:
     """The compiled kernels of one build on one GPU, shared by all its contexts.
 
-    `folders` are written in order, the first one only where it is there: it is the build's, and one that was deleted
-    meanwhile stays so. What is damaged, foreign or cannot be written is logged and costs time, no more.
+    It is written to the first of `folders` that can be written. That is the build's own; it is not made again if it was
+    deleted meanwhile. A cache that is damaged, foreign or cannot be written is logged and costs time, no more.
     """
 
     def __init__(self, folders: Sequence[Path], key: str) -> None:
@@ -36,7 +36,7 @@ class RuntimeCache:
         self._stored = b""
 
     def attach(self, config: Any) -> None:
-        """Have a context's configuration use it; the first one makes it and reads the file."""
+        """Give it to a context's configuration; the first one makes the cache and reads its file."""
         if self._cache is None:
             self._cache = config.create_runtime_cache()
             self._load()
@@ -44,7 +44,7 @@ class RuntimeCache:
             _log.warning("TensorRT-RTX takes no cache: it compiles its kernels at every start")
 
     def save(self) -> None:
-        """Write what was compiled since, once all contexts are closed, and let go of it."""
+        """Write what was compiled since, and let go of the cache; close all contexts first."""
         cache, self._cache = self._cache, None
         if cache is None:
             return
@@ -64,7 +64,7 @@ class RuntimeCache:
             except OSError as exc:
                 problems.append(exc)
                 continue
-            # One that was found in a later folder is out of date now.
+            # What lies in a later folder is out of date now.
             for other in self._paths[number + 1 :]:
                 with contextlib.suppress(OSError):
                     other.unlink()
@@ -72,7 +72,7 @@ class RuntimeCache:
         _log.warning("compiled kernels cannot be kept: %s", "; ".join(map(str, problems)))
 
     def _load(self) -> None:
-        # The user's first: it is there because the build's, which it began with, could not be written.
+        # The user's folder first: a file is there because the build's, which it began with, could not be written.
         for path in reversed(self._paths):
             data = self._read(path)
             if data is None:
@@ -99,7 +99,7 @@ class RuntimeCache:
         return entry[_START:]
 
     def _digest(self, data: bytes) -> bytes:
-        """Bind the file to its key: one under another's name is as damaged as a changed one."""
+        """Bind the file to its key, so that one under another's name counts as damaged."""
         return hashlib.sha256(self._key.encode() + b"\0" + data).digest()
 
 

@@ -5,11 +5,14 @@ import functools
 import importlib
 import importlib.util
 import sys
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
 from ...engine.manifest import Library
 from ...errors import BackendError, first_line
+
+MAX_MESSAGES = 10_000  # that a log keeps: a service runs for months, and a build says some hundred things
 
 
 @dataclass(frozen=True)
@@ -18,16 +21,16 @@ class Traits:
 
     module: str
     install: str
-    # TensorRT builds for the GPU it runs on. RTX compiles kernels when it runs, so its builder needs no GPU and takes
-    # compute capabilities; it measures nothing, and says of its timing cache that operations on it are no-ops.
+    # TensorRT builds for the GPU it runs on. RTX compiles its kernels when it runs. So its builder needs no GPU but a
+    # list of compute capabilities; it measures nothing, and its manual calls operations on the timing cache no-ops.
     ahead_of_time: bool
     timing_cache: bool
-    # RTX knows whether an engine is for this GPU and whether a context can be captured. TensorRT has no such calls:
-    # there the manifest and the attempt must do.
+    # RTX knows whether an engine is for this GPU and whether a context can be captured. TensorRT has no such calls: the
+    # manifest answers the first question, a capture the second.
     tells_validity: bool
     tells_capturable: bool
-    # RTX compiles kernels for a shape when it first meets it: by default in the background, running others until they
-    # are there. Scores must not depend on when that is.
+    # RTX compiles kernels for a shape when it first meets it. By default it does so in the background and runs others
+    # until then. Scores must not depend on when that is.
     compiles_late: bool
 
 
@@ -71,23 +74,32 @@ class TensorRT:
         """Its one logger."""
         return _log(self.library, self.api)
 
-    def capability(self, name: str) -> Any:
-        """Return the library's constant for a compute capability such as "8.9". Raises BackendError if it has none."""
-        known = {
+    @property
+    def capabilities(self) -> dict[str, Any]:
+        """The library's constants for the compute capabilities that it can build for ahead of time, by "8.9"."""
+        if not self.traits.ahead_of_time:
+            return {}
+        return {
             f"{digits[:-1]}.{digits[-1]}": value
             for label, value in self.api.ComputeCapability.__members__.items()
             if (digits := label.removeprefix("SM")).isdigit()
         }
+
+    def capability(self, name: str) -> Any:
+        """Return the library's constant for a compute capability such as "8.9". Raises BackendError if it has none."""
+        known = self.capabilities
         if name not in known:
             raise BackendError(f"{self.library} {self.version} builds for compute {', '.join(known)}, not {name}")
         return known[name]
 
 
 class Log:
-    """What a library said: (severity, message), the oldest first."""
+    """The last messages of a library, as (severity, message), the oldest first; `count` is how many there ever were."""
 
     def __init__(self, api: Any) -> None:
-        entries: list[tuple[str, str]] = []
+        self._entries: deque[tuple[str, str]] = deque(maxlen=MAX_MESSAGES)
+        self.count = 0
+        add = self.add
 
         class Collector(api.ILogger):  # type: ignore[misc] # no stubs
             def __init__(self) -> None:
@@ -95,20 +107,29 @@ class Log:
 
             def log(self, severity: Any, message: str) -> None:
                 if severity != api.ILogger.VERBOSE:
-                    entries.append((severity.name, message))
+                    add(severity.name, message)
 
-        self.entries, self.logger = entries, Collector()
+        self.logger = Collector()
 
-    def text(self) -> str:
-        """Return the messages as lines."""
-        return "".join(f"[{severity}] {message}\n" for severity, message in self.entries)
+    def add(self, severity: str, message: str) -> None:
+        """Add a message."""
+        self._entries.append((severity, message))
+        self.count += 1
+
+    def text(self, since: int = 0) -> str:
+        """Return the messages from number `since` on as lines."""
+        return "".join(f"[{severity}] {message}\n" for severity, message in self._since(since))
 
     def errors(self, since: int) -> list[str]:
-        """Return the messages that say what went wrong, from entry `since` on."""
-        return [message for severity, message in self.entries[since:] if severity in {"ERROR", "INTERNAL_ERROR"}]
+        """Return the messages from number `since` on that say what went wrong."""
+        return [message for severity, message in self._since(since) if severity in {"ERROR", "INTERNAL_ERROR"}]
+
+    def _since(self, number: int) -> list[tuple[str, str]]:
+        kept = list(self._entries)
+        return kept[max(0, number - (self.count - len(kept))) :]
 
 
-@functools.cache  # the first logger a process registers is the one all its builders and runtimes speak to
+@functools.cache  # all builders and runtimes of a process speak to the first logger that it registers
 def _log(_library: Library, api: Any) -> Log:
     return Log(api)
 
@@ -127,6 +148,14 @@ def load_library(library: Library) -> TensorRT:
     return TensorRT(library, api, str(api.__version__))
 
 
+def supported_capabilities(library: Library) -> tuple[str, ...]:
+    """Return the compute capabilities that a library has kernels for; none if it is not here or does not say."""
+    try:
+        return tuple(load_library(library).capabilities)
+    except BackendError:
+        return ()
+
+
 def usable_library() -> Library | None:
     """Return the library whose engines this machine can run, or None: no GPU, or none is installed."""
     if device_capability() is None:
@@ -135,7 +164,7 @@ def usable_library() -> Library | None:
 
 
 def installed_libraries() -> list[Library]:
-    """Return the libraries that are installed, TensorRT first; whether they can be loaded is another question."""
+    """Return the libraries that are installed, TensorRT first; `load_library` finds out whether they load."""
     return [library for library in Library if importlib.util.find_spec(TRAITS[library].module)]
 
 

@@ -9,7 +9,7 @@ from .builds import rebuild_command
 from .cuda import CudaLayer
 from .layer import ITEM_BYTES, DeviceMemoryError, LoadedStage, Shapes
 from .runtime_cache import RuntimeCache, cache_of
-from .tensorrt import TensorRT, gpu_capability
+from .tensorrt import Log, TensorRT, gpu_capability
 
 
 def load_engines(
@@ -48,22 +48,29 @@ class _Engine:
         self.built, self._cache = built, cache
         self._layer, self.library = layer, library
         api, log = library.api, library.log
-        heard = len(log.entries)
+        log_start = log.count
         self._runtime = api.Runtime(log.logger)
         if library.traits.tells_validity:
-            verdict, _ = self._runtime.get_engine_validity(data)
+            verdict, diagnostics = self._runtime.get_engine_validity(data)
             if verdict == api.EngineValidity.INVALID:
-                raise EngineError(f"{library.library} says that {built.name}.engine is not for {layer.name}; {remedy}")
+                reasons = [
+                    name
+                    for name, flag in api.EngineInvalidityDiagnostics.__members__.items()
+                    if int(diagnostics) & int(flag)
+                ]
+                words = ", ".join([*(reasons or ["it gives no reason"]), *log.errors(log_start)])
+                what = f"{library.library} refuses {built.name}.engine on {layer.name}: {words}"
+                raise EngineError(f"{what}; {_way_out(reasons, remedy)}")
         self.engine = self._runtime.deserialize_cuda_engine(data)
         if self.engine is None:
-            raise said(log, heard, f"{library.library} cannot load {built.name}.engine; {remedy}")
+            raise library_error(log, log_start, f"{library.library} cannot load {built.name}.engine; {remedy}")
         listed = {spec.name: spec for spec in (*built.inputs, *built.outputs)}
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         if set(names) != set(listed) or any(not self._agrees(listed[name]) for name in names):
             raise EngineError(f"{built.name}.engine has other tensors than the manifest says; {remedy}")
 
     def bind(self, profile: int, shapes: Shapes, addresses: Mapping[str, int]) -> "_Context":
-        """Return a context of its own: a graph captured of one whose shapes change later is not valid."""
+        """Return a context of its own: a captured graph does not survive a change of its context's shapes."""
         return _Context(self._layer, self, profile, shapes, addresses)
 
     def create_context(self) -> Any:
@@ -81,7 +88,7 @@ class _Engine:
         return self.engine.create_execution_context(config)
 
     def close(self) -> None:
-        """Let go of the engine; the bindings free it with its last reference. The first to go saves what all share."""
+        """Let go of the engine; its last reference frees it. The first engine to go saves the cache that all share."""
         if self._cache:
             self._cache.save()
         self.engine = self._runtime = None
@@ -107,14 +114,14 @@ class _Context:
     ) -> None:
         self._layer, self._name, self._log = layer, stage.built.name, stage.library.log
         self._asks_capturable = stage.library.traits.tells_capturable
-        heard = len(self._log.entries)
+        log_start = self._log.count
         self._context = stage.create_context()
         done = self._context is not None and self._context.set_optimization_profile_async(profile, layer.stream)
         done = done and all(self._context.set_input_shape(name, tuple(shape)) for name, shape in shapes.items())
         done = done and not self._context.infer_shapes()
         done = done and all(self._context.set_tensor_address(name, address) for name, address in addresses.items())
         if not done:
-            raise said(self._log, heard, f"{layer.name}: engine {self._name} does not take {dict(shapes)}")
+            raise library_error(self._log, log_start, f"{layer.name}: engine {self._name} does not take {dict(shapes)}")
         # Of the whole profile, not of these shapes: the shared memory then grows once per profile, not per image.
         self.activation_bytes = int(stage.engine.get_device_memory_size_for_profile_v2(profile))
 
@@ -123,10 +130,10 @@ class _Context:
         self._context.set_device_memory(address, size)
 
     def enqueue(self) -> None:
-        """Enqueue, and look at the answer: False is how TensorRT reports a failure, in a capture too."""
-        heard = len(self._log.entries)
+        """Enqueue, and check the answer: TensorRT reports a failure with False, in a capture too."""
+        log_start = self._log.count
         if not self._context.execute_async_v3(self._layer.stream):
-            raise said(self._log, heard, f"{self._layer.name}: engine {self._name} failed")
+            raise library_error(self._log, log_start, f"{self._layer.name}: engine {self._name} failed")
 
     def capture_problem(self) -> str | None:
         """Ask the library, where it can tell."""
@@ -135,13 +142,24 @@ class _Context:
         return None
 
     def close(self) -> None:
-        """Let go of the context; the bindings free it with its last reference."""
+        """Let go of the context; its last reference frees it."""
         self._context = None
 
 
-def said(log: Any, heard: int, what: str) -> Exception:
-    """Return the error for a failure of the library, with its own words from entry `heard` of its log on."""
-    messages = log.errors(since=heard)
+def _way_out(diagnostics: list[str], rebuild: str) -> str:
+    """Return what to do about an engine that the library refuses; building it again helps only against some reasons."""
+    if {"VERSION_MISMATCH", "MALFORMED_ENGINE"} & set(diagnostics):
+        return rebuild
+    if {"OLD_CUDA_DRIVER", "OLD_CUDA_RUNTIME", "CUDA_ERROR"} & set(diagnostics):
+        return "install a current NVIDIA driver, or use another backend, such as onnxruntime-gpu"
+    if "INSUFFICIENT_GPU_MEMORY" in diagnostics:
+        return "free memory of the GPU, or build with smaller --batch and --sizes"
+    return "use another backend, such as onnxruntime-gpu"
+
+
+def library_error(log: Log, log_start: int, what: str) -> Exception:
+    """Return the error for a failure of the library, with its own words from message `log_start` of its log on."""
+    messages = log.errors(since=log_start)
     text = f"{what}: {messages[0]}" if messages else what
     if any("out of memory" in message.lower() or "outofmemory" in message.lower() for message in messages):
         return DeviceMemoryError(text)

@@ -20,7 +20,7 @@ class HostExecutor:
 
     takes_pixels = False
     together = 1  # two cores are busy with one image, and its score depends on no other
-    waiting = 0
+    queue_depth = 0
 
     def __init__(self, manifest: Manifest, stages: Mapping[StageName, StageRunner]) -> None:
         self._manifest, self._stages = manifest, stages

@@ -37,7 +37,6 @@ from diffiqa.engine.manifest import Library, StageName, open_engine
 from diffiqa.runtime.backends import BACKENDS, GpuBackend, OnnxOnGpu, TensorRt
 from diffiqa.runtime.gpu import door, tensorrt
 from diffiqa.runtime.gpu import onnx_stage as onnx_device
-from diffiqa.runtime.gpu.graphs import Form
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime
 from diffiqa.runtime.scorer import Scorer, load
 
@@ -347,9 +346,8 @@ def test_events_stand_around_graphs_and_never_inside_them(
     runner.scorer.score(pixels[0], options)
     assert len(layer.spans()[GRAPH]) == 2
     assert not set(StageName) & set(layer.spans())
-    with runner._without_graphs():
-        layer.reset()
-        runner.scorer.score(pixels[0], options)
+    layer.reset()
+    runner.plain_scorer.score(pixels[0], options)
     plain = layer.spans()
     assert {name: len(plain[name]) for name in StageName} == {"unet": 6, "vit": 1, "vcg": 1, "vda": 1}
     assert plain[KERNELS]
@@ -358,17 +356,10 @@ def test_events_stand_around_graphs_and_never_inside_them(
     assert GRAPH not in plain
     assert layer.calls == sum(map(len, plain.values()))
     assert layer.brought > 0
-    assert runner.executor.graphs.form is Form.LOOP
-
-
-def test_a_graph_that_loops_on_the_gpu_is_timed_as_one(tiny_build: Path, fake_gpu: FakeLayer, tmp_path: Path) -> None:
-    bench = on(tiny_build, tmp_path, crops=1)
-    runner, pixels, options = device_case(bench), [photo(1, 40, 48)], Options(crops=1)
-    runner.executor.graphs.form = Form.WHILE
-    runner.layer.marking = True
-    runner.warm_up(pixels, options)
-    assert len(runner.layer.spans()[GRAPH]) == 2
-    assert runner.notes == {}
+    layer.reset()
+    runner.scorer.score(pixels[0], options)
+    assert len(layer.spans()[GRAPH]) == 2, "the graphs are kept"
+    assert runner.executor.graphs.captures == 2
 
 
 def test_being_watched_changes_no_score(tiny_build: Path, fake_gpu: FakeLayer, tmp_path: Path) -> None:

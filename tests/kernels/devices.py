@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from diffiqa.kernels import compile as kernels_compile
-from diffiqa.kernels.compile import SOURCES, Unit, cubin, nvrtc_version, read_unit
+from diffiqa.kernels.compile import SOURCES, Unit, cubin
 from diffiqa.kernels.launch import Launch
 from diffiqa.kernels.load import device_arch, with_cuda_core
 
@@ -167,8 +167,7 @@ class Gpu(Device):
 
 def probes(arch: str) -> Unit:
     """Return the compilation of the probe kernels, with the headers and options of the real ones."""
-    unit = read_unit("images.cu", arch, nvrtc_version())
-    return Unit("probes.cu", (_FOLDER / "probes.cu").read_text(), unit.headers, arch, unit.options, unit.compiler)
+    return Unit("probes.cu", (_FOLDER / "probes.cu").read_text(), arch)
 
 
 def build_host(folder: Path) -> ctypes.CDLL:

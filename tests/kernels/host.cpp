@@ -25,15 +25,8 @@ static unsigned atomicInc(unsigned* address, unsigned last)
 }
 
 #include "images.cu"
-#include "loop.cu"
 #include "probes.cu"
 #include "sampler.cu"
-
-// A condition is its value's address here; on a GPU only the driver knows what is behind the handle.
-extern "C" void cudaGraphSetConditional(Index condition, unsigned value)
-{
-    *reinterpret_cast<unsigned*>(condition) = value;
-}
 
 // What cuLaunchKernel takes: `arguments[i]` points to the i-th argument, here of `sizes[i]` bytes. Returns whether
 // number and sizes are those of the kernel's parameters, and runs it if so.
@@ -67,7 +60,6 @@ EXPORT(noise_init_f32)
 EXPORT(noise_init_f16)
 EXPORT(sampler_step_f32)
 EXPORT(sampler_step_f16)
-EXPORT(more_steps)
 EXPORT(normalise_pad_f32)
 EXPORT(normalise_pad_f16)
 EXPORT(gather_crops_f32)

@@ -1,6 +1,8 @@
-"""compile.py: what the key depends on, what the cache survives. No CUDA is needed: the compiler here is a fake."""
+"""compile.py: what the key depends on, what the cache survives. The compiler is a fake, the cache is cuda.core's."""
 
 import dataclasses
+import errno
+import os
 import pickle
 import re
 import subprocess
@@ -8,13 +10,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from diffiqa.kernels import compile as subject
-from diffiqa.kernels.compile import HEADERS, SOURCES, CubinCache, KernelError, Unit, cache_folder, cubin, read_unit
+from diffiqa.kernels.compile import HEADERS, SOURCES, KernelError, Unit, cache_folder, cache_key, read_unit
 
-UNIT = Unit("a.cu", "code", (("a.h", "one"), ("b.h", "two")), "sm_90", (("fma", False), ("std", "c++17")), "nvrtc 13.5")
+UNIT = Unit("a.cu", "code", "sm_90", (("fma", False), ("std", "c++17")))
 CODE = b"\x7fELF" + bytes(range(256)) * 20
 
 
@@ -30,10 +33,13 @@ class Compiler:
         return self.code
 
 
-def compiled(
-    folder: Path, compiler: Compiler, source: str = "sampler.cu", arch: str = "sm_90", version: str = "1"
-) -> bytes:
-    return cubin(source, arch, cache=CubinCache(folder), compiler=compiler, version=lambda: version)
+def compiled(folder: Path, compiler: Compiler, unit: Unit = UNIT) -> bytes:
+    return subject.compile_cached(unit, folder, compiler)
+
+
+def entry_of(folder: Path) -> Path:
+    (entry,) = (path for path in folder.rglob("*") if path.is_file())
+    return entry
 
 
 def test_second_call_takes_the_cubin_from_the_cache(tmp_path: Path) -> None:
@@ -48,48 +54,45 @@ def test_second_call_takes_the_cubin_from_the_cache(tmp_path: Path) -> None:
     [
         {"name": "b.cu"},
         {"text": "code "},
-        {"headers": (("a.h", "one"), ("b.h", "two!"))},
-        {"headers": (("a.h", "one"), ("c.h", "two"))},
-        {"headers": (("a.h", "onet"), ("b.h", "wo"))},
-        {"headers": (("a.h", "one"),)},
         {"arch": "sm_89"},
         {"options": (("fma", True), ("std", "c++17"))},
-        {"options": (("fma", "False"), ("std", "c++17"))},
         {"options": (("fma", False),)},
-        {"compiler": "nvrtc 13.6"},
     ],
     ids=lambda change: "{}={}".format(*next(iter(change.items()))),
 )
-def test_key_differs_on(change: dict[str, str]) -> None:
-    assert dataclasses.replace(UNIT, **change).key() != UNIT.key()  # type: ignore[arg-type]
-    assert dataclasses.replace(UNIT).key() == UNIT.key()
-
-
-def test_key_sees_where_one_field_ends_and_the_next_begins() -> None:
-    one, other = (dataclasses.replace(UNIT, name=name, text=text) for name, text in (("atext", "b"), ("a", "textb")))
-    assert one.key() != other.key()
-
-
-def test_key_differs_on_its_own_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = UNIT.key()
-    monkeypatch.setattr(subject, "_KEY_VERSION", "next")
-    assert UNIT.key() != before
-
-
-@pytest.mark.parametrize(
-    "change", [{"source": "images.cu"}, {"arch": "sm_89"}, {"version": "2"}], ids=lambda c: next(iter(c))
-)
-def test_another_source_gpu_or_compiler_is_compiled_anew(tmp_path: Path, change: dict[str, str]) -> None:
+def test_another_source_gpu_or_option_is_compiled_anew(tmp_path: Path, change: dict[str, Any]) -> None:
     compiled(tmp_path, Compiler())
     again = Compiler(b"other")
-    assert compiled(tmp_path, again, **change) == b"other"
+    assert compiled(tmp_path, again, dataclasses.replace(UNIT, **change)) == b"other"
     assert len(again.units) == 1
 
 
-def test_unit_carries_every_header_its_source_includes() -> None:
+def test_another_header_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in zip(HEADERS, ("one", "two"), strict=True):
+        (tmp_path / name).write_text(text)
+    before = cache_key(UNIT)
+    monkeypatch.setattr(subject, "_FOLDER", tmp_path)
+    keys = {before, cache_key(UNIT)}
+    for name, text in zip(HEADERS, ("onet", "wo"), strict=True):
+        (tmp_path / name).write_text(text)
+        keys.add(cache_key(UNIT))
+    assert len(keys) == 4
+
+
+def test_another_compiler_compiles_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cuda.bindings import nvrtc
+
+    keys = set()
+    for version in ((13, 5), (13, 6)):
+        monkeypatch.setattr(nvrtc, "nvrtcVersion", lambda version=version: (nvrtc.nvrtcResult.NVRTC_SUCCESS, *version))
+        keys.add(cache_key(UNIT))
+    assert len(keys) == 2
+
+
+def test_every_header_that_a_source_includes_counts() -> None:
     for source in SOURCES:
-        unit = read_unit(source, "sm_90", "nvrtc 13.5")
-        texts = [unit.text, *(text for _, text in unit.headers)]
+        unit = read_unit(source, "sm_90")
+        texts = [unit.text, *((subject._FOLDER / name).read_text() for name in HEADERS)]
         included = {name for text in texts for name in re.findall(r'#include [<"](.+)[>"]', text)}
         assert included <= set(HEADERS)
 
@@ -101,12 +104,12 @@ def _damage(entry: bytes) -> Iterator[tuple[str, bytes]]:
     yield "longer", entry + b"\0"
     yield "one bit", entry[:-7] + bytes([entry[-7] ^ 1]) + entry[-6:]
     yield "digest", entry[:20] + bytes([entry[20] ^ 1]) + entry[21:]
-    yield "another format", b"X" + entry[1:]
+    yield "first byte", b"X" + entry[1:]
 
 
 def test_damaged_entry_is_compiled_again_and_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     compiled(tmp_path, Compiler())
-    (entry,) = tmp_path.iterdir()
+    entry = entry_of(tmp_path)
     whole = entry.read_bytes()
     for name, damaged in _damage(whole):
         entry.write_bytes(damaged)
@@ -119,34 +122,41 @@ def test_damaged_entry_is_compiled_again_and_replaced(tmp_path: Path, caplog: py
 
 
 def test_entry_under_another_units_name_is_refused(tmp_path: Path) -> None:
-    cache, other = CubinCache(tmp_path), dataclasses.replace(UNIT, text="other code")
-    cache.put(UNIT, CODE)
-    cache.path(UNIT).rename(cache.path(other))
-    assert cache.get(other) is None
+    other = dataclasses.replace(UNIT, text="other code")
+    compiled(tmp_path / "one", Compiler())
+    compiled(tmp_path / "two", Compiler(b"other"), other)
+    entry_of(tmp_path / "one").replace(entry_of(tmp_path / "two"))
+    again = Compiler(b"other")
+    assert compiled(tmp_path / "two", again, other) == b"other"
+    assert len(again.units) == 1
 
 
 WRITER = """
 import pathlib, pickle, sys
-from diffiqa.kernels.compile import CubinCache
-unit, code = pickle.loads(bytes.fromhex(sys.argv[2]))
+from diffiqa.kernels.compile import cache_key, compile_cached
+folder, unit = pathlib.Path(sys.argv[1]), pickle.loads(bytes.fromhex(sys.argv[2]))
 for _ in range(50):
-    CubinCache(pathlib.Path(sys.argv[1])).put(unit, code * 300_000)
+    for entry in (folder / "entries").rglob("*"):
+        if entry.is_file():
+            entry.unlink(missing_ok=True)
+    compile_cached(unit, folder, lambda unit: int(sys.argv[3]).to_bytes(1, "big") * 300_000)
 """
 
 
-def test_readers_see_whole_entries_while_other_processes_write(tmp_path: Path) -> None:
-    cache = CubinCache(tmp_path)
-    cache.put(UNIT, b"\0" * 300_000)
+def test_readers_see_whole_entries_while_other_processes_write(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), pickle.dumps((UNIT, bytes([i]))).hex()])
+        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), pickle.dumps(UNIT).hex(), str(i)])
         for i in range(2)
     ]
     seen = set()
     while any(writer.poll() is None for writer in writers):
-        seen.add(cache.get(UNIT))
+        seen.add(compiled(tmp_path, Compiler(b"\2" * 300_000)))
     assert [writer.returncode for writer in writers] == [0, 0]
-    assert seen <= {bytes([i]) * 300_000 for i in range(2)}
-    assert [path.name for path in tmp_path.iterdir()] == [cache.path(UNIT).name]  # nothing unfinished is left
+    assert seen <= {bytes([i]) * 300_000 for i in range(3)}
+    assert "damaged" not in caplog.text
+    entry_of(tmp_path)  # nothing unfinished is left
 
 
 def test_threads_that_need_the_same_kernel_all_get_it(tmp_path: Path) -> None:
@@ -162,6 +172,23 @@ def test_threads_that_need_the_same_kernel_all_get_it(tmp_path: Path) -> None:
 def test_cache_that_cannot_be_written_is_said_and_not_fatal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
     assert compiled(tmp_path / "file" / "cache", Compiler()) == CODE
+    assert "cannot be used" in caplog.text
+
+
+def test_a_cache_that_takes_no_more_entries_still_gives_those_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiled(tmp_path, Compiler())
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("mkdir", "utime", "unlink"):
+        monkeypatch.setattr(os, name, read_only)
+    monkeypatch.setattr("tempfile.mkstemp", read_only)
+    assert compiled(tmp_path, Compiler(b"other")) == CODE
+    assert caplog.text == ""
+    assert compiled(tmp_path, Compiler(b"other"), dataclasses.replace(UNIT, arch="sm_89")) == b"other"
     assert "cannot be written" in caplog.text
 
 
@@ -171,7 +198,7 @@ def test_write_that_fails_leaves_no_half_entry(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr("os.fsync", full)
     assert compiled(tmp_path, Compiler()) == CODE
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_cache_folder_is_private(tmp_path: Path) -> None:
@@ -215,12 +242,12 @@ def test_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch
 
 
 def test_missing_cuda_is_a_kernel_error_that_names_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("cuda", "cuda.core", "cuda.bindings", "pycuda"):
+    for module in ("cuda", "cuda.core", "cuda.core.utils", "cuda.bindings", "pycuda"):
         monkeypatch.setitem(sys.modules, module, None)
     subject.nvrtc_version.cache_clear()
     from diffiqa.kernels import load
 
-    for call in (subject.nvrtc_version, load.device_arch, lambda: subject.compile_nvrtc(UNIT)):
+    for call in (subject.nvrtc_version, load.device_arch, lambda: subject.compile_nvrtc(UNIT), lambda: cache_key(UNIT)):
         with pytest.raises(KernelError, match="pip install cuda-core"):
             call()
     with pytest.raises(KernelError, match="pip install pycuda"):

@@ -1,7 +1,4 @@
-"""sampler.cu against the NumPy loop of runtime/: noise in its place, steps bit for bit, taps, the step counter.
-
-And loop.cu, which looks at that counter.
-"""
+"""sampler.cu against the NumPy loop of runtime/: noise in its place, steps bit for bit, taps, the step counter."""
 
 import dataclasses
 
@@ -10,7 +7,7 @@ import pytest
 
 from diffiqa.engine.noise import NoiseField
 from diffiqa.engine.schedule import Kind, Schedule, Taps
-from diffiqa.kernels.launch import COEFFICIENTS, PROGRESS, Storage, Window, more_steps
+from diffiqa.kernels.launch import COEFFICIENTS, PROGRESS, Storage, Window
 from diffiqa.runtime.host.sampler import restore, step
 
 from .devices import Array, Device, Host
@@ -68,8 +65,6 @@ both = pytest.mark.parametrize("storage", Storage)
 
 def test_structs_have_the_sizes_of_their_tables(library: object) -> None:
     from diffiqa.kernels.launch import CROP, SOURCE, STEP, WINDOW
-
-    from .devices import Host
 
     sizes = Host(library).struct_sizes()  # type: ignore[arg-type]
     assert sizes == [dtype.itemsize for dtype in (WINDOW, STEP, PROGRESS, SOURCE, CROP)]
@@ -194,27 +189,6 @@ def test_a_launch_after_the_last_step_changes_nothing(device: Device, storage: S
     loop.step()
     assert [device.get(address).tobytes() for address in addresses] == before
     assert loop.progress == (-1, 0)
-
-
-def test_a_condition_holds_until_the_last_step_is_done(host: Host) -> None:
-    """On a GPU only a graph shows that: test_on_gpu.py."""
-    loop = Loop(host, Storage.F32, [Window(1, (8, 8))], (8, 8), Schedule(steps=3))
-    condition = host.like((), np.uint32)
-    loop.begin()
-    loop.predict(np.zeros(loop.shape))
-    held = []
-    for _ in range(4):
-        host.run(more_steps(loop.buffers.progress, condition))
-        held.append(host.get(condition).item())
-        loop.step()
-    assert held == [1, 1, 1, 0]
-
-
-def test_without_a_condition_nothing_is_set(device: Device) -> None:
-    loop = Loop(device, Storage.F32, [Window(1, (8, 8))], (8, 8))
-    loop.begin()
-    device.run(more_steps(loop.buffers.progress, 0))
-    assert loop.progress == (3, 0)
 
 
 @both

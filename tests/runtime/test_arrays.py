@@ -84,7 +84,7 @@ def test_a_tensor_with_channels_first_is_refused_as_such_an_array_is() -> None:
     "tensor", [torch.zeros(20, 24, 3, requires_grad=True), torch.zeros(20, 24, 3, dtype=torch.bfloat16)], ids=str
 )
 def test_values_that_cannot_be_had_say_why_and_what_to_do(tensor: torch.Tensor) -> None:
-    with pytest.raises(ImageError, match=r"Tensor: its values cannot be had \(.+\); copy it to the host as a NumPy"):
+    with pytest.raises(ImageError, match=r"Tensor: its values cannot be read \(.+\); copy it to the host as a NumPy"):
         read_image(tensor)
 
 
@@ -114,7 +114,7 @@ def test_memory_of_no_context_is_copied_in_that_of_its_device(driver: Driver) ->
 
 def test_what_the_driver_refuses_is_said_and_the_context_given_back(driver: Driver) -> None:
     driver.fails = "cuMemcpyDtoH"
-    with pytest.raises(ImageError, match=r"GpuArray: its values cannot be had \(700\)"):
+    with pytest.raises(ImageError, match=r"GpuArray: its values cannot be read \(700\)"):
         read_image(GpuArray(np.ascontiguousarray(photo(4, 20, 24))))
     assert driver.names()[-1] == "cuCtxPopCurrent"
 

@@ -261,7 +261,7 @@ def test_a_stream_that_is_given_up_ends_what_it_has_begun(scorer: Scorer) -> Non
     begun, told = threading.Event(), threading.Event()
 
     class SlowFromTheSecondOn:
-        takes_pixels, together, waiting, calls = False, 1, 0, 0
+        takes_pixels, together, queue_depth, calls = False, 1, 0, 0
 
         def run_together(self, tasks: Any, plan: Any, cancelled: Callable[[], bool], *, pictures: bool = True) -> Any:
             assert executor is not None

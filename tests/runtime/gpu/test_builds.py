@@ -21,6 +21,7 @@ from diffiqa.engine.manifest import (
     read_manifest,
 )
 from diffiqa.errors import EngineError
+from diffiqa.runtime.gpu import builds
 from diffiqa.runtime.gpu.builds import open_build, rebuild_command
 
 RTX = Library.TENSORRT_RTX
@@ -113,6 +114,20 @@ def test_a_foreign_build_is_refused_with_the_command_for_this_machine(
     assert asked["path"] == directory.path
     assert (asked["target"], asked["precision"]) == ("tensorrt-rtx", "fp16")
     assert (asked["batches"], asked["sizes"], asked["capabilities"]) == ("1,1:2:4", "32x32", capability)
+
+
+def test_a_gpu_that_the_library_has_no_kernels_for_is_told_of_another_backend(
+    directory: EngineDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hopper with TensorRT-RTX: no command would build anything that runs there."""
+    monkeypatch.setattr(builds, "supported_capabilities", lambda library: ("7.5", "8.9", "12.0"))
+    holder = holding(directory, build_of(directory, "a", compute_capabilities=()))
+    with pytest.raises(
+        EngineError, match=r"no kernels .* 9\.0 .* only for 7\.5, 8\.9, 12\.0; use .* onnxruntime-gpu"
+    ) as caught:
+        opened(holder, compute_capability="9.0")
+    assert "iqa-build" not in str(caught.value)
+    assert opened(holder) in holder.manifest.builds
 
 
 def test_a_stale_build_is_refused_when_its_onnx_stages_have_changed(directory: EngineDirectory) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import dataclasses
 import itertools
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -27,10 +28,9 @@ from diffiqa.model.checkpoint import Loaded
 from diffiqa.model.network import build
 from diffiqa.runtime import plan as plan_module
 from diffiqa.runtime.executor import Cancelled, Outcome
-from diffiqa.runtime.gpu import executor as device_module
-from diffiqa.runtime.gpu import graphs as graphs_module
+from diffiqa.runtime.gpu import bindings as bindings_module
 from diffiqa.runtime.gpu.executor import DeviceExecutor
-from diffiqa.runtime.gpu.graphs import Form, Graphs, Work
+from diffiqa.runtime.gpu.graphs import Form
 from diffiqa.runtime.gpu.layer import DeviceMemoryError, choose_profile
 from diffiqa.runtime.host.executor import HostExecutor
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime
@@ -232,63 +232,6 @@ def test_a_graph_of_one_step_is_launched_once_a_step(directory: EngineDirectory,
     assert "unet" not in again
 
 
-def nodes(layer: FakeLayer) -> list[int]:
-    """Let captures note here how many launches they hold."""
-    seen: list[int] = []
-
-    def note(count: int) -> bool:
-        seen.append(count)
-        return False
-
-    layer.capture_fails = note
-    return seen
-
-
-def test_a_graph_that_loops_holds_one_step_and_is_launched_once(directory: EngineDirectory, layer: FakeLayer) -> None:
-    pixels, sizes = photo(5, 48, 64), nodes(layer)
-    plan, executor = planned(directory, pixels, crops=1), device(layer, directory, Form.WHILE)
-    _, second, third = (launches(layer, lambda: executor.run(pixels, plan, 0)) for _ in range(3))
-    assert second.count("graph") == third.count("graph") == 1 + 1  # and the heads'
-    assert not {"noise_init_f32", "unet", "sampler_step_f32"} & {*second, *third}
-    assert sizes == [1 + 3, 3]  # the beginning; U-Net, sampler step, condition; the heads
-
-
-def test_long_loops_are_captured_as_one_step_in_a_loop(
-    directory: EngineDirectory, layer: FakeLayer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(graphs_module, "MAX_LOOP_STEPS", 5)
-    pixels, sizes = photo(5, 48, 64), nodes(layer)
-    plan, executor = planned(directory, pixels, crops=1), device(layer, directory)
-    executor.run(pixels, plan, 0)
-    assert launches(layer, lambda: executor.run(pixels, plan, 0)).count("graph") == 1 + 1
-    assert sizes == [1 + 3, 3]
-
-
-def test_long_loops_that_cannot_be_captured_so_are_captured_a_step_at_a_time(
-    directory: EngineDirectory, layer: FakeLayer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(graphs_module, "MAX_LOOP_STEPS", 5)
-    layer.capture_fails = lambda count: count == 4
-    pixels = photo(5, 48, 64)
-    plan, executor = planned(directory, pixels, crops=1), device(layer, directory)
-    executor.run(pixels, plan, 0)
-    before = layer.log.count("graph")
-    (note,) = executor.run(pixels, plan, 0).notes
-    assert layer.log.count("graph") - before == 6 + 1
-    assert "with a CUDA graph of one step, not of a loop: the fake GPU" in note
-
-
-@pytest.mark.parametrize("form", [Form.LOOP, Form.WHILE])
-def test_work_whose_steps_the_device_does_not_count_is_captured_without_a_loop(layer: FakeLayer, form: Form) -> None:
-    sizes, done = nodes(layer), []
-    work = Work("key", lambda: layer.do("step", lambda: done.append("step")), 3, lambda: layer.do("begin", done.clear))
-    graphs = Graphs(layer, form)
-    for _ in range(3):
-        assert graphs.run(work, lambda: False) is None
-        assert done == ["step"] * 3
-    assert sizes == [1 + 3]
-
-
 @pytest.mark.parametrize("form", Form)
 def test_what_nobody_wants_any_more_is_not_launched(directory: EngineDirectory, layer: FakeLayer, form: Form) -> None:
     pixels = photo(5, 48, 64)
@@ -316,7 +259,7 @@ def test_another_shape_is_captured_anew_and_the_first_is_kept(directory: EngineD
     assert same(before, device(FakeLayer(layer._kernels._library), directory).run(small, plans[0], 1))
 
 
-@pytest.mark.parametrize("form", [Form.STEP, Form.LOOP, Form.WHILE])
+@pytest.mark.parametrize("form", [Form.STEP, Form.LOOP])
 def test_graphs_of_moved_memory_are_dropped(directory: EngineDirectory, layer: FakeLayer, form: Form) -> None:
     """The crop's profile comes first and is small; the family's moves every buffer. A stale graph would write there."""
     executor = device(layer, directory, form)
@@ -333,7 +276,7 @@ def test_graphs_of_moved_memory_are_dropped(directory: EngineDirectory, layer: F
 def test_only_so_many_shapes_keep_their_contexts_and_graphs(
     directory: EngineDirectory, layer: FakeLayer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_module, "MAX_LOOPS", 2)
+    monkeypatch.setattr(bindings_module, "MAX_LOOPS", 2)
     executor = device(layer, directory, sizes=("32x32:64x64:128x128",))
     expected: dict[int, Outcome] = {}
     # Twice each, so that there is a graph to outlive its context; then all over again.
@@ -346,26 +289,21 @@ def test_only_so_many_shapes_keep_their_contexts_and_graphs(
 
 
 @pytest.mark.parametrize(
-    ("form", "fails", "graphs", "says"),
+    ("fails", "graphs", "says"),
     [
-        pytest.param(Form.LOOP, {13}, 6 + 1, "with a CUDA graph of one step, not of all steps: ", id="all steps"),
-        pytest.param(Form.LOOP, {2, 13}, 1, "without a CUDA graph: ", id="all steps and one"),
-        pytest.param(Form.LOOP, {3}, 1, "without a CUDA graph: ", id="heads"),
-        pytest.param(Form.LOOP, {2, 3, 13}, 0, "without a CUDA graph: ", id="everything"),
-        pytest.param(Form.WHILE, {4}, 1 + 1, "with a CUDA graph of all steps, not of a loop: ", id="loop"),
-        pytest.param(
-            Form.WHILE, {4, 13}, 6 + 1, "with a CUDA graph of one step, not of a loop: ", id="loop, all steps"
-        ),
-        pytest.param(Form.WHILE, {2, 4, 13}, 1, "without a CUDA graph: ", id="loop, all steps and one"),
+        pytest.param({13}, 6 + 1, "with a CUDA graph of one step, not of all steps: ", id="all steps"),
+        pytest.param({2, 13}, 1, "without a CUDA graph: ", id="all steps and one"),
+        pytest.param({3}, 1, "without a CUDA graph: ", id="heads"),
+        pytest.param({2, 3, 13}, 0, "without a CUDA graph: ", id="everything"),
     ],
 )
 def test_a_failing_capture_falls_back_and_every_result_says_so(
-    directory: EngineDirectory, layer: FakeLayer, form: Form, fails: set[int], graphs: int, says: str
+    directory: EngineDirectory, layer: FakeLayer, fails: set[int], graphs: int, says: str
 ) -> None:
-    """A loop holds 4 launches, all six steps 13, one step 2 and the heads 3."""
+    """All six steps are 13 launches, one step 2 and the heads 3."""
     layer.capture_fails = lambda count: count in fails
     pixels = photo(10, 48, 64)
-    plan, executor = planned(directory, pixels, crops=1), device(layer, directory, form)
+    plan, executor = planned(directory, pixels, crops=1), device(layer, directory)
     first = executor.run(pixels, plan, 0)
     assert first.notes == ()  # no graph was to be used yet
     for _ in range(2):
@@ -481,6 +419,7 @@ def test_memory_for_not_even_one_crop_is_an_error_that_leaves_nothing_behind(
     with pytest.raises(DeviceMemoryError, match="fake GPU has no"):
         executor.run(pixels, planned(directory, pixels), 0)
     assert layer.alive == 0
+    assert layer.kept == 0, "what was freed is kept from others"
     layer.capacity = 2**30  # another process has gone
     small = photo(15, 32, 32)
     assert executor.run(small, planned(directory, small), 0).verdicts
@@ -517,19 +456,18 @@ def test_stages_that_do_not_agree_on_types_are_refused(directory: EngineDirector
 
 
 @pytest.mark.parametrize(
-    ("form", "runs_before"),
+    "runs_before",
     [
-        pytest.param(Form.LOOP, 0, id="plain launches"),
-        pytest.param(Form.LOOP, 1, id="capture of all steps"),
-        pytest.param(Form.WHILE, 1, id="capture of a loop"),
-        pytest.param(Form.LOOP, 2, id="graphs"),
+        pytest.param(0, id="plain launches"),
+        pytest.param(1, id="capture of all steps"),
+        pytest.param(2, id="graphs"),
     ],
 )
 def test_ctrl_c_between_any_two_launches_leaves_a_device_that_works_and_can_be_freed(
-    directory: EngineDirectory, layer: FakeLayer, form: Form, runs_before: int
+    directory: EngineDirectory, layer: FakeLayer, runs_before: int
 ) -> None:
     pixels = photo(17, 48, 64)
-    plan, executor = planned(directory, pixels, crops=5), device(layer, directory, form)
+    plan, executor = planned(directory, pixels, crops=5), device(layer, directory)
     expected = executor.run(pixels, plan, 1)
     calls = itertools.count()
 
@@ -547,7 +485,7 @@ def test_ctrl_c_between_any_two_launches_leaves_a_device_that_works_and_can_be_f
         except KeyboardInterrupt:
             pass
         else:
-            assert runs_before == 2 or form is Form.WHILE, "that many launches are made"
+            assert runs_before == 2, "that many launches are made"
             assert target > 5
         layer.watch = lambda count: None
         assert same(executor.run(pixels, plan, 1), expected)
@@ -795,3 +733,62 @@ def test_closing_waits_for_images_that_have_come_in_and_refuses_them(
         else:
             assert "closed" in str(refusal)
     assert layer.left == 0
+
+
+# ------------------------------------------------------------------------------------------- waits that are left out
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(
+    "left_out",
+    [
+        None,
+        ("executor", "_run"),
+        ("executor", "_download_restored"),
+        ("executor", "_settle"),
+        ("memory", "get"),
+        ("bindings", "loop"),
+        ("graphs", "_captured"),
+    ],
+    ids=lambda where: ".".join(where) if where else "none",
+)
+def test_a_wait_that_is_left_out_shows(
+    directory: EngineDirectory, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, left_out: tuple[str, str] | None
+) -> None:
+    """Each wait of the executor is there for something, and these tests would notice if it were gone."""
+
+    class Hasty(FakeLayer):
+        def synchronise(self) -> None:
+            caller = sys._getframe(1).f_code
+            if (Path(caller.co_filename).stem, caller.co_name) != left_out:
+                super().synchronise()
+
+    monkeypatch.setattr(bindings_module, "MAX_LOOPS", 1)
+    small, large = photo(1, 40, 48), photo(2, 70, 118)
+
+    def outcomes(layer: FakeLayer) -> list[Outcome]:
+        executor = device(layer, directory, batches=("1", "2"), sizes=("32x32", "32x32:64x64:96x128"))
+        # Without a graph, captured, with buffers that move, and again.
+        found = [
+            executor.run(pixels, planned(directory, pixels, mode=mode, crops=3), 7)
+            for pixels in (small, small, large, small)
+            for mode in (Mode.CROP, Mode.WHOLE, Mode.TILE)
+        ]
+        launched = len(layer.log)
+
+        def interrupt(launches: int) -> None:
+            if launches == launched + 5:
+                raise KeyboardInterrupt
+
+        layer.watch = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            executor.run(small, planned(directory, small, mode=Mode.CROP, crops=3), 7, form=Form.NONE)
+        executor.close()
+        return found
+
+    expected = outcomes(FakeLayer(library))
+    try:
+        shows = not all(map(same, outcomes(Hasty(library)), expected))
+    except AssertionError:
+        shows = True
+    assert shows is (left_out is not None)

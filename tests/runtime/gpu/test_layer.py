@@ -5,19 +5,18 @@ The driver here keeps accounts, no more. What a real one makes of these calls is
 
 # ruff: noqa: N802, N815 — the names are the driver's
 
-from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from diffiqa.errors import BackendError
-from diffiqa.kernels.launch import Launch
 from diffiqa.runtime.gpu.cuda import CudaLayer
 
 cuda = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed", exc_type=ImportError)
 
 OK, REFUSED = cuda.CUresult.CUDA_SUCCESS, cuda.CUresult.CUDA_ERROR_NOT_SUPPORTED
-PROGRESS = 4096
 
 
 class Driver:
@@ -27,7 +26,6 @@ class Driver:
         self.refused, self.spoilt, self.capturing = refused, False, False
         self.alive: list[int] = []  # graphs and executable graphs
         self.made = 0
-        self.nodes: list[tuple[str, int, Any]] = []  # kind, graph, and what was added
 
     def __getattr__(self, name: str) -> Any:
         return getattr(cuda, name)
@@ -43,9 +41,6 @@ class Driver:
         self.capturing = False
         return (REFUSED, None) if spoilt else self._make("cuStreamEndCapture", cuda.CUgraph)
 
-    def cuGraphCreate(self, flags: int) -> tuple[Any, Any]:
-        return self._make("cuGraphCreate", cuda.CUgraph)
-
     def cuGraphInstantiate(self, graph: Any, flags: int) -> tuple[Any, Any]:
         assert int(graph) in self.alive
         return self._make("cuGraphInstantiate", cuda.CUgraphExec)
@@ -56,23 +51,6 @@ class Driver:
 
     cuGraphExecDestroy = cuGraphDestroy
 
-    def cuGraphConditionalHandleCreate(self, graph: Any, context: Any, default: int, flags: int) -> tuple[Any, Any]:
-        assert (default, flags) == (1, cuda.CU_GRAPH_COND_ASSIGN_DEFAULT)
-        return (REFUSED if self.refused == "cuGraphConditionalHandleCreate" else OK), cuda.CUgraphConditionalHandle(99)
-
-    def cuGraphAddChildGraphNode(self, graph: Any, before: Any, count: int, child: Any) -> tuple[Any, Any]:
-        assert int(child) in self.alive
-        self.nodes.append(("child", int(graph), int(child)))
-        return (REFUSED if self.refused == "cuGraphAddChildGraphNode" else OK), cuda.CUgraphNode(len(self.nodes))
-
-    def cuGraphAddNode(self, graph: Any, before: Any, edges: Any, count: int, node: Any) -> tuple[Any, Any]:
-        assert count == len(before)
-        self.nodes.append(("while", int(graph), int(node.conditional.handle)))
-        assert node.type == cuda.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
-        assert node.conditional.type == cuda.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_WHILE
-        assert (node.conditional.size, int(node.conditional.ctx)) == (1, 77)
-        return (REFUSED if self.refused == "cuGraphAddNode" else OK), cuda.CUgraphNode(len(self.nodes))
-
     def _make(self, name: str, kind: Any) -> tuple[Any, Any]:
         if name == self.refused:
             return REFUSED, None
@@ -81,31 +59,62 @@ class Driver:
         return OK, kind(self.made)
 
 
-class Context:
-    handle = cuda.CUcontext(77)
-
-
 class Stream:
-    handle, context = cuda.CUstream(1), Context()
+    handle = cuda.CUstream(1)
 
     def sync(self) -> None: ...
 
 
-def layer_on(driver: Driver) -> tuple[CudaLayer, list[tuple[bool, Launch]]]:
-    """Return a layer without what needs a GPU, and its launches, each with whether it was captured."""
-    layer, launched = object.__new__(CudaLayer), []
+def layer_on(driver: Driver) -> CudaLayer:
+    """Return a layer without what needs a GPU."""
+    layer = object.__new__(CudaLayer)
     layer.name, layer._capturing = "GPU", False
     layer._driver, layer._stream = driver, Stream()
-    layer._enqueue = lambda launch, stream: launched.append((driver.capturing, launch))
-    return layer, launched
+    return layer
 
 
-def nothing() -> None: ...
+class Piece:
+    """A buffer of cuda.core's that notes on which stream it is freed."""
+
+    def __init__(self) -> None:
+        self.memory = np.zeros(16, np.uint8)
+        self.handle = self.memory.ctypes.data
+        self.freed: list[Any] = []
+
+    def close(self, stream: Any = None) -> None:
+        self.freed.append(stream)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_pinned_memory_is_freed_after_the_copies_of_its_own_stream(beside: bool) -> None:
+    layer, piece = layer_on(Driver()), Piece()
+    layer._beside, layer._buffers, layer._pinned_beside = Stream(), {}, set()
+    layer._pinned = SimpleNamespace(allocate=lambda size: piece)
+    memory = layer.allocate_pinned(16, beside=beside)
+    layer.free_pinned(memory)
+    assert piece.freed == [layer._beside if beside else layer._stream]
+    assert (layer._buffers, layer._pinned_beside) == ({}, set())
+
+
+def test_memory_is_given_back_once_both_streams_have_freed_it() -> None:
+    driver, done = Driver(), list[Any]()
+    layer = layer_on(driver)
+    for name in ("_stream", "_beside"):
+        setattr(layer, name, SimpleNamespace(sync=lambda name=name: done.append(name)))
+    layer._device = SimpleNamespace(memory_resource=SimpleNamespace(handle=5))
+
+    def trim(pool: int, keep: int) -> tuple[Any]:
+        done.append((pool, keep))
+        return (OK,)
+
+    driver.cuMemPoolTrimTo = trim  # type: ignore[attr-defined]
+    layer.trim()
+    assert done == ["_stream", "_beside", (5, 0)]
 
 
 def test_a_captured_graph_is_one_executable_until_it_is_closed() -> None:
     driver = Driver()
-    layer, _ = layer_on(driver)
+    layer = layer_on(driver)
     layer.begin_capture()
     graph = layer.end_capture()
     assert driver.alive == [2]
@@ -113,68 +122,28 @@ def test_a_captured_graph_is_one_executable_until_it_is_closed() -> None:
     assert driver.alive == []
 
 
-def test_a_loop_is_what_begins_it_and_a_node_around_one_step_that_sets_its_condition() -> None:
-    driver = Driver()
-    layer, launched = layer_on(driver)
-    steps: list[bool] = []
-    graph = layer.capture_loop(nothing, lambda: steps.append(driver.capturing), PROGRESS)
-    assert steps == [True]
-    whole, begin, step = 1, 2, 3
-    assert [(kind, what) for kind, _, what in driver.nodes] == [("child", begin), ("while", 99), ("child", step)]
-    assert [graph for _, graph, _ in driver.nodes[:2]] == [whole, whole]
-    # Loaded by a launch that sets nothing, then captured with the condition.
-    assert [(captured, *map(int, launch.arguments)) for captured, launch in launched] == [
-        (False, PROGRESS, 0),
-        (True, PROGRESS, 99),
-    ]
-    graph.close()
-    assert driver.alive == []
-
-
-@pytest.mark.parametrize(
-    "refused",
-    [
-        "cuGraphCreate",
-        "cuGraphConditionalHandleCreate",
-        "cuStreamBeginCapture",
-        "cuStreamEndCapture",
-        "cuGraphAddChildGraphNode",
-        "cuGraphAddNode",
-        "cuGraphInstantiate",
-    ],
-)
-def test_a_loop_that_is_refused_leaves_nothing_behind(refused: str) -> None:
+@pytest.mark.parametrize("refused", ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate"])
+def test_a_capture_that_is_refused_leaves_nothing_behind(refused: str) -> None:
     driver = Driver(refused)
-    layer, _ = layer_on(driver)
-    with pytest.raises(BackendError, match="GPU cannot capture"):
-        layer.capture_loop(nothing, nothing, PROGRESS)
+    layer = layer_on(driver)
+
+    def capture() -> None:
+        layer.begin_capture()
+        layer.end_capture()
+
+    with pytest.raises(BackendError, match=r"GPU (cannot|could not) capture"):
+        capture()
     layer.abandon_capture()
     assert driver.alive == []
     assert not driver.capturing
 
 
-@pytest.mark.parametrize("spoils", [False, True], ids=["the capture holds", "the capture is spoilt"])
-@pytest.mark.parametrize("where", ["alone", "begin", "step"])
-@pytest.mark.parametrize("error", [BackendError("engine unet failed"), KeyboardInterrupt()], ids=["error", "interrupt"])
-def test_what_fails_while_capturing_leaves_nothing_behind(spoils: bool, where: str, error: BaseException) -> None:
+@pytest.mark.parametrize("spoilt", [False, True], ids=["the capture holds", "the capture is spoilt"])
+def test_an_abandoned_capture_leaves_nothing_behind(spoilt: bool) -> None:
     driver = Driver()
-    layer, _ = layer_on(driver)
-
-    def fail() -> None:
-        driver.spoilt = spoils
-        raise error
-
-    def alone() -> None:
-        layer.begin_capture()
-        fail()
-
-    captures: dict[str, Callable[[], object]] = {
-        "alone": alone,
-        "begin": lambda: layer.capture_loop(fail, nothing, PROGRESS),
-        "step": lambda: layer.capture_loop(nothing, fail, PROGRESS),
-    }
-    with pytest.raises(type(error)):
-        captures[where]()
+    layer = layer_on(driver)
+    layer.begin_capture()
+    driver.spoilt = spoilt
     layer.abandon_capture()
     assert driver.alive == []
     assert not driver.capturing

@@ -51,7 +51,8 @@ def host(directory: EngineDirectory, sessions: dict[StageName, Any]) -> HostExec
 
 @pytest.fixture
 def layer(library: ctypes.CDLL) -> FakeLayer:
-    return FakeLayer(library)
+    """Sessions on the CPU run in the caller's thread, so what they read has to be there."""
+    return FakeLayer(library, eager=True)
 
 
 def on_cpu(directory: EngineDirectory, sessions: dict[StageName, Any]) -> dict[StageName, LoadedStage]:
@@ -215,7 +216,7 @@ def test_options_of_a_provider_are_the_users_but_for_device_and_stream() -> None
     assert settings.provider_names == asked.provider_names
     assert [options["user_compute_stream"] for options in options_of(settings)] == ["7", "7"]
     assert options_of(settings)[1]["use_tf32"] == "1"
-    with pytest.raises(UsageError, match=r"device_id of CUDAExecutionProvider is set here; .* device"):
+    with pytest.raises(UsageError, match=r"device_id of CUDAExecutionProvider cannot be set: .* device"):
         gpu_settings(OnnxRuntime(providers=[(CUDA, {"device_id": "1"})]), 0, 7)
     kept = gpu_settings(OnnxRuntime(providers=[CUDA], spinning=True, session_config={"a": "1"}), 0, 7)
     assert (kept.spinning, kept.session_config["a"]) == (True, "1")
@@ -256,7 +257,7 @@ def test_batches_and_sizes_are_bounded(directory: EngineDirectory, sessions: dic
 @pytest.fixture
 def gpu(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> FakeLayer:
     """A machine with a GPU and an onnxruntime that has CUDA, but no TensorRT."""
-    layer = FakeLayer(library)
+    layer = FakeLayer(library, eager=True)
     monkeypatch.setattr(door, "gpu_capability", lambda ordinal: "8.9")
     monkeypatch.setattr(door, "installed_libraries", list)
     monkeypatch.setattr(cuda, "CudaLayer", lambda ordinal: layer)

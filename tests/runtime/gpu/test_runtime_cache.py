@@ -220,7 +220,7 @@ def test_engines_use_it_in_every_context_and_save_it_when_they_go(make: Make) ->
         get_engine_validity=lambda data: (Strategies.VALID, 0), deserialize_cuda_engine=lambda data: made
     )
     api = SimpleNamespace(Runtime=lambda logger: runtime, **dict.fromkeys(names.split(), Strategies))
-    log = SimpleNamespace(entries=[], logger=None)
+    log = SimpleNamespace(count=0, logger=None)
     rtx = Library.TENSORRT_RTX
     library: Any = SimpleNamespace(library=rtx, traits=TRAITS[rtx], api=api, log=log)
     built = BuiltStage(StageName.UNET, "", FileEntry("", 0, ""), (), (), (), ())
