@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 from onnx import TensorProto, checker, helper, numpy_helper, shape_inference
 
 from ..engine.atomic import sync
@@ -34,16 +33,15 @@ from ..engine.manifest import (
     open_engine,
 )
 from ..errors import EngineError, ExportError, UsageError, first_line
-from ..export.drift import draw_inputs
+from ..export.compare import compare_with_original
 from ..export.engine import writing
 from ..export.precision import Kept
 from .ranges import Method, choose_range
 from .statistics import NAME, StageStatistics, Statistics, check_engine, read
 
 FloatArray = npt.NDArray[np.float32]
-SEED = 20260102  # of the inputs that drift is measured on
+SEED = 20260102  # of the inputs on which 8 bits are compared with float32
 TOLERANCE = 0.5  # of the largest value: beyond it, what is wrong is not rounding
-SMALLEST = 0.01
 FP8_LARGEST = 448.0
 _FP8: Any = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
 _BIAS_LIMIT = 2.0**30
@@ -184,7 +182,7 @@ def write_stage(
     onnx.save_model(quantised, file)
     sync(file)
     progress(stage.name, "comparing with float32")
-    checks = _drift(directory, stage, file) if recipe.number is Number.INT8 else ()
+    checks = _compare(directory, stage, file) if recipe.number is Number.INT8 else ()
     entry = FileEntry(stage.file.path, file.stat().st_size, file_sha256(file))
     made = dataclasses.replace(stage, file=entry, checks=checks)
     return QuantisedStage(made, stage.file.bytes, report)
@@ -476,36 +474,17 @@ class _Quantiser:
         return np.rint(clipped).astype(np.int8)
 
 
-def _drift(directory: EngineDirectory, stage: Stage, file: Path) -> tuple[Check, ...]:
-    """Compare a quantised stage with its float32 original on random inputs. Raises ExportError if it is no likeness."""
-    feed = draw_inputs(directory, stage, SEED)
-    names = [spec.name for spec in stage.outputs]
-    expected, got = (_run(path, names, feed) for path in (directory.file(stage.file), file))
-    checks = []
-    for name, want, have in zip(names, expected, got, strict=True):
-        error = np.abs(have.astype(np.float64) - want)
-        largest = float(np.abs(want).max())
-        tolerance = TOLERANCE * max(largest, SMALLEST)
-        shapes = {key: value.shape for key, value in feed.items()}
-        check = Check(name, shapes, SEED, float(error.max()), float(error.mean()), largest, tolerance)
-        if not check.max_abs_error <= tolerance:  # written so that NaN fails
-            raise ExportError(
-                f"stage {stage.name}: quantised, output {name} is off by {check.max_abs_error:.3g} of {largest:.3g} "
-                f"(seed {SEED}); calibrate with more images, or choose ranges by another method"
-            )
-        checks.append(check)
-    return tuple(checks)
-
-
-def _run(path: Path, outputs: list[str], feed: dict[str, FloatArray]) -> list[FloatArray]:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    try:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        results: list[FloatArray] = session.run(outputs, feed)
-    except Exception as exc:  # onnxruntime's exceptions share no base class
-        raise ExportError(f"onnxruntime cannot run {path.name}: {first_line(exc)}") from exc
-    return results
+def _compare(directory: EngineDirectory, stage: Stage, file: Path) -> tuple[Check, ...]:
+    """Compare a quantised stage with its float32 original. Raises ExportError if it is no likeness."""
+    return compare_with_original(
+        directory,
+        stage,
+        file,
+        called="its 8-bit form",
+        seed=SEED,
+        allowed=TOLERANCE,
+        advice="; calibrate with more images, or choose ranges by another method",
+    )
 
 
 def _source(calibration: Path, statistics: Statistics) -> Source:

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 from onnx import TensorProto, helper, shape_inference
 
 from ..engine.atomic import replacing
@@ -27,7 +26,7 @@ from ..engine.manifest import EngineDirectory, Precision, StageName, open_engine
 from ..errors import BackendError, EngineError, ImageError, OutputError, UsageError, first_line
 from ..export.precision import PLAN_SCHEMA, Kept, PrecisionPlan, plan_stage
 from ..runtime.executor import Call
-from ..runtime.host.onnx_stage import available_cpus
+from ..runtime.host.onnx_stage import OnnxRuntime, make_session
 from ..runtime.images import Image, read_image
 from ..runtime.results import Options
 from ..runtime.scorer import Scorer
@@ -343,16 +342,7 @@ class Recorder:
         inside = [name for name in statistics.tensors if name not in {*self._fed, *self._results}]
         model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in inside)
         self._outputs = [*self._results, *inside]
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # errors reach the user as exceptions
-        options.intra_op_num_threads = available_cpus()
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            self._session = onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as exc:  # onnxruntime's exceptions share no base class
-            raise BackendError(f"onnxruntime cannot load stage {name}: {first_line(exc)}") from exc
+        self._session = make_session(model.SerializeToString(), OnnxRuntime(), f"stage {name}")
 
     def bind(self, inputs: Mapping[str, FloatArray], outputs: Mapping[str, FloatArray]) -> Call:
         """Return a call that runs the stage from and into these arrays, and records."""

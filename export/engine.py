@@ -35,8 +35,8 @@ from ..model.config import ModelConfig
 from ..model.network import DiffV2IQA, count_parameters
 from .graph import OPSET, export_graph, tensor_specs
 from .macs import count_macs
+from .pytorch import compare_with_pytorch
 from .stages import Shape, StagePlan, stage_plans
-from .verify import verify_stage
 
 CROPS = 9  # per image unless the user says otherwise: a 3×3 grid on a square image
 SEED = 20240222  # of the verification inputs
@@ -151,7 +151,7 @@ def _export_stage(model: DiffV2IQA, plan: StagePlan, work: Path, progress: Progr
         del graph
         exported = time.perf_counter()
         progress(plan.name, "comparing with PyTorch")
-        checks = verify_stage(model, plan, path, seed=SEED)
+        checks = compare_with_pytorch(model, plan, path, seed=SEED)
         sync(path)
         entry = FileEntry(relative, path.stat().st_size, file_sha256(path))
     except OSError as exc:

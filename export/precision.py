@@ -90,6 +90,39 @@ def read_plan(path: Path) -> PrecisionPlan:
     return plan
 
 
+def resolve_plan(
+    directory: EngineDirectory, precision: Precision | None = None, plan: PrecisionPlan | None = None
+) -> PrecisionPlan:
+    """Return `plan`, checked against the engine, or else the plan that the graphs lead to in `precision`.
+
+    Raises UsageError if the plan is of another precision or engine, or if TensorRT does not take the engine's 8 bits.
+    """
+    if plan and precision not in {None, plan.precision}:
+        raise UsageError(f"the precision plan is for {plan.precision}, not {precision}; leave --precision out")
+    wanted = plan.precision if plan else precision or Precision.FP16
+    made = []
+    for stage in directory.manifest.stages:
+        model = onnx.load(directory.file(stage.file))
+        if _is_unsigned(model.graph):
+            raise UsageError(
+                f"{directory.path} is quantised for ONNX Runtime, with unsigned numbers that TensorRT does not take; "
+                f"quantise the float32 engine with iqa-quantise --target tensorrt, and take that"
+            )
+        if plan and plan.stage(stage.name).onnx_sha256 != stage.file.sha256:
+            raise UsageError(
+                f"the precision plan is for another {stage.file.path} than {directory.path} holds; use the engine that "
+                f"it was made for, or --precision {wanted} for a plan of this one"
+            )
+        made.append(plan.stage(stage.name) if plan else plan_stage(model, stage, wanted))
+    return plan or PrecisionPlan(PLAN_SCHEMA, wanted, tuple(made))
+
+
+def _is_unsigned(graph: onnx.GraphProto) -> bool:
+    """Whether a stage is in 8 bits as ONNX Runtime wants them: TensorRT's parser takes no such zero points."""
+    unsigned = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.UINT8}
+    return any(node.op_type == "QuantizeLinear" and unsigned & set(node.input) for node in graph.node)
+
+
 def plan_stage(model: onnx.ModelProto, stage: Stage, precision: Precision) -> StagePrecision:
     """Return the first plan of a stage, from its graph alone; measured ranges may replace it later.
 
@@ -325,15 +358,3 @@ def rounded(typed: onnx.ModelProto) -> onnx.ModelProto:
 def in_8_bits(model: onnx.ModelProto) -> bool:
     """Whether a stage rounds values to 8 bits on its way."""
     return any(node.op_type == "QuantizeLinear" for node in model.graph.node)
-
-
-def refuse_unsigned(directory: EngineDirectory) -> None:
-    """Raise UsageError for 8-bit stages in ONNX Runtime's form, whose zero points TensorRT's parser does not take."""
-    for stage in directory.manifest.stages:
-        graph = onnx.load(directory.file(stage.file)).graph
-        unsigned = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.UINT8}
-        if any(node.op_type == "QuantizeLinear" and unsigned & set(node.input) for node in graph.node):
-            raise UsageError(
-                f"{directory.path} is quantised for ONNX Runtime, with unsigned numbers that TensorRT does not take; "
-                f"quantise the float32 engine with iqa-quantise --target tensorrt, and take that"
-            )

@@ -39,8 +39,8 @@ from ..engine.manifest import (
 )
 from ..errors import BackendError, EngineError, ExportError, UsageError
 from ..runtime.gpu.tensorrt import TensorRT, device_capability, load_library
-from .drift import measure_drift
-from .precision import PLAN_SCHEMA, PrecisionPlan, cast, plan_stage, refuse_unsigned
+from .compare import compare_cast
+from .precision import PrecisionPlan, cast, resolve_plan
 from .profiles import BATCHES, default_sizes, stage_profiles
 
 FOLDER = "tensorrt"
@@ -121,10 +121,9 @@ def build_engines(
     )
     stages = directory.manifest.stages
     profiles = {s.name: stage_profiles(directory.manifest, s, options.batches, options.sizes) for s in stages}
-    job = _Job(directory, library, options, _plan(directory, options), profiles)
+    job = _Job(directory, library, options, resolve_plan(directory, options.precision, options.plan), profiles)
     if not force and (build := _existing(job)):
         return build, []
-    refuse_unsigned(directory)
     try:
         with locked(path) as ours:
             if not ours:
@@ -155,20 +154,6 @@ def _capabilities(library: TensorRT, options: BuildOptions) -> tuple[str, ...]:
     return (capability,)
 
 
-def _plan(directory: EngineDirectory, options: BuildOptions) -> PrecisionPlan:
-    """Return the plan that was given, if it is for these stages and this precision, or make one."""
-    stages, plan = directory.manifest.stages, options.plan
-    if plan is None:
-        made = (plan_stage(onnx.load(directory.file(s.file)), s, options.precision) for s in stages)
-        return PrecisionPlan(PLAN_SCHEMA, options.precision, tuple(made))
-    if plan.precision is not options.precision:
-        raise UsageError(f"the precision plan is for {plan.precision}, not {options.precision}; give both alike")
-    for stage in stages:
-        if plan.stage(stage.name).onnx_sha256 != stage.file.sha256:
-            raise UsageError(f"the precision plan is for another {stage.file.path} than {directory.path} holds")
-    return plan
-
-
 def _existing(job: _Job) -> Build | None:
     """Return the build that would come out, if it is there and whole."""
     for build in job.directory.manifest.builds:
@@ -193,7 +178,7 @@ def _build_stages(job: _Job, work: Path, progress: Progress) -> list[StageBuild]
         plan, profiles = job.plan.stage(stage.name), job.profiles[stage.name]
         typed = cast(onnx.load(job.directory.file(stage.file)), plan, options.precision)
         low = options.precision is not Precision.FP32
-        drift = measure_drift(job.directory, stage, typed, options.precision) if low else ()
+        drift = compare_cast(job.directory, stage, typed, options.precision) if low else ()
         middle = time.perf_counter()
         progress(stage.name, f"building with {options.library}")
         log.entries.append(("INFO", f"diffiqa: stage {stage.name}"))

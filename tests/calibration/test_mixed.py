@@ -51,14 +51,14 @@ def test_a_stage_beyond_the_limit_stays_float32_and_the_next_is_tried_without_it
 def test_a_stage_that_quantising_refuses_stays_float32_and_the_others_are_tried(
     tiny_engine: Path, calibration_folder: Path, calibration_images: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact = quantise_module._drift
+    exact = quantise_module._compare
 
     def refusing(directory: EngineDirectory, stage: Stage, file: Path) -> tuple[Check, ...]:
         if stage.name is StageName.VCG:
             raise ExportError("stage vcg: quantised, output score_map is off")
         return exact(directory, stage, file)
 
-    monkeypatch.setattr(quantise_module, "_drift", refusing)
+    monkeypatch.setattr(quantise_module, "_compare", refusing)
     trials = {
         trial.stage: trial
         for trial in choose_stages(tiny_engine, calibration_folder, calibration_images, Recipe(), limit=np.inf)
@@ -106,7 +106,7 @@ def test_the_command_says_what_each_stage_does_and_writes_the_engine(
     def refuse(*_: object) -> tuple[Check, ...]:
         raise ExportError("quantised, it is off")
 
-    monkeypatch.setattr(quantise_module, "_drift", refuse)
+    monkeypatch.setattr(quantise_module, "_compare", refuse)
     none = CliRunner().invoke(quantise, [*arguments, "--drift", "1", "-o", str(tmp_path / "none")])
     assert none.exit_code == 2
     assert "no stage can be quantised" in none.output

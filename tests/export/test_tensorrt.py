@@ -209,7 +209,7 @@ def test_the_parsers_own_words_reach_the_user(engine: Path, monkeypatch: pytest.
             return b"no model"
 
     monkeypatch.setattr(tensorrt_module, "cast", lambda *_: Nonsense())
-    monkeypatch.setattr(tensorrt_module, "measure_drift", lambda *_: ())
+    monkeypatch.setattr(tensorrt_module, "compare_cast", lambda *_: ())
     with pytest.raises(ExportError, match=r"stage vda: the ONNX parser refuses it: .*parse"):
         build_engines(engine, ONE)
 
