@@ -31,7 +31,7 @@ class Trial:
     """A stage in 8 bits, beside those taken before it: how far the score moved, and whether it stays so."""
 
     stage: StageName
-    drift: float  # infinite if its 8-bit form was refused before it was tried
+    change: float  # mean difference of scores; infinite if its 8-bit form was refused before it was tried
     taken: bool
     why: str = ""  # it was refused
 
@@ -43,7 +43,7 @@ def choose_stages(
     recipe: Recipe,
     *,
     limit: float = LIMIT,
-    progress: Callable[[StageName, str], None] = lambda stage, doing: None,
+    say: Callable[[str], None] = lambda _text: None,
 ) -> list[Trial]:
     """Try the stages of the float32 engine `path`, quantised by the statistics in the folder `calibration`."""
     if recipe.target is not Target.ONNXRUNTIME:
@@ -64,14 +64,14 @@ def choose_stages(
         for stage in sorted(directory.manifest.stages, key=lambda stage: -_work(directory, stage)):
             file = Path(folder, f"{stage.name}.onnx")
             try:
-                write_stage(directory, stage, statistics, recipe, file, progress)
+                write_stage(directory, stage, statistics, recipe, file, say)
             except ExportError as exc:
                 trials.append(Trial(stage.name, math.inf, taken=False, why=str(exc)))
                 continue
-            progress(stage.name, "trying 8 bits")
+            say(f"{stage.name}: trying 8 bits")
             before, stages[stage.name] = stages[stage.name], OnnxStage(file, settings)
-            drift = float(np.abs(np.subtract(scores(), expected)).mean())
-            trials.append(Trial(stage.name, drift, drift <= limit))
+            change = float(np.abs(np.subtract(scores(), expected)).mean())
+            trials.append(Trial(stage.name, change, change <= limit))
             if not trials[-1].taken:
                 stages[stage.name] = before
     return trials

@@ -47,8 +47,6 @@ _FP8: Any = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
 _BIAS_LIMIT = 2.0**30
 _IMAGES = {"y", "condition", "image", "images"}  # inputs of stages; the VCG head's are features
 
-Progress = Callable[[StageName, str], None]  # (stage, what is being done to it)
-
 
 class Number(enum.StrEnum):
     """What is computed in."""
@@ -126,7 +124,7 @@ def quantise_engine(
     *,
     only: Collection[StageName] = tuple(StageName),
     force: bool = False,
-    progress: Progress = lambda stage, doing: None,
+    say: Callable[[str], None] = lambda _text: None,
 ) -> tuple[Manifest, list[QuantisedStage]]:
     """Write the engine of `path` with 8-bit stages to `target`, by the statistics in the folder `calibration`.
 
@@ -147,7 +145,7 @@ def quantise_engine(
             file = work / stage.file.path
             file.parent.mkdir(exist_ok=True)
             if stage.name in only:
-                done.append(write_stage(directory, stage, statistics, recipe, file, progress))
+                done.append(write_stage(directory, stage, statistics, recipe, file, say))
                 stages.append(done[-1].stage)
             else:
                 shutil.copyfile(directory.file(stage.file), file)
@@ -173,15 +171,20 @@ def read_fitting(calibration: Path, directory: EngineDirectory) -> Statistics:
 
 
 def write_stage(
-    directory: EngineDirectory, stage: Stage, statistics: Statistics, recipe: Recipe, file: Path, progress: Progress
+    directory: EngineDirectory,
+    stage: Stage,
+    statistics: Statistics,
+    recipe: Recipe,
+    file: Path,
+    say: Callable[[str], None],
 ) -> QuantisedStage:
     """Write the 8-bit form of a stage to `file`. Raises ExportError if it is no likeness of the float32 one."""
-    progress(stage.name, f"quantising to {recipe.number}")
+    say(f"{stage.name}: quantising to {recipe.number}")
     model = onnx.load(directory.file(stage.file))
     quantised, report = quantise_stage(model, stage, statistics.stages[stage.name], recipe)
     onnx.save_model(quantised, file)
     sync(file)
-    progress(stage.name, "comparing with float32")
+    say(f"{stage.name}: comparing with float32")
     checks = _compare(directory, stage, file) if recipe.number is Number.INT8 else ()
     entry = FileEntry(stage.file.path, file.stat().st_size, file_sha256(file))
     made = dataclasses.replace(stage, file=entry, checks=checks)
@@ -429,7 +432,7 @@ class _Quantiser:
 
     def _grid(self, name: str, measured: str, *, positive: bool = False) -> Grid:
         """Choose the grid of a tensor from what was measured of it, or of its values before a ReLU."""
-        weights, low, high = self.statistics.distribution(measured, by_power=self.recipe.method is Method.MSE)
+        weights, low, high = self.statistics.distribution(measured)
         if positive:
             weights, low = weights.copy(), 0.0
             weights[: len(weights) // 2] = 0

@@ -45,11 +45,9 @@ _WATCHED = {
     "LayerNormalization", "MatMul", "ReduceMean", "ReduceSum", "Softmax",
 }  # fmt: skip
 
-Progress = Callable[[int, int, str], None]  # (images done, images in all, the next one)
-
 
 @dataclass(frozen=True)
-class Sample:
+class CalibrationImage:
     """An image that was looked at: its name for people, its pixels' digest for us."""
 
     name: str
@@ -113,11 +111,11 @@ class StageStatistics:
             self.histogram + other.histogram,
         )
 
-    def distribution(self, tensor: str, *, by_power: bool = False) -> tuple[ranges.Weights, float, float]:
+    def distribution(self, tensor: str) -> tuple[ranges.Weights, float, float]:
         """Return a tensor's distribution with every step counting the same, and its extremes over all steps."""
         row = self.tensors.index(tensor)
         low, high = float(self.low[row].min()), float(self.high[row].max())
-        weights = ranges.balanced(self.histogram[row], by_power=by_power)
+        weights = ranges.balanced(self.histogram[row])
         return (weights, low, high) if low <= high else (weights, 0.0, 0.0)
 
     def share_flushed(self, row: int) -> float:
@@ -133,7 +131,7 @@ class Statistics:
     """What was seen, of which engine, on which images; `samples` are sorted, so that merging in any order is equal."""
 
     engine: str  # engine_id
-    samples: tuple[Sample, ...]
+    samples: tuple[CalibrationImage, ...]
     stages: dict[StageName, StageStatistics]
 
     @property
@@ -164,7 +162,7 @@ def collect(
     seed: int = 0,
     crops: int = 1,
     minimum: int | None = None,
-    progress: Progress = lambda done, total, name: None,
+    say: Callable[[str], None] = lambda _text: None,
 ) -> tuple[Statistics, tuple[Skipped, ...]]:
     """Run the loop of the engine `path` on images and write `statistics.npz` and `.json` into the folder `output`.
 
@@ -184,10 +182,10 @@ def collect(
         }
         scorer = Scorer(directory.manifest, recorders, backend="calibration")
     for done, (digest, name) in enumerate(todo.items()):
-        progress(done, len(todo), name)
+        say(f"calibrating: {done + 1} of {len(todo)}, {name}")
         image = read_image(name, min_side=directory.manifest.crop.size)
         scorer.score(image.pixels, Options(seed=seed, crops=crops))  # the recorders add to the statistics in place
-        samples = sorted((*statistics.samples, Sample(name, digest, seed)), key=_by_digest)
+        samples = sorted((*statistics.samples, CalibrationImage(name, digest, seed)), key=_by_digest)
         statistics = dataclasses.replace(statistics, samples=tuple(samples))
         if time.monotonic() - saved > SAVE_SECONDS:
             write(statistics, output)
@@ -382,7 +380,7 @@ def watched(model: onnx.ModelProto) -> tuple[str, ...]:
 class _Header:
     schema: int
     engine: str
-    samples: tuple[Sample, ...]
+    samples: tuple[CalibrationImage, ...]
     tensors: dict[StageName, tuple[str, ...]]
     steps: dict[StageName, int]
 
@@ -428,7 +426,7 @@ def _read(images: Sequence[Path], side: int, minimum: int) -> tuple[dict[str, st
     return usable, tuple(skipped)
 
 
-def _by_digest(sample: Sample) -> tuple[str, int]:
+def _by_digest(sample: CalibrationImage) -> tuple[str, int]:
     return sample.digest, sample.seed
 
 

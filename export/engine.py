@@ -43,8 +43,6 @@ SEED = 20240222  # of the verification inputs
 TRAINED = "Predicted quality on the scale of the checkpoint's training labels, scaled to 0 … 1."
 UNTRAINED = "Untrained: some weights are seeded random numbers, so the scores mean nothing."
 
-Progress = Callable[[StageName, str], None]  # (stage, what is being done to it)
-
 
 @dataclass(frozen=True)
 class StageCost:
@@ -52,7 +50,7 @@ class StageCost:
 
     stage: Stage
     export_seconds: float
-    verify_seconds: float
+    compare_seconds: float
 
 
 def plan_names(config: ModelConfig) -> tuple[StageName, ...]:
@@ -72,7 +70,7 @@ def export_engine(
     *,
     stages: tuple[StageName, ...] = (),
     force: bool = False,
-    progress: Progress = lambda stage, doing: None,
+    say: Callable[[str], None] = lambda _text: None,
 ) -> tuple[Manifest, list[StageCost]]:
     """Export, check and verify every stage (or those named) and write the engine directory `target`.
 
@@ -86,10 +84,23 @@ def export_engine(
     with writing(target, force=force) as work:
         check_space(work, model)
         plans = (plan for plan in stage_plans(model) if plan.name in wanted)
-        costs = [_export_stage(model, plan, work, progress) for plan in plans]
+        costs = [_export_stage(model, plan, work, say) for plan in plans]
         manifest = _manifest(loaded, tuple(cost.stage for cost in costs))
         _write(work / MANIFEST, manifest.to_json())
     return manifest, costs
+
+
+def parameters_by_stage(model: DiffV2IQA) -> dict[StageName, int]:
+    """Return how many parameters each stage takes from the model, before export merges some."""
+    tabs = count_parameters(model.tabs)  # both heads carry them
+    vit = count_parameters(model.vcg.vit) if model.vcg else 0
+    counts = {
+        StageName.UNET: count_parameters(model.unet) if model.unet else 0,
+        StageName.VIT: vit,
+        StageName.VCG: count_parameters(model.vcg) - vit + tabs if model.vcg else 0,
+        StageName.VDA: count_parameters(model.vda) + tabs if model.vda else 0,
+    }
+    return {name: counts[name] for name in plan_names(model.config)}
 
 
 @contextlib.contextmanager
@@ -131,26 +142,25 @@ def check_target(target: Path, *, force: bool) -> None:
 
 def check_space(target: Path, model: DiffV2IQA) -> None:
     """Raise ExportError early if the disk cannot hold the engine."""
-    shared = count_parameters(model.tabs)  # both heads carry them
-    needed = int(4.2 * (count_parameters(model) + shared))
+    needed = int(4.2 * sum(parameters_by_stage(model).values()))
     free = shutil.disk_usage(target.parent).free
     if free < needed:
         raise ExportError(f"{target.parent} has {free / 1e6:.0f} MB free, the engine needs {needed / 1e6:.0f} MB")
 
 
-def _export_stage(model: DiffV2IQA, plan: StagePlan, work: Path, progress: Progress) -> StageCost:
+def _export_stage(model: DiffV2IQA, plan: StagePlan, work: Path, say: Callable[[str], None]) -> StageCost:
     relative = f"onnx/{plan.name}.onnx"
     path = work / relative
     path.parent.mkdir(exist_ok=True)
     start = time.perf_counter()
-    progress(plan.name, "exporting to ONNX")
+    say(f"{plan.name}: exporting to ONNX")
     try:
         graph = export_graph(plan, path, model.config.unet.alignment if model.config.unet else 16)
         macs = count_macs(graph, one_image(plan.inputs, model.config.crop))
         parameters = _parameters(graph)
         del graph
         exported = time.perf_counter()
-        progress(plan.name, "comparing with PyTorch")
+        say(f"{plan.name}: comparing with PyTorch")
         checks = compare_with_pytorch(model, plan, path, seed=SEED)
         sync(path)
         entry = FileEntry(relative, path.stat().st_size, file_sha256(path))

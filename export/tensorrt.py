@@ -48,7 +48,6 @@ KEY_SCHEMA = 1  # of what a build's key is a digest of
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 
 Profiles = tuple[dict[str, ShapeRange], ...]
-Progress = Callable[[StageName, str], None]  # (stage, what is being done to it)
 
 
 @dataclass(frozen=True)
@@ -101,12 +100,12 @@ class StageBuild:
     """A finished stage and how long it took."""
 
     stage: BuiltStage
-    cast_seconds: float  # drift included
+    cast_seconds: float  # with the comparison
     build_seconds: float
 
 
 def build_engines(
-    path: Path, options: BuildOptions, *, force: bool = False, progress: Progress = lambda stage, doing: None
+    path: Path, options: BuildOptions, *, force: bool = False, say: Callable[[str], None] = lambda _text: None
 ) -> tuple[Build, list[StageBuild]]:
     """Build every stage of the engine directory `path`; a build that is already there and whole is returned as it is.
 
@@ -129,7 +128,7 @@ def build_engines(
             if not ours:
                 raise EngineError(f"another process is writing {path}; wait for it")
             with _beside(path / FOLDER / job.key) as work:
-                done = _build_stages(job, work, progress)
+                done = _build_stages(job, work, say)
                 build = _record(job, work, done)
                 _publish(directory, build, work)
     except OSError as exc:
@@ -165,7 +164,7 @@ def _existing(job: _Job) -> Build | None:
     return None
 
 
-def _build_stages(job: _Job, work: Path, progress: Progress) -> list[StageBuild]:
+def _build_stages(job: _Job, work: Path, say: Callable[[str], None]) -> list[StageBuild]:
     """Write engines, plan, log and timing cache into `work`. A failed build leaves its log in the engine directory."""
     options, log = job.options, job.library.log
     log.entries.clear()
@@ -174,13 +173,13 @@ def _build_stages(job: _Job, work: Path, progress: Progress) -> list[StageBuild]
     done = []
     for stage in job.directory.manifest.stages:
         start = time.perf_counter()
-        progress(stage.name, f"casting to {options.precision}")
+        say(f"{stage.name}: casting to {options.precision}")
         plan, profiles = job.plan.stage(stage.name), job.profiles[stage.name]
         typed = cast(onnx.load(job.directory.file(stage.file)), plan, options.precision)
         low = options.precision is not Precision.FP32
-        drift = compare_cast(job.directory, stage, typed, options.precision) if low else ()
+        checks = compare_cast(job.directory, stage, typed, options.precision) if low else ()
         middle = time.perf_counter()
-        progress(stage.name, f"building with {options.library}")
+        say(f"{stage.name}: building with {options.library}")
         log.entries.append(("INFO", f"diffiqa: stage {stage.name}"))
         try:
             engine, inputs, outputs = builder.build(stage, typed.SerializeToString(), profiles, plan.tensors)
@@ -189,7 +188,7 @@ def _build_stages(job: _Job, work: Path, progress: Progress) -> list[StageBuild]
             raise ExportError(f"{exc}; the whole log is in {failed}") from exc
         (work / f"{stage.name}.engine").write_bytes(engine)
         file = job.entry(work, f"{stage.name}.engine")
-        built = BuiltStage(stage.name, stage.file.sha256, file, inputs, outputs, profiles, drift)
+        built = BuiltStage(stage.name, stage.file.sha256, file, inputs, outputs, profiles, checks)
         done.append(StageBuild(built, middle - start, time.perf_counter() - middle))
     (work / "plan.json").write_text(job.plan.to_json(), encoding="utf-8")
     (work / "build.log").write_text(log.text(), encoding="utf-8")

@@ -32,20 +32,20 @@ def test_stages_are_tried_by_their_work_and_drift_is_that_of_the_engine_so_far(
         quantise_engine(tiny_engine, folder, calibration_folder, Recipe(), only=only)
         with load(tiny_engine) as exact, load(folder) as eight:
             scores = [[s.score(path, OPTIONS).score for path in calibration_images] for s in (exact, eight)]
-        assert trials[count - 1].drift == pytest.approx(np.abs(np.subtract(scores[0], scores[1])).mean(), abs=1e-7)
-        assert trials[count - 1].drift > 0
+        assert trials[count - 1].change == pytest.approx(np.abs(np.subtract(scores[0], scores[1])).mean(), abs=1e-7)
+        assert trials[count - 1].change > 0
 
 
 def test_a_stage_beyond_the_limit_stays_float32_and_the_next_is_tried_without_it(
     tiny_engine: Path, calibration_folder: Path, calibration_images: list[Path]
 ) -> None:
     everything = choose_stages(tiny_engine, calibration_folder, calibration_images, Recipe(), limit=np.inf)
-    limit = everything[0].drift / 2
+    limit = everything[0].change / 2
     trials = choose_stages(tiny_engine, calibration_folder, calibration_images, Recipe(), limit=limit)
     assert not trials[0].taken
-    assert trials[0].drift == everything[0].drift
-    assert all(trial.taken == (trial.drift <= limit) for trial in trials)
-    assert trials[1].drift != everything[1].drift
+    assert trials[0].change == everything[0].change
+    assert all(trial.taken == (trial.change <= limit) for trial in trials)
+    assert trials[1].change != everything[1].change
 
 
 def test_a_stage_that_quantising_refuses_stays_float32_and_the_others_are_tried(
@@ -96,7 +96,7 @@ def test_the_command_says_what_each_stage_does_and_writes_the_engine(
     unreadable = ["--calib", str(tmp_path / "broken.png"), "--drift", "1", "-o", str(tmp_path / "made")]
     done = CliRunner().invoke(quantise, [*arguments, *unreadable])
     assert done.exit_code == 1, done.output  # written; the one image is left out of the trials too
-    assert "unet: int8, the score moves by" in done.output
+    assert "unet: int8, the score changes by" in done.output
     assert open_engine(tmp_path / "made").manifest.stages
     none = CliRunner().invoke(quantise, [*arguments, "--drift", "0", "-o", str(tmp_path / "none")])
     assert none.exit_code == 2

@@ -17,8 +17,8 @@ from diffiqa.calibration import statistics as module
 from diffiqa.calibration.cli import calibrate
 from diffiqa.calibration.ranges import BINS, LOWER, ZERO
 from diffiqa.calibration.statistics import (
+    CalibrationImage,
     Recorder,
-    Sample,
     StageStatistics,
     Statistics,
     collect,
@@ -50,7 +50,7 @@ def of_tensors(**tensors: list[list[float]]) -> StageStatistics:
 
 
 def of_vda(digests: str, stage: StageStatistics, engine: str = "e") -> Statistics:
-    return Statistics(engine, tuple(Sample(d, d, 0) for d in digests), {StageName.VDA: stage})
+    return Statistics(engine, tuple(CalibrationImage(d, d, 0) for d in digests), {StageName.VDA: stage})
 
 
 def test_recorded_figures_are_those_of_the_tensors(directory: EngineDirectory) -> None:
@@ -155,7 +155,7 @@ def test_images_that_are_there_already_are_not_run_again(
             calibration_images[:count],
             tmp_path,
             minimum=1,
-            progress=lambda done, total, name: ran.append(name),
+            say=lambda text: ran.append(text.partition(", ")[2]),
         )
     assert sorted(ran) == sorted(map(str, calibration_images))
     resumed, whole = read(tmp_path), read(calibration_folder)

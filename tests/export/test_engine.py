@@ -30,7 +30,7 @@ def quick(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copy stages from the tiny engine instead of exporting them: what is tested is the directory around them."""
     made = read_manifest(tiny_engine)
 
-    def copy(_model: object, plan: StagePlan, work: Path, _progress: object) -> StageCost:
+    def copy(_model: object, plan: StagePlan, work: Path, _say: object) -> StageCost:
         stage = made.stage(plan.name)
         assert stage is not None
         (work / "onnx").mkdir(exist_ok=True)
