@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from diffiqa.calibration import quantise as quantise_module
 from diffiqa.calibration.cli import quantise
-from diffiqa.calibration.mixed import OPTIONS, choose_stages
+from diffiqa.calibration.mixed import OPTIONS, Trial, choose_stages
 from diffiqa.calibration.quantise import Number, Recipe, Target, quantise_engine
 from diffiqa.engine.manifest import Check, EngineDirectory, Stage, StageName, file_sha256, open_engine
 from diffiqa.errors import ExportError, UsageError
@@ -19,10 +19,15 @@ from diffiqa.runtime.scorer import load
 from ..tiny import photo
 
 
-def test_stages_are_tried_by_their_work_and_drift_is_that_of_the_engine_so_far(
-    tiny_engine: Path, calibration_folder: Path, calibration_images: list[Path], tmp_path: Path
+@pytest.fixture(scope="module")
+def trials(tiny_engine: Path, calibration_folder: Path, calibration_images: list[Path]) -> list[Trial]:
+    """Every stage, tried without a limit."""
+    return choose_stages(tiny_engine, calibration_folder, calibration_images, Recipe(), limit=np.inf)
+
+
+def test_stages_are_tried_by_their_work_and_the_change_is_that_of_the_engine_so_far(
+    tiny_engine: Path, calibration_folder: Path, calibration_images: list[Path], trials: list[Trial], tmp_path: Path
 ) -> None:
-    trials = choose_stages(tiny_engine, calibration_folder, calibration_images, Recipe(), limit=np.inf)
     assert trials[0].stage is StageName.UNET
     assert {trial.stage for trial in trials} == set(StageName)
     assert all(trial.taken for trial in trials)
@@ -37,15 +42,14 @@ def test_stages_are_tried_by_their_work_and_drift_is_that_of_the_engine_so_far(
 
 
 def test_a_stage_beyond_the_limit_stays_float32_and_the_next_is_tried_without_it(
-    tiny_engine: Path, calibration_folder: Path, calibration_images: list[Path]
+    tiny_engine: Path, calibration_folder: Path, calibration_images: list[Path], trials: list[Trial]
 ) -> None:
-    everything = choose_stages(tiny_engine, calibration_folder, calibration_images, Recipe(), limit=np.inf)
-    limit = everything[0].change / 2
-    trials = choose_stages(tiny_engine, calibration_folder, calibration_images, Recipe(), limit=limit)
-    assert not trials[0].taken
-    assert trials[0].change == everything[0].change
-    assert all(trial.taken == (trial.change <= limit) for trial in trials)
-    assert trials[1].change != everything[1].change
+    limit = trials[0].change / 2
+    limited = choose_stages(tiny_engine, calibration_folder, calibration_images, Recipe(), limit=limit)
+    assert not limited[0].taken
+    assert limited[0].change == trials[0].change
+    assert all(trial.taken == (trial.change <= limit) for trial in limited)
+    assert limited[1].change != trials[1].change
 
 
 def test_a_stage_that_quantising_refuses_stays_float32_and_the_others_are_tried(
@@ -59,14 +63,12 @@ def test_a_stage_that_quantising_refuses_stays_float32_and_the_others_are_tried(
         return exact(directory, stage, file)
 
     monkeypatch.setattr(quantise_module, "_compare", refusing)
-    trials = {
-        trial.stage: trial
-        for trial in choose_stages(tiny_engine, calibration_folder, calibration_images, Recipe(), limit=np.inf)
-    }
-    assert trials.keys() == set(StageName)
-    assert not trials[StageName.VCG].taken
-    assert "score_map is off" in trials[StageName.VCG].why
-    assert all(trial.taken and not trial.why for name, trial in trials.items() if name is not StageName.VCG)
+    found = choose_stages(tiny_engine, calibration_folder, calibration_images[:1], Recipe(), limit=np.inf)
+    tried = {trial.stage: trial for trial in found}
+    assert tried.keys() == set(StageName)
+    assert not tried[StageName.VCG].taken
+    assert "score_map is off" in tried[StageName.VCG].why
+    assert all(trial.taken and not trial.why for name, trial in tried.items() if name is not StageName.VCG)
 
 
 def test_stages_that_are_not_taken_are_the_float32_ones_and_the_manifest_says_so(
