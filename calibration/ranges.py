@@ -1,4 +1,4 @@
-"""Histograms on bins that never change, so that any two merge exactly, and the ranges a quantiser takes from them.
+"""Histograms, and the ranges that a quantiser takes from them. All have the same bins: any two merge exactly.
 
 Bins are a float32's sign, exponent and first five bits of mantissa: 32 to an octave, from 2⁻²⁶ to 2¹⁸, one for zero,
 and one at each end of each sign for what lies beyond.
@@ -53,7 +53,7 @@ class Method(enum.StrEnum):
     """How a range is chosen."""
 
     MAX = "max"  # all that was seen
-    PERCENTILE = "percentile"  # all but a share at each end
+    PERCENTILE = "percentile"  # all but a small share at each end
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Range:
 
 
 def histogram(values: FloatArray) -> tuple[Counts, int]:
-    """Return the counts of all bins, and how many values are infinite or NaN, which no bin holds."""
+    """Return the counts of all bins, and the number of values that no bin holds: infinities and NaN."""
     bits = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint32)
     raw = np.bincount(bits >> _SHIFT, minlength=_RAW)
     # Whole numbers below 2⁵³: the weights of this bincount are exact.
@@ -108,7 +108,7 @@ def choose_range(weights: Weights, low: float, high: float, method: Method, perc
 def fp16_loss(weights: Weights) -> float:
     """Return the share of a distribution's power that fp16 loses near zero, where its numbers lie evenly apart.
 
-    Rounding elsewhere costs every tensor the same 8·10⁻⁸; only what comes on top counts here.
+    Elsewhere rounding costs every tensor the same 8·10⁻⁸, which does not count here.
     """
     magnitude = np.abs(CENTRES)
     error = np.minimum(FP16_SPACING**2 / 12, magnitude**2)

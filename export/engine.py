@@ -1,4 +1,4 @@
-"""A loaded checkpoint → an engine directory, written beside its place and moved there whole."""
+"""A loaded checkpoint → an engine directory, written beside its place and then moved there."""
 
 import contextlib
 import datetime
@@ -72,7 +72,7 @@ def export_engine(
     force: bool = False,
     say: Callable[[str], None] = lambda _text: None,
 ) -> tuple[Manifest, list[StageCost]]:
-    """Export, check and verify every stage (or those named) and write the engine directory `target`.
+    """Export every stage (or those named), compare it with PyTorch, and write the engine directory `target`.
 
     Raises EngineError if `target` must not be replaced, ExportError if a stage fails. Until everything is done the old
     directory stays as it is.
@@ -105,7 +105,7 @@ def parameters_by_stage(model: DiffV2IQA) -> dict[StageName, int]:
 
 @contextlib.contextmanager
 def writing(target: Path, *, force: bool) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of the engine directory `target` when the block ends well.
+    """Yield an empty folder. It becomes the engine directory `target` if the block ends without an error.
 
     Raises EngineError if `target` must not be replaced.
     """
@@ -209,7 +209,7 @@ def _manifest(loaded: Loaded, stages: tuple[Stage, ...]) -> Manifest:
 
 @contextlib.contextmanager
 def _beside(target: Path) -> Iterator[Path]:
-    """Yield an empty directory next to `target`, ours alone, removed at the end unless it was moved away."""
+    """Yield an empty directory next to `target`, locked for us, and remove it at the end unless it was moved."""
     work = target.with_name(f".{target.name}.partial")
     try:
         work.mkdir(exist_ok=True)
@@ -226,7 +226,7 @@ def _beside(target: Path) -> Iterator[Path]:
 
 
 def _clear_leftovers(work: Path, target: Path) -> None:
-    """Clear what a killed export left behind; a directory that it had just moved away comes back."""
+    """Clear what a killed export left behind, and bring back a directory that it had moved away."""
     previous = _previous(target)
     if previous.exists() and not target.exists():
         previous.rename(target)
@@ -236,8 +236,8 @@ def _clear_leftovers(work: Path, target: Path) -> None:
 
 
 def _replace(work: Path, target: Path, *, force: bool) -> None:
-    """Put `work` in the place of `target`; the old directory goes only after the new one stands."""
-    check_target(target, force=force)  # again: much may have happened there in the meantime
+    """Put `work` in the place of `target`. The old directory is deleted only after the new one is there."""
+    check_target(target, force=force)  # again: others may have written there since
     for folder in (work / "onnx", work):
         sync(folder)
     previous = _previous(target)

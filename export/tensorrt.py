@@ -1,7 +1,7 @@
 """ONNX stages → TensorRT or TensorRT-RTX engines inside the engine directory, recorded in its manifest.
 
-A build is written beside its place and moved there whole; the manifest, replaced last, makes it exist. The engine
-directory stays what it was until then, and its ONNX stages always.
+A build is written beside its place and then moved there. Replacing the manifest comes last: until then the engine
+directory is what it was. The ONNX stages never change.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ Profiles = tuple[dict[str, ShapeRange], ...]
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What to build. Empty batches and sizes: those that suit the engine; no compute capability: portable."""
+    """What to build. Empty batches and sizes: the defaults for the engine. No compute capability: portable."""
 
     library: Library
     precision: Precision = Precision.FP16
@@ -64,7 +64,7 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class _Job:
-    """A build with everything settled that decides what comes out of it."""
+    """Everything that decides what a build contains."""
 
     directory: EngineDirectory
     library: TensorRT
@@ -74,7 +74,7 @@ class _Job:
 
     @cached_property
     def key(self) -> str:
-        """The build's folder name: what a person looks for, and a digest of all that the engines depend on."""
+        """The build's folder name: library, version, target, precision, and a digest of all that engines depend on."""
         library, options = self.library, self.options
         identity = {
             "schema": KEY_SCHEMA,
@@ -107,7 +107,7 @@ class StageBuild:
 def build_engines(
     path: Path, options: BuildOptions, *, force: bool = False, say: Callable[[str], None] = lambda _text: None
 ) -> tuple[Build, list[StageBuild]]:
-    """Build every stage of the engine directory `path`; a build that is already there and whole is returned as it is.
+    """Build every stage of the engine directory `path`, or return the same build with no stages if it is there.
 
     Raises EngineError if the directory is damaged or in use, BackendError if the library is missing or cannot build
     for what is asked, UsageError for options that do not fit, ExportError with the builder's own words if it fails.
@@ -137,7 +137,7 @@ def build_engines(
 
 
 def _capabilities(library: TensorRT, options: BuildOptions) -> tuple[str, ...]:
-    """Return what is built for; empty: portable. Raises if this machine or library cannot."""
+    """Return the compute capabilities to build for; none: portable. Raises if this machine or library cannot."""
     if library.traits.ahead_of_time:
         for name in options.compute_capabilities:
             library.capability(name)
@@ -154,7 +154,7 @@ def _capabilities(library: TensorRT, options: BuildOptions) -> tuple[str, ...]:
 
 
 def _existing(job: _Job) -> Build | None:
-    """Return the build that would come out, if it is there and whole."""
+    """Return the same build if the engine directory holds it undamaged."""
     for build in job.directory.manifest.builds:
         if build.key == job.key:
             with contextlib.suppress(EngineError):
@@ -199,7 +199,7 @@ def _build_stages(job: _Job, work: Path, say: Callable[[str], None]) -> list[Sta
 
 
 class _Builder:
-    """One library's builder, set up the same way for every stage; `timings` grows from stage to stage."""
+    """A library's builder, with the same settings for every stage. Each stage adds to `timings`."""
 
     def __init__(self, library: TensorRT, capabilities: tuple[str, ...], timings: bytes) -> None:
         self._api, self._log, self._traits = library.api, library.log, library.traits
@@ -261,7 +261,7 @@ class _Builder:
 
 
 def _signature(stage: Stage, planned: tuple[TensorSpec, ...], tensors: list[Any]) -> tuple[TensorSpec, ...]:
-    """Return inputs or outputs as the library sees them. Raises ExportError if they are not those of the stage."""
+    """Return inputs or outputs as the library reads them. Raises ExportError if they are not those of the stage."""
     found = {tensor.name: tuple(tensor.shape) for tensor in tensors}
     expected = {spec.name: tuple(d if isinstance(d, int) else -1 for d in spec.shape) for spec in planned}
     if found != expected:
