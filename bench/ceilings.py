@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..errors import BackendError, first_line
-from ..runtime.host.onnx_stage import OnnxRuntime
+from ..runtime.host.onnx_stage import OnnxRuntime, make_session
 
 Clock = Callable[[], float]
 
@@ -57,15 +57,8 @@ class Probe:
         self.found.copy_gbs.append(2 * self._source.nbytes / max(seconds, 1e-9) / 1e9)
 
     def _bind(self) -> Callable[[], None]:
-        # Not an `OnnxStage`, which loads a file of an engine: this network is made here.
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.log_severity_level = 4
-        session = onnxruntime.InferenceSession(
-            matmul_model(self._side), options, providers=list(OnnxRuntime().providers)
-        )
+        settings = OnnxRuntime(threads=self._threads, spinning=True)
+        session = make_session(matmul_model(self._side), settings, "a matrix product")
         binding = session.io_binding()
         for name, array in (("a", self._a), ("b", self._b)):
             binding.bind_input(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)

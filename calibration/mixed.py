@@ -1,8 +1,8 @@
-"""`mixed`: 8 bits in those stages alone that leave the score as it is, found by trying them on the calibration images.
+"""`mixed`: 8 bits in those stages only that keep the score, found by trying them on the calibration images.
 
-How far 8 bits move a score cannot be read off ranges or single stages: what one stage loses, the loop may heal or
-multiply. So stages are added one after the other, those with the most work first, and one that moves the score beyond
-the limit stays float32.
+Neither ranges nor single stages tell how far 8 bits change a score: the loop may correct or multiply the error of a
+stage. So the stages become 8-bit one after the other, those with the most work first. A stage that changes the score
+beyond the limit stays float32.
 """
 
 import math
@@ -21,19 +21,19 @@ from ..runtime.results import Mode, Options
 from ..runtime.scorer import Scorer
 from .quantise import Recipe, Target, read_fitting, write_stage
 
-LIMIT = 0.01  # of the mean difference in score
-MOST_IMAGES = 8  # each is scored once more for every stage
+LIMIT = 0.01  # largest mean difference of scores
+MOST_IMAGES = 8  # every stage scores each of them once more
 OPTIONS = Options(crops=1, mode=Mode.CROP)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A stage in 8 bits, beside those taken before it: how far the score moved, and whether it stays so."""
+    """One stage tried in 8 bits, together with those taken before it."""
 
     stage: StageName
-    drift: float  # infinite if its 8-bit form was refused before it was tried
+    change: float  # mean difference of scores; infinite if its 8-bit form was refused before it was tried
     taken: bool
-    why: str = ""  # it was refused
+    why: str = ""  # the reason if its 8-bit form was refused
 
 
 def choose_stages(
@@ -43,11 +43,11 @@ def choose_stages(
     recipe: Recipe,
     *,
     limit: float = LIMIT,
-    progress: Callable[[StageName, str], None] = lambda stage, doing: None,
+    say: Callable[[str], None] = lambda _text: None,
 ) -> list[Trial]:
     """Try the stages of the float32 engine `path`, quantised by the statistics in the folder `calibration`."""
     if recipe.target is not Target.ONNXRUNTIME:
-        raise UsageError("mixed precision is found by running it, which takes int8 in the form of ONNX Runtime")
+        raise UsageError("mixed precision runs what it tries: it takes int8 in the form of ONNX Runtime")
     directory = open_engine(path)
     statistics = read_fitting(calibration, directory)
     settings = OnnxRuntime()
@@ -64,14 +64,14 @@ def choose_stages(
         for stage in sorted(directory.manifest.stages, key=lambda stage: -_work(directory, stage)):
             file = Path(folder, f"{stage.name}.onnx")
             try:
-                write_stage(directory, stage, statistics, recipe, file, progress)
+                write_stage(directory, stage, statistics, recipe, file, say)
             except ExportError as exc:
                 trials.append(Trial(stage.name, math.inf, taken=False, why=str(exc)))
                 continue
-            progress(stage.name, "trying 8 bits")
+            say(f"{stage.name}: trying 8 bits")
             before, stages[stage.name] = stages[stage.name], OnnxStage(file, settings)
-            drift = float(np.abs(np.subtract(scores(), expected)).mean())
-            trials.append(Trial(stage.name, drift, drift <= limit))
+            change = float(np.abs(np.subtract(scores(), expected)).mean())
+            trials.append(Trial(stage.name, change, change <= limit))
             if not trials[-1].taken:
                 stages[stage.name] = before
     return trials

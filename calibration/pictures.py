@@ -1,4 +1,4 @@
-"""Pictures to calibrate on where there are none: made up, each as it is and degraded."""
+"""Made-up pictures to calibrate on where there are no photographs: each as drawn, blurred, noisy and compressed."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import PIL.ImageFilter
 
 from ..runtime.images import synthetic
 
-COUNT = 16  # a quarter as they are, the others blurred, noisy and compressed
+COUNT = 16  # a quarter of each
 
 
 def draw(folder: Path, side: int) -> None:

@@ -1,7 +1,7 @@
 """float32 ONNX stages → 8-bit ones in an engine directory: explicit QuantizeLinear/DequantizeLinear by measured ranges.
 
-ONNX Runtime's CPU kernels want uint8 activations, int32 biases and quantised results around a convolution, and then
-compute in 8 bits throughout; TensorRT wants signed numbers around zero and float biases, and chooses itself.
+There are two forms. ONNX Runtime's CPU kernels compute in 8 bits where a convolution has uint8 activations, int32
+biases and a quantised result. TensorRT takes signed numbers around zero and float biases, and chooses kernels itself.
 """
 
 import dataclasses
@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 from onnx import TensorProto, checker, helper, numpy_helper, shape_inference
 
 from ..engine.atomic import sync
@@ -34,22 +33,19 @@ from ..engine.manifest import (
     open_engine,
 )
 from ..errors import EngineError, ExportError, UsageError, first_line
-from ..export.drift import draw_inputs
+from ..export.compare import compare_with_original
 from ..export.engine import writing
 from ..export.precision import Kept
 from .ranges import Method, choose_range
 from .statistics import NAME, StageStatistics, Statistics, check_engine, read
 
 FloatArray = npt.NDArray[np.float32]
-SEED = 20260102  # of the inputs that drift is measured on
-TOLERANCE = 0.5  # of the largest value: beyond it, what is wrong is not rounding
-SMALLEST = 0.01
+SEED = 20260102  # of the inputs on which 8 bits are compared with float32
+TOLERANCE = 0.5  # largest error, of the largest value: more is not rounding
 FP8_LARGEST = 448.0
 _FP8: Any = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
 _BIAS_LIMIT = 2.0**30
 _IMAGES = {"y", "condition", "image", "images"}  # inputs of stages; the VCG head's are features
-
-Progress = Callable[[StageName, str], None]  # (stage, what is being done to it)
 
 
 class Number(enum.StrEnum):
@@ -72,13 +68,13 @@ class Recipe:
 
     number: Number = Number.INT8
     target: Target = Target.ONNXRUNTIME
-    # Measured on the trained `mini`: clipping more costs the U-Net and VCG more than it spares.
+    # Measured on the trained `mini`: with more clipping the U-Net and VCG lose more than they gain.
     method: Method = Method.PERCENTILE
     percentile: float = 99.999
 
     @staticmethod
     def of(number: str, target: str | None = None, **choices: Any) -> "Recipe":
-        """Return the recipe for int8, fp8 or mixed, in the form of Q/DQ that can run it unless one is named."""
+        """Return the recipe for int8, fp8 or mixed. Without a `target`, its form is one that something can run."""
         eight = Number.INT8 if number == "mixed" else Number(number)
         default = Target.ONNXRUNTIME if eight is Number.INT8 else Target.TENSORRT
         return Recipe(eight, Target(target) if target else default, **choices)
@@ -102,7 +98,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class StageQuantisation:
-    """What was done to a stage: the activations' grids, and the weight layers that stay float32."""
+    """What was done to a stage: the grids of its activations, and the layers that stay float32."""
 
     name: StageName
     onnx_sha256: str  # of the float32 file
@@ -128,11 +124,11 @@ def quantise_engine(
     *,
     only: Collection[StageName] = tuple(StageName),
     force: bool = False,
-    progress: Progress = lambda stage, doing: None,
+    say: Callable[[str], None] = lambda _text: None,
 ) -> tuple[Manifest, list[QuantisedStage]]:
     """Write the engine of `path` with 8-bit stages to `target`, by the statistics in the folder `calibration`.
 
-    Stages that are not in `only` stay as they are. `path` and `target` may be the same place, with `force`.
+    Stages that are not in `only` are copied. With `force`, `path` and `target` may be the same place.
 
     Raises EngineError if the statistics are of another engine or `target` must not be replaced, ExportError if a
     quantised stage is wrong. Until everything is done, `target` stays as it is.
@@ -149,7 +145,7 @@ def quantise_engine(
             file = work / stage.file.path
             file.parent.mkdir(exist_ok=True)
             if stage.name in only:
-                done.append(write_stage(directory, stage, statistics, recipe, file, progress))
+                done.append(write_stage(directory, stage, statistics, recipe, file, say))
                 stages.append(done[-1].stage)
             else:
                 shutil.copyfile(directory.file(stage.file), file)
@@ -166,7 +162,7 @@ def quantise_engine(
 
 
 def read_fitting(calibration: Path, directory: EngineDirectory) -> Statistics:
-    """Return the statistics in a folder. Raises EngineError if they are of another engine, or it is 8-bit already."""
+    """Return the statistics in a folder. Raises EngineError if they are of another engine, or the engine is 8-bit."""
     statistics = read(calibration)
     check_engine(directory, statistics)
     if any(source.role == NAME for source in directory.manifest.provenance.sources):
@@ -175,16 +171,21 @@ def read_fitting(calibration: Path, directory: EngineDirectory) -> Statistics:
 
 
 def write_stage(
-    directory: EngineDirectory, stage: Stage, statistics: Statistics, recipe: Recipe, file: Path, progress: Progress
+    directory: EngineDirectory,
+    stage: Stage,
+    statistics: Statistics,
+    recipe: Recipe,
+    file: Path,
+    say: Callable[[str], None],
 ) -> QuantisedStage:
     """Write the 8-bit form of a stage to `file`. Raises ExportError if it is no likeness of the float32 one."""
-    progress(stage.name, f"quantising to {recipe.number}")
+    say(f"{stage.name}: quantising to {recipe.number}")
     model = onnx.load(directory.file(stage.file))
     quantised, report = quantise_stage(model, stage, statistics.stages[stage.name], recipe)
     onnx.save_model(quantised, file)
     sync(file)
-    progress(stage.name, "comparing with float32")
-    checks = _drift(directory, stage, file) if recipe.number is Number.INT8 else ()
+    say(f"{stage.name}: comparing with float32")
+    checks = _compare(directory, stage, file) if recipe.number is Number.INT8 else ()
     entry = FileEntry(stage.file.path, file.stat().st_size, file_sha256(file))
     made = dataclasses.replace(stage, file=entry, checks=checks)
     return QuantisedStage(made, stage.file.bytes, report)
@@ -252,7 +253,7 @@ def _weight_layers(graph: onnx.GraphProto) -> set[str]:
 def _reached(
     graph: onnx.GraphProto, start: set[str], *, stop: set[str] | None = None, through_all: bool = False
 ) -> set[str]:
-    """Return the tensors that depend on the values of `start`: on them alone, or without the nodes `stop` between."""
+    """Return the tensors that depend on `start`, not counting paths through `stop`. `through_all`: on nothing else."""
     constants = {tensor.name for tensor in graph.initializer} | {""}
     known = set(start)
     for node in graph.node:
@@ -265,7 +266,7 @@ def _reached(
 
 
 def _passed_on(graph: onnx.GraphProto, start: set[str]) -> set[str]:
-    """Return `start` and what ReLU and pooling alone make of it."""
+    """Return `start` and what only ReLU and pooling make of it."""
     known = set(start)
     for node in graph.node:
         if node.op_type in {"Relu", "MaxPool"} and node.input[0] in known:
@@ -274,7 +275,7 @@ def _passed_on(graph: onnx.GraphProto, start: set[str]) -> set[str]:
 
 
 def _followed(graph: onnx.GraphProto, layers: set[str]) -> set[str]:
-    """Return the nodes whose results another weight layer reads, at whatever distance."""
+    """Return the nodes whose results reach another weight layer."""
     read: set[str] = set()
     followed = set()
     for node in reversed(graph.node):
@@ -355,9 +356,9 @@ class _Quantiser:
         self.nodes.append(node)
 
     def _round_result(self, node: onnx.NodeProto) -> None:
-        """Round what a convolution returns, after its ReLU where it has one: only then does ONNX Runtime run it whole.
+        """Round the result of a convolution, or of the ReLU after it: else ONNX Runtime does not run it in 8 bits.
 
-        Matrix products return float32 there without a detour.
+        Its matrix products return float32 directly.
         """
         source = self.producers.get(node.input[0]) if node.op_type == "Relu" else None
         if source is not None and source.name in self.layers and source.op_type == "Conv" and self._sole_relu(source):
@@ -377,9 +378,9 @@ class _Quantiser:
         self._pair(f"{name}.unquantised", name, grid)
 
     def _halves(self, name: str) -> list[str]:
-        """Return the parts of a skip concatenation that a layer reads as it is, or nothing.
+        """Return the parts of a skip concatenation that a layer reads directly, or nothing.
 
-        Their ranges differ by the depth of the network between them, so each has a scale of its own.
+        The parts come from different depths of the network and differ in range, so each gets a scale of its own.
         """
         node = self.producers.get(name)
         if node is None or node.op_type != "Concat" or self.recipe.number is Number.FP8:
@@ -395,9 +396,9 @@ class _Quantiser:
         return int(dims[1].dim_value) if len(dims) == 4 else 0
 
     def _joined(self, name: str, parts: list[str]) -> tuple[str, Grid, FloatArray]:
-        """Concatenate parts that are rounded each to its own scale, as the integers they are.
+        """Concatenate the parts as integers, each rounded to its own scale.
 
-        The layer reads them as if all had the largest scale; the factors, one per channel, make its weights undo that.
+        The layer reads all of them with the largest scale. The factors, one per channel of its weights, correct that.
         """
         grids = [self._rounded(part)[1] for part in parts]
         common = dataclasses.replace(max(grids, key=lambda grid: grid.scale), tensor=name)
@@ -415,7 +416,7 @@ class _Quantiser:
         return f"{name}.joined.back", common, np.concatenate(factors)
 
     def _rounded(self, name: str) -> tuple[str, Grid]:
-        """Return the rounded form of a tensor; a result that was rounded in place is that already."""
+        """Return the rounded form of a tensor and its grid, and round it if nobody did before."""
         if name not in self.rounded:
             self._pair(name, f"{name}.dequantised", self._grid(name, name))
         return self.rounded[name], self.grids[name]
@@ -430,8 +431,8 @@ class _Quantiser:
         ]
 
     def _grid(self, name: str, measured: str, *, positive: bool = False) -> Grid:
-        """Choose the grid of a tensor from what was measured of it, or of its values before a ReLU."""
-        weights, low, high = self.statistics.distribution(measured, by_power=self.recipe.method is Method.MSE)
+        """Choose the grid of a tensor from the ranges of `measured`: the tensor itself, or what its ReLU reads."""
+        weights, low, high = self.statistics.distribution(measured)
         if positive:
             weights, low = weights.copy(), 0.0
             weights[: len(weights) // 2] = 0
@@ -456,7 +457,7 @@ class _Quantiser:
         return names
 
     def _dequantised(self, name: str, numbers: npt.NDArray[Any], scales: FloatArray, axis: int) -> str:
-        """Store numbers and their scales, one per channel, and return the name of the floats they stand for."""
+        """Store numbers with a scale per channel, and return the name of the floats that they stand for."""
         zeros = np.zeros(scales.shape, numbers.dtype)
         parts = (numbers, scales, zeros)
         names = [f"{name}.{part}" for part in ("quantised", "scale", "zero_point")]
@@ -476,36 +477,17 @@ class _Quantiser:
         return np.rint(clipped).astype(np.int8)
 
 
-def _drift(directory: EngineDirectory, stage: Stage, file: Path) -> tuple[Check, ...]:
-    """Compare a quantised stage with its float32 original on random inputs. Raises ExportError if it is no likeness."""
-    feed = draw_inputs(directory, stage, SEED)
-    names = [spec.name for spec in stage.outputs]
-    expected, got = (_run(path, names, feed) for path in (directory.file(stage.file), file))
-    checks = []
-    for name, want, have in zip(names, expected, got, strict=True):
-        error = np.abs(have.astype(np.float64) - want)
-        largest = float(np.abs(want).max())
-        tolerance = TOLERANCE * max(largest, SMALLEST)
-        shapes = {key: value.shape for key, value in feed.items()}
-        check = Check(name, shapes, SEED, float(error.max()), float(error.mean()), largest, tolerance)
-        if not check.max_abs_error <= tolerance:  # written so that NaN fails
-            raise ExportError(
-                f"stage {stage.name}: quantised, output {name} is off by {check.max_abs_error:.3g} of {largest:.3g} "
-                f"(seed {SEED}); calibrate with more images, or choose ranges by another method"
-            )
-        checks.append(check)
-    return tuple(checks)
-
-
-def _run(path: Path, outputs: list[str], feed: dict[str, FloatArray]) -> list[FloatArray]:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    try:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        results: list[FloatArray] = session.run(outputs, feed)
-    except Exception as exc:  # onnxruntime's exceptions share no base class
-        raise ExportError(f"onnxruntime cannot run {path.name}: {first_line(exc)}") from exc
-    return results
+def _compare(directory: EngineDirectory, stage: Stage, file: Path) -> tuple[Check, ...]:
+    """Compare a quantised stage with its float32 original. Raises ExportError if it is no likeness."""
+    return compare_with_original(
+        directory,
+        stage,
+        file,
+        called="its 8-bit form",
+        seed=SEED,
+        allowed=TOLERANCE,
+        advice="; calibrate with more images, or choose ranges by another method",
+    )
 
 
 def _source(calibration: Path, statistics: Statistics) -> Source:
@@ -521,7 +503,7 @@ def _manifest(
     stages: tuple[Stage, ...],
     done: list[QuantisedStage],
 ) -> Manifest:
-    """Return the manifest of the quantised engine: provenance says from what, and by what."""
+    """Return the manifest of the quantised engine; its provenance names the engine and the statistics used."""
     how = recipe.method + (f" {recipe.percentile}" if recipe.method is Method.PERCENTILE else "")
     which = "" if len(done) == len(stages) else f", of {', '.join(made.stage.name for made in done)} alone"
     note = (

@@ -1,4 +1,4 @@
-"""Histograms on bins that never change, so that any two merge exactly, and the ranges a quantiser takes from them.
+"""Histograms, and the ranges that a quantiser takes from them. All have the same bins: any two merge exactly.
 
 Bins are a float32's sign, exponent and first five bits of mantissa: 32 to an octave, from 2⁻²⁶ to 2¹⁸, one for zero,
 and one at each end of each sign for what lies beyond.
@@ -28,10 +28,6 @@ FP16_OVERFLOW = 65520.0  # the smallest number that fp16 rounds to infinity
 FP16_FLUSH = 2.0**-25  # up to this, fp16 rounds to zero
 FP16_SPACING = 2.0**-24  # of numbers near zero
 
-LEVELS = 255  # steps of an 8-bit range
-_CANDIDATES = np.linspace(1.0, 0.1, 46)
-_ENTROPY_BINS = 2048
-
 
 def _fold() -> npt.NDArray[np.intp]:
     """Return the bin of each raw value (sign, exponent, top of mantissa); BINS for what is not finite."""
@@ -57,9 +53,7 @@ class Method(enum.StrEnum):
     """How a range is chosen."""
 
     MAX = "max"  # all that was seen
-    PERCENTILE = "percentile"  # all but a share at each end
-    ENTROPY = "entropy"  # the clipping that changes the distribution least (Kullback-Leibler)
-    MSE = "mse"  # the clipping with the least squared error, of rounding and clipping together
+    PERCENTILE = "percentile"  # all but a small share at each end
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,7 @@ class Range:
 
 
 def histogram(values: FloatArray) -> tuple[Counts, int]:
-    """Return the counts of all bins, and how many values are infinite or NaN, which no bin holds."""
+    """Return the counts of all bins, and the number of values that no bin holds: infinities and NaN."""
     bits = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint32)
     raw = np.bincount(bits >> _SHIFT, minlength=_RAW)
     # Whole numbers below 2⁵³: the weights of this bincount are exact.
@@ -84,17 +78,10 @@ def histogram(values: FloatArray) -> tuple[Counts, int]:
     return folded[:BINS], int(folded[BINS])
 
 
-def balanced(counts: Counts, *, by_power: bool = False) -> Weights:
-    """Return one distribution of (steps, BINS) counts in which every step that saw anything weighs the same.
-
-    `by_power` divides each step by its mean square: errors weighed so are relative to what the step holds, and a few
-    steps in which a network's values burst do not choose the range of all others.
-    """
+def balanced(counts: Counts) -> Weights:
+    """Return one distribution of (steps, BINS) counts in which every step that saw anything weighs the same."""
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
-    if by_power:
-        power = np.sum(shares * CENTRES**2, axis=1, keepdims=True)
-        shares = shares / np.where(power > 0, power, 1.0)
     seen = max(1, int(np.count_nonzero(totals)))
     weights: Weights = shares.sum(axis=0) / seen
     return weights
@@ -115,81 +102,16 @@ def choose_range(weights: Weights, low: float, high: float, method: Method, perc
     if method is Method.PERCENTILE:
         ends = quantile(weights, 1 - percentile / 100), quantile(weights, percentile / 100)
         return Range(min(max(low, ends[0]), 0.0), max(min(high, ends[1]), 0.0))
-    if method is Method.ENTROPY:
-        limit = _entropy_limit(weights, max(-low, high))
-        return Range(max(low, -limit), min(high, limit))
-    if method is Method.MSE:
-        return _least_squares(weights, low, high)
     return Range(low, high)
 
 
 def fp16_loss(weights: Weights) -> float:
     """Return the share of a distribution's power that fp16 loses near zero, where its numbers lie evenly apart.
 
-    Rounding elsewhere costs every tensor the same 8·10⁻⁸; only what comes on top counts here.
+    Elsewhere rounding costs every tensor the same 8·10⁻⁸, which does not count here.
     """
     magnitude = np.abs(CENTRES)
     error = np.minimum(FP16_SPACING**2 / 12, magnitude**2)
     subnormal = magnitude < 2.0**-14
     power = float(np.sum(weights * magnitude**2))
     return float(np.sum(weights * error, where=subnormal)) / power if power else 0.0
-
-
-def _least_squares(weights: Weights, low: float, high: float) -> Range:
-    """Lower one end, then the other, then the first again: long tails are mostly on one side."""
-    for side in ("high", "low", "high"):
-        lows = low * _CANDIDATES if side == "low" else np.full_like(_CANDIDATES, low)
-        highs = high * _CANDIDATES if side == "high" else np.full_like(_CANDIDATES, high)
-        best = int(np.argmin(_squared_error(weights, lows, highs)))
-        low, high = float(lows[best]), float(highs[best])
-    return Range(low, high)
-
-
-def _squared_error(weights: Weights, lows: Weights, highs: Weights) -> Weights:
-    """Return the mean squared error of 8-bit rounding in each range, clipping included."""
-    low, high = lows[:, None], highs[:, None]
-    step = (high - low) / LEVELS
-    # A value nearer to zero than half a step becomes zero: its error is itself.
-    rounding = np.minimum(step**2 / 12, CENTRES**2)
-    clipped = CENTRES - np.clip(CENTRES, low, high)
-    error: Weights = np.sum(weights * np.where(clipped == 0, rounding, clipped**2), axis=1)
-    return error
-
-
-def _entropy_limit(weights: Weights, largest: float) -> float:
-    """Return the magnitude to clip at: TensorRT's search over 128 levels of magnitude, on even bins."""
-    even = _evenly(weights, largest)
-    even[0] = even[1]  # zeros say nothing of the range, and would outweigh all else
-    total, best, limit = even.sum(), np.inf, _ENTROPY_BINS
-    if total == 0:
-        return largest
-    for end in range(128, _ENTROPY_BINS + 1, 16):
-        reference = even[:end].copy()
-        reference[-1] += even[end:].sum()
-        level = np.arange(end) * 128 // end
-        occupied = even[:end] > 0
-        sums = np.bincount(level, weights=even[:end], minlength=128)
-        counts = np.bincount(level, weights=occupied, minlength=128)
-        smooth = np.where(occupied, (sums / np.maximum(counts, 1))[level], 0.0)
-        if smooth.sum() == 0:
-            continue
-        p, q = reference / reference.sum(), smooth / smooth.sum()
-        both = (p > 0) & (q > 0)
-        # What falls where the quantised distribution has nothing is charged as if it had almost nothing.
-        divergence = float(np.sum(p[both] * np.log(p[both] / q[both])) + p[(p > 0) & (q == 0)].sum() * 20)
-        if divergence < best:
-            best, limit = divergence, end
-    return largest * limit / _ENTROPY_BINS
-
-
-def _evenly(weights: Weights, largest: float) -> Weights:
-    """Spread the magnitudes of a distribution over even bins from 0 to `largest`."""
-    magnitudes = weights[ZERO:].copy()
-    magnitudes[1:] += weights[:ZERO][::-1]
-    edges = np.append(np.concatenate([[0.0], _LOWER]), np.inf)
-    edges = np.minimum(edges, largest)
-    edges[-1] = max(largest, edges[-2] * (1 + 1e-9), 1e-300)
-    cumulative = np.concatenate([[0.0], np.cumsum(magnitudes)])
-    at = np.interp(np.linspace(0, largest, _ENTROPY_BINS + 1), edges, cumulative)
-    even: Weights = np.maximum(np.diff(at), 0.0)
-    return even

@@ -1,7 +1,7 @@
-"""What the tensors of an engine's stages look like over the real loop: ranges and histograms, per tensor and step.
+"""Ranges and histograms of the tensors inside an engine's stages, per tensor and step of the real loop.
 
-The loop is the runtime's own; only what runs a stage is replaced by one that also looks at the tensors inside. Every
-stage but the U-Net has a single "step", over all image kinds.
+The runtime's own scorer runs the loop. Its stages are `Recorder`s, which return the inner tensors too and record them.
+The U-Net has as many steps as the loop, every other stage has one, over all image kinds.
 """
 
 import dataclasses
@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 from onnx import TensorProto, helper, shape_inference
 
 from ..engine.atomic import replacing
@@ -27,7 +26,7 @@ from ..engine.manifest import EngineDirectory, Precision, StageName, open_engine
 from ..errors import BackendError, EngineError, ImageError, OutputError, UsageError, first_line
 from ..export.precision import PLAN_SCHEMA, Kept, PrecisionPlan, plan_stage
 from ..runtime.executor import Call
-from ..runtime.host.onnx_stage import available_cpus
+from ..runtime.host.onnx_stage import OnnxRuntime, make_session
 from ..runtime.images import Image, read_image
 from ..runtime.results import Options
 from ..runtime.scorer import Scorer
@@ -37,8 +36,8 @@ from .ranges import BINS, Counts, FloatArray
 SCHEMA = 1
 NAME = "statistics"
 MIN_IMAGES = 4
-SAVE_SECONDS = 30.0  # at most this much work is lost when a run is killed
-# fp16 rounding alone costs 8e-8 of a tensor's power: a node that loses ten times that near zero stays float32.
+SAVE_SECONDS = 30.0  # a killed run loses at most this much work
+# fp16 rounding costs every tensor 8e-8 of its power. A node that loses ten times as much near zero stays float32.
 MAX_FP16_LOSS = 1e-6
 
 _WATCHED = {
@@ -46,12 +45,10 @@ _WATCHED = {
     "LayerNormalization", "MatMul", "ReduceMean", "ReduceSum", "Softmax",
 }  # fmt: skip
 
-Progress = Callable[[int, int, str], None]  # (images done, images in all, the next one)
-
 
 @dataclass(frozen=True)
-class Sample:
-    """An image that was looked at: its name for people, its pixels' digest for us."""
+class CalibrationImage:
+    """An image that was recorded: its name for people, the digest of its pixels to recognise it."""
 
     name: str
     digest: str
@@ -68,13 +65,13 @@ class Skipped:
 
 @dataclass(frozen=True, eq=False)
 class StageStatistics:
-    """Arrays over (tensors, steps): extremes of what is finite, and how much is not. Histograms add a last axis."""
+    """What was recorded of one stage: arrays of shape (tensors, steps); `histogram` has the bins as a third axis."""
 
     tensors: tuple[str, ...]
     low: FloatArray  # +inf where nothing was seen
     high: FloatArray
     nonfinite: Counts
-    overflow: Counts  # finite, and infinite in fp16
+    overflow: Counts  # of finite values that fp16 rounds to infinity
     histogram: Counts
 
     @staticmethod
@@ -103,22 +100,11 @@ class StageStatistics:
             if max(-low, high) >= ranges.FP16_OVERFLOW:
                 self.overflow[row, step] += np.count_nonzero(np.abs(finite) >= ranges.FP16_OVERFLOW)
 
-    def merged(self, other: "StageStatistics") -> "StageStatistics":
-        """Return the statistics of all that both saw."""
-        return StageStatistics(
-            self.tensors,
-            np.minimum(self.low, other.low),
-            np.maximum(self.high, other.high),
-            self.nonfinite + other.nonfinite,
-            self.overflow + other.overflow,
-            self.histogram + other.histogram,
-        )
-
-    def distribution(self, tensor: str, *, by_power: bool = False) -> tuple[ranges.Weights, float, float]:
+    def distribution(self, tensor: str) -> tuple[ranges.Weights, float, float]:
         """Return a tensor's distribution with every step counting the same, and its extremes over all steps."""
         row = self.tensors.index(tensor)
         low, high = float(self.low[row].min()), float(self.high[row].max())
-        weights = ranges.balanced(self.histogram[row], by_power=by_power)
+        weights = ranges.balanced(self.histogram[row])
         return (weights, low, high) if low <= high else (weights, 0.0, 0.0)
 
     def share_flushed(self, row: int) -> float:
@@ -131,10 +117,10 @@ class StageStatistics:
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """What was seen, of which engine, on which images; `samples` are sorted, so that merging in any order is equal."""
+    """What was recorded of an engine on some images. `samples` are sorted: their order on disk changes nothing."""
 
     engine: str  # engine_id
-    samples: tuple[Sample, ...]
+    samples: tuple[CalibrationImage, ...]
     stages: dict[StageName, StageStatistics]
 
     @property
@@ -143,18 +129,6 @@ class Statistics:
         seen = [(sample.digest, sample.seed) for sample in self.samples]
         text = json.dumps({"schema": SCHEMA, "engine": self.engine, "samples": seen})
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    def merged(self, other: "Statistics") -> "Statistics":
-        """Return the statistics of both. Raises UsageError if they do not go together."""
-        if self.engine != other.engine:
-            raise UsageError(f"statistics of engine {other.engine} cannot be merged with those of {self.engine}")
-        shared = {(s.digest, s.seed) for s in self.samples} & {(s.digest, s.seed) for s in other.samples}
-        if shared:
-            names = [s.name for s in other.samples if (s.digest, s.seed) in shared]
-            raise UsageError(f"both statistics hold {names[0]} ({len(shared)} images in all): it would count twice")
-        samples = tuple(sorted(self.samples + other.samples, key=_by_digest))
-        stages = {name: stage.merged(other.stages[name]) for name, stage in self.stages.items()}
-        return Statistics(self.engine, samples, stages)
 
 
 def collect(
@@ -165,12 +139,12 @@ def collect(
     seed: int = 0,
     crops: int = 1,
     minimum: int | None = None,
-    progress: Progress = lambda done, total, name: None,
+    say: Callable[[str], None] = lambda _text: None,
 ) -> tuple[Statistics, tuple[Skipped, ...]]:
     """Run the loop of the engine `path` on images and write `statistics.npz` and `.json` into the folder `output`.
 
-    What is there already is added to; images that it holds are not run again. Raises UsageError if the images cannot
-    stand for real ones: fewer than `minimum` (default: MIN_IMAGES) different ones, or nothing but flat ones.
+    Statistics that are there already are added to, and their images do not run again. Raises UsageError if the images
+    cannot stand for real ones: fewer than `minimum` (default: MIN_IMAGES) different ones, or only flat ones.
     """
     directory = open_engine(path)
     statistics = _start(directory, output)
@@ -185,10 +159,10 @@ def collect(
         }
         scorer = Scorer(directory.manifest, recorders, backend="calibration")
     for done, (digest, name) in enumerate(todo.items()):
-        progress(done, len(todo), name)
+        say(f"calibrating: {done + 1} of {len(todo)}, {name}")
         image = read_image(name, min_side=directory.manifest.crop.size)
         scorer.score(image.pixels, Options(seed=seed, crops=crops))  # the recorders add to the statistics in place
-        samples = sorted((*statistics.samples, Sample(name, digest, seed)), key=_by_digest)
+        samples = sorted((*statistics.samples, CalibrationImage(name, digest, seed)), key=_by_digest)
         statistics = dataclasses.replace(statistics, samples=tuple(samples))
         if time.monotonic() - saved > SAVE_SECONDS:
             write(statistics, output)
@@ -231,7 +205,7 @@ def read(folder: Path) -> Statistics:
 
 
 def write(statistics: Statistics, folder: Path) -> None:
-    """Write the pair of files into a folder: the arrays, then what people read of them."""
+    """Write two files into a folder: the arrays, then a summary for people."""
     header = _Header(
         SCHEMA,
         statistics.engine,
@@ -256,7 +230,7 @@ def write(statistics: Statistics, folder: Path) -> None:
 
 
 def summary(statistics: Statistics) -> dict[str, Any]:
-    """Return what people read: ranges and shares of every tensor over all steps, as JSON values."""
+    """Return the summary for people: ranges and shares of every tensor over all steps, as JSON values."""
     stages: dict[str, Any] = {}
     for name, stage in statistics.stages.items():
         stages[name] = {}
@@ -285,9 +259,9 @@ def summary(statistics: Statistics) -> dict[str, Any]:
 
 
 def fp16_plan(directory: EngineDirectory, statistics: Statistics) -> PrecisionPlan:
-    """Return the plan made from the graphs, with every node that was seen to read or write what fp16 cannot hold.
+    """Return the plan made from the graphs, plus every node that reads or writes values which fp16 cannot hold.
 
-    Both sides of such a tensor stay float32: kept on one side alone, a cast between them would lose the values again.
+    Both the writer and the readers of such a tensor stay float32: a cast between them would lose the values again.
     """
     check_engine(directory, statistics)
     stages = []
@@ -315,7 +289,7 @@ def check_engine(directory: EngineDirectory, statistics: Statistics) -> None:
 
 
 def _unfit(stage: StageStatistics) -> dict[str, str]:
-    """Return why fp16 cannot hold a tensor, for those that it cannot."""
+    """Return the tensors that fp16 cannot hold, with the reason."""
     reasons = {}
     for row, tensor in enumerate(stage.tensors):
         weights, low, high = stage.distribution(tensor)
@@ -327,7 +301,7 @@ def _unfit(stage: StageStatistics) -> dict[str, str]:
 
 
 class Recorder:
-    """Runs a stage through ONNX Runtime and adds what its tensors hold to `statistics`, at the step it is."""
+    """Runs a stage through ONNX Runtime and adds its tensors to `statistics`, at the step of the noise level."""
 
     def __init__(self, directory: EngineDirectory, name: StageName, statistics: StageStatistics) -> None:
         schedule = directory.manifest.schedule
@@ -343,16 +317,7 @@ class Recorder:
         inside = [name for name in statistics.tensors if name not in {*self._fed, *self._results}]
         model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in inside)
         self._outputs = [*self._results, *inside]
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # errors reach the user as exceptions
-        options.intra_op_num_threads = available_cpus()
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            self._session = onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as exc:  # onnxruntime's exceptions share no base class
-            raise BackendError(f"onnxruntime cannot load stage {name}: {first_line(exc)}") from exc
+        self._session = make_session(model.SerializeToString(), OnnxRuntime(), f"stage {name}")
 
     def bind(self, inputs: Mapping[str, FloatArray], outputs: Mapping[str, FloatArray]) -> Call:
         """Return a call that runs the stage from and into these arrays, and records."""
@@ -376,9 +341,9 @@ class Recorder:
 
 
 def watched(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Return the tensors of a stage that are recorded: floats that the operators which decide precision read or write.
+    """Return the tensors to record: floats that the operators which decide precision read or write.
 
-    Shapes are computed with whole numbers and stay out, as do constants.
+    Shapes (whole numbers) and constants are not among them.
     """
     inferred = shape_inference.infer_shapes(model, strict_mode=True).graph
     values = [*inferred.input, *inferred.value_info, *inferred.output]
@@ -392,7 +357,7 @@ def watched(model: onnx.ModelProto) -> tuple[str, ...]:
 class _Header:
     schema: int
     engine: str
-    samples: tuple[Sample, ...]
+    samples: tuple[CalibrationImage, ...]
     tensors: dict[StageName, tuple[str, ...]]
     steps: dict[StageName, int]
 
@@ -438,7 +403,7 @@ def _read(images: Sequence[Path], side: int, minimum: int) -> tuple[dict[str, st
     return usable, tuple(skipped)
 
 
-def _by_digest(sample: Sample) -> tuple[str, int]:
+def _by_digest(sample: CalibrationImage) -> tuple[str, int]:
     return sample.digest, sample.seed
 
 

@@ -1,4 +1,4 @@
-"""A loaded checkpoint → an engine directory, written beside its place and moved there whole."""
+"""A loaded checkpoint → an engine directory, written beside its place and then moved there."""
 
 import contextlib
 import datetime
@@ -35,15 +35,13 @@ from ..model.config import ModelConfig
 from ..model.network import DiffV2IQA, count_parameters
 from .graph import OPSET, export_graph, tensor_specs
 from .macs import count_macs
+from .pytorch import compare_with_pytorch
 from .stages import Shape, StagePlan, stage_plans
-from .verify import verify_stage
 
 CROPS = 9  # per image unless the user says otherwise: a 3×3 grid on a square image
 SEED = 20240222  # of the verification inputs
 TRAINED = "Predicted quality on the scale of the checkpoint's training labels, scaled to 0 … 1."
 UNTRAINED = "Untrained: some weights are seeded random numbers, so the scores mean nothing."
-
-Progress = Callable[[StageName, str], None]  # (stage, what is being done to it)
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class StageCost:
 
     stage: Stage
     export_seconds: float
-    verify_seconds: float
+    compare_seconds: float
 
 
 def plan_names(config: ModelConfig) -> tuple[StageName, ...]:
@@ -72,9 +70,9 @@ def export_engine(
     *,
     stages: tuple[StageName, ...] = (),
     force: bool = False,
-    progress: Progress = lambda stage, doing: None,
+    say: Callable[[str], None] = lambda _text: None,
 ) -> tuple[Manifest, list[StageCost]]:
-    """Export, check and verify every stage (or those named) and write the engine directory `target`.
+    """Export every stage (or those named), compare it with PyTorch, and write the engine directory `target`.
 
     Raises EngineError if `target` must not be replaced, ExportError if a stage fails. Until everything is done the old
     directory stays as it is.
@@ -86,15 +84,28 @@ def export_engine(
     with writing(target, force=force) as work:
         check_space(work, model)
         plans = (plan for plan in stage_plans(model) if plan.name in wanted)
-        costs = [_export_stage(model, plan, work, progress) for plan in plans]
+        costs = [_export_stage(model, plan, work, say) for plan in plans]
         manifest = _manifest(loaded, tuple(cost.stage for cost in costs))
         _write(work / MANIFEST, manifest.to_json())
     return manifest, costs
 
 
+def parameters_by_stage(model: DiffV2IQA) -> dict[StageName, int]:
+    """Return how many parameters each stage takes from the model, before export merges some."""
+    tabs = count_parameters(model.tabs)  # both heads carry them
+    vit = count_parameters(model.vcg.vit) if model.vcg else 0
+    counts = {
+        StageName.UNET: count_parameters(model.unet) if model.unet else 0,
+        StageName.VIT: vit,
+        StageName.VCG: count_parameters(model.vcg) - vit + tabs if model.vcg else 0,
+        StageName.VDA: count_parameters(model.vda) + tabs if model.vda else 0,
+    }
+    return {name: counts[name] for name in plan_names(model.config)}
+
+
 @contextlib.contextmanager
 def writing(target: Path, *, force: bool) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of the engine directory `target` when the block ends well.
+    """Yield an empty folder. It becomes the engine directory `target` if the block ends without an error.
 
     Raises EngineError if `target` must not be replaced.
     """
@@ -131,27 +142,26 @@ def check_target(target: Path, *, force: bool) -> None:
 
 def check_space(target: Path, model: DiffV2IQA) -> None:
     """Raise ExportError early if the disk cannot hold the engine."""
-    shared = count_parameters(model.tabs)  # both heads carry them
-    needed = int(4.2 * (count_parameters(model) + shared))
+    needed = int(4.2 * sum(parameters_by_stage(model).values()))
     free = shutil.disk_usage(target.parent).free
     if free < needed:
         raise ExportError(f"{target.parent} has {free / 1e6:.0f} MB free, the engine needs {needed / 1e6:.0f} MB")
 
 
-def _export_stage(model: DiffV2IQA, plan: StagePlan, work: Path, progress: Progress) -> StageCost:
+def _export_stage(model: DiffV2IQA, plan: StagePlan, work: Path, say: Callable[[str], None]) -> StageCost:
     relative = f"onnx/{plan.name}.onnx"
     path = work / relative
     path.parent.mkdir(exist_ok=True)
     start = time.perf_counter()
-    progress(plan.name, "exporting to ONNX")
+    say(f"{plan.name}: exporting to ONNX")
     try:
         graph = export_graph(plan, path, model.config.unet.alignment if model.config.unet else 16)
         macs = count_macs(graph, one_image(plan.inputs, model.config.crop))
         parameters = _parameters(graph)
         del graph
         exported = time.perf_counter()
-        progress(plan.name, "comparing with PyTorch")
-        checks = verify_stage(model, plan, path, seed=SEED)
+        say(f"{plan.name}: comparing with PyTorch")
+        checks = compare_with_pytorch(model, plan, path, seed=SEED)
         sync(path)
         entry = FileEntry(relative, path.stat().st_size, file_sha256(path))
     except OSError as exc:
@@ -199,7 +209,7 @@ def _manifest(loaded: Loaded, stages: tuple[Stage, ...]) -> Manifest:
 
 @contextlib.contextmanager
 def _beside(target: Path) -> Iterator[Path]:
-    """Yield an empty directory next to `target`, ours alone, removed at the end unless it was moved away."""
+    """Yield an empty directory next to `target`, locked for us, and remove it at the end unless it was moved."""
     work = target.with_name(f".{target.name}.partial")
     try:
         work.mkdir(exist_ok=True)
@@ -216,7 +226,7 @@ def _beside(target: Path) -> Iterator[Path]:
 
 
 def _clear_leftovers(work: Path, target: Path) -> None:
-    """Clear what a killed export left behind; a directory that it had just moved away comes back."""
+    """Clear what a killed export left behind, and bring back a directory that it had moved away."""
     previous = _previous(target)
     if previous.exists() and not target.exists():
         previous.rename(target)
@@ -226,8 +236,8 @@ def _clear_leftovers(work: Path, target: Path) -> None:
 
 
 def _replace(work: Path, target: Path, *, force: bool) -> None:
-    """Put `work` in the place of `target`; the old directory goes only after the new one stands."""
-    check_target(target, force=force)  # again: much may have happened there in the meantime
+    """Put `work` in the place of `target`. The old directory is deleted only after the new one is there."""
+    check_target(target, force=force)  # again: others may have written there since
     for folder in (work / "onnx", work):
         sync(folder)
     previous = _previous(target)

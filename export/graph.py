@@ -1,4 +1,4 @@
-"""One stage → one ONNX file: exported, cleaned, and checked against everything a runtime may trip over."""
+"""One stage → one ONNX file: exported, cleaned, and checked for what a runtime could not load."""
 
 import contextlib
 import io
@@ -59,7 +59,7 @@ def tensor_specs(shapes: dict[str, Shape]) -> tuple[TensorSpec, ...]:
 
 
 def _clean(model: onnx.ModelProto, plan: StagePlan) -> None:
-    """Name the free dimensions our way, and drop notes of the exporter, which quote source paths of this machine."""
+    """Give the free dimensions our names, and drop the exporter's notes, which quote paths of this machine."""
     graph = model.graph
     for value, shape in zip(
         [*graph.input, *graph.output], [*plan.inputs.values(), *plan.outputs.values()], strict=True
@@ -114,7 +114,7 @@ def _check(model: onnx.ModelProto, plan: StagePlan) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's chatter (missing torchvision, deprecations of its own calls) off the user's terminal."""
+    """Hide the exporter's own warnings: missing torchvision, and deprecations of its own calls."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)

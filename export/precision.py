@@ -1,6 +1,6 @@
 """float32 ONNX → strongly typed fp16 or bf16 ONNX, by a plan that says which nodes stay float32 and why.
 
-The plan is data: it is made here from the graph, stored beside the engines it led to, and can be read back and changed.
+The plan is data. It is made here from the graph and stored beside the engines; a user can change it and build again.
 """
 
 import json
@@ -25,7 +25,7 @@ _NAMES: dict[int, str] = {
 }
 _DTYPES = {name: value for value, name in _NAMES.items()}
 
-# Operators that only move values: rounding what they return again would change nothing.
+# Operators that only move values. Rounding their results again would change nothing.
 MOVES = {
     "Concat", "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Pad", "Relu", "Reshape", "Resize", "Slice",
     "Split", "Squeeze", "Transpose", "Unsqueeze",
@@ -90,15 +90,48 @@ def read_plan(path: Path) -> PrecisionPlan:
     return plan
 
 
+def resolve_plan(
+    directory: EngineDirectory, precision: Precision | None = None, plan: PrecisionPlan | None = None
+) -> PrecisionPlan:
+    """Return `plan`, checked against the engine, or else the plan that the graphs lead to in `precision`.
+
+    Raises UsageError if the plan is of another precision or engine, or if TensorRT does not take the engine's 8 bits.
+    """
+    if plan and precision not in {None, plan.precision}:
+        raise UsageError(f"the precision plan is for {plan.precision}, not {precision}; leave --precision out")
+    wanted = plan.precision if plan else precision or Precision.FP16
+    made = []
+    for stage in directory.manifest.stages:
+        model = onnx.load(directory.file(stage.file))
+        if _is_unsigned(model.graph):
+            raise UsageError(
+                f"{directory.path} is quantised for ONNX Runtime, with unsigned numbers that TensorRT does not take; "
+                f"quantise the float32 engine with iqa-quantise --target tensorrt, and take that"
+            )
+        if plan and plan.stage(stage.name).onnx_sha256 != stage.file.sha256:
+            raise UsageError(
+                f"the precision plan is for another {stage.file.path} than {directory.path} holds; use the engine that "
+                f"it was made for, or --precision {wanted} for a plan of this one"
+            )
+        made.append(plan.stage(stage.name) if plan else plan_stage(model, stage, wanted))
+    return plan or PrecisionPlan(PLAN_SCHEMA, wanted, tuple(made))
+
+
+def _is_unsigned(graph: onnx.GraphProto) -> bool:
+    """Whether a stage is in 8 bits as ONNX Runtime wants them: TensorRT's parser takes no such zero points."""
+    unsigned = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.UINT8}
+    return any(node.op_type == "QuantizeLinear" and unsigned & set(node.input) for node in graph.node)
+
+
 def plan_stage(model: onnx.ModelProto, stage: Stage, precision: Precision) -> StagePrecision:
-    """Return the first plan of a stage, from its graph alone; measured ranges may replace it later.
+    """Return the plan of a stage from its graph alone; `calibration.statistics.fp16_plan` adds what it measured.
 
-    Inputs and outputs: ViT maps go from engine to engine and are as low as these. Images and noise are fp16 where the
-    kernels that write and read them store fp16, and float32 for bf16, which they do not store. The rest is float32.
+    Inputs and outputs: ViT maps go from engine to engine in the low type. Images and noise are fp16 in an fp16 plan,
+    because our kernels store fp16, and float32 in a bf16 plan, because they do not store bf16. The rest is float32.
 
-    Softmax and LayerNormalization are not kept: in a graph their inputs and results are rounded all the same, for the
-    products around them, and LayerNormalization with `stash_type` 1 has float32 statistics by definition. Kept in
-    float32, the 6912×6912 attention of the full-size VCG head would also take twice the memory.
+    Softmax and LayerNormalization become low too. The products around them round their inputs and results anyway, and
+    LayerNormalization with `stash_type` 1 has float32 statistics by definition. In float32, the 6912×6912 attention of
+    the full-size VCG head would take twice the memory.
     """
     graph = model.graph
     reasons: dict[str, str] = {}
@@ -139,7 +172,7 @@ def _downstream_of(graph: onnx.GraphProto, name: str) -> list[str]:
 
 
 def _reduction(graph: onnx.GraphProto, name: str) -> list[str]:
-    """Return the nodes whose results reach this output and nothing else."""
+    """Return the nodes whose results reach only this output."""
     readers: dict[str, set[str]] = {value.name: {"(output)"} for value in graph.output if value.name != name}
     for node in graph.node:
         for value in node.input:
@@ -152,7 +185,7 @@ def _reduction(graph: onnx.GraphProto, name: str) -> list[str]:
 
 
 def cast(model: onnx.ModelProto, plan: StagePrecision, precision: Precision) -> onnx.ModelProto:
-    """Return the typed model: every node low but those the plan keeps, casts where the two meet.
+    """Return the typed model: the plan's nodes in float32, all others low, and casts where the two meet.
 
     Raises ExportError if the plan does not fit the graph, or the result is not valid ONNX.
     """
@@ -175,7 +208,7 @@ def cast(model: onnx.ModelProto, plan: StagePrecision, precision: Precision) -> 
 
 
 class _Caster:
-    """One pass over a graph in order; knows the type every value has so far."""
+    """One pass over a graph in order. `types` holds the type of every value so far."""
 
     def __init__(self, model: onnx.ModelProto, plan: StagePrecision, kept: set[str], low: int) -> None:
         self.graph, self.plan, self.kept, self.low = model.graph, plan, kept, low
@@ -247,9 +280,9 @@ def _converted(tensor: TensorProto, name: str, kind: int) -> TensorProto:
 
 
 def _lower_batch_norms(graph: onnx.GraphProto, kept: set[str]) -> None:
-    """Make each BatchNormalization a product and a sum, computed in float64.
+    """Replace each BatchNormalization by a product and a sum, whose constants are computed in float64.
 
-    Its variance, rounded to a lower type, would scale the whole channel; scale and offset rounded once do not.
+    Rounding its variance would scale the whole channel. Rounding the product's factor once does not.
     """
     constants = {tensor.name: tensor for tensor in graph.initializer}
     nodes: list[onnx.NodeProto] = []
@@ -273,7 +306,7 @@ def _lower_batch_norms(graph: onnx.GraphProto, kept: set[str]) -> None:
 
 
 def _raise_opset(model: onnx.ModelProto, plan: StagePrecision) -> None:
-    """Convolutions and pooling take bf16 from opset 22 on; raised only where that changes nothing but types."""
+    """Raise the opset to 22, from which convolutions and pooling take bf16. Refuse graphs that it would change."""
     if any(node.op_type == "GroupNormalization" for node in model.graph.node):
         raise ExportError(f"stage {plan.name}: GroupNormalization means something else in opset {_BF16_OPSET}")
     model.opset_import[0].version = max(model.opset_import[0].version, _BF16_OPSET)
@@ -288,10 +321,10 @@ def _validate(model: onnx.ModelProto, plan: StagePrecision) -> None:
 
 
 def rounded(typed: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a float32 model that computes what `typed` does: float32 arithmetic, each result rounded to its type.
+    """Return a float32 model that computes the same as `typed`: in float32, with every result rounded to its type.
 
-    ONNX Runtime's CPU provider runs fp16 nodes in float32 and drops the casts between them, so running `typed` there
-    measures no drift; bf16 it does not run at all. Explicit pairs of casts it keeps.
+    ONNX Runtime's CPU provider runs fp16 nodes in float32 and drops the casts between them: `typed` itself would show
+    no rounding error there. It does not run bf16 at all. It keeps explicit pairs of casts.
     """
     model = onnx.ModelProto()
     model.CopyFrom(typed)
@@ -325,15 +358,3 @@ def rounded(typed: onnx.ModelProto) -> onnx.ModelProto:
 def in_8_bits(model: onnx.ModelProto) -> bool:
     """Whether a stage rounds values to 8 bits on its way."""
     return any(node.op_type == "QuantizeLinear" for node in model.graph.node)
-
-
-def refuse_unsigned(directory: EngineDirectory) -> None:
-    """Raise UsageError for 8-bit stages in ONNX Runtime's form, whose zero points TensorRT's parser does not take."""
-    for stage in directory.manifest.stages:
-        graph = onnx.load(directory.file(stage.file)).graph
-        unsigned = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.UINT8}
-        if any(node.op_type == "QuantizeLinear" and unsigned & set(node.input) for node in graph.node):
-            raise UsageError(
-                f"{directory.path} is quantised for ONNX Runtime, with unsigned numbers that TensorRT does not take; "
-                f"quantise the float32 engine with iqa-quantise --target tensorrt, and take that"
-            )

@@ -6,7 +6,7 @@ from ..engine.manifest import Manifest, ShapeRange, Stage
 from ..errors import UsageError
 
 BATCHES = ("1", "8")
-LARGEST = 65_536  # of a number in a profile: more is a slip of the keyboard
+LARGEST = 65_536  # number in a profile: more is a typing error
 
 
 def default_sizes(manifest: Manifest) -> tuple[str, ...]:
@@ -22,9 +22,9 @@ def stage_profiles(
 ) -> tuple[dict[str, ShapeRange], ...]:
     """Return the profiles of a stage: for the U-Net one for each batch and size, else one for each batch.
 
-    A batch, or a size HxW, stands for itself alone; MIN:OPT:MAX for a family. Batches count crops: the ViT gets as
-    many images as a crop has kinds. A family of sizes takes one image at a time: whole images differ in size, and
-    memory is set aside for the largest. Raises UsageError.
+    A batch N or a size HxW is exact; MIN:OPT:MAX is a family. Batches count crops: the ViT gets one image for each
+    kind of a crop. A family of sizes takes one image at a time, because whole images differ in size and the engine
+    reserves memory for the largest. Raises UsageError.
     """
     spans = [_family(text, "batch", 1, 1) for text in batches]
     areas = [_family(text, "size", 2, manifest.alignment) for text in sizes]

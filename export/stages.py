@@ -1,7 +1,7 @@
-"""The deployed form of each stage: the model's own modules, with everything linear that can be merged merged.
+"""The deployed form of each stage: the model's own modules, with neighbouring linear maps merged.
 
-The merges are exact in real numbers and computed in float64: BatchNorm that follows a linear layer folds into it, and
-VCG's chain of 1×1 convolutions becomes one. The model that is passed in stays as it is.
+A BatchNorm after a linear layer folds into it, and VCG's chain of 1×1 convolutions becomes one. The merges are exact
+in real numbers and computed in float64. They work on copies: the model that is passed in does not change.
 """
 
 import copy
@@ -94,7 +94,7 @@ def stage_plans(model: DiffV2IQA) -> list[StagePlan]:
 def fold_unet(unet: UNet) -> UNet:
     """Fold the BatchNorms that follow a linear map: block 2's into block 1 and the noise shift, attention's into qkv.
 
-    Block 1's stay: their input also feeds the skip. A U-Net with GroupNorm comes back unchanged.
+    Block 1's stay, because their input also feeds the skip. A U-Net with GroupNorm does not change.
     """
     unet = copy.deepcopy(unet)
     for stage in unet.modules():

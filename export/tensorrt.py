@@ -1,7 +1,7 @@
 """ONNX stages → TensorRT or TensorRT-RTX engines inside the engine directory, recorded in its manifest.
 
-A build is written beside its place and moved there whole; the manifest, replaced last, makes it exist. The engine
-directory stays what it was until then, and its ONNX stages always.
+A build is written beside its place and then moved there. Replacing the manifest comes last: until then the engine
+directory is what it was. The ONNX stages never change.
 """
 
 import contextlib
@@ -39,8 +39,8 @@ from ..engine.manifest import (
 )
 from ..errors import BackendError, EngineError, ExportError, UsageError
 from ..runtime.gpu.tensorrt import TensorRT, device_capability, load_library
-from .drift import measure_drift
-from .precision import PLAN_SCHEMA, PrecisionPlan, cast, plan_stage, refuse_unsigned
+from .compare import compare_cast
+from .precision import PrecisionPlan, cast, resolve_plan
 from .profiles import BATCHES, default_sizes, stage_profiles
 
 FOLDER = "tensorrt"
@@ -48,12 +48,11 @@ KEY_SCHEMA = 1  # of what a build's key is a digest of
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 
 Profiles = tuple[dict[str, ShapeRange], ...]
-Progress = Callable[[StageName, str], None]  # (stage, what is being done to it)
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What to build. Empty batches and sizes: those that suit the engine; no compute capability: portable."""
+    """What to build. Empty batches and sizes: the defaults for the engine. No compute capability: portable."""
 
     library: Library
     precision: Precision = Precision.FP16
@@ -65,7 +64,7 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class _Job:
-    """A build with everything settled that decides what comes out of it."""
+    """Everything that decides what a build contains."""
 
     directory: EngineDirectory
     library: TensorRT
@@ -75,7 +74,7 @@ class _Job:
 
     @cached_property
     def key(self) -> str:
-        """The build's folder name: what a person looks for, and a digest of all that the engines depend on."""
+        """The build's folder name: library, version, target, precision, and a digest of all that engines depend on."""
         library, options = self.library, self.options
         identity = {
             "schema": KEY_SCHEMA,
@@ -101,14 +100,14 @@ class StageBuild:
     """A finished stage and how long it took."""
 
     stage: BuiltStage
-    cast_seconds: float  # drift included
+    cast_seconds: float  # with the comparison
     build_seconds: float
 
 
 def build_engines(
-    path: Path, options: BuildOptions, *, force: bool = False, progress: Progress = lambda stage, doing: None
+    path: Path, options: BuildOptions, *, force: bool = False, say: Callable[[str], None] = lambda _text: None
 ) -> tuple[Build, list[StageBuild]]:
-    """Build every stage of the engine directory `path`; a build that is already there and whole is returned as it is.
+    """Build every stage of the engine directory `path`, or return the same build with no stages if it is there.
 
     Raises EngineError if the directory is damaged or in use, BackendError if the library is missing or cannot build
     for what is asked, UsageError for options that do not fit, ExportError with the builder's own words if it fails.
@@ -121,16 +120,15 @@ def build_engines(
     )
     stages = directory.manifest.stages
     profiles = {s.name: stage_profiles(directory.manifest, s, options.batches, options.sizes) for s in stages}
-    job = _Job(directory, library, options, _plan(directory, options), profiles)
+    job = _Job(directory, library, options, resolve_plan(directory, options.precision, options.plan), profiles)
     if not force and (build := _existing(job)):
         return build, []
-    refuse_unsigned(directory)
     try:
         with locked(path) as ours:
             if not ours:
                 raise EngineError(f"another process is writing {path}; wait for it")
             with _beside(path / FOLDER / job.key) as work:
-                done = _build_stages(job, work, progress)
+                done = _build_stages(job, work, say)
                 build = _record(job, work, done)
                 _publish(directory, build, work)
     except OSError as exc:
@@ -139,7 +137,7 @@ def build_engines(
 
 
 def _capabilities(library: TensorRT, options: BuildOptions) -> tuple[str, ...]:
-    """Return what is built for; empty: portable. Raises if this machine or library cannot."""
+    """Return the compute capabilities to build for; none: portable. Raises if this machine or library cannot."""
     if library.traits.ahead_of_time:
         for name in options.compute_capabilities:
             library.capability(name)
@@ -155,22 +153,8 @@ def _capabilities(library: TensorRT, options: BuildOptions) -> tuple[str, ...]:
     return (capability,)
 
 
-def _plan(directory: EngineDirectory, options: BuildOptions) -> PrecisionPlan:
-    """Return the plan that was given, if it is for these stages and this precision, or make one."""
-    stages, plan = directory.manifest.stages, options.plan
-    if plan is None:
-        made = (plan_stage(onnx.load(directory.file(s.file)), s, options.precision) for s in stages)
-        return PrecisionPlan(PLAN_SCHEMA, options.precision, tuple(made))
-    if plan.precision is not options.precision:
-        raise UsageError(f"the precision plan is for {plan.precision}, not {options.precision}; give both alike")
-    for stage in stages:
-        if plan.stage(stage.name).onnx_sha256 != stage.file.sha256:
-            raise UsageError(f"the precision plan is for another {stage.file.path} than {directory.path} holds")
-    return plan
-
-
 def _existing(job: _Job) -> Build | None:
-    """Return the build that would come out, if it is there and whole."""
+    """Return the same build if the engine directory holds it undamaged."""
     for build in job.directory.manifest.builds:
         if build.key == job.key:
             with contextlib.suppress(EngineError):
@@ -180,7 +164,7 @@ def _existing(job: _Job) -> Build | None:
     return None
 
 
-def _build_stages(job: _Job, work: Path, progress: Progress) -> list[StageBuild]:
+def _build_stages(job: _Job, work: Path, say: Callable[[str], None]) -> list[StageBuild]:
     """Write engines, plan, log and timing cache into `work`. A failed build leaves its log in the engine directory."""
     options, log = job.options, job.library.log
     start_of_log = log.count
@@ -189,13 +173,13 @@ def _build_stages(job: _Job, work: Path, progress: Progress) -> list[StageBuild]
     done = []
     for stage in job.directory.manifest.stages:
         start = time.perf_counter()
-        progress(stage.name, f"casting to {options.precision}")
+        say(f"{stage.name}: casting to {options.precision}")
         plan, profiles = job.plan.stage(stage.name), job.profiles[stage.name]
         typed = cast(onnx.load(job.directory.file(stage.file)), plan, options.precision)
         low = options.precision is not Precision.FP32
-        drift = measure_drift(job.directory, stage, typed, options.precision) if low else ()
+        checks = compare_cast(job.directory, stage, typed, options.precision) if low else ()
         middle = time.perf_counter()
-        progress(stage.name, f"building with {options.library}")
+        say(f"{stage.name}: building with {options.library}")
         log.add("INFO", f"diffiqa: stage {stage.name}")
         try:
             engine, inputs, outputs = builder.build(stage, typed.SerializeToString(), profiles, plan.tensors)
@@ -204,7 +188,7 @@ def _build_stages(job: _Job, work: Path, progress: Progress) -> list[StageBuild]
             raise ExportError(f"{exc}; the whole log is in {failed}") from exc
         (work / f"{stage.name}.engine").write_bytes(engine)
         file = job.entry(work, f"{stage.name}.engine")
-        built = BuiltStage(stage.name, stage.file.sha256, file, inputs, outputs, profiles, drift)
+        built = BuiltStage(stage.name, stage.file.sha256, file, inputs, outputs, profiles, checks)
         done.append(StageBuild(built, middle - start, time.perf_counter() - middle))
     (work / "plan.json").write_text(job.plan.to_json(), encoding="utf-8")
     (work / "build.log").write_text(log.text(start_of_log), encoding="utf-8")
@@ -215,7 +199,7 @@ def _build_stages(job: _Job, work: Path, progress: Progress) -> list[StageBuild]
 
 
 class _Builder:
-    """One library's builder, set up the same way for every stage; `timings` grows from stage to stage."""
+    """A library's builder, with the same settings for every stage. Each stage adds to `timings`."""
 
     def __init__(self, library: TensorRT, capabilities: tuple[str, ...], timings: bytes) -> None:
         self._api, self._log, self._traits = library.api, library.log, library.traits
@@ -278,7 +262,7 @@ class _Builder:
 
 
 def _signature(stage: Stage, planned: tuple[TensorSpec, ...], tensors: list[Any]) -> tuple[TensorSpec, ...]:
-    """Return inputs or outputs as the library sees them. Raises ExportError if they are not those of the stage."""
+    """Return inputs or outputs as the library reads them. Raises ExportError if they are not those of the stage."""
     found = {tensor.name: tuple(tensor.shape) for tensor in tensors}
     expected = {spec.name: tuple(d if isinstance(d, int) else -1 for d in spec.shape) for spec in planned}
     if found != expected:

@@ -18,7 +18,6 @@ its stages. `engines` (results/precision-engines.json) builds `mini` with Tensor
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import statistics
@@ -140,7 +139,12 @@ def measure_scores(given: argparse.Namespace, folder: Path) -> None:
         "mode": OPTIONS.mode,
         "calibration_images": 0 if given.no_int8 else CALIBRATION_IMAGES,
         "mixed_trials": [
-            {**dataclasses.asdict(trial), "drift": trial.drift if math.isfinite(trial.drift) else None}
+            {
+                "stage": trial.stage,
+                "drift": trial.change if math.isfinite(trial.change) else None,
+                "taken": trial.taken,
+                "why": trial.why,
+            }
             for trial in trials
         ],
         "precisions": rows,

@@ -1,4 +1,4 @@
-"""Our own weights file, the bundle: weights with the configuration they belong to, where they come from, and notes.
+"""The bundle, our own weights file: weights, their configuration, the files they were made from, and notes.
 
 `.safetensors` carries the description as JSON under the metadata key "diffiqa"; `.pt` is a dict of "diffiqa_format",
 the other fields of `Bundle` and "weights".
@@ -58,7 +58,7 @@ def save_bundle(
     }
     if broken := not_finite(weights):
         raise CheckpointError(f"{path} not saved: weights that are not finite as {dtype}: {listed(broken)}")
-    # Beside the target, so that the last step is one rename: a reader sees the old file or the new one, whole.
+    # Beside the target, so that the last step is one rename: a reader sees the old file or the new one, never half.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         write(temporary, Bundle(FORMAT, model.config, tuple(sources), tuple(notes)), weights)

@@ -1,6 +1,6 @@
 """The files a user has → a `DiffV2IQA` with every weight in place.
 
-Names and shapes are compared before anything is allocated; whatever does not fit is reported all at once.
+Names and shapes are compared before any memory is allocated. One message lists everything that does not fit.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from .weightfile import WeightFile, listed, not_finite, read, shown
 
 __all__ = ["Loaded", "load", "misfits", "part_of", "save_bundle"]
 
-# What a seed may leave untrained, by prefix and in words. The first three may have a file of their own.
+# The parts of the model: prefix of their tensors, and name in messages. The first three may have a file of their own.
 PARTS = {
     "unet": ("unet.", "U-Net"),
     "vit": ("vcg.vit.", "ViT"),
@@ -39,9 +39,9 @@ Misfits = dict[str, list[str]]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in eval mode, float32; the files it came from; what was ignored or is untrained, in words.
+    """A float32 model in eval mode, its source files, and notes on what was ignored or is untrained.
 
-    A part that is untrained has a source with role "seed" and no hash.
+    An untrained part has a source with role "seed" and no hash.
     """
 
     model: DiffV2IQA
@@ -79,9 +79,9 @@ def load(
 ) -> Loaded:
     """Load a model from a bundle, the authors' network or MANIQA; `unet`, `vit` and `resnet` replace these parts.
 
-    The configuration is that of `preset`, else the bundle's own, else the preset the weights fit. With a `seed`, parts
-    of which no file gives anything keep their seeded initial values, and `sources` and `notes` say so; without one
-    they are an error. Raises CheckpointError, ConfigError (no such preset) or UsageError.
+    The configuration is that of `preset`, else the bundle's own, else the preset that fits the weights. With a `seed`,
+    a part that is in no file keeps its seeded initial values, and `sources` and `notes` say so. Without a seed it is
+    an error. Raises CheckpointError, ConfigError (no such preset) or UsageError.
     """
     if ckpt is None and (preset is None or seed is None):
         raise UsageError("without a checkpoint there must be a preset and a seed, for the parts that no file gives")
@@ -108,10 +108,10 @@ def load(
 
 
 def misfits(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, seeded: bool = False) -> Misfits:
-    """Return what keeps `weights` from filling `expected`, in words by kind; only names, shapes and types are read.
+    """Return why `weights` cannot fill `expected`, by kind of misfit. Only names, shapes and types are read.
 
-    `seeded`: parts of which `weights` has nothing at all may be absent. A part that is there must be complete, else
-    its remainder (the statistics of BatchNorm, for GroupNorm's weights) would silently be made up.
+    `seeded`: a part may be absent as a whole. It must not be there in part: the rest would silently be random, such as
+    BatchNorm's statistics beside GroupNorm's weights.
     """
     present = {part_of(name) for name in weights}
     shared = [(name, tensor, weights[name]) for name, tensor in expected.items() if name in weights]
@@ -177,7 +177,7 @@ def _distances(given: list[_Given], seed: int | None) -> dict[str, int]:
 
 
 def _check_parts(config: ModelConfig, base: _Given | None, parts: list[_Given], seed: int | None) -> None:
-    """Refuse files that came with the wrong option, and the authors' network without its other half."""
+    """Refuse a file that was given with the wrong option, and the authors' network without its U-Net."""
     if base and base.form.part:
         raise CheckpointError(
             f"{base.file.path} is only a part, the {PARTS[base.form.role][1]} ({base.form.words}): give it with "
@@ -199,7 +199,7 @@ def _check_parts(config: ModelConfig, base: _Given | None, parts: list[_Given], 
 
 
 def _gather(config: ModelConfig, given: list[_Given]) -> tuple[dict[str, Tensor], list[str]]:
-    """Bring all files together under our names; a part's own file replaces that part of the checkpoint."""
+    """Return the weights of all files under our names. A part's own file replaces that part of the checkpoint."""
     vit_blocks = max(config.vcg.layers) + 1 if config.vcg else 0
     weights: dict[str, Tensor] = {}
     notes: list[str] = []
@@ -218,7 +218,7 @@ def _gather(config: ModelConfig, given: list[_Given]) -> tuple[dict[str, Tensor]
 
 
 def _remarks(config: ModelConfig, g: _Given) -> list[str]:
-    """Say what was set aside unread, and what weights alone cannot decide."""
+    """Return notes on entries that were ignored, and on what the weights do not tell."""
     remarks = []
     if g.file.ignored:
         remarks.append(f"entries beside the weights ignored: {listed(g.file.ignored)}")
@@ -236,7 +236,7 @@ def _remarks(config: ModelConfig, g: _Given) -> list[str]:
 def _skeleton(config: ModelConfig) -> DiffV2IQA:
     """Return the model on the meta device: names, shapes and types without memory."""
     if config.vcg:
-        # Swin's index and mask tables are real even there, and a file must not decide how much memory they take.
+        # Swin's tables take real memory even there: a file must not decide how much.
         swin = config.vcg.swin
         size = 2 * swin.layers * swin.blocks * swin.window**2 * (8 * swin.window**2 + 4 * config.grid**2)
         if size > MAX_SWIN_TABLE_BYTES:
@@ -250,8 +250,8 @@ def _copied(weights: Mapping[str, Tensor], given: list[_Given]) -> dict[str, Ten
     # One stored number may pose as a tensor of any shape: the model must be no larger than its files.
     if sum(tensor.numel() for tensor in weights.values()) > sum(g.file.bytes for g in given):
         raise CheckpointError(f"{_paths(given)}: the tensors have more numbers than the file has bytes")
-    # Always a copy. What stays mapped takes the process down (SIGBUS) when a training run truncates the file to write
-    # its next checkpoint, and keeps Windows from replacing it. So a file is mapped only until `load` returns.
+    # Always copy: a file stays mapped only until `load` returns. A training run that truncates a mapped file, to write
+    # its next checkpoint, would end this process (SIGBUS), and Windows could not replace the file.
     out = {
         name: tensor.to(
             torch.float32 if tensor.is_floating_point() else tensor.dtype,
@@ -266,7 +266,7 @@ def _copied(weights: Mapping[str, Tensor], given: list[_Given]) -> dict[str, Ten
 
 
 def _fill(model: DiffV2IQA, weights: dict[str, Tensor], seed: int | None) -> tuple[Source, ...]:
-    """Put the weights in place, initial values where there are none; return a source for each part that got these."""
+    """Fill the model with the weights, and missing parts with initial values; return a source for each such part."""
     expected = model.state_dict()
     present = {part_of(name) for name in weights}
     missing = set(expected) - set(weights)
@@ -291,9 +291,9 @@ def _untrained_note(source: Source) -> str:
 
 
 def _ancestry(given: list[_Given]) -> tuple[list[Source], list[str]]:
-    """Return the sources and notes that bundles recorded, for as much of them as is used here.
+    """Return the sources and notes that bundles recorded about the parts used here.
 
-    So a part that was never trained stays marked as such through any number of bundles, until a file replaces it.
+    So an untrained part stays marked through any number of bundles, until a file replaces it.
     """
 
     def concerns(source: Source, part: str) -> bool:

@@ -139,7 +139,7 @@ class ModelConfig:
 
     @staticmethod
     def from_json(data: Any, where: str = "model configuration") -> "ModelConfig":
-        """Decode a configuration that `runtime.codec.encode` wrote; raises ConfigError."""
+        """Decode a configuration that `engine.codec.encode` wrote; raises ConfigError."""
         return decode(ModelConfig, data, where, ConfigError)
 
 

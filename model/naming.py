@@ -1,4 +1,4 @@
-"""Names in the wild: recognises whose network a file's tensor names belong to, and renames them into ours."""
+"""Tensor names of other programs: recognises whose network a file holds, and translates the names into ours."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -58,8 +58,8 @@ SR3 = Format(
 VIT = Format("timm ViT", "vit", part="vcg.vit.", renames=((r"", "vcg.vit."),))
 RESNET = Format("torchvision ResNet", "resnet", part="vda.resnet.", renames=((r"", "vda.resnet."),))
 
-# What foreign files carry and this model has no use for, by name after renaming. Whatever else does not fit is an
-# error: a tensor nobody expects usually means another network, whose score would be wrong.
+# Tensors of other programs that this model does not use, by name after renaming. Any other tensor that does not fit is
+# an error: an unexpected tensor usually means another network, whose score would be wrong.
 UNUSED = (
     (r"vcg\.vit\.(norm|head|pre_logits|fc_norm)\.", "the ViT's final norm and head, which nothing reads"),
     (r"vcg\.swin[12]\.(.+\.)?downsample\.", "strided convolutions of the Swin stages, which nothing calls"),
@@ -93,7 +93,7 @@ def recognise(names: Collection[str]) -> Format | None:
 
 
 def adapt(form: Format, weights: Mapping[str, Tensor], vit_blocks: int) -> tuple[dict[str, Tensor], list[str]]:
-    """Rename into our names, for a model with `vit_blocks` ViT blocks. → (tensors, what was left out and why)."""
+    """Return the tensors under our names, for a model with `vit_blocks` ViT blocks, and notes on those left out."""
     if not form.renames:
         return dict(weights), []
     ours: dict[str, Tensor] = {}
@@ -122,7 +122,7 @@ def _rename(form: Format, name: str) -> str:
 
 
 def _unused(name: str, vit_blocks: int) -> str | None:
-    """Return why this model has no use for a tensor, or None if it has, or nobody knows."""
+    """Return why this model does not use a tensor; None if it does, or if the tensor is unknown."""
     block = re.match(r"vcg\.vit\.blocks\.(\d+)\.", name)
     if block and int(block[1]) >= vit_blocks:
         return f"ViT blocks from {vit_blocks} on, after the last one that is read"

@@ -1,5 +1,6 @@
 """The commands: they read well, start fast, and end every error with one line and the right exit code."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,7 @@ from click.testing import CliRunner, Result
 
 from diffiqa import cli
 from diffiqa.engine.manifest import StageName, read_manifest
-from diffiqa.export.engine import export_engine
 from diffiqa.model.bundle import save_bundle
-from diffiqa.model.checkpoint import Loaded
 from diffiqa.model.network import DiffV2IQA
 
 COMMANDS = ("export", "build", "calibrate", "quantise", "verify", "run", "convert", "bench")
@@ -127,25 +126,14 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_export_leaves_the_old_engine_and_exits_with_2(
-    tiny_loaded: Loaded, tmp_path: Path, number: signal.Signals
+    tiny_engine: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    target = tmp_path / "engine"
-    export_engine(tiny_loaded, target, stages=(StageName.VDA,))
+    target = Path(shutil.copytree(tiny_engine, tmp_path / "engine"))
     before = read_manifest(target)
-    command = [
-        sys.executable,
-        "-m",
-        "diffiqa.cli",
-        "export",
-        "--preset",
-        "mini",
-        "--seed",
-        "0",
-        "-o",
-        str(target),
-        "--force",
-    ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    options = ["--preset", "mini", "--seed", "0", "--stage", "vda", "-o", str(target), "--force"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diffiqa.cli", "export", *options], stderr=subprocess.PIPE, text=True
+    )
     while not list(tmp_path.glob(".engine.partial/*")) and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(number)

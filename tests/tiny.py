@@ -23,6 +23,8 @@ TINY = ModelConfig(
         swin=SwinConfig(layers=1, heads=2, window=2, mlp=16),
     ),
     vda=VDAConfig(resnet_width=4, resnet_blocks=(1, 1, 1, 1), classes=12, width=8),
+    vcg_weight=0.5,  # unlike each other: weights that changed places would go unnoticed
+    vda_weight=1.5,
 )
 
 

@@ -19,16 +19,7 @@ from ..calibration.statistics import NAME as STATISTICS
 from ..engine.codec import encode
 from ..engine.manifest import EngineDirectory, Manifest, Precision, Source, Stage, StageName, open_engine, read_manifest
 from ..errors import EngineError, UsageError
-from ..export.precision import (
-    PLAN_SCHEMA,
-    PrecisionPlan,
-    StagePrecision,
-    cast,
-    in_8_bits,
-    plan_stage,
-    refuse_unsigned,
-    rounded,
-)
+from ..export.precision import PrecisionPlan, StagePrecision, cast, in_8_bits, resolve_plan, rounded
 from ..runtime.executor import Call, FloatArray, StageRunner
 from ..runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from ..runtime.host.stages import load_stages
@@ -109,29 +100,14 @@ def emulated_side(directory: EngineDirectory, plan: PrecisionPlan, settings: Onn
 
 def chosen_plan(given: Given, directory: EngineDirectory) -> PrecisionPlan | None:
     """Return the plan to emulate, checked against the engine; None if the engine itself is the candidate."""
-    plan = given.plan
-    if plan or given.precision:
-        refuse_unsigned(directory)
-    if plan is None:
-        if given.precision is None:
-            if given.against is None:
-                raise UsageError(
-                    "there is nothing to compare the engine with: give --precision or --plan to emulate one, or "
-                    "--against an engine or checkpoint"
-                )
-            return None
-        stages = directory.manifest.stages
-        made = (plan_stage(onnx.load(directory.file(s.file)), s, given.precision) for s in stages)
-        return PrecisionPlan(PLAN_SCHEMA, given.precision, tuple(made))
-    if given.precision not in {None, plan.precision}:
-        raise UsageError(f"the precision plan is for {plan.precision}, not {given.precision}; leave --precision out")
-    for stage in directory.manifest.stages:
-        if plan.stage(stage.name).onnx_sha256 != stage.file.sha256:
+    if given.plan is None and given.precision is None:
+        if given.against is None:
             raise UsageError(
-                f"the precision plan is for another {stage.file.path} than {given.engine} holds; use the engine "
-                f"that it was made for, or --precision {plan.precision} for a plan of this one"
+                "there is nothing to compare the engine with: give --precision or --plan to emulate one, or --against "
+                "an engine or checkpoint"
             )
-    return plan
+        return None
+    return resolve_plan(directory, given.precision, given.plan)
 
 
 def plan_party(directory: EngineDirectory, plan: PrecisionPlan) -> Party:
@@ -228,7 +204,7 @@ class _TorchStage:
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Call:
         import torch
 
-        from ..export.verify import reference
+        from ..export.pytorch import reference
 
         tensors = tuple(torch.from_numpy(inputs[spec.name]) for spec in self._stage.inputs)
 

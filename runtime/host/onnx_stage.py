@@ -59,45 +59,45 @@ class OnnxRuntime:
         return open_on_host(directory, self)
 
 
-def compute_as_written(options: Any) -> None:
-    """Have a session compute Q/DQ where it is written.
-
-    Fusing it rounds what TensorRT leaves as it is; moving it past other nodes makes graphs that cannot run in fp8; and
-    beyond the basic optimisations a ReLU before fp8 is lost without a word (all of ONNX Runtime 1.31).
-    """
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    options.graph_optimization_level = _onnxruntime().GraphOptimizationLevel.ORT_ENABLE_BASIC
+def make_session(model: Path | bytes, settings: OnnxRuntime, name: str = "") -> Any:
+    """Return a session of a file or of a model in memory. Messages call it `name`, or by its path."""
+    ort = _onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = settings.threads or available_cpus()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # errors reach the user as exceptions
+    options.use_deterministic_compute = settings.deterministic
+    if settings.as_written:
+        # Fusing Q/DQ rounds what TensorRT leaves as it is. Moving it past other nodes makes graphs that cannot run in
+        # fp8. Beyond the basic optimisations a ReLU before fp8 is lost without a word (all of ONNX Runtime 1.31).
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    # Patterns are kept per shape and reserve the peak of each: off, a 720×720 image takes half the memory in no
+    # more time.
+    options.enable_mem_pattern = False
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.spinning else "0")
+    available = ort.get_available_providers()
+    if missing := set(settings.provider_names) - set(available):
+        raise BackendError(f"this onnxruntime has no {', '.join(sorted(missing))}; it has {', '.join(available)}")
+    try:
+        for key, value in settings.session_config.items():
+            options.add_session_config_entry(key, value)
+        session = ort.InferenceSession(model, options, providers=list(settings.providers))
+    except Exception as exc:  # onnxruntime's exceptions share no base class
+        what = name or (model if isinstance(model, Path) else "a model")
+        raise BackendError(f"onnxruntime cannot load {what}: {first_line(exc)}") from exc
+    in_use = session.get_providers()
+    if in_use[0] != settings.provider_names[0]:
+        # onnxruntime only warns when a provider cannot start, and computes elsewhere.
+        raise BackendError(f"onnxruntime cannot run {settings.provider_names[0]} here, only {', '.join(in_use)}")
+    return session
 
 
 class OnnxStage:
     """One ONNX file, loaded. `bind` and its calls are safe from several threads: the session is shared, buffers not."""
 
     def __init__(self, path: Path, settings: OnnxRuntime) -> None:
-        ort = _onnxruntime()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = settings.threads or available_cpus()
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4  # errors reach the user as exceptions
-        options.use_deterministic_compute = settings.deterministic
-        if settings.as_written:
-            compute_as_written(options)
-        # Patterns are kept per shape and reserve the peak of each: off, a 720×720 image takes half the memory in no
-        # more time.
-        options.enable_mem_pattern = False
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.spinning else "0")
-        available = ort.get_available_providers()
-        if missing := set(settings.provider_names) - set(available):
-            raise BackendError(f"this onnxruntime has no {', '.join(sorted(missing))}; it has {', '.join(available)}")
-        try:
-            for key, value in settings.session_config.items():
-                options.add_session_config_entry(key, value)
-            self.session = ort.InferenceSession(path, options, providers=list(settings.providers))
-        except Exception as exc:  # onnxruntime's exceptions share no base class
-            raise BackendError(f"onnxruntime cannot load {path}: {first_line(exc)}") from exc
-        in_use = self.session.get_providers()
-        if in_use[0] != settings.provider_names[0]:
-            # onnxruntime only warns when a provider cannot start, and computes elsewhere.
-            raise BackendError(f"onnxruntime cannot run {settings.provider_names[0]} here, only {', '.join(in_use)}")
+        self.session = make_session(path, settings)
         self._path = path
 
     def signature(self) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:

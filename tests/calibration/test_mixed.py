@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from diffiqa.calibration import quantise as quantise_module
 from diffiqa.calibration.cli import quantise
-from diffiqa.calibration.mixed import OPTIONS, choose_stages
+from diffiqa.calibration.mixed import OPTIONS, Trial, choose_stages
 from diffiqa.calibration.quantise import Number, Recipe, Target, quantise_engine
 from diffiqa.engine.manifest import Check, EngineDirectory, Stage, StageName, file_sha256, open_engine
 from diffiqa.errors import ExportError, UsageError
@@ -19,10 +19,15 @@ from diffiqa.runtime.scorer import load
 from ..tiny import photo
 
 
-def test_stages_are_tried_by_their_work_and_drift_is_that_of_the_engine_so_far(
-    tiny_engine: Path, calibration_folder: Path, calibration_images: list[Path], tmp_path: Path
+@pytest.fixture(scope="module")
+def trials(tiny_engine: Path, calibration_folder: Path, calibration_images: list[Path]) -> list[Trial]:
+    """Every stage, tried without a limit."""
+    return choose_stages(tiny_engine, calibration_folder, calibration_images, Recipe(), limit=np.inf)
+
+
+def test_stages_are_tried_by_their_work_and_the_change_is_that_of_the_engine_so_far(
+    tiny_engine: Path, calibration_folder: Path, calibration_images: list[Path], trials: list[Trial], tmp_path: Path
 ) -> None:
-    trials = choose_stages(tiny_engine, calibration_folder, calibration_images, Recipe(), limit=np.inf)
     assert trials[0].stage is StageName.UNET
     assert {trial.stage for trial in trials} == set(StageName)
     assert all(trial.taken for trial in trials)
@@ -32,41 +37,38 @@ def test_stages_are_tried_by_their_work_and_drift_is_that_of_the_engine_so_far(
         quantise_engine(tiny_engine, folder, calibration_folder, Recipe(), only=only)
         with load(tiny_engine) as exact, load(folder) as eight:
             scores = [[s.score(path, OPTIONS).score for path in calibration_images] for s in (exact, eight)]
-        assert trials[count - 1].drift == pytest.approx(np.abs(np.subtract(scores[0], scores[1])).mean(), abs=1e-7)
-        assert trials[count - 1].drift > 0
+        assert trials[count - 1].change == pytest.approx(np.abs(np.subtract(scores[0], scores[1])).mean(), abs=1e-7)
+        assert trials[count - 1].change > 0
 
 
 def test_a_stage_beyond_the_limit_stays_float32_and_the_next_is_tried_without_it(
-    tiny_engine: Path, calibration_folder: Path, calibration_images: list[Path]
+    tiny_engine: Path, calibration_folder: Path, calibration_images: list[Path], trials: list[Trial]
 ) -> None:
-    everything = choose_stages(tiny_engine, calibration_folder, calibration_images, Recipe(), limit=np.inf)
-    limit = everything[0].drift / 2
-    trials = choose_stages(tiny_engine, calibration_folder, calibration_images, Recipe(), limit=limit)
-    assert not trials[0].taken
-    assert trials[0].drift == everything[0].drift
-    assert all(trial.taken == (trial.drift <= limit) for trial in trials)
-    assert trials[1].drift != everything[1].drift
+    limit = trials[0].change / 2
+    limited = choose_stages(tiny_engine, calibration_folder, calibration_images, Recipe(), limit=limit)
+    assert not limited[0].taken
+    assert limited[0].change == trials[0].change
+    assert all(trial.taken == (trial.change <= limit) for trial in limited)
+    assert limited[1].change != trials[1].change
 
 
 def test_a_stage_that_quantising_refuses_stays_float32_and_the_others_are_tried(
     tiny_engine: Path, calibration_folder: Path, calibration_images: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact = quantise_module._drift
+    exact = quantise_module._compare
 
     def refusing(directory: EngineDirectory, stage: Stage, file: Path) -> tuple[Check, ...]:
         if stage.name is StageName.VCG:
             raise ExportError("stage vcg: quantised, output score_map is off")
         return exact(directory, stage, file)
 
-    monkeypatch.setattr(quantise_module, "_drift", refusing)
-    trials = {
-        trial.stage: trial
-        for trial in choose_stages(tiny_engine, calibration_folder, calibration_images, Recipe(), limit=np.inf)
-    }
-    assert trials.keys() == set(StageName)
-    assert not trials[StageName.VCG].taken
-    assert "score_map is off" in trials[StageName.VCG].why
-    assert all(trial.taken and not trial.why for name, trial in trials.items() if name is not StageName.VCG)
+    monkeypatch.setattr(quantise_module, "_compare", refusing)
+    found = choose_stages(tiny_engine, calibration_folder, calibration_images[:1], Recipe(), limit=np.inf)
+    tried = {trial.stage: trial for trial in found}
+    assert tried.keys() == set(StageName)
+    assert not tried[StageName.VCG].taken
+    assert "score_map is off" in tried[StageName.VCG].why
+    assert all(trial.taken and not trial.why for name, trial in tried.items() if name is not StageName.VCG)
 
 
 def test_stages_that_are_not_taken_are_the_float32_ones_and_the_manifest_says_so(
@@ -96,7 +98,7 @@ def test_the_command_says_what_each_stage_does_and_writes_the_engine(
     unreadable = ["--calib", str(tmp_path / "broken.png"), "--drift", "1", "-o", str(tmp_path / "made")]
     done = CliRunner().invoke(quantise, [*arguments, *unreadable])
     assert done.exit_code == 1, done.output  # written; the one image is left out of the trials too
-    assert "unet: int8, the score moves by" in done.output
+    assert "unet: int8, the score changes by" in done.output
     assert open_engine(tmp_path / "made").manifest.stages
     none = CliRunner().invoke(quantise, [*arguments, "--drift", "0", "-o", str(tmp_path / "none")])
     assert none.exit_code == 2
@@ -106,7 +108,7 @@ def test_the_command_says_what_each_stage_does_and_writes_the_engine(
     def refuse(*_: object) -> tuple[Check, ...]:
         raise ExportError("quantised, it is off")
 
-    monkeypatch.setattr(quantise_module, "_drift", refuse)
+    monkeypatch.setattr(quantise_module, "_compare", refuse)
     none = CliRunner().invoke(quantise, [*arguments, "--drift", "1", "-o", str(tmp_path / "none")])
     assert none.exit_code == 2
     assert "no stage can be quantised" in none.output

@@ -10,7 +10,7 @@ from diffiqa.calibration.quantise import Number, Recipe, Target, quantise_engine
 from diffiqa.calibration.statistics import Statistics, collect
 from diffiqa.engine.manifest import Build, FileEntry, Precision, StageName, open_engine, read_manifest
 from diffiqa.errors import UsageError
-from diffiqa.export.drift import TOLERANCE_8_BITS, measure_drift
+from diffiqa.export.compare import CAST_TOLERANCE_8_BITS, compare_cast
 from diffiqa.export.precision import cast, plan_stage
 from diffiqa.export.tensorrt import BuildOptions, build_engines
 
@@ -104,9 +104,9 @@ def test_the_cast_of_an_8_bit_stage_is_measured(
     onnx.save(model, tmp_path / "onnx" / "eight.onnx")
     here = dataclasses.replace(directory, path=tmp_path)
     eight = dataclasses.replace(stage, file=FileEntry("onnx/eight.onnx", 0, ""))
-    checks = measure_drift(here, eight, cast(model, plan_stage(model, stage, precision), precision), precision)
+    checks = compare_cast(here, eight, cast(model, plan_stage(model, stage, precision), precision), precision)
     assert max(check.max_abs_error for check in checks) > 0
-    assert all(check.tolerance >= TOLERANCE_8_BITS * check.max_abs_reference for check in checks)
+    assert all(check.tolerance >= CAST_TOLERANCE_8_BITS * check.max_abs_reference for check in checks)
 
 
 @needs_rtx

@@ -28,12 +28,6 @@ def weights_of(values: FloatArray) -> npt.NDArray[np.float64]:
     return balanced(histogram(values)[0][None])
 
 
-def error_of(values: FloatArray, low: float, high: float) -> float:
-    step = (high - low) / 255
-    rounded = np.rint(np.clip(values, low, high) / step) * step
-    return float(np.mean((values - rounded) ** 2))
-
-
 def test_histograms_merge_exactly() -> None:
     first, second = normals(1), 100 * normals(2)
     together, _ = histogram(np.concatenate([first, second]))
@@ -73,14 +67,6 @@ def test_every_step_weighs_the_same() -> None:
     assert weights.sum() == pytest.approx(1)
 
 
-def test_by_power_a_burst_weighs_no_more_than_a_calm_step() -> None:
-    calm, burst = (histogram(factor * normals(4))[0] for factor in (1, 256))
-    weights = balanced(np.stack([calm, burst]), by_power=True) * CENTRES**2
-    assert weights.sum() == pytest.approx(1)
-    alone = balanced(calm[None], by_power=True) * CENTRES**2
-    assert weights[np.abs(CENTRES) < 4].sum() == pytest.approx(alone[np.abs(CENTRES) < 4].sum() / 2, rel=0.01)
-
-
 @pytest.mark.parametrize("share", [0.001, 0.25, 0.5, 0.9, 0.999])
 def test_quantiles_are_those_of_the_values(share: float) -> None:
     values = normals(5) + 0.5
@@ -93,20 +79,10 @@ def test_max_spans_all_and_holds_zero() -> None:
     assert (found.low, found.high) == (0.0, values.max())
 
 
-@pytest.mark.parametrize("method", [Method.PERCENTILE, Method.ENTROPY])
-def test_an_outlier_is_clipped(method: Method) -> None:
+def test_an_outlier_is_clipped() -> None:
     values = np.append(normals(7), np.float32(200.0))
-    found = choose_range(weights_of(values), float(values.min()), 200.0, method, percentile=99.9)
+    found = choose_range(weights_of(values), float(values.min()), 200.0, Method.PERCENTILE, percentile=99.9)
     assert 2 < found.high < 100
-
-
-def test_mse_errs_less_than_max_on_the_values_themselves() -> None:
-    values = np.random.default_rng(8).laplace(size=50_000).astype(np.float32)
-    low, high = float(values.min()), float(values.max())
-    found = choose_range(weights_of(values), low, high, Method.MSE)
-    assert error_of(values, found.low, found.high) < 0.9 * error_of(values, low, high)
-    for factor in (0.7, 1.4):
-        assert error_of(values, found.low, found.high) < error_of(values, factor * found.low, factor * found.high)
 
 
 @pytest.mark.parametrize("method", list(Method))

@@ -17,8 +17,8 @@ from diffiqa.calibration import statistics as module
 from diffiqa.calibration.cli import calibrate
 from diffiqa.calibration.ranges import BINS, LOWER, ZERO
 from diffiqa.calibration.statistics import (
+    CalibrationImage,
     Recorder,
-    Sample,
     StageStatistics,
     Statistics,
     collect,
@@ -50,7 +50,7 @@ def of_tensors(**tensors: list[list[float]]) -> StageStatistics:
 
 
 def of_vda(digests: str, stage: StageStatistics, engine: str = "e") -> Statistics:
-    return Statistics(engine, tuple(Sample(d, d, 0) for d in digests), {StageName.VDA: stage})
+    return Statistics(engine, tuple(CalibrationImage(d, d, 0) for d in digests), {StageName.VDA: stage})
 
 
 def test_recorded_figures_are_those_of_the_tensors(directory: EngineDirectory) -> None:
@@ -103,26 +103,6 @@ def test_every_step_and_stage_is_seen(tiny_statistics: Statistics) -> None:
     assert [sample.seed for sample in tiny_statistics.samples] == [0, 0, 0]
 
 
-def test_merging_equals_seeing_all_in_any_order() -> None:
-    first = of_vda("b", of_tensors(x=[[1.0, 2.0], [-3.0]]))
-    second = of_vda("a", of_tensors(x=[[7e4], [0.5, np.inf]]))
-    whole = of_tensors(x=[[1.0, 2.0, 7e4], [-3.0, 0.5, np.inf]])
-    for merged in (first.merged(second), second.merged(first)):
-        for field in dataclasses.fields(StageStatistics)[1:]:
-            have, want = (getattr(stage, field.name) for stage in (merged.stages[StageName.VDA], whole))
-            assert np.array_equal(have, want), field.name
-        assert [sample.name for sample in merged.samples] == ["a", "b"]
-        assert merged.digest == of_vda("ab", whole).digest != first.digest
-
-
-def test_merging_refuses_another_engine_and_images_that_would_count_twice() -> None:
-    stage = of_tensors(x=[[1.0]])
-    with pytest.raises(UsageError, match="engine f cannot be merged with those of e"):
-        of_vda("a", stage).merged(of_vda("b", stage, engine="f"))
-    with pytest.raises(UsageError, match="both statistics hold a "):
-        of_vda("a", stage).merged(of_vda("ab", stage))
-
-
 def test_a_step_that_was_seen_more_often_weighs_no_more() -> None:
     weights, low, high = of_tensors(x=[[1.0] * 999, [-8.0]]).distribution("x")
     assert weights[ZERO + 1 :].sum() == pytest.approx(0.5)
@@ -155,7 +135,7 @@ def test_images_that_are_there_already_are_not_run_again(
             calibration_images[:count],
             tmp_path,
             minimum=1,
-            progress=lambda done, total, name: ran.append(name),
+            say=lambda text: ran.append(text.partition(", ")[2]),
         )
     assert sorted(ran) == sorted(map(str, calibration_images))
     resumed, whole = read(tmp_path), read(calibration_folder)

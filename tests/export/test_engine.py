@@ -13,10 +13,10 @@ import torch
 from diffiqa.engine.manifest import Manifest, Source, Stage, StageName, file_sha256, open_engine, read_manifest
 from diffiqa.errors import DiffiqaError, EngineError, ExportError
 from diffiqa.export import engine as engine_module
-from diffiqa.export import verify
+from diffiqa.export import pytorch
 from diffiqa.export.engine import StageCost, check_target, export_engine
+from diffiqa.export.pytorch import compare_with_pytorch, reference
 from diffiqa.export.stages import StagePlan, stage_plans
-from diffiqa.export.verify import reference, verify_stage
 from diffiqa.model.checkpoint import Loaded
 from diffiqa.model.network import build
 
@@ -30,7 +30,7 @@ def quick(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copy stages from the tiny engine instead of exporting them: what is tested is the directory around them."""
     made = read_manifest(tiny_engine)
 
-    def copy(_model: object, plan: StagePlan, work: Path, _progress: object) -> StageCost:
+    def copy(_model: object, plan: StagePlan, work: Path, _say: object) -> StageCost:
         stage = made.stage(plan.name)
         assert stage is not None
         (work / "onnx").mkdir(exist_ok=True)
@@ -230,9 +230,9 @@ def test_a_stage_that_disagrees_with_pytorch_fails_the_export(
     def tampered(*arguments: Any) -> tuple[torch.Tensor, ...]:
         return tuple(x.clone().apply_(change) for x in reference(*arguments))
 
-    monkeypatch.setattr(verify, "reference", tampered)
+    monkeypatch.setattr(pytorch, "reference", tampered)
     with pytest.raises(ExportError, match=says):
-        verify_stage(tiny_loaded.model, plan, tiny_engine / "onnx" / "vda.onnx", seed=1)
+        compare_with_pytorch(tiny_loaded.model, plan, tiny_engine / "onnx" / "vda.onnx", seed=1)
 
 
 def test_the_manifest_names_no_directory_of_this_machine(tiny_engine: Path) -> None:

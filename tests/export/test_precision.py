@@ -14,8 +14,8 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from diffiqa.engine.manifest import EngineDirectory, FileEntry, Precision, Stage, StageName, TensorSpec, open_engine
 from diffiqa.errors import ExportError, UsageError
-from diffiqa.export import drift as drift_module
-from diffiqa.export.drift import draw_inputs, measure_drift
+from diffiqa.export import compare as compare_module
+from diffiqa.export.compare import compare_cast, draw_inputs
 from diffiqa.export.precision import Kept, PrecisionPlan, StagePrecision, cast, plan_stage, read_plan, rounded
 
 LOW = {Precision.FP16: TensorProto.FLOAT16, Precision.BF16: TensorProto.BFLOAT16}
@@ -228,11 +228,11 @@ def test_rounding_moves_every_output_a_little_and_always_the_same(
 ) -> None:
     stage, model = stage_of(directory, name)
     typed = cast(model, plan_stage(model, stage, precision), precision)
-    checks = measure_drift(directory, stage, typed, precision)
+    checks = compare_cast(directory, stage, typed, precision)
     assert [check.output for check in checks] == [spec.name for spec in stage.outputs]
     assert max(check.max_abs_error for check in checks) > 0
     assert all(check.max_abs_error < bound * check.max_abs_reference for check in checks)
-    assert measure_drift(directory, stage, typed, precision) == checks
+    assert compare_cast(directory, stage, typed, precision) == checks
 
 
 @all_stages
@@ -257,8 +257,8 @@ def test_a_stage_that_answers_zero_drifts_by_nothing_and_small_rounding_errors_p
     here, typed = dataclasses.replace(directory, path=tmp_path), cast(model, plan, Precision.FP16)
     for value, reference in ((0.0, 0.0), (1e-7, 1e-7 / 3)):
         feed = {"x": np.full(1, value, np.float32)}
-        monkeypatch.setattr(drift_module, "draw_inputs", lambda *_, feed=feed: feed)
-        (check,) = measure_drift(here, stage, typed, Precision.FP16)
+        monkeypatch.setattr(compare_module, "draw_inputs", lambda *_, feed=feed: feed)
+        (check,) = compare_cast(here, stage, typed, Precision.FP16)
         assert check.max_abs_reference == pytest.approx(reference)
         assert check.max_abs_error < check.tolerance == pytest.approx(5e-4)
 
@@ -272,8 +272,8 @@ def test_what_overflows_is_refused_with_a_way_out(
     stage, _ = stage_of(directory, StageName.VDA)
     outputs = (TensorSpec("y", "float32", (1,)),)
     stage = dataclasses.replace(stage, file=FileEntry("made.onnx", 0, ""), outputs=outputs)
-    monkeypatch.setattr(drift_module, "draw_inputs", lambda *_: {"x": np.full(1, 2, np.float32)})
+    monkeypatch.setattr(compare_module, "draw_inputs", lambda *_: {"x": np.full(1, 2, np.float32)})
     here = dataclasses.replace(directory, path=tmp_path)
-    with pytest.raises(ExportError, match=r"output y is NaN or Inf.*--precision.*--plan"):
-        measure_drift(here, stage, cast(model, plan, Precision.FP16), Precision.FP16)
-    measure_drift(here, stage, cast(model, plan, Precision.BF16), Precision.BF16)
+    with pytest.raises(ExportError, match=r"output y.*fp16 form returns NaN or Inf.*--precision.*--plan"):
+        compare_cast(here, stage, cast(model, plan, Precision.FP16), Precision.FP16)
+    compare_cast(here, stage, cast(model, plan, Precision.BF16), Precision.BF16)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from diffiqa.engine.manifest import StageName
+from diffiqa.export.pytorch import reference
 from diffiqa.export.stages import StagePlan, stage_plans
-from diffiqa.export.verify import reference
 from diffiqa.model.config import PRESETS, ModelConfig, Norm, UNetConfig
 from diffiqa.model.network import DiffV2IQA, build
 

@@ -209,7 +209,7 @@ def test_the_parsers_own_words_reach_the_user(engine: Path, monkeypatch: pytest.
             return b"no model"
 
     monkeypatch.setattr(tensorrt_module, "cast", lambda *_: Nonsense())
-    monkeypatch.setattr(tensorrt_module, "measure_drift", lambda *_: ())
+    monkeypatch.setattr(tensorrt_module, "compare_cast", lambda *_: ())
     with pytest.raises(ExportError, match=r"stage vda: the ONNX parser refuses it: .*parse"):
         build_engines(engine, ONE)
 
@@ -228,13 +228,13 @@ def test_an_interrupted_build_leaves_the_directory_as_it_was(engine: Path, monke
 
 @needs_rtx
 def test_a_directory_that_is_exported_anew_meanwhile_gets_no_build(engine: Path) -> None:
-    def export_again(_stage: StageName, _doing: str) -> None:
+    def export_again(_doing: str) -> None:
         data = json.loads((engine / MANIFEST).read_text())
         data["stages"][0]["macs"] += 1
         (engine / MANIFEST).write_text(json.dumps(data))
 
     with pytest.raises(EngineError, match="exported anew meanwhile"):
-        build_engines(engine, ONE, progress=export_again)
+        build_engines(engine, ONE, say=export_again)
     assert read_manifest(engine).builds == ()
 
 
@@ -308,7 +308,7 @@ def test_iqa_build_prints_a_table_and_the_name_of_the_build(engine: Path) -> Non
     (build,) = read_manifest(engine).builds
     assert build.batches == ("1", "2")
     assert f"build {build.key}" in result.stdout
-    assert "drift" in result.stdout
+    assert "max error" in result.stdout
     assert "seed" in result.stdout
     again = call(*arguments)
     assert again.exit_code == 0
@@ -407,7 +407,7 @@ def test_iqa_export_refuses_a_target_before_it_exports(
 
 
 def test_building_needs_no_torch() -> None:
-    code = "import sys, diffiqa.export.tensorrt; print('torch' in sys.modules)"
+    code = "import sys, diffiqa.export.api, diffiqa.export.tensorrt; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 

@@ -54,7 +54,7 @@ def test_the_score_is_the_weighted_sum_of_the_branches_and_the_mean_over_crops(s
     result = scorer.score(photo(2, 64, 64), Options(crops=4))
     assert result.vcg is not None
     assert result.vda is not None
-    assert result.score == pytest.approx(result.vcg + result.vda, rel=1e-12)
+    assert result.score == pytest.approx(0.5 * result.vcg + 1.5 * result.vda, rel=1e-12)
     assert len(result.crops) == 4
     assert result.score == pytest.approx(statistics.fmean(crop.score for crop in result.crops), rel=1e-12)
     assert len({crop.score for crop in result.crops}) == 4

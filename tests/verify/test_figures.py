@@ -1,11 +1,13 @@
 """A tensor beside its reference: the definitions, and what has none."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from diffiqa.verify.figures import difference
+from diffiqa.engine.manifest import read_manifest
+from diffiqa.verify.figures import difference, total_score
 
 GENERATOR = np.random.default_rng(7)
 WANT = GENERATOR.normal(size=(3, 5, 7)).astype(np.float32)
@@ -45,3 +47,10 @@ def test_a_single_bad_number_makes_every_error_infinite(bad: float) -> None:
     assert found.not_finite == 1
     assert (found.max, found.mean, found.median, found.quantile) == (math.inf,) * 4
     assert (found.cosine, found.psnr) == (0, -math.inf)
+
+
+def test_each_branch_counts_with_its_weight(tiny_engine: Path) -> None:
+    manifest = read_manifest(tiny_engine)
+    vcg, vda = np.array([0.2, 0.4], np.float32), np.array([0.5, 0.9], np.float32)
+    assert total_score(manifest, vcg, vda) == pytest.approx(0.5 * 0.3 + 1.5 * 0.7)
+    assert total_score(manifest, vcg, vda[:0]) == pytest.approx(0.5 * 0.3)

@@ -66,7 +66,7 @@ def test_all_good_is_exit_code_0_and_records_carry_what_the_score_depends_on(
     assert record["engine"] == scorer.info.engine
     assert (record["seed"], record["seeds"], record["mode"], record["crops"]) == (3, 2, "whole", 4)
     assert (record["width"], record["height"]) == (50, 40)
-    assert record["score"] == pytest.approx(record["vcg"] + record["vda"])
+    assert record["score"] == pytest.approx(0.5 * record["vcg"] + 1.5 * record["vda"])
     assert record["spread"] > 0
     assert record["seconds"] > 0
 

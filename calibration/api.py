@@ -1,0 +1,196 @@
+"""Calibrate and quantise as functions: the commands of the same names parse, call one of these and print.
+
+>>> from diffiqa.calibration.api import calibrate, quantise
+>>> calibrate("engine/", "photos/").statistics.digest
+>>> quantise("engine/", "engine-int8/").manifest.engine_id
+"""
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..engine.atomic import check_folder_of, replacing
+from ..engine.manifest import Manifest, StageName, open_engine, read_manifest
+from ..errors import UsageError
+from ..export.engine import check_target, export_engine
+from ..runtime.inputs import find_images
+from .mixed import LIMIT, Trial, choose_stages
+from .pictures import draw
+from .quantise import QuantisedStage, Recipe, quantise_engine
+from .ranges import Method
+from .statistics import NAME, Skipped, Statistics, collect
+from .statistics import fp16_plan as make_fp16_plan
+
+if TYPE_CHECKING:
+    from ..model.checkpoint import Loaded
+
+Images = str | Path | Sequence[str | Path]  # files, folders and patterns
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The statistics in a folder, and the images that could not be read."""
+
+    folder: Path
+    statistics: Statistics
+    skipped: tuple[Skipped, ...]
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A quantised engine: its stages in 8 bits, the trials of `mixed`, and the images that could not be read."""
+
+    manifest: Manifest
+    stages: tuple[QuantisedStage, ...]
+    trials: tuple[Trial, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def calibrate(
+    engine: Path | str,
+    images: Images = (),
+    *,
+    output: Path | str | None = None,
+    seed: int = 0,
+    crops: int = 1,
+    fp16_plan: Path | str | None = None,
+    plot: Path | str | None = None,
+    say: Callable[[str], None] = lambda _text: None,
+) -> Calibrated:
+    """Record ranges and histograms of an engine's tensors over the real loop, per tensor and step.
+
+    Without images, it calibrates on 16 made-up pictures. The statistics go into `output`, or else ENGINE/calibration.
+    What is there already is added to. `fp16_plan` and `plot` are files to write: the fp16 plan that the
+    statistics lead to, and a chart of the U-Net's ranges. `crops` are for the heads, per image.
+
+    Raises UsageError if the images cannot stand for real ones.
+    """
+    engine = Path(engine)
+    folder = Path(output) if output else engine / "calibration"
+    for file in (fp16_plan, plot):
+        if file:
+            check_folder_of(Path(file))
+    with contextlib.ExitStack() as while_running:
+        found = _find(images or while_running.enter_context(_made_up(engine, folder)))
+        done = _collect(engine, found, folder, seed=seed, crops=crops, say=say)
+    if fp16_plan:
+        plan = make_fp16_plan(open_engine(engine), done.statistics)
+        with replacing(Path(fp16_plan)) as stream:
+            stream.write(plan.to_json().encode())
+    if plot:
+        from ..evaluation.charts import save
+        from .plot import draw_ranges
+
+        save(draw_ranges(done.statistics), Path(plot))
+    return done
+
+
+def quantise(
+    engine: Path | str,
+    output: Path | str,
+    *,
+    images: Images = (),
+    statistics: Path | str | None = None,
+    precision: str = "int8",
+    limit: float | None = None,
+    target: str | None = None,
+    ranges: Method | str = Method.PERCENTILE,
+    percentile: float = 99.999,
+    force: bool = False,
+    say: Callable[[str], None] = lambda _text: None,
+) -> Quantised:
+    """Write an engine directory whose stages compute in 8 bits, from a float32 one.
+
+    The ranges come from the folder `statistics`, or else ENGINE/calibration; `images` are calibrated on first.
+    `precision` is int8, fp8 or mixed: int8 in those stages that together change the score by at most `limit` in the
+    mean, tried on `images`. `target` is whose form of Q/DQ to write: onnxruntime, or tensorrt (the default for fp8).
+
+    Raises UsageError for what cannot run, ExportError if a stage is no likeness of its original.
+    """
+    engine, output = Path(engine), Path(output)
+    mixed = precision == "mixed"
+    if mixed and target == "tensorrt":
+        raise UsageError("--precision mixed runs what it tries, in the form of ONNX Runtime: leave --target out")
+    if mixed and not images:
+        raise UsageError("--precision mixed tries stages on images: give --calib, even with --statistics")
+    if limit is not None and not mixed:
+        raise UsageError(f"--drift chooses stages for --precision mixed; {precision} takes all")
+    recipe = Recipe.of(precision, target, method=Method(ranges), percentile=percentile)
+    check_target(output, force=force)
+    folder = Path(statistics) if statistics else engine / "calibration"
+    skipped: tuple[Skipped, ...] = ()
+    found = _find(images)
+    if found:
+        skipped = _collect(engine, found, folder, say=say).skipped
+    trials: tuple[Trial, ...] = ()
+    if mixed:
+        unreadable = {image.name for image in skipped}
+        usable = [image for image in found if str(image) not in unreadable]
+        trials = _choose(engine, folder, usable, recipe, LIMIT if limit is None else limit, say)
+    only = tuple(trial.stage for trial in trials if trial.taken) if mixed else tuple(StageName)
+    manifest, stages = quantise_engine(engine, output, folder, recipe, only=only, force=force, say=say)
+    return Quantised(manifest, tuple(stages), trials, skipped)
+
+
+def export_quantised(
+    weights: "Loaded",
+    output: Path | str,
+    images: Images,
+    *,
+    precision: str = "int8",
+    force: bool = False,
+    say: Callable[[str], None] = lambda _text: None,
+) -> Quantised:
+    """Export float32 stages beside `output`, calibrate on them, and write `output` quantised."""
+    output = Path(output)
+    check_target(output, force=force)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.float32.") as folder:
+        engine = Path(folder, "engine")
+        export_engine(weights, engine, say=say)
+        return quantise(engine, output, images=images, precision=precision, force=force, say=say)
+
+
+def _find(images: Images) -> list[Path]:
+    return find_images([str(images)] if isinstance(images, str | Path) else map(str, images))
+
+
+@contextlib.contextmanager
+def _made_up(engine: Path, folder: Path) -> Generator[str]:
+    """Lend a folder of made-up pictures. Raises UsageError where their ranges would mix with those of others."""
+    if (folder / f"{NAME}.npz").exists():
+        raise UsageError(
+            f"{folder} holds statistics already: name images to add with --calib, or another folder with -o, or remove "
+            f"this one"
+        )
+    with tempfile.TemporaryDirectory(prefix="iqa-calibrate-") as made:
+        draw(Path(made), read_manifest(engine).crop.size * 3 // 2)
+        yield made
+
+
+def _collect(
+    engine: Path, images: Sequence[Path], folder: Path, *, say: Callable[[str], None], seed: int = 0, crops: int = 1
+) -> Calibrated:
+    statistics, skipped = collect(engine, images, folder, seed=seed, crops=crops, say=say)
+    return Calibrated(folder, statistics, skipped)
+
+
+def _choose(
+    engine: Path, folder: Path, images: list[Path], recipe: Recipe, limit: float, say: Callable[[str], None]
+) -> tuple[Trial, ...]:
+    """Return the trials of `mixed`. Raises UsageError if no stage can be taken."""
+    trials = choose_stages(engine, folder, images, recipe, limit=limit, say=say)
+    if any(trial.taken for trial in trials):
+        return tuple(trials)
+    least = min(trial.change for trial in trials)
+    if math.isinf(least):
+        raise UsageError(
+            f"no stage can be quantised; calibrate with more images, or stay with float32 ({trials[0].why})"
+        )
+    raise UsageError(
+        f"no stage keeps the score within the limit, the best changes it by {least:.1e}; give iqa-quantise a larger "
+        f"--drift, or stay with float32"
+    )

@@ -1,0 +1,144 @@
+"""Export, build and convert as functions: the commands of the same names parse, call one of these and print.
+
+>>> from diffiqa.export.api import build, export
+>>> export("models/mini/model.safetensors", "engine/").manifest.engine_id
+>>> build("engine/", target="tensorrt-rtx", precision="fp16").build.key
+
+Imports stand inside functions: building needs no PyTorch, and runs where PyTorch is not installed.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..engine.manifest import Build, Library, Manifest, Precision, StageName
+from ..errors import DiffiqaError, ExportError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from ..model.checkpoint import Loaded
+    from .engine import StageCost
+    from .precision import PrecisionPlan
+    from .tensorrt import StageBuild
+
+
+@dataclass(frozen=True)
+class Built:
+    """A build, and its stages with the time they took: none if the build was there already."""
+
+    build: Build
+    stages: "tuple[StageBuild, ...]"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an engine directory holds now, the time its stages took, and the engines built from it."""
+
+    manifest: Manifest
+    costs: "tuple[StageCost, ...]"
+    built: Built | None
+
+
+def export(
+    weights: "Loaded | Path | str",
+    output: Path | str,
+    *,
+    stages: Sequence[StageName | str] = (),
+    target: Library | str | None = None,
+    force: bool = False,
+    say: Callable[[str], None] = lambda _text: None,
+) -> Exported:
+    """Write the engine directory `output`: every stage as float32 ONNX, compared with PyTorch, with a manifest.
+
+    `weights` is a file, or the result of `diffiqa.model.checkpoint.load`. `stages`: export only these, to look at them.
+    `target` builds fp16 engines too: with this library, with none ("none"), or (None) with an installed one if there is
+    a GPU. `force` replaces an engine. Until everything is done, `output` stays as it is.
+
+    Raises EngineError if `output` must not be replaced, ExportError if a stage or a build fails.
+    """
+    from .engine import check_target, export_engine
+
+    output, chosen = Path(output), tuple(StageName(name) for name in stages)
+    check_target(output, force=force)
+    library = _library(target, chosen)
+    manifest, costs = export_engine(_loaded(weights), output, stages=chosen, force=force, say=say)
+    built = None
+    if library:
+        try:
+            built = build(output, target=library, say=say)
+        except DiffiqaError as exc:
+            raise ExportError(f"{output} holds the ONNX stages, but no {library} engines: {exc}") from exc
+    return Exported(manifest, tuple(costs), built)
+
+
+def build(
+    engine: Path | str,
+    *,
+    target: Library | str | None = None,
+    precision: Precision | str | None = None,
+    plan: "PrecisionPlan | Path | str | None" = None,
+    batches: Sequence[str] = (),
+    sizes: Sequence[str] = (),
+    compute_capabilities: Sequence[str] = (),
+    force: bool = False,
+    say: Callable[[str], None] = lambda _text: None,
+) -> Built:
+    """Build TensorRT or TensorRT-RTX engines from the ONNX stages of an engine directory, and add them to it.
+
+    `target`: the library; None is tensorrt where it is installed and there is a GPU, else tensorrt-rtx. `precision`:
+    None is the plan's, else fp16. `plan`: a precision plan or its file, instead of the one made from the graphs.
+    `batches` ("1", "1:4:16") and `sizes` ("224x224") become optimization profiles. `force` builds again.
+
+    Raises BackendError if the library cannot build that here, ExportError with the builder's words if it fails.
+    """
+    from ..runtime.gpu.tensorrt import usable_library
+    from .precision import read_plan
+    from .tensorrt import BuildOptions, build_engines
+
+    if isinstance(plan, str | Path):
+        plan = read_plan(Path(plan))
+    options = BuildOptions(
+        Library(target) if target else usable_library() or Library.TENSORRT_RTX,
+        Precision(precision) if precision else plan.precision if plan else Precision.FP16,
+        batches=tuple(batches),
+        sizes=tuple(sizes),
+        compute_capabilities=tuple(compute_capabilities),
+        plan=plan,
+    )
+    made, stages = build_engines(Path(engine), options, force=force, say=say)
+    return Built(made, tuple(stages))
+
+
+def convert(weights: "Loaded | Path | str", output: Path | str, *, half: bool = False, force: bool = False) -> Path:
+    """Write one bundle, configuration and weights in a single file: .safetensors or .pt. `half` stores float16.
+
+    Raises OutputError if `output` is there and `force` is not given.
+    """
+    from ..model.bundle import save_bundle
+
+    output = Path(output)
+    if output.exists() and not force:
+        raise OutputError(f"{output} exists; give --force to overwrite it")
+    loaded = _loaded(weights)
+    save_bundle(loaded.model, output, half=half, sources=loaded.sources, notes=loaded.notes)
+    return output
+
+
+def _loaded(weights: "Loaded | Path | str") -> "Loaded":
+    from ..model.checkpoint import load
+
+    return load(Path(weights)) if isinstance(weights, str | Path) else weights
+
+
+def _library(target: Library | str | None, stages: tuple[StageName, ...]) -> Library | None:
+    """Return the library to build with after the export. Refuses early what could not work at the end."""
+    from ..runtime.gpu.tensorrt import load_library, usable_library
+
+    if target == "none" or (stages and target is None):
+        return None
+    if stages:
+        raise UsageError("engines are built of whole models; give --target or --stage, not both")
+    library = Library(target) if target else usable_library()
+    if library:
+        load_library(library)
+    return library
