@@ -3,15 +3,12 @@
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ...command import Command
 from ...errors import UsageError
-
-if TYPE_CHECKING:
-    from .run import Outputs
 
 _PATH = click.Path(path_type=Path)
 
@@ -143,36 +140,24 @@ def run(engine: Path, images: tuple[str, ...], **given: Any) -> None:
     """
     from ..backends import from_options
     from ..images import DEFAULT_MAX_PIXELS
-    from ..inputs import find_images
     from ..results import PIXEL_BUDGET, Mode, Options
     from ..scorer import load
-    from .records import Format, Sort
-    from .run import Outputs
-    from .run import run as run_images
+    from .api import Outputs, find_names
+    from .display import run_shown
+    from .order import Sort
+    from .records import Format
 
     budget = given["pixel_budget"] or PIXEL_BUDGET
     options = Options(given["crops"], given["seed"], given["seeds"], Mode(given["mode"]), budget)
     outputs = Outputs(
         form=Format(given["form"]) if given["form"] else None,
         sort=Sort(given["sort"]) if given["sort"] else None,
-        **{
-            name: given[name]
-            for name in ("file", "resume", "force", "descending", "top", "bottom", "report", "intermediates", "quiet")
-        },
+        **{name: given[name] for name in ("file", "resume", "force", "descending", "report", "intermediates")},
     )
-    given_names = _expand_stdin(images)
-    if not all(given_names):
-        raise UsageError("an image name is empty: an unset variable?")
-    names = [str(path) for path in find_images(given_names)]
-    if not names:
-        raise UsageError("no images found; give files, folders or glob patterns")
-    if outputs.resume and outputs.file is None:
-        raise UsageError("--resume continues a file: name it with -o")
-    if outputs.file and (outputs.top or outputs.bottom):
+    if outputs.file and (given["top"] or given["bottom"]):
         raise UsageError("--top and --bottom select what is shown; a file (-o) always gets every record")
-    if outputs.descending and not outputs.sort:
-        raise UsageError("--descending needs --sort")
-    _refuse_collisions(names, outputs)
+    names = find_names(_expand_stdin(images))
+    outputs.refuse_collisions(names)
     taken = ("device", "batch", "no_cuda_graph", "threads", "providers", "spin", "cpu_precision")
     backend = from_options(given["backend"], **{name: given[name] for name in taken})
     max_pixels = DEFAULT_MAX_PIXELS if given["max_pixels"] is None else given["max_pixels"] or None
@@ -184,26 +169,12 @@ def run(engine: Path, images: tuple[str, ...], **given: Any) -> None:
         watched = sys.stderr.isatty()
         if watched and not given["quiet"]:
             click.echo(says, err=True)
-        complete = run_images(scorer, names, options, outputs, workers=given["workers"])
+        shown = {name: given[name] for name in ("workers", "quiet", "top", "bottom")}
+        done = run_shown(scorer, names, options, outputs, **shown)
         if not watched and not given["quiet"]:
             click.echo(says, err=True)
-    if not complete:
+    if done.failed:
         sys.exit(1)
-
-
-def _refuse_collisions(names: list[str], outputs: "Outputs") -> None:
-    """Raise UsageError if an output would overwrite an image or another output, or be scored by the next run."""
-    inputs = {os.path.realpath(name) for name in names}
-    targets = [os.path.realpath(path) for path in (outputs.file, outputs.report) if path]
-    for target in targets:
-        if target in inputs:
-            raise UsageError(f"{target} is one of the images; write results elsewhere")
-    if len(set(targets)) < len(targets):
-        raise UsageError(f"{targets[0]} cannot be both results and report; give two names")
-    if outputs.intermediates:
-        folder = os.path.realpath(outputs.intermediates)
-        if any(os.path.dirname(name) == folder for name in inputs):  # noqa: PTH120 — of a resolved name
-            raise UsageError(f"{folder} holds images that are scored; choose another folder for the pictures")
 
 
 def _expand_stdin(names: tuple[str, ...]) -> list[str]:
