@@ -206,9 +206,15 @@ def test_force_keeps_the_old_file_until_the_new_one_is_complete(tmp_path: Path) 
     with RecordFile(path, Format.CSV, SETTINGS, force=True) as file:
         file.write(scored("new.png"))
         assert read_records(path, Format.CSV) == THREE
-        # After a kill now, the forced run is the one that is continued.
-        assert held(path, Format.CSV) == [scored("new.png")]
         file.finish()
+    assert read_records(path, Format.CSV) == [scored("new.png")]
+
+
+def test_a_killed_run_is_continued_and_not_the_file_it_was_to_replace(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    leave(path, Format.CSV, THREE, "finished")
+    leave(path, Format.CSV, [scored("new.png")], "killed")  # had begun with --force
+    assert list(write(path, Format.CSV, [], resume=True).done) == ["new.png"]
     assert read_records(path, Format.CSV) == [scored("new.png")]
 
 
