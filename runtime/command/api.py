@@ -6,15 +6,19 @@
 """
 
 import contextlib
+import enum
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from ...errors import ImageError, OutputError, UsageError
+from ..backends import Backend
+from ..images import DEFAULT_MAX_PIXELS
 from ..inputs import find_images
 from ..report.intermediates import prepare_folder, save_intermediates
 from ..report.writer import ReportWriter
@@ -24,8 +28,13 @@ from .order import Sort, arrange
 from .recordfile import RecordFile
 from .records import Format, Record, RunSettings, Status, choose_format
 
+E = TypeVar("E", bound=enum.StrEnum)
 Watch = Callable[[Record, bool], None]
-_CHECKED_AT_A_TIME = 64
+_COMPARED_AT_A_TIME = 64
+
+
+def _ignore(*_: object) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,7 @@ class Scored:
 def score(
     engine: str | Path | Scorer,
     images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    backend: Backend | Sequence[Backend] | None = None,
     *,
     options: Options | None = None,
     output: str | Path | None = None,
@@ -97,23 +107,36 @@ def score(
     report: str | Path | None = None,
     intermediates: str | Path | None = None,
     workers: int = 1,
-    say: Callable[[str], None] | None = None,
+    max_pixels: int | None = DEFAULT_MAX_PIXELS,
+    say: Callable[[str], None] = _ignore,
 ) -> Scored:
-    """Score images; one that cannot be scored gets a record that says why, and the rest goes on.
+    """Score images. One that cannot be scored gets a record that says why, and the others are scored.
 
-    `engine` is an engine directory, or a scorer from `load`, which says what runs it. `images` are names, folders and
-    patterns. Without `output`, `report` and `intermediates` no file is written. `form` and `sort` take the words of
-    `iqa-run --help`. Raises DiffiqaError if nothing can be scored, or a result cannot be written.
+        done = diffiqa.score("engine/", "photos/", output="scores.csv", report="report.html")
+        print(done.failed, [record.score for record in done.records])
+
+    `engine` is an engine directory, run by `backend` as `load` does it; or a scorer that is loaded already. `images`
+    are names, folders and patterns. Without `output`, `report` and `intermediates` no file is written. `form` and
+    `sort` take the words of `iqa-run --help`. Raises DiffiqaError if nothing can be scored or a result cannot be
+    written.
     """
     names = find_names([images] if isinstance(images, str | os.PathLike) else images)
     file, page, folder = (Path(path) if path else None for path in (output, report, intermediates))
-    outputs = Outputs(
-        file, Format(form) if form else None, resume, force, Sort(sort) if sort else None, descending, page, folder
-    )
+    outputs = Outputs(file, _word(Format, form), resume, force, _word(Sort, sort), descending, page, folder)
     outputs.refuse_collisions(names)
-    with contextlib.ExitStack() as stack:
-        scorer = engine if isinstance(engine, Scorer) else stack.enter_context(load(engine))
+    with (
+        contextlib.nullcontext(engine)
+        if isinstance(engine, Scorer)
+        else load(engine, backend, max_pixels=max_pixels) as scorer
+    ):
         return score_names(scorer, names, options or Options(), outputs, workers=workers, say=say)
+
+
+def _word(kind: type[E], text: str | None) -> E | None:
+    try:
+        return kind(text) if text else None
+    except ValueError:
+        raise UsageError(f"{text!r} is none of {', '.join(kind)}") from None
 
 
 def find_names(images: Iterable[str | os.PathLike[str]]) -> list[str]:
@@ -134,8 +157,8 @@ def score_names(
     outputs: Outputs,
     *,
     workers: int = 1,
-    watch: Watch = lambda _record, _kept: None,
-    say: Callable[[str], None] | None = None,
+    watch: Watch = _ignore,
+    say: Callable[[str], None] = _ignore,
 ) -> Scored:
     """Score the files `names` into the outputs.
 
@@ -168,7 +191,7 @@ def score_names(
                 report.add(done[name].result())
             watch(done[name], True)
         kept = len(records)
-        if changed and say:
+        if changed:
             what = "1 picture has" if len(changed) == 1 else f"{len(changed)} pictures have"
             say(f"{what} changed since the earlier run: scored again")
         todo = [Path(name) for name in names if name not in done or name in changed]
@@ -203,7 +226,7 @@ def _compare(scorer: Scorer, done: Mapping[str, Record]) -> Iterator[tuple[str, 
 
     names = iter(done)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1), "diffiqa-compare") as pool:
-        while some := list(itertools.islice(names, _CHECKED_AT_A_TIME)):
+        while some := list(itertools.islice(names, _COMPARED_AT_A_TIME)):
             yield from zip(some, pool.map(unchanged, some), strict=True)
 
 

@@ -3,19 +3,18 @@
 import base64
 import bisect
 import datetime
-import hashlib
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
 from string import Template
 
 from ... import __version__
 from ...engine.manifest import Manifest, StageName
 from ...engine.schedule import Kind
 from ..results import CropScore, Failure, Mode, Score
+from .frame import asset, policy
 from .heatmap import COLOURS
 from .histogram import Histogram, make_histogram, strip, to_svg, to_table
 from .labels import make_labels
@@ -87,15 +86,11 @@ class Page:
 
     def frame(self, run: Run) -> tuple[str, str]:
         """Return the page before the first card and after the last."""
-        style, script = (_asset(name) for name in ("report.css", "report.js"))
+        style, script = asset("page.css") + asset("report.css"), asset("report.js")
         style += f".ramp{{background:linear-gradient(90deg,{','.join(_hex_colours(every=16))})}}\n"
-        policy = (
-            f"default-src 'none'; img-src data:; style-src {_csp_hash(style)}; script-src {_csp_hash(script)}; "
-            "base-uri 'none'; form-action 'none'"
-        )
         now = datetime.datetime.now(datetime.UTC).isoformat(" ", "minutes").removesuffix("+00:00")
-        text = Template(_asset("report.html")).substitute(
-            policy=policy,
+        text = Template(asset("report.html")).substitute(
+            policy=policy(style, script),
             title=join(self.title),
             style=style,
             script=script,
@@ -467,11 +462,3 @@ def _sortable(value: float | None) -> str | None:
 
 def _hex_colours(every: int = 1) -> list[str]:
     return [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in [*COLOURS[:-1:every], COLOURS[-1]]]
-
-
-def _asset(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def _csp_hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

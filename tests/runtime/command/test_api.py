@@ -63,3 +63,5 @@ def test_contradictions_are_refused_before_an_engine_is_loaded(images: Path) -> 
         score("no engine", images, output=images / "a.png")
     with pytest.raises(UsageError, match="no images found"):
         score("no engine", [])
+    with pytest.raises(UsageError, match="'xml' is none of table, jsonl, json, csv"):
+        score("no engine", images, form="xml")

@@ -20,6 +20,7 @@ from PIL import Image
 from diffiqa.engine.manifest import Manifest, StageName
 from diffiqa.engine.schedule import Kind
 from diffiqa.errors import OutputError, UsageError
+from diffiqa.runtime.report import svg
 from diffiqa.runtime.report.heatmap import COLOURS
 from diffiqa.runtime.report.markup import visible
 from diffiqa.runtime.report.writer import ReportWriter
@@ -421,11 +422,11 @@ def contrast(one: str, other: str) -> float:
 
 @pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
 def test_text_and_controls_have_the_contrast_of_wcag_aa(page: str, theme: int) -> None:
-    pairs = dict(re.findall(r"--([a-z-]+): light-dark\((#\w{6}, #\w{6})\)", Document(page).raw["style"]))
+    pairs = dict(re.findall(r"--([a-z0-9-]+): light-dark\((#\w{6}, #\w{6})\)", Document(page).raw["style"]))
     colour = {name: pair.split(", ")[theme] for name, pair in pairs.items()}
     for ground in ("page", "sheet"):
-        for text in ("text", "quiet", "accent"):
+        for text in ("text", "quiet", "accent", "bad"):
             assert contrast(colour[text], colour[ground]) >= 4.5, (text, ground)
-        for mark in ("edge", "bar", "warn-edge"):
+        for mark in ("edge", "bar", "warn-edge", *(f"series-{number}" for number in range(svg.COLOURS))):
             assert contrast(colour[mark], colour[ground]) >= 3, (mark, ground)
     assert contrast(colour["text"], colour["warn-page"]) >= 4.5
