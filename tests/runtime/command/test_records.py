@@ -140,11 +140,11 @@ def test_score_that_is_no_number_is_an_error_not_an_unreadable_file(value: float
 # Formats
 
 
-@pytest.mark.parametrize("form", LINE_FORMATS)
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
-def test_any_name_round_trips(name: str, form: Format) -> None:
+def test_any_name_round_trips(name: str) -> None:
     for record in (replace(RECORD, image=name, notes=(name, "b")), failed(name)):
-        assert reread(to_line(record, form), form) == record
+        for form in LINE_FORMATS:
+            assert reread(to_line(record, form), form) == record
 
 
 @pytest.mark.parametrize("form", LINE_FORMATS)
@@ -167,11 +167,9 @@ def test_floats_keep_every_bit(form: Format) -> None:
 
 
 @pytest.mark.parametrize("form", LINE_FORMATS)
-@pytest.mark.parametrize("field", ["score", "vcg", "spread"])
-def test_no_file_can_hold_nan(field: str, form: Format) -> None:
-    nan: dict[str, Any] = {field: math.nan}
+def test_no_file_can_hold_nan(form: Format) -> None:
     with pytest.raises(ValueError, match=r"JSON compliant"):
-        to_line(replace(RECORD, **nan), form)
+        to_line(replace(RECORD, vcg=math.nan), form)
 
 
 def test_jsonl_is_one_line_per_record_in_utf_8() -> None:
