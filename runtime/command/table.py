@@ -19,7 +19,7 @@ from ...engine.manifest import ScoreMeaning
 from ...errors import OutputError
 from .records import Record
 
-NAME_WIDTH = 24  # what names have at least: other columns than the score give way, from the right
+NAME_WIDTH = 24  # least width of names; if there is no room, columns are left out from the right, never the score
 SPACING = 2
 
 
@@ -40,7 +40,7 @@ def show_table(records: Sequence[Record], meaning: ScoreMeaning, summary: str, s
             console.print(Text(f"Score: {scale}"))
             console.print(Text(f"UNTRAINED ENGINE · {printable(meaning.meaning)}", "bold yellow"))
         console.print(Text(summary))
-    # A terminal that knows no `×` shows `?` rather than ending a long run with an error.
+    # A terminal without `×` shows `?`: a long run must not end with an error.
     encoding = stream.encoding or "utf-8"
     emit(stream.buffer, capture.get().encode(encoding, "replace"))
 
@@ -53,7 +53,7 @@ def emit(stream: IO[bytes], data: bytes) -> None:
             rest = rest[stream.write(rest) :]
         stream.flush()
     except OSError as exc:
-        # What is left in the stream's buffer can go nowhere, and must not raise again when the interpreter closes it.
+        # Nobody will take what is left in the stream's buffer: the interpreter must not fail on it at its end.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
@@ -63,7 +63,7 @@ def emit(stream: IO[bytes], data: bytes) -> None:
 
 
 def summary_line(records: Sequence[Record], *, seconds: float | None = None, kept: int = 0) -> str:
-    """Return how many images have a score, what these are like, and how fast they came.
+    """Return how many images have a score, how high the scores are, and how fast they came.
 
     `kept` of the records are from an earlier run; `seconds` is what the others took together.
     """
@@ -88,7 +88,7 @@ def rate_text(images_per_second: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Return text that no terminal takes as a command: control characters, surrogates and such as escapes."""
+    """Return text with control characters and the like as escapes: no terminal may take them as a command."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

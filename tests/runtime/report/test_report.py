@@ -211,7 +211,7 @@ def test_scores_of_several_engines_are_said_not_to_compare(tmp_path: Path) -> No
 
 
 def test_a_result_of_an_earlier_run_says_that_it_has_no_pictures(page: str, tmp_path: Path) -> None:
-    assert Document(page).text.count("No pictures: this result was taken over from an earlier run") == 1
+    assert Document(page).text.count("No pictures: this score is from an earlier run.") == 1
     only = Document(write(tmp_path / "r.html", fake_score(1, pictures=False)))
     assert only.all("figure") == []
     assert "dark violet" not in only.text  # no legend for what is not there
