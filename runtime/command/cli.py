@@ -101,7 +101,7 @@ def provider(text: str) -> str | tuple[str, dict[str, str]]:
     default="auto",
     show_default=True,
     help="What runs the networks. auto takes the first that works here: TensorRT with a build for this GPU, ONNX "
-    "Runtime on the GPU, ONNX Runtime on the CPU. It never takes OpenVINO: installing a package must not change a score.",
+    "Runtime on the GPU, ONNX Runtime on the CPU. It never takes OpenVINO: installing it must not change a score.",
 )
 @click.option(
     "--cpu-precision",

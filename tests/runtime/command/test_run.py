@@ -18,9 +18,9 @@ from PIL import Image
 
 from diffiqa import Scorer
 from diffiqa.cli import main
-from diffiqa.runtime import backends
 from diffiqa.runtime.command.recordfile import read_records
 from diffiqa.runtime.command.records import Format, to_line
+from diffiqa.runtime.host import onnx_stage
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 
 from ...tiny import photo
@@ -83,7 +83,7 @@ def test_threads_that_wait_busily_give_the_same_scores(
             seen.append(settings.spinning)
             super().__init__(path, settings)
 
-    monkeypatch.setattr(backends, "OnnxStage", Watched)
+    monkeypatch.setattr(onnx_stage, "OnnxStage", Watched)
     arguments = (folder / "a.png", "--threads", "2", "--format", "jsonl")
     waiting, spinning = (call(tiny_engine, *arguments, *more) for more in ((), ("--spin",)))
     assert [spinning.exit_code, waiting.exit_code] == [0, 0]
@@ -91,7 +91,7 @@ def test_threads_that_wait_busily_give_the_same_scores(
     assert seen == [False] * 4 + [True] * 4
     refused = call(tiny_engine, *arguments, "--spin", "--backend", "openvino")
     assert refused.exit_code == 2
-    assert "--spin is about threads of --backend onnxruntime" in refused.stderr
+    assert "--spin is an option of the backend onnxruntime, not of openvino" in refused.stderr
 
 
 def test_names_of_files_globs_and_standard_input(tiny_engine: Path, folder: Path) -> None:
