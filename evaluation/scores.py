@@ -8,9 +8,10 @@ from pathlib import Path
 from ..data.datasets import Item
 from ..data.labelfiles import read_csv
 from ..errors import DatasetError, OutputError
+from ..runtime.command.api import Outputs
+from ..runtime.command.display import run_shown
 from ..runtime.command.recordfile import read_records
 from ..runtime.command.records import Format
-from ..runtime.command.run import Outputs, run
 from ..runtime.results import Options
 from ..runtime.scorer import Scorer
 from .findings import BRANCHES
@@ -29,7 +30,7 @@ def read_scores(path: Path, column: str = "score") -> dict[str, float]:
             rows = read_csv(path, "image", "score")
             found = [(row["image"], float(row[column])) for row in rows if row.get(column)]
         elif path.suffix.lower() in {".jsonl", ".json"}:
-            records, _ = read_records(path, Format(path.suffix.lower()[1:]))
+            records = read_records(path, Format(path.suffix.lower()[1:]))
             values = [(record.image, getattr(record, column)) for record in records]
             found = [(image, value) for image, value in values if value is not None]
         else:
@@ -68,9 +69,9 @@ def score_pictures(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise OutputError(f"cannot make the folder {folder}: {exc.strerror or exc}") from exc
-    outputs = Outputs(file=folder / SCORES_NAME, resume=resume, force=force, quiet=quiet)
+    outputs = Outputs(file=folder / SCORES_NAME, resume=resume, force=force)
     names = {image: str(path) for image, path in pictures.items()}
-    run(scorer, list(dict.fromkeys(names.values())), options, outputs, workers=workers)
+    run_shown(scorer, list(dict.fromkeys(names.values())), options, outputs, workers=workers, quiet=quiet)
     return _branches(folder / SCORES_NAME, names)
 
 

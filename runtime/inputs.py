@@ -10,9 +10,9 @@ from .images import readable_suffixes
 def find_images(args: Iterable[str]) -> list[Path]:
     """Return the files that names, folders and patterns stand for, each once, in the order given.
 
-    A pattern means its matches, as if the shell had expanded it; `**` goes through folders. What stands for nothing
-    (a missing name, a pattern without a match, a folder without images) is returned as it is, so that reading it
-    fails by its name instead of passing unseen.
+    A pattern means its matches, as if the shell had expanded it; `**` goes through folders. A name that stands for
+    nothing (a missing file, a pattern without a match, a folder without images) is returned as it is: nobody overlooks
+    it, because reading it fails.
     """
     found: dict[str, Path] = {}
     for arg in args:
@@ -25,7 +25,7 @@ def find_images(args: Iterable[str]) -> list[Path]:
 def _matches(arg: str) -> list[Path]:
     """Return what a name stands for: a file called `a[1].png` is that file, not a pattern."""
     path = Path(arg)
-    if not arg:  # an unset variable, and no wish for all that is in the current folder
+    if not arg:  # an unset variable; it must not mean the current folder
         return []
     if os.path.lexists(path) or not any(wild in arg for wild in "*?["):
         return [path]
@@ -50,7 +50,9 @@ def _images_in(path: Path) -> list[Path]:
     images: list[Path] = []
 
     def report(error: OSError) -> None:
-        images.append(Path(error.filename))  # a folder that may not be read: reading it as an image will say so
+        images.append(
+            Path(error.filename)
+        )  # a folder without permission to read: the error of reading it as an image says so
 
     for folder, subfolders, names in os.walk(path, onerror=report):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]

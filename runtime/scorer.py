@@ -139,6 +139,10 @@ class Scorer:
         chosen = options or Options()
         return self._stream(images, chosen, pictures, workers, ahead - 1 + self._group_size(chosen))
 
+    def digest(self, image: Source) -> str:
+        """Return the digest that the score of an image would have. Raises ImageError."""
+        return self._read(image).digest
+
     def close(self) -> None:
         """Free the engine. A closed scorer refuses to score."""
         executor, self._executor = self._executor, None

@@ -1,79 +1,33 @@
 """The HTML page of a verification: verdict, curves over the steps, taps, stages and scores. One file, no scripts."""
 
-import base64
 import datetime
-import hashlib
+import math
 from collections.abc import Callable, Sequence
-from importlib import resources
 
 from .. import __version__
+from ..runtime.report.frame import page
 from ..runtime.report.markup import Html, join, tag
 from ..runtime.report.page import number_text
-from .curves import Line, chart
+from ..runtime.report.svg import Axis, Series, linear, logarithmic, plot
 from .figures import Difference, Findings
 from .limits import RULES, LimitCheck, is_within
 from .report import allowed, number, verdict_of
 
 _STYLE = """
-main { padding-block: 1rem 3rem; }
-table { border-collapse: collapse; font-size: 0.9rem; }
-td, th { padding: 0.25rem 0.8rem 0.25rem 0; text-align: right; border-bottom: 1px solid var(--line); }
-td { white-space: nowrap; }
-th:first-child, .left, .where { text-align: left; }
-.left, .where { white-space: normal; }
-tr.beyond td, tr.beyond th { font-weight: 650; }
-tr.beyond .verdict { color: light-dark(#a3201d, #ff8f87); }
-.wide { overflow-x: auto; }
-.scroll { overflow-x: auto; max-height: 24rem; }
-.chart { margin-bottom: 2rem; max-width: 56rem; }
-.curves { width: 100%; height: auto; }
-.curves .grid { stroke: var(--line); }
-.curves .tick { fill: var(--quiet); font-size: 12px; }
-.line { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
-.legend-row { font-size: 0.875rem; }
-.entry { display: inline-block; margin-right: 1.4rem; }
-.key { display: inline-block; width: 1.1rem; height: 0.2rem; margin-right: 0.4rem; vertical-align: middle; }
+tr.beyond :is(td, th) { font-weight: 650; }
+tr.beyond .verdict { color: var(--bad); }
 """
-_COLOURS = (
-    "#0a6672, #6fc6d2",
-    "#b36b00, #e0a53c",
-    "#7a2e8c, #cf8fe0",
-    "#2f6b2f, #86c986",
-    "#a3201d, #ff8f87",
-    "#59616b, #a3abb5",
-)
 
 
 def render(findings: Findings, checks: Sequence[LimitCheck]) -> str:
     """Return the page."""
-    colours = "".join(
-        f".line-{i} {{ stroke: light-dark({pair}); }}\n.key-{i} {{ background: light-dark({pair}); }}\n"
-        for i, pair in enumerate(_COLOURS)
-    )
-    style = (
-        resources.files("diffiqa.runtime.report").joinpath("report.css").read_text(encoding="utf-8") + _STYLE + colours
-    )
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     title = f"{'Within' if is_within(checks) else 'Beyond'} limits: {findings.candidate.label}"
     now = datetime.datetime.now(datetime.UTC).isoformat(" ", "minutes").removesuffix("+00:00")
     count = f"{len(findings.images)} of {findings.asked} images"
     lead = f"{findings.model}, {count}. Written {now} UTC, diffiqa {__version__}."
-    head = tag(
-        "head",
-        Html('<meta charset="utf-8">'),
-        Html(f'<meta http-equiv="Content-Security-Policy" content="{policy}">'),
-        Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
-        tag("title", title),
-        tag("style", Html(style)),
-    )
-    body = tag(
-        "body",
-        tag("header", tag("div", tag("h1", title), tag("p", lead, class_="lead"))),
-        tag("main", _warning(findings), _parties(findings), _verdict(checks), _loop(findings), _taps(findings),
-            _scores(findings)),
-    )  # fmt: skip
-    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
+    above, below = (_warning, _parties), (_loop, _taps, _scores)
+    parts = [*(part(findings) for part in above), _verdict(checks), *(part(findings) for part in below)]
+    return page(title, lead, *parts, css=_STYLE)
 
 
 def _warning(findings: Findings) -> Html:
@@ -86,7 +40,7 @@ def _warning(findings: Findings) -> Html:
 def _parties(findings: Findings) -> Html:
     rows = [("Reference", findings.reference), ("Candidate", findings.candidate)]
     items = [tag("div", tag("dt", name), tag("dd", f"{party.label} ({party.id})")) for name, party in rows]
-    return tag("dl", *items, class_="small")
+    return tag("section", tag("dl", *items, class_="small"))
 
 
 def _verdict(checks: Sequence[LimitCheck]) -> Html:
@@ -101,7 +55,7 @@ def _verdict(checks: Sequence[LimitCheck]) -> Html:
                 tag("td", about, class_="left"),
                 *(tag("td", cell) for cell in cells),
                 tag("td", str(verdict_of(check)), class_="verdict"),
-                tag("td", check.where, class_="where"),
+                tag("td", check.where, class_="left"),
                 class_=None if check.within else "beyond",
             )
         )
@@ -140,10 +94,10 @@ def _loop(findings: Findings) -> Html:
         tag("p", "Errors are shares of the reference’s largest value. The largest error is that of the worst image, "
             "the mean is over all images. “One step” gives the candidate the reference’s inputs at each step; in the "
             "“whole run” it goes on from its own results.", class_="quiet"),
-        chart("Noise that the U-Net predicts: error", errors),
-        chart("The same: distance of the cosine from 1", cosines),
-        chart("The same: PSNR, dB", psnr, logarithmic=False),
-        chart("State that each step starts from, in the whole run: error", states),
+        _chart("Noise that the U-Net predicts: error", errors),
+        _chart("The same: distance of the cosine from 1", cosines),
+        _chart("The same: PSNR, dB", psnr, on_powers=False),
+        _chart("State that each step starts from, in the whole run: error", states),
     )  # fmt: skip
 
 
@@ -201,12 +155,41 @@ def _table(titles: Sequence[str], rows: Sequence[Html]) -> Html:
     texts = {"What", "Where"}
     cells = (tag("th", title, scope="col", class_="left" if title in texts else None) for title in titles)
     head = tag("thead", tag("tr", *cells))
-    return tag("div", tag("table", head, tag("tbody", join(*rows))), class_="wide")
+    return tag("div", tag("table", head, tag("tbody", join(*rows)), class_="numbers"), class_="wide")
 
 
-def _worst(label: str, runs: Sequence[tuple[Difference, ...]], pick: Callable[[Difference], float]) -> Line:
-    return Line(label, tuple(max(map(pick, column)) for column in zip(*runs, strict=True)))
+def _worst(label: str, runs: Sequence[tuple[Difference, ...]], pick: Callable[[Difference], float]) -> Series:
+    return _by_step(label, [max(map(pick, column)) for column in zip(*runs, strict=True)])
 
 
-def _mean(label: str, runs: Sequence[tuple[Difference, ...]], pick: Callable[[Difference], float]) -> Line:
-    return Line(label, tuple(sum(map(pick, column)) / len(column) for column in zip(*runs, strict=True)))
+def _mean(label: str, runs: Sequence[tuple[Difference, ...]], pick: Callable[[Difference], float]) -> Series:
+    return _by_step(label, [sum(map(pick, column)) / len(column) for column in zip(*runs, strict=True)])
+
+
+def _by_step(label: str, values: Sequence[float]) -> Series:
+    """Return the values of the steps, of which the first that is run has the highest number."""
+    return Series(label, tuple(zip(range(len(values) - 1, -1, -1), values, strict=True)))
+
+
+def _chart(title: str, lines: Sequence[Series], *, on_powers: bool = True) -> Html:
+    """Draw curves over the steps, from noise on the left to the restored image on the right, with their numbers."""
+
+    def drawable(value: float) -> bool:
+        return math.isfinite(value) and (value > 0 or not on_powers)
+
+    drawn = [line for line in lines if any(drawable(value) for _, value in line.points)]
+    shown = [value for line in drawn for _, value in line.points if drawable(value)]
+    if not shown:
+        return tag("p", f"{title}: no difference, or nothing that can be drawn.", class_="quiet")
+    last = len(lines[0].points) - 1
+    steps = Axis(last, 0, tuple((step, str(step)) for step in sorted({last, *range(0, last, max(1, (last + 1) // 5))})))
+    margin = 0.05 * (max(shown) - min(shown)) or 0.05 * abs(shown[0]) or 1.0
+    up = logarithmic(min(shown), max(shown)) if on_powers else linear(min(shown) - margin, max(shown) + margin)
+    head = tag("tr", tag("th", "Step", scope="col"), *(tag("th", line.label, scope="col") for line in lines))
+    rows = [
+        tag("tr", tag("th", f"{last - i}", scope="row"), *(tag("td", f"{line.points[i][1]:.3g}") for line in lines))
+        for i in range(last + 1)
+    ]
+    table = tag("table", tag("thead", head), tag("tbody", *rows), class_="numbers")
+    numbers = tag("details", tag("summary", "The same as a table"), tag("div", table, class_="scroll"))
+    return plot(title, drawn, steps, up, below=numbers)

@@ -3,26 +3,23 @@
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ...command import Command
 from ...errors import UsageError
 
-if TYPE_CHECKING:
-    from .run import Outputs
-
 _PATH = click.Path(path_type=Path)
 
 
 class RunCommand(Command):
-    """Interrupted runs end with 130: unlike a failed start, they have left results."""
+    """A run that is interrupted ends with 130: unlike a failed start, it has left results."""
 
     interrupt_exit_code = 130
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run; end quietly, as programs do, when whoever read the results has gone (`| head`)."""
+        """Run; end quietly, as programs do, when the reader of the results has gone (`| head`)."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
@@ -40,97 +37,119 @@ def provider(text: str) -> str | tuple[str, dict[str, str]]:
 @click.command(cls=RunCommand)
 @click.option("--engine", type=_PATH, required=True, metavar="DIR", help="The engine directory, from iqa-export.")
 @click.argument("images", nargs=-1, required=True)
-@click.option("-o", "--output", "file", type=_PATH, metavar="FILE", help="Write results here instead of to stdout.")
+@click.option("-o", "--output", "file", type=_PATH, metavar="FILE", help="Write the results here, not to stdout.")
 @click.option(
     "--format",
     "form",
     type=click.Choice(["table", "jsonl", "json", "csv"]),
-    help="Default: what FILE's name says; on a terminal a table, into a pipe jsonl.",
+    help="Default: what FILE's name says; without FILE, a table on a terminal and jsonl in a pipe.",
 )
 @click.option(
     "--resume",
     is_flag=True,
-    help="Continue the run that FILE is from: names that have a score are skipped, errors tried again.",
+    help="Continue the run that FILE is from. A picture keeps its score while its pixels are the same; a picture that "
+    "changed or failed is scored again.",
 )
 @click.option("--force", is_flag=True, help="Start over if FILE holds results.")
 @click.option(
-    "--sort", type=click.Choice(["score", "name", "vcg", "vda", "spread", "time"]), help="Order of the results."
+    "--sort", type=click.Choice(["score", "name", "vcg", "vda", "spread", "time"]), help="Default: the order of IMAGES."
 )
-@click.option("--descending", is_flag=True, help="Highest first.")
-@click.option("--top", type=click.IntRange(1), metavar="N", help="Only the N best.")
-@click.option("--bottom", type=click.IntRange(1), metavar="N", help="Only the N worst.")
-@click.option("--crops", type=click.IntRange(1, 10_000), metavar="N", help="Crops per image. Default: the engine's.")
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="Of the noise.")
+@click.option("--descending", is_flag=True, help="Sort from high to low.")
+@click.option("--top", type=click.IntRange(1), metavar="N", help="Show only the N best.")
+@click.option("--bottom", type=click.IntRange(1), metavar="N", help="Show only the N worst.")
 @click.option(
-    "--seeds", type=click.IntRange(1, 1000), default=1, show_default=True, help="Average this many; gives the spread."
+    "--crops", type=click.IntRange(1, 10_000), metavar="N", help="Crops in each image. Default: the engine's."
+)
+@click.option(
+    "--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, metavar="N", help="Seed of the noise."
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(1, 1000),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Average the scores of N seeds; shows their spread.",
 )
 @click.option(
     "--mode",
     type=click.Choice(["whole", "tile", "crop"]),
     default="whole",
     show_default=True,
-    help="Restore images whole, in overlapping tiles, or crop by crop.",
+    help="Restore each image whole, in overlapping tiles, or crop by crop.",
 )
 @click.option(
     "--pixel-budget",
     type=click.IntRange(65536),
     metavar="N",
-    help="Whole images of more pixels are tiled. Default: 524288, which is 724×724.",
+    help="Restore images of more than N pixels in tiles. Default: 524288, which is 724×724.",
 )
 @click.option(
     "--max-pixels",
     type=click.IntRange(0),
     metavar="N",
-    help="Refuse larger images; 0 refuses none. Default: Pillow's guard against decompression bombs, 89,478,485.",
+    help="Refuse images of more than N pixels; 0 refuses none. Default: 89478485, Pillow's guard against decompression "
+    "bombs.",
 )
-@click.option("--report", type=_PATH, metavar="FILE", help="Write an HTML page with pictures of what the model saw.")
-@click.option("--save-intermediates", "intermediates", type=_PATH, metavar="DIR", help="Write those pictures as PNG.")
+@click.option("--report", type=_PATH, metavar="FILE", help="Write an HTML page that shows what the model saw.")
+@click.option(
+    "--save-intermediates", "intermediates", type=_PATH, metavar="DIR", help="Write its pictures as PNG files."
+)
 @click.option(
     "--backend",
     type=click.Choice(["auto", "tensorrt", "onnxruntime-gpu", "onnxruntime", "openvino"]),
     default="auto",
     show_default=True,
-    help="What runs the networks. auto: on a GPU TensorRT if there is a build for it, else ONNX Runtime if it has the "
-    "CUDA provider; else ONNX Runtime on the CPU; never OpenVINO, so that installing it changes no score.",
+    help="What runs the networks. auto takes the first that works here: TensorRT with a build for this GPU, ONNX "
+    "Runtime on the GPU, ONNX Runtime on the CPU. It never takes OpenVINO: installing it must not change a score.",
 )
 @click.option(
     "--cpu-precision",
     type=click.Choice(["fp32", "bf16"]),
-    help="What OpenVINO computes the U-Net in; bf16 needs a CPU that has it, and changes scores. Default: fp32.",
+    help="Numbers that OpenVINO computes the U-Net in. bf16 changes scores and needs a CPU that has it. Default: fp32.",
 )
-@click.option("--device", type=click.IntRange(0), metavar="N", help="GPU for TensorRT or ONNX Runtime, counted from 0.")
-@click.option("--no-cuda-graph", is_flag=True, help="Launch every kernel by itself: the same scores, more CPU time.")
+@click.option("--device", type=click.IntRange(0), metavar="N", help="Number of the GPU, counted from 0.")
+@click.option(
+    "--no-cuda-graph", is_flag=True, help="Launch every kernel by itself: the same scores, but more CPU time."
+)
 @click.option(
     "--batch",
     type=click.IntRange(1, 1024),
     default=1,
     show_default=True,
     metavar="N",
-    help="On a GPU, restore N neighbours of one size, or N seeds, at a time. Scores depend on N in their last bits, "
-    "never on what shares a batch; places that nothing fills cost as much as others.",
+    help="On a GPU, restore N images of one size, or N seeds of one image, at a time. A half-full batch costs as much "
+    "as a full one. Scores depend on N in their last bits, but never on what shares a batch.",
 )
-@click.option("--threads", type=click.IntRange(1), metavar="N", help="Default: the CPUs this process may use.")
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    metavar="N",
+    help="CPU threads. Default: one for each CPU this process may use.",
+)
 @click.option(
     "--spin",
     is_flag=True,
-    help="Let ONNX Runtime's idle threads on the CPU wait busily: the same scores, sooner where nothing else runs, "
-    "later where something does.",
+    help="Let idle threads of ONNX Runtime wait busily. Scores stay the same. They come sooner if nothing else runs on "
+    "this CPU, and later if something does.",
 )
-@click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Images scored at a time.")
+@click.option(
+    "--workers", type=click.IntRange(1, 64), default=1, show_default=True, metavar="N", help="Score N images at a time."
+)
 @click.option(
     "--provider",
     "providers",
     type=provider,
     metavar="NAME[,KEY=VALUE…]",
     multiple=True,
-    help="ONNX Runtime execution provider and its options (repeatable, most wanted first).",
+    help="Execution provider of ONNX Runtime, with its options. Repeat it for several, the best one first.",
 )
-@click.option("-q", "--quiet", is_flag=True, help="No progress, no summary on stderr.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no progress and no summary.")
 def run(engine: Path, images: tuple[str, ...], **given: Any) -> None:
     """Score images: higher is better.
 
-    IMAGES are files, folders (searched through), glob patterns, or - for a list on standard input, one name a line.
-    The same pixels, engine and seed give the same score, whatever else is scored with them.
+    IMAGES are files, folders (all images in them), glob patterns, or - for a list on standard input with one
+    name per line. The same pixels, engine and seed give the same score, whatever else is scored in the same run.
 
     \b
     Examples:
@@ -138,72 +157,46 @@ def run(engine: Path, images: tuple[str, ...], **given: Any) -> None:
       iqa-run --engine engine/ photos/*.jpg -o scores.csv --report report.html
       find . -name '*.png' | iqa-run --engine engine/ - -o scores.jsonl --resume
 
-    Exit codes: 0 all scored, 1 some failed (their records say why), 2 nothing could run, 130 interrupted (what was
-    scored is kept; --resume goes on).
+    Exit codes: 0 all images were scored, 1 some failed (their records say why), 2 nothing could be scored, 130
+    interrupted (finished scores are kept, and --resume continues).
     """
     from ..backends import from_options
     from ..images import DEFAULT_MAX_PIXELS
-    from ..inputs import find_images
     from ..results import PIXEL_BUDGET, Mode, Options
     from ..scorer import load
-    from .records import Format, Sort
-    from .run import Outputs
-    from .run import run as run_images
+    from .api import Outputs, find_names
+    from .display import run_shown
+    from .order import Sort
+    from .records import Format
 
     budget = given["pixel_budget"] or PIXEL_BUDGET
     options = Options(given["crops"], given["seed"], given["seeds"], Mode(given["mode"]), budget)
     outputs = Outputs(
         form=Format(given["form"]) if given["form"] else None,
         sort=Sort(given["sort"]) if given["sort"] else None,
-        **{
-            name: given[name]
-            for name in ("file", "resume", "force", "descending", "top", "bottom", "report", "intermediates", "quiet")
-        },
+        **{name: given[name] for name in ("file", "resume", "force", "descending", "report", "intermediates")},
     )
-    given_names = _expand_stdin(images)
-    if not all(given_names):
-        raise UsageError("an image name is empty: an unset variable?")
-    names = [str(path) for path in find_images(given_names)]
-    if not names:
-        raise UsageError("no images found; give files, folders or glob patterns")
-    if outputs.resume and outputs.file is None:
-        raise UsageError("--resume continues a file: name it with -o")
-    if outputs.file and (outputs.top or outputs.bottom):
+    if outputs.file and (given["top"] or given["bottom"]):
         raise UsageError("--top and --bottom select what is shown; a file (-o) always gets every record")
-    if outputs.descending and not outputs.sort:
-        raise UsageError("--descending needs --sort")
-    _refuse_collisions(names, outputs)
+    names = find_names(_expand_stdin(images))
+    outputs.refuse_collisions(names)
     taken = ("device", "batch", "no_cuda_graph", "threads", "providers", "spin", "cpu_precision")
     backend = from_options(given["backend"], **{name: given[name] for name in taken})
     max_pixels = DEFAULT_MAX_PIXELS if given["max_pixels"] is None else given["max_pixels"] or None
     with load(engine, backend, max_pixels=max_pixels) as scorer:
         reason = f" ({scorer.info.reason})" if scorer.info.reason else ""
         says = f"backend: {scorer.info.backend}{reason}"
-        # Somebody at a terminal is told before the work starts, a log beside the summary: if whoever reads the results
-        # goes away, neither of the two is written.
+        # A person at a terminal reads this before the work starts. A log gets it beside the summary, because neither
+        # is written if the reader of the results goes away.
         watched = sys.stderr.isatty()
         if watched and not given["quiet"]:
             click.echo(says, err=True)
-        complete = run_images(scorer, names, options, outputs, workers=given["workers"])
+        shown = {name: given[name] for name in ("workers", "quiet", "top", "bottom")}
+        done = run_shown(scorer, names, options, outputs, **shown)
         if not watched and not given["quiet"]:
             click.echo(says, err=True)
-    if not complete:
+    if done.failed:
         sys.exit(1)
-
-
-def _refuse_collisions(names: list[str], outputs: "Outputs") -> None:
-    """Raise UsageError if an output would overwrite an image or another output, or be scored by the next run."""
-    inputs = {os.path.realpath(name) for name in names}
-    targets = [os.path.realpath(path) for path in (outputs.file, outputs.report) if path]
-    for target in targets:
-        if target in inputs:
-            raise UsageError(f"{target} is one of the images; write results elsewhere")
-    if len(set(targets)) < len(targets):
-        raise UsageError(f"{targets[0]} cannot be both results and report; give two names")
-    if outputs.intermediates:
-        folder = os.path.realpath(outputs.intermediates)
-        if any(os.path.dirname(name) == folder for name in inputs):  # noqa: PTH120 — of a resolved name
-            raise UsageError(f"{folder} holds images that are scored; choose another folder for the pictures")
 
 
 def _expand_stdin(names: tuple[str, ...]) -> list[str]:

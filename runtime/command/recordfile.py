@@ -1,10 +1,13 @@
-"""The file behind `-o`: records that are safe once written, and a run that can be continued after any end.
+"""The file behind `-o`: a journal while the run goes on, the finished file after it.
 
-JSONL and CSV grow by one whole record per write. A JSON array cannot grow, so its records wait as JSONL in
-`FILE.partial` until the run is over.
+The journal has one JSON line per record, and a record is safe once it is written. For JSONL the journal is the output
+itself: its lines are the same, so anybody can follow them, and a million records are not written twice. For CSV and
+JSON it is `FILE.partial`; the file is written out from it when the run ends, also after Ctrl-C. Only a kill, a power
+cut or a full disk leave a journal behind, and `--resume` continues it.
 """
 
 import contextlib
+import csv
 import errno
 import json
 import os
@@ -12,23 +15,24 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import Self
 
 from ...engine.atomic import replacing
 from ...engine.codec import decode
 from ...errors import OutputError, UsageError
-from .records import CSV_HEADER, Format, Record, RecordWriter, RunSettings, Status, from_line, to_line
+from .records import CSV_HEADER, Format, Record, RunSettings, Status, document, from_line, from_row, to_line
 
-# A sync protects from a power cut; after kill -9 the kernel has what was written anyway. It takes 0.13 ms here, 10 ms
-# and more on hard disks and network shares: so every record is synced, until that would take over 2 % of the time.
+# A sync protects from a power cut; a kill -9 loses nothing that was written. It takes 0.13 ms here, 10 ms and more on
+# hard disks and network shares: so every record is synced, unless that would take over 2 % of the time.
 SYNC_PAUSE = 50  # × what the last sync took
+_BEGINNING = b'{"image": '  # of every line of a journal
 
 
 class RecordFile:
-    """A file that results are written to. Use it in a `with` block, call `finish()` at the end; for one thread.
+    """A file that results are written to, for one thread. Use it in a `with` block and call `finish()` at the end.
 
-    With `resume`, `done` holds the scores of an earlier run with the same settings. Images are matched by name only:
-    one that has changed since is not scored again. Errors are dropped, for their images to be tried again.
+    With `resume`, `done` holds the scores of an earlier run with the same settings, by image. Its errors are dropped:
+    those images are to be tried again. A record written for an image in `done` takes the place of the old one.
     Without `resume`, a file that holds anything is replaced only with `force`. Raises OutputError.
     """
 
@@ -40,52 +44,38 @@ class RecordFile:
         if resume and force:
             raise UsageError("--resume keeps what is in the file, --force starts over: choose one")
         self.path = path
-        self.done: Mapping[str, Record] = {}
         self._form = form
-        self._line_form = Format.JSONL if form is Format.JSON else form
         self._target = Path(os.path.realpath(path))  # a symbolic link stays one when its file is replaced
-        self._growing = _sibling(self._target, ".partial") if form is Format.JSON else self._target
+        self._journal = self._target if form is Format.JSONL else _beside(self._target, ".partial")
+        self._records: dict[str, Record] = {}
+        self._superseded = False  # the journal has two records of an image
         self._fd = -1
         self._sync_due = 0.0
-        with _explained(path):
-            if self._target.exists() and not self._target.is_file():
-                raise OutputError(f"{path} is not a regular file; without -o, results go to standard output")
-            holding = next((p for p in (self._growing, self._target) if p.exists() and p.stat().st_size), None)
-            if holding and not resume and not force:
-                raise OutputError(f"{holding} holds results already; add --resume to continue, --force to start over")
         try:
-            if holding and resume:
-                self._resume(holding, settings)
             with _explained(path):
-                self._open()
-                if force:
-                    os.ftruncate(self._fd, 0)
-            if form is Format.CSV and not os.fstat(self._fd).st_size:
-                self._append(CSV_HEADER)
+                self._begin(settings, resume=resume, force=force)
         except BaseException:
-            self.close()
+            self._release()
             raise
+        self.done: Mapping[str, Record] = dict(self._records)
 
     def write(self, record: Record) -> None:
         """Append a record. It survives the process once this returns, and is not in the file if this raises."""
-        self._append(to_line(record, self._line_form))
+        self._append(to_line(record, Format.JSONL))
+        self._superseded |= record.image in self._records
+        self._records[record.image] = record
 
     def finish(self, order: Callable[[list[Record]], list[Record]] | None = None) -> None:
-        """Complete the file: close a JSON array; put all records, the earlier run's too, in `order` if one is given."""
+        """Complete the file, with all records, the earlier run's too. They come in `order` if one is given."""
         with _explained(self.path):
-            os.fsync(self._fd)
-            if order or self._form is Format.JSON:
-                records, _ = read_records(self._growing, self._line_form)
+            if order or self._superseded or self._journal != self._target:
+                records = list(self._records.values())
                 _replace(self._target, order(records) if order else records, self._form)
-            if self._growing != self._target:
-                self._growing.unlink()
-        self.close()
-
-    def close(self) -> None:
-        """Let go of the file as it is: an unfinished one can be resumed."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            else:
+                os.fsync(self._fd)
+            if self._journal != self._target:
+                self._journal.unlink()
+        self._release()
 
     def __enter__(self) -> Self:
         return self
@@ -93,31 +83,45 @@ class RecordFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        """Write out what was scored, if the run ended before `finish`."""
+        try:
+            # The first error says more than a second one: that the full disk has no room for this either.
+            with contextlib.suppress(OutputError) if error else contextlib.nullcontext():
+                if self._fd >= 0:
+                    self.finish()
+        finally:
+            self._release()
 
-    def _resume(self, holding: Path, settings: RunSettings) -> None:
-        """Fill `done`, and leave in the growing file just that."""
-        form = self._form if holding == self._target else self._line_form
-        with _explained(self.path):
-            if holding == self._growing:
-                self._open()  # before reading: another run may still be writing
-            records, whole_bytes = read_records(holding, form)
-        self.done = {record.image: record for record in records if record.status is Status.OK}
-        if different := next(filter(None, map(settings.difference, self.done.values())), None):
+    def _begin(self, settings: RunSettings, *, resume: bool, force: bool) -> None:
+        if self._target.is_symlink() or (self._target.exists() and not self._target.is_file()):  # a link in a circle
+            raise OutputError(f"{self.path} is not a regular file; without -o, results go to standard output")
+        holding = next((p for p in (self._journal, self._target) if p.exists() and p.stat().st_size), None)
+        if holding and not resume and not force:
+            raise OutputError(f"{holding} holds results already; add --resume to continue, --force to start over")
+        if holding and resume:
+            self._read_back(holding, settings)
+        self._open()
+        if force:
+            os.ftruncate(self._fd, 0)
+
+    def _read_back(self, holding: Path, settings: RunSettings) -> None:
+        """Take over the scores of an earlier run, and leave only those in the journal."""
+        if holding == self._journal:
+            self._open()  # before reading: another run may still be writing
+        records = read_records(holding, Format.JSONL if holding == self._journal else self._form)
+        self._records = {record.image: record for record in records if record.status is Status.OK}
+        if different := next(filter(None, map(settings.difference, self._records.values())), None):
             raise OutputError(
                 f"{self.path} was begun with other settings ({different}); use those again, another -o FILE, "
                 f"or --force to start over"
             )
-        with _explained(self.path):
-            if holding != self._growing or len(self.done) < len(records):
-                _replace(self._growing, self.done.values(), self._line_form)
-            elif whole_bytes < holding.stat().st_size:
-                os.truncate(holding, whole_bytes)
+        if holding != self._journal or len(self._records) < len(records) or not _ends_whole(holding):
+            _replace(self._journal, self._records.values(), Format.JSONL)
 
     def _open(self) -> None:
-        """Open and lock what the name now stands for."""
-        self.close()
-        self._fd = os.open(self._growing, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
+        """Open and lock the journal that the name now stands for."""
+        self._release()
+        self._fd = os.open(self._journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
         with contextlib.suppress(ImportError, OSError):  # neither Windows nor every network share has such locks
             import fcntl
 
@@ -125,6 +129,11 @@ class RecordFile:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise OutputError(f"another run is writing {self.path}; wait for it, or use another -o FILE") from None
+
+    def _release(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def _append(self, data: bytes) -> None:
         with _explained(self.path):
@@ -139,86 +148,65 @@ class RecordFile:
                     self._sync_due = now + SYNC_PAUSE * (now - start)
             except BaseException:
                 with contextlib.suppress(OSError):
-                    os.ftruncate(self._fd, end)  # never half a line; should even this fail, resuming cuts it off
+                    os.ftruncate(self._fd, end)  # never half a line; if this fails too, resuming cuts it off
                 raise
 
 
-def read_records(path: Path, form: Format) -> tuple[list[Record], int]:
-    """Return a file's whole records, and how many bytes hold them (with the CSV header).
+def read_records(path: Path, form: Format) -> list[Record]:
+    """Return the records of a file that we wrote. Raises OutputError for any other file.
 
-    The rest, if any, is the beginning of a record that a kill, a full disk or a power cut broke off. Anything else that
-    is no record raises OutputError: what we did not leave there is not ours to cut off.
+    Half a line at the end of JSONL is left out: a kill, a full disk or a power cut broke it off. Anything else that we
+    did not write is not ours to cut off.
     """
-    if form is Format.JSON:
-        return _read_array(path), path.stat().st_size
+    read = {Format.JSONL: _read_lines, Format.CSV: _read_csv, Format.JSON: _read_array}[form]
+    try:
+        return read(path)
+    except (ValueError, RecursionError, csv.Error) as exc:
+        raise OutputError(
+            f"{path} is no {form} result of diffiqa ({exc}); mend it, use another -o FILE, or --force to start over"
+        ) from exc
+
+
+def _read_lines(path: Path) -> list[Record]:
     records: list[Record] = []
-    whole_bytes = 0
     with path.open("rb") as stream:
-        for number, line in enumerate(_whole_lines(stream, form), 1):
-            if form is Format.CSV and number == 1:
-                if line != CSV_HEADER:
-                    raise _foreign(path, form, number, "it is not the header that this version of diffiqa writes")
-            else:
-                try:
-                    records.append(from_line(line, form))
-                except ValueError as exc:
-                    raise _foreign(path, form, number, str(exc)) from exc
-            whole_bytes += len(line)
-        stream.seek(whole_bytes)
-        rest = stream.read()
-    begin = CSV_HEADER if form is Format.CSV else b'{"image": '
-    if not whole_bytes and rest[: len(begin)] != begin[: len(rest)]:
-        raise _foreign(path, form, 1, "it does not begin like one")
-    if any(_is_record(line + b"\n", form) for line in rest.split(b"\n")[1:]):  # a quote too many, far up in a CSV file
-        raise _foreign(path, form, len(records) + 2, "a quotation mark is never closed")
-    return records, whole_bytes
+        for number, line in enumerate(stream, 1):
+            if not line.endswith(b"\n"):
+                if not records and line[: len(_BEGINNING)] != _BEGINNING[: len(line)]:
+                    raise ValueError("it does not begin like one")
+                break
+            try:
+                records.append(from_line(line))
+            except ValueError as exc:
+                raise ValueError(f"line {number}: {exc}") from exc
+    return records
+
+
+def _read_csv(path: Path) -> list[Record]:
+    with path.open(encoding="utf-8", newline="") as stream:
+        if stream.readline() != CSV_HEADER.decode():
+            raise ValueError("its first line is not the header that this version of diffiqa writes")
+        return [from_row(row) for row in csv.reader(stream, strict=True)]
 
 
 def _read_array(path: Path) -> list[Record]:
-    try:
-        return list(decode(tuple[Record, ...], json.loads(path.read_bytes()), "records", ValueError))
-    except (ValueError, RecursionError) as exc:
-        raise _foreign(path, Format.JSON, 0, str(exc)) from exc
+    return list(decode(tuple[Record, ...], json.loads(path.read_bytes()), "records", ValueError))
 
 
-def _whole_lines(stream: IO[bytes], form: Format) -> Iterator[bytes]:
-    """Yield lines with their ends, up to the first that has none; in CSV, line breaks between quotes are no ends."""
-    parts: list[bytes] = []
-    quotes = 0
-    for part in stream:
-        parts.append(part)
-        quotes += part.count(b'"') if form is Format.CSV else 0
-        if quotes % 2 == 0 and part.endswith(b"\n"):
-            yield b"".join(parts)
-            parts.clear()
-
-
-def _is_record(line: bytes, form: Format) -> bool:
-    try:
-        from_line(line, form)
-    except ValueError:
-        return False
-    return True
-
-
-def _foreign(path: Path, form: Format, number: int, problem: str) -> OutputError:
-    where = path if form is Format.JSON else f"line {number} of {path}"
-    return OutputError(
-        f"{where} is no {form} result of diffiqa ({problem}); mend it, use another -o FILE, or --force to start over"
-    )
+def _ends_whole(path: Path) -> bool:
+    with path.open("rb") as stream:
+        stream.seek(-1, os.SEEK_END)
+        return stream.read() == b"\n"
 
 
 def _replace(path: Path, records: Iterable[Record], form: Format) -> None:
     """Put a new file in place of `path`, or leave that as it is."""
     # The lock makes us the only writer: what a killed run left under this name is ours to remove.
-    with replacing(path, by_way_of=_sibling(path, ".new")) as stream:
-        writer = RecordWriter(stream.write, form)
-        for record in records:
-            writer.write(record)
-        writer.close()
+    with replacing(path, by_way_of=_beside(path, ".new")) as stream:
+        stream.writelines(document(records, form))
 
 
-def _sibling(path: Path, suffix: str) -> Path:
+def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 

@@ -1,9 +1,9 @@
-r"""One flat record per image, its line in each file format, and the order records are shown in.
+r"""One flat record per image, as it stands in each file format.
 
-JSONL and JSON are UTF-8 with the keys in the order of `Record`; CSV has a header, RFC 4180 quoting and `\n` line ends.
-Numbers have all their digits, None is null or an empty cell, notes are joined with "; " in CSV. File names are data
-and stay as they are, in CSV as well: a cell that starts with `=` is imported as text or it is a formula to a
-spreadsheet. Only bytes that are no UTF-8 have to be spelt differently: `\udcXX`, as JSON does anyway.
+JSONL and JSON are UTF-8, with the keys in the order of `Record`. CSV has a header, RFC 4180 quoting and `\n` line ends.
+Numbers have all their digits. None is null, or an empty cell. CSV joins notes with "; ". File names stay as they are,
+in CSV too: a spreadsheet takes a cell that starts with `=` for a formula, unless it is told to import text. Only bytes
+that are not UTF-8 are written differently: as `\udcXX`, which is what JSON does anyway.
 """
 
 import csv
@@ -11,16 +11,15 @@ import enum
 import io
 import json
 import math
-import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from ...engine.codec import decode, encode
 from ...engine.manifest import Manifest
-from ...errors import OutputError, UsageError
+from ...errors import UsageError
 from ..results import Failure, Mode, Options, Score
 
 
@@ -31,17 +30,6 @@ class Format(enum.StrEnum):
     JSONL = "jsonl"
     JSON = "json"
     CSV = "csv"
-
-
-class Sort(enum.StrEnum):
-    """What results are sorted by."""
-
-    SCORE = "score"
-    NAME = "name"
-    VCG = "vcg"
-    VDA = "vda"
-    SPREAD = "spread"
-    TIME = "time"
 
 
 class Status(enum.StrEnum):
@@ -73,7 +61,7 @@ class RunSettings:
         return " ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self)[1:])
 
     def difference(self, record: "Record") -> str | None:
-        """Return in which way a record was made with other settings than these, or None."""
+        """Return which settings a record was made with that are not these, or None."""
         if (record.engine, record.settings) == (self.engine, str(self)):
             return None
         before = {"engine": record.engine} | dict(part.partition("=")[::2] for part in record.settings.split())
@@ -113,22 +101,12 @@ class Record:
             return cls(
                 image=result.source,
                 status=Status.OK,
-                score=result.score,
-                vcg=result.vcg,
-                vda=result.vda,
-                spread=result.spread,
-                width=result.width,
-                height=result.height,
-                mode=result.mode,
                 crops=len(result.crops),
                 seed=result.seeds[0],
                 seeds=len(result.seeds),
-                engine=result.engine,
-                backend=result.backend,
-                seconds=result.seconds,
-                digest=result.digest,
                 notes=tuple(note.replace("; ", ", ") for note in result.notes if note),  # "; " separates notes in CSV
                 settings=str(settings),
+                **{name: getattr(result, name) for name in _SAME_IN_SCORE},
             )
         error = result.error if isinstance(result, Failure) else f"the engine returned {result.score}, not a score"
         return cls(
@@ -140,28 +118,15 @@ class Record:
         )
 
     def result(self) -> Score | Failure:
-        """Return the result this record is of, as far as it holds it: without pictures and single crops."""
-        if self.score is None or self.mode is None or self.seed is None:
+        """Return the result this record was made of, as far as it holds it: without pictures and single crops."""
+        if self.seed is None or self.seeds is None or self.score is None:
             return Failure(self.image, self.error or "not scored")
-        return Score(
-            source=self.image,
-            score=self.score,
-            vcg=self.vcg,
-            vda=self.vda,
-            spread=self.spread,
-            width=self.width or 0,
-            height=self.height or 0,
-            mode=self.mode,
-            seeds=tuple(range(self.seed, self.seed + (self.seeds or 1))),
-            crops=(),
-            notes=self.notes,
-            digest=self.digest or "",
-            engine=self.engine,
-            backend=self.backend or "",
-            seconds=self.seconds or 0.0,
-        )
+        same: dict[str, Any] = {name: getattr(self, name) for name in _SAME_IN_SCORE}
+        seeds = tuple(range(self.seed, self.seed + self.seeds))
+        return Score(source=self.image, crops=(), seeds=seeds, notes=self.notes, **same)
 
 
+_SAME_IN_SCORE = ("score", "vcg", "vda", "spread", "width", "height", "mode", "engine", "backend", "seconds", "digest")
 COLUMNS = tuple(f.name for f in fields(Record))
 CSV_HEADER = (",".join(COLUMNS) + "\n").encode()
 _NUMBERS = {f.name for f in fields(Record) if f.type in {float | None, int | None}}
@@ -178,20 +143,20 @@ def to_line(record: Record, form: Format) -> bytes:
     return line.getvalue().removesuffix("\r\n").encode() + b"\n"
 
 
-def from_line(line: bytes, form: Format) -> Record:
-    """Return the record in a whole line; raise ValueError where it is none."""
-    if not line.endswith(b"\n"):
-        raise ValueError("it breaks off")
+def from_line(line: bytes) -> Record:
+    """Return the record in a whole line of JSON; raise ValueError where it is none."""
     try:
-        if form is not Format.CSV:
-            return decode(Record, json.loads(line), "record", ValueError)
-        rows = list(csv.reader([line.decode().removesuffix("\n")], strict=True))
-        if len(rows) != 1 or len(rows[0]) != len(COLUMNS):
-            raise ValueError(f"it has not {len(COLUMNS)} columns")
-        data = {name: _from_cell(name, cell) for name, cell in zip(COLUMNS, rows[0], strict=True)}
-        return decode(Record, data, "record", ValueError)
-    except (csv.Error, RecursionError) as exc:
+        return decode(Record, json.loads(line), "record", ValueError)
+    except RecursionError as exc:
         raise ValueError(str(exc)) from exc
+
+
+def from_row(cells: Sequence[str]) -> Record:
+    """Return the record in a row of CSV; raise ValueError where it is none."""
+    if len(cells) != len(COLUMNS):
+        raise ValueError(f"it has not {len(COLUMNS)} columns")
+    data = {name: _from_cell(name, cell) for name, cell in zip(COLUMNS, cells, strict=True)}
+    return decode(Record, data, "record", ValueError)
 
 
 # Lone surrogates (file names that are no UTF-8) are spelt \udcXX in CSV. What looks like that in a name has its
@@ -218,43 +183,18 @@ def _from_cell(name: str, cell: str) -> Any:
     return text or None
 
 
-class RecordWriter:
-    """Hands a document to `put` piece by piece, one per record; `close()` gives its end."""
-
-    def __init__(self, put: Callable[[bytes], object], form: Format) -> None:
-        self._put, self._form = put, form
-        self._before = b"[\n"
-        if form is Format.CSV:
-            put(CSV_HEADER)
-
-    def write(self, record: Record) -> None:
-        """Hand over one record."""
-        line = to_line(record, self._form)
-        if self._form is Format.JSON:
-            line, self._before = self._before + line.rstrip(b"\n"), b",\n"
-        self._put(line)
-
-    def close(self) -> None:
-        """Hand over what ends the document."""
-        if self._form is Format.JSON:
-            self._put(b"[]\n" if self._before == b"[\n" else b"\n]\n")
-
-
-def emit(stream: IO[bytes], data: bytes) -> None:
-    """Write to standard output at once. Raises OutputError, or BrokenPipeError once nobody reads on (`| head`)."""
-    try:
-        rest = memoryview(data)
-        while rest:  # with PYTHONUNBUFFERED the stream is the bare file, which may take a part
-            rest = rest[stream.write(rest) :]
-        stream.flush()
-    except OSError as exc:
-        # What is left in the stream's buffer can go nowhere, and must not raise again when the interpreter closes it.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
-        if isinstance(exc, BrokenPipeError):
-            raise
-        raise OutputError(f"cannot write to standard output: {exc.strerror or exc}") from exc
+def document(records: Iterable[Record], form: Format) -> Iterator[bytes]:
+    """Yield a whole document in pieces, one per record."""
+    if form is Format.CSV:
+        yield CSV_HEADER
+    if form is not Format.JSON:
+        yield from (to_line(record, form) for record in records)
+        return
+    before = b"[\n"
+    for record in records:
+        yield before + to_line(record, form).rstrip(b"\n")
+        before = b",\n"
+    yield b"[]\n" if before == b"[\n" else b"\n]\n"
 
 
 def choose_format(wanted: Format | None, path: Path | None, *, terminal: bool) -> Format:
@@ -268,51 +208,3 @@ def choose_format(wanted: Format | None, path: Path | None, *, terminal: bool) -
     if form is Format.TABLE:
         raise UsageError(f"a table is for the terminal; for {path} choose --format jsonl, json or csv")
     return form
-
-
-_SORT_KEYS: dict[Sort, Callable[[Record], Any]] = {
-    Sort.SCORE: lambda record: record.score,
-    Sort.NAME: lambda record: record.image,
-    Sort.VCG: lambda record: record.vcg,
-    Sort.VDA: lambda record: record.vda,
-    Sort.SPREAD: lambda record: record.spread,
-    Sort.TIME: lambda record: record.seconds,
-}
-
-
-def arrange(
-    records: Iterable[Record],
-    sort: Sort | None = None,
-    *,
-    descending: bool = False,
-    top: int | None = None,
-    bottom: int | None = None,
-) -> list[Record]:
-    """Return records in order: those with a value, those without, errors; equal ones as they came.
-
-    `top` and `bottom` keep only that many records with the highest and lowest values: of what is sorted by, or of the
-    score if that is nothing or the name. Without `sort` they come highest first, with `bottom` alone lowest first.
-    """
-    records = list(records)
-    if top is not None or bottom is not None:
-        by = sort if sort not in {None, Sort.NAME} else Sort.SCORE
-        ranked = [record for record in _sorted(records, by, descending=False) if _value(record, by) is not None]
-        highest = _sorted(ranked, by, descending=True)[: top or 0]
-        chosen = {id(record) for record in highest + ranked[: bottom or 0]}
-        records = [record for record in records if id(record) in chosen]
-        if sort is None:
-            return _sorted(records, by, descending=top is not None)
-    return records if sort is None else _sorted(records, sort, descending=descending)
-
-
-def _sorted(records: list[Record], sort: Sort, *, descending: bool) -> list[Record]:
-    valued = [record for record in records if _value(record, sort) is not None]
-    valued.sort(key=_SORT_KEYS[sort], reverse=descending)
-    others = [record for record in records if _value(record, sort) is None]
-    return valued + sorted(others, key=lambda record: record.status is Status.ERROR)
-
-
-def _value(record: Record, sort: Sort) -> Any:
-    """Return what a record is sorted by; None where it has none, or failed."""
-    value = None if record.status is Status.ERROR else _SORT_KEYS[sort](record)
-    return None if isinstance(value, float) and math.isnan(value) else value

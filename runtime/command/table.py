@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self, TextIO
+from typing import IO, Self, TextIO
 
 from rich import box
 from rich.console import Console
@@ -16,9 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ...engine.manifest import ScoreMeaning
-from .records import Record, emit
+from ...errors import OutputError
+from .records import Record
 
-NAME_WIDTH = 24  # what names have at least: other columns than the score give way, from the right
+NAME_WIDTH = 24  # least width of names; if there is no room, columns are left out from the right, never the score
 SPACING = 2
 
 
@@ -39,26 +40,43 @@ def show_table(records: Sequence[Record], meaning: ScoreMeaning, summary: str, s
             console.print(Text(f"Score: {scale}"))
             console.print(Text(f"UNTRAINED ENGINE · {printable(meaning.meaning)}", "bold yellow"))
         console.print(Text(summary))
-    # A terminal that knows no `×` shows `?` rather than ending a long run with an error.
+    # A terminal without `×` shows `?`: a long run must not end with an error.
     encoding = stream.encoding or "utf-8"
     emit(stream.buffer, capture.get().encode(encoding, "replace"))
 
 
-def summary_line(records: Sequence[Record], *, seconds: float | None = None, resumed: int = 0) -> str:
-    """Return how many images have a score, what these are like, and how fast they came.
+def emit(stream: IO[bytes], data: bytes) -> None:
+    """Write to standard output at once. Raises OutputError, or BrokenPipeError once nobody reads on (`| head`)."""
+    try:
+        rest = memoryview(data)
+        while rest:  # with PYTHONUNBUFFERED the stream is the bare file, which may take a part
+            rest = rest[stream.write(rest) :]
+        stream.flush()
+    except OSError as exc:
+        # Nobody will take what is left in the stream's buffer: the interpreter must not fail on it at its end.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        if isinstance(exc, BrokenPipeError):
+            raise
+        raise OutputError(f"cannot write to standard output: {exc.strerror or exc}") from exc
 
-    `resumed` of the records are from an earlier run; `seconds` is what the others took together.
+
+def summary_line(records: Sequence[Record], *, seconds: float | None = None, kept: int = 0) -> str:
+    """Return how many images have a score, how high the scores are, and how fast they came.
+
+    `kept` of the records are from an earlier run; `seconds` is what the others took together.
     """
     scores = [record.score for record in records if record.score is not None]
     failed = len(records) - len(scores)
     parts = [f"{len(scores)} scored" + (f", {failed} failed" if failed else "")]
-    if resumed:
-        parts[0] += f" ({resumed} by an earlier run)"
+    if kept:
+        parts[0] += f" ({kept} by an earlier run)"
     if scores:
         mean, median = statistics.fmean(scores), statistics.median(scores)
         parts.append(f"mean {mean:.4f}, median {median:.4f}, min {min(scores):.4f}, max {max(scores):.4f}")
-    if seconds and len(records) > resumed:
-        parts.append(rate_text((len(records) - resumed) / seconds))
+    if seconds and len(records) > kept:
+        parts.append(rate_text((len(records) - kept) / seconds))
     return " · ".join(parts)
 
 
@@ -70,17 +88,14 @@ def rate_text(images_per_second: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Return text that no terminal takes as a command: control characters, surrogates and such as escapes."""
+    """Return text with control characters and the like as escapes: no terminal may take them as a command."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class Progress:
-    """A bar on standard error with count, speed, time left and failures; nothing if that is no terminal, or `quiet`.
+    """A bar on standard error with count, speed, time left and failures. Without a terminal, or if `quiet`: nothing."""
 
-    Be quiet too while records stream to a terminal on standard output: they and the bar would write over each other.
-    """
-
-    def __init__(self, total: int | None, *, done: int = 0, quiet: bool = False, stream: TextIO | None = None) -> None:
+    def __init__(self, total: int, *, quiet: bool = False, stream: TextIO | None = None) -> None:
         console = _console(stream or sys.stderr)
         columns = ("{task.fields[pace]}", "[red]{task.fields[failures]}")
         self._bar = Bar(
@@ -94,20 +109,22 @@ class Progress:
             refresh_per_second=4,  # next to nothing on the cores that score
             transient=True,
         )
-        self._task = self._bar.add_task("", total=total, completed=done, pace="", failures="")
-        self._total, self._done = total, done
-        self._count = self._failures = 0
+        self._task = self._bar.add_task("", total=total, pace="", failures="")
+        self._total = total
+        self._kept = self._count = self._failures = 0
         self._start = time.monotonic()
 
-    def advance(self, record: Record) -> None:
-        """Count one more image."""
+    def advance(self, record: Record, *, kept: bool = False) -> None:
+        """Count one more image; `kept` ones, of an earlier run, say nothing about the speed."""
+        if kept:
+            self._kept, self._start = self._kept + 1, time.monotonic()
+            self._bar.update(self._task, advance=1)
+            return
         self._count += 1
         self._failures += record.score is None
         # Over the whole run: rich's own estimate forgets images after 30 s, and one may take minutes.
         rate = self._count / max(time.monotonic() - self._start, 1e-9)
-        pace = rate_text(rate)
-        if self._total is not None:
-            pace += f", {_duration((self._total - self._done - self._count) / rate)} left"
+        pace = f"{rate_text(rate)}, {_duration((self._total - self._kept - self._count) / rate)} left"
         failures = f"{self._failures} failed" if self._failures else ""
         self._bar.update(self._task, advance=1, pace=pace, failures=failures)
 

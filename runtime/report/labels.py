@@ -28,8 +28,8 @@ def make_labels(manifest: Manifest) -> dict[str, Label]:
     noise = {kind: _noise(manifest, kind) for kind in manifest.kinds if kind in {Kind.T1, Kind.T2}}
     if Kind.Y0 in manifest.kinds:
         about = (
-            f"The restoration: what the diffusion network makes of the image in {steps} steps. The better the image, "
-            "the less there is to restore."
+            f"The restoration: what the diffusion network makes of the image in {steps} steps. A good image leaves it "
+            "little to restore."
         )
         labels[Kind.Y0] = Label(Html("y<sub>0</sub>"), "y0", "restored", about)
     for kind, level in noise.items():
@@ -45,8 +45,8 @@ def make_labels(manifest: Manifest) -> dict[str, Label]:
         labels[kind] = Label(title, f"y_t{digit}", f"step {step}, {'a little noise' if least else 'noisier'}", about)
     if Kind.Y0 in manifest.kinds:
         about = (
-            "How far the restoration moved each pixel, the mean over the three channels in levels of 255, averaged "
-            "over small blocks."
+            "How far the restoration moved each pixel, in levels of 255: the mean over the three channels and over "
+            "small blocks."
         )
         title = Html("|dis − y<sub>0</sub>|")
         labels[DIFFERENCE] = Label(title, "Difference of original and y0", "levels of 255", about)
@@ -56,9 +56,9 @@ def make_labels(manifest: Manifest) -> dict[str, Label]:
         WEIGHT_MAP: (
             "Weight map",
             "weight, 0 … 1",
-            f"How much each place counts: {branch} is the sum of score × weight divided by the sum of weights.",
+            f"How much each place counts. {branch} is the sum of score × weight, divided by the sum of weights.",
         ),
-        PRODUCT: ("Score × weight", f"share in {branch}", f"What each place adds to {branch} before that division."),
+        PRODUCT: ("Score × weight", f"share in {branch}", f"What each place adds to the sum that gives {branch}."),
     }
     labels.update({name: Label(Html(title), title, unit, about) for name, (title, unit, about) in texts.items()})
     return labels

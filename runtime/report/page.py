@@ -3,19 +3,18 @@
 import base64
 import bisect
 import datetime
-import hashlib
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
 from string import Template
 
 from ... import __version__
 from ...engine.manifest import Manifest, StageName
 from ...engine.schedule import Kind
 from ..results import CropScore, Failure, Mode, Score
+from .frame import asset, policy
 from .heatmap import COLOURS
 from .histogram import Histogram, make_histogram, strip, to_svg, to_table
 from .labels import make_labels
@@ -48,7 +47,7 @@ class MapPicture:
 
 
 @dataclass(frozen=True)
-class Run:
+class Collected:
     """All results of a report without their pictures, in the order they came."""
 
     results: tuple[Score | Failure, ...]
@@ -85,28 +84,24 @@ class Page:
         self._restores = len(manifest.kinds) > 1
         self._branches = [name.upper() for name in (StageName.VCG, StageName.VDA) if manifest.stage(name)]
 
-    def frame(self, run: Run) -> tuple[str, str]:
+    def frame(self, collected: Collected) -> tuple[str, str]:
         """Return the page before the first card and after the last."""
-        style, script = (_asset(name) for name in ("report.css", "report.js"))
+        style, script = asset("page.css") + asset("report.css"), asset("report.js")
         style += f".ramp{{background:linear-gradient(90deg,{','.join(_hex_colours(every=16))})}}\n"
-        policy = (
-            f"default-src 'none'; img-src data:; style-src {_csp_hash(style)}; script-src {_csp_hash(script)}; "
-            "base-uri 'none'; form-action 'none'"
-        )
         now = datetime.datetime.now(datetime.UTC).isoformat(" ", "minutes").removesuffix("+00:00")
-        text = Template(_asset("report.html")).substitute(
-            policy=policy,
+        text = Template(asset("report.html")).substitute(
+            policy=policy(style, script),
             title=join(self.title),
             style=style,
             script=script,
-            lead=join(f"{_count(run)}. Written {now} UTC."),
-            warnings=self._warnings(run),
-            facts=self._facts(run),
-            distribution=_distribution(run),
-            reading=self._reading(run),
+            lead=join(f"{_count(collected)}. Written {now} UTC."),
+            warnings=self._warnings(collected),
+            facts=self._facts(collected),
+            distribution=_distribution(collected),
+            reading=self._reading(collected),
             sort_options=self._sort_options(),
-            failures=_failures(run),
-            table=self._table(run),
+            failures=_failures(collected),
+            table=self._table(collected),
             colours="".join(_hex_colours()).replace("#", ""),
             engine=self._engine(),
             version=join(__version__),
@@ -114,13 +109,13 @@ class Page:
         before, _, after = text.partition(_IMAGES_HERE)
         return before, after
 
-    def card(self, number: int, score: Score, run: Run, facts: Html, pictures: Html, details: Html) -> Html:
+    def card(self, number: int, score: Score, collected: Collected, facts: Html, pictures: Html, details: Html) -> Html:
         """Return all about one image; `number` counts images from 1."""
         folder, name = split_source(score.source)
-        rank = len(run.sorted_scores) - bisect.bisect_right(run.sorted_scores, score.score) + 1
-        ranked = self.manifest.score.trained and abs(score.score) < 1e100 and len(run.sorted_scores) > 1
+        rank = len(collected.sorted_scores) - bisect.bisect_right(collected.sorted_scores, score.score) + 1
+        ranked = self.manifest.score.trained and abs(score.score) < 1e100 and len(collected.sorted_scores) > 1
         # The card of an untrained engine says so by itself: it may be cut out of the page.
-        place = f"rank {rank} of {len(run.sorted_scores)}" if ranked else None
+        place = f"rank {rank} of {len(collected.sorted_scores)}" if ranked else None
         place = place if self.manifest.score.trained else "untrained: meaningless"
         header = tag(
             "header",
@@ -140,7 +135,7 @@ class Page:
                     tag("small", place) if place else None,
                     class_="score",
                 ),
-                strip(run.histogram, score.score) if ranked and run.histogram else None,
+                strip(collected.histogram, score.score) if ranked and collected.histogram else None,
                 class_="verdict",
             ),
         )
@@ -150,7 +145,7 @@ class Page:
             facts,
             tag("div", pictures, class_="pictures")
             if pictures
-            else tag("p", "No pictures: this result was taken over from an earlier run, numbers only.", class_="quiet"),
+            else tag("p", "No pictures: this score is from an earlier run.", class_="quiet"),
             details,
             class_="card",
             id=f"image-{number}",
@@ -188,12 +183,12 @@ class Page:
             figures.append(tag("figure", image, caption, data_kind=photo.kind))
         return join(*figures)
 
-    def maps(self, source: str, maps: Sequence[MapPicture], run: Run, width: int, height: int) -> Html:
+    def maps(self, source: str, maps: Sequence[MapPicture], collected: Collected, width: int, height: int) -> Html:
         """Return the figures of an image's maps with their legends, as large as its photographs."""
         figures = []
         for picture in maps:
             label = self.labels[picture.name]
-            low, high = run.scales[picture.name]
+            low, high = collected.scales[picture.name]
             span = f"from {short(picture.low)} to {short(picture.high)}"
             image = _image("png", picture.png, width, height, f"{label.plain} of {source}, {span}, {label.short}")
             legend = tag(
@@ -241,7 +236,7 @@ class Page:
             else None,
         )
 
-    def _warnings(self, run: Run) -> Html:
+    def _warnings(self, collected: Collected) -> Html:
         warnings = []
         if not self.manifest.score.trained:
             warnings.append(
@@ -251,7 +246,7 @@ class Page:
                     " Some of its weights are random. Scores and maps only show that the pipeline runs.",
                 )
             )
-        engines = sorted({score.engine for score in run.scores})
+        engines = sorted({score.engine for score in collected.scores})
         if len(engines) > 1:
             warnings.append(
                 tag(
@@ -262,13 +257,13 @@ class Page:
             )
         return tag("div", *warnings, class_="warning", role="note") if warnings else Html()
 
-    def _facts(self, run: Run) -> Html:
+    def _facts(self, collected: Collected) -> Html:
         """The numbers at the top: first what came out, then how."""
-        scores = run.sorted_scores
-        total = sum(score.seconds for score in run.scores)
-        came_out = [("Images", str(len(run.scores)))]
-        if run.failures:
-            came_out.append(("Failures", str(len(run.failures))))
+        scores = collected.sorted_scores
+        total = sum(score.seconds for score in collected.scores)
+        came_out = [("Images", str(len(collected.scores)))]
+        if collected.failures:
+            came_out.append(("Failures", str(len(collected.failures))))
         if scores:
             came_out += [
                 ("Median score", number_text(statistics.median(scores))),
@@ -276,25 +271,25 @@ class Page:
                 ("Lowest", number_text(scores[0])),
                 ("Highest", number_text(scores[-1])),
             ]
-        if run.scores:
-            came_out.append(("Time per image", seconds_text(total / len(run.scores))))
+        if collected.scores:
+            came_out.append(("Time per image", seconds_text(total / len(collected.scores))))
         size = self.manifest.crop.size
         how = [
             ("Model", self.manifest.model_name),
-            ("Engine", ", ".join(sorted({score.engine for score in run.scores}) or [self.manifest.engine_id])),
-            ("Backend", "; ".join(sorted({score.backend for score in run.scores}))),
-            ("Restored", "; ".join(sorted({_MODES[s.mode] for s in run.scores})) if self._restores else ""),
-            ("Seeds", "; ".join(sorted({_seeds(score.seeds) for score in run.scores}))),
+            ("Engine", ", ".join(sorted({score.engine for score in collected.scores}) or [self.manifest.engine_id])),
+            ("Backend", "; ".join(sorted({score.backend for score in collected.scores}))),
+            ("Restored", "; ".join(sorted({_MODES[s.mode] for s in collected.scores})) if self._restores else ""),
+            ("Seeds", "; ".join(sorted({_seeds(score.seeds) for score in collected.scores}))),
             ("Crop size", f"{size} × {size}"),
         ]
         return join(_definitions(came_out, "tiles"), _definitions([fact for fact in how if fact[1]], "small"))
 
-    def _reading(self, run: Run) -> Html:
+    def _reading(self, collected: Collected) -> Html:
         """What the numbers and pictures mean."""
         m = self.manifest.score
         better = "Higher is better." if m.higher_is_better else "Lower is better."
-        best = f"about {short(m.nominal_maximum)} is the best, and it may be exceeded"
-        span = f"{short(m.minimum)} is the least possible; {best}."
+        best = f"The best images get about {short(m.nominal_maximum)}; some get more."
+        span = f"No score is below {short(m.minimum)}. {best}"
         guided = ", guided by its restorations" if self._restores else ""
         texts = {
             "VCG": f"VCG: a vision transformer rates every place of the image{guided}. ",
@@ -312,10 +307,11 @@ class Page:
             "p",
             "Maps run from dark violet (low) to yellow (high): ",
             tag("span", class_="ramp", aria_hidden="true"),
-            " The numbers beside each are the values at its ends; what lies beyond takes the end’s colour. All images "
-            "share one range per kind of map, so their colours can be compared. Hatched: outside all crops, not looked "
-            "at. Where several seeds were averaged, pictures and maps are those of the first. Pictures are reduced to "
-            f"at most {run.side} pixels and compressed: judge fine noise and blur from the files, not from here.",
+            " The numbers beside a map are the values at the two ends; values beyond them have the colour of the end. "
+            "All images share one range for each kind of map, so you can compare their colours. Hatched places are "
+            "outside all crops: no crop shows them to the model. If several seeds were averaged, pictures and maps are "
+            f"those of the first. Pictures are reduced to at most {collected.side} pixels and compressed: judge fine "
+            "noise and blur from the files, not from this page.",
         )
         return join(
             tag("p", tag("strong", better), f" {span} {m.meaning}"),
@@ -326,7 +322,7 @@ class Page:
                 "Both are means over the crops." if len(self._branches) > 1 else "It is the mean over the crops.",
             ),
             # Without pictures there is nothing to explain about them.
-            join(tag("dl", *terms, class_="terms"), maps) if run.scales else None,
+            join(tag("dl", *terms, class_="terms"), maps) if collected.scales else None,
         )
 
     def _sort_options(self) -> Html:
@@ -335,15 +331,15 @@ class Page:
         options += [("spread", "Spread"), ("seconds", "Time")]
         return join(*(tag("option", text, value=value) for value, text in options))
 
-    def _table(self, run: Run) -> Html:
+    def _table(self, collected: Collected) -> Html:
         """All numbers, one row per image."""
-        if not run.scores:
+        if not collected.scores:
             return Html()
         columns = [("name", "Image"), ("score", "Score")]
         columns += [(name.lower(), name) for name in self._branches]
         columns += [("spread", "Spread"), ("size", "Size"), ("seconds", "Time")]
         rows = []
-        for number, score in enumerate(run.scores, start=1):
+        for number, score in enumerate(collected.scores, start=1):
             texts = {
                 "score": number_text(score.score),
                 "vcg": number_text(score.vcg),
@@ -407,28 +403,28 @@ def split_source(source: str) -> tuple[str, str]:
     return (source[:cut], source[cut:]) if cut < len(source) else ("", source)
 
 
-def _count(run: Run) -> str:
-    scored, failed = len(run.scores), len(run.failures)
+def _count(collected: Collected) -> str:
+    scored, failed = len(collected.scores), len(collected.failures)
     text = f"{scored} {'image' if scored == 1 else 'images'}"
     return f"{text} and {failed} {'failure' if failed == 1 else 'failures'}" if failed else text
 
 
-def _distribution(run: Run) -> Html:
-    if run.histogram is None:
+def _distribution(collected: Collected) -> Html:
+    if collected.histogram is None:
         return tag("p", "No image was scored.", class_="quiet")
     return join(
-        to_svg(run.histogram),
+        to_svg(collected.histogram),
         tag("p", "Score. Point at a bar for its count.", class_="quiet", id="bar", aria_live="polite"),
-        tag("details", tag("summary", "The same as a table"), to_table(run.histogram)),
+        tag("details", tag("summary", "The same as a table"), to_table(collected.histogram)),
     )
 
 
-def _failures(run: Run) -> Html:
-    if not run.failures:
+def _failures(collected: Collected) -> Html:
+    if not collected.failures:
         return Html()
     rows = [
         tag("tr", tag("th", tag("bdi", f.source), scope="row"), tag("td", f.error), data_name=visible(f.source))
-        for f in run.failures
+        for f in collected.failures
     ]
     head = tag("thead", tag("tr", tag("th", "File", scope="col"), tag("th", "Error", scope="col")))
     return tag(
@@ -467,11 +463,3 @@ def _sortable(value: float | None) -> str | None:
 
 def _hex_colours(every: int = 1) -> list[str]:
     return [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in [*COLOURS[:-1:every], COLOURS[-1]]]
-
-
-def _asset(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def _csp_hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

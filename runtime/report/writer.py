@@ -24,7 +24,7 @@ from .heatmap import FloatMap, Heatmap, block_mean, palette, to_heatmap, to_png
 from .intermediates import difference, save_intermediates
 from .labels import DIFFERENCE, PRODUCT, SCORE_MAP, WEIGHT_MAP
 from .markup import Html
-from .page import MapPicture, Page, Photo, Run
+from .page import Collected, MapPicture, Page, Photo
 
 __all__ = ["ReportWriter", "save_intermediates"]
 
@@ -93,11 +93,11 @@ class ReportWriter:
             return
         try:
             scales = {name: _common_scale(ranges) for name, ranges in self._ranges.items()}
-            run = Run(tuple(self._results), scales, self._side)
-            before, after = self._page.frame(run)
+            collected = Collected(tuple(self._results), scales, self._side)
+            before, after = self._page.frame(collected)
             with self._writing(), replacing(self._path) as page:
                 page.write(before.encode())
-                for card in self._rendered(run):
+                for card in self._rendered(collected):
                     page.write(card.encode())
                 page.write(after.encode())
         finally:
@@ -121,16 +121,16 @@ class ReportWriter:
         else:
             self.abort()
 
-    def _rendered(self, run: Run) -> Iterator[Html]:
+    def _rendered(self, collected: Collected) -> Iterator[Html]:
         """Yield the cards in the order of the results, reading back one at a time."""
         self._cards.seek(0)
-        for number, (score, line) in enumerate(zip(run.scores, self._cards, strict=True), start=1):
+        for number, (score, line) in enumerate(zip(collected.scores, self._cards, strict=True), start=1):
             card = json.loads(line)
             pictures = Html(card["photos"])
             if card["maps"]:
-                maps = [_coloured(packed, run) for packed in card["maps"]]
-                pictures = Html(pictures + self._page.maps(score.source, maps, run, *card["size"]))
-            yield self._page.card(number, score, run, Html(card["facts"]), pictures, Html(card["details"]))
+                maps = [_coloured(packed, collected) for packed in card["maps"]]
+                pictures = Html(pictures + self._page.maps(score.source, maps, collected, *card["size"]))
+            yield self._page.card(number, score, collected, Html(card["facts"]), pictures, Html(card["details"]))
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -192,8 +192,8 @@ def _pack(name: str, heatmap: Heatmap) -> list[Any]:
     return [name, heatmap.low, heatmap.high, *heatmap.index.shape, index]
 
 
-def _coloured(packed: list[Any], run: Run) -> MapPicture:
+def _coloured(packed: list[Any], collected: Collected) -> MapPicture:
     name, low, high, height, width, index = packed
     pixels = np.frombuffer(base64.b64decode(index), np.uint8).reshape(height, width)
     heatmap = Heatmap(pixels, low, high)
-    return MapPicture(name, to_png(heatmap, palette(heatmap, *run.scales[name])), low, high)
+    return MapPicture(name, to_png(heatmap, palette(heatmap, *collected.scales[name])), low, high)

@@ -65,10 +65,12 @@ def test_the_json_file_holds_raw_samples_and_a_digest_and_reads_back(finished: t
 
 def test_the_page_stands_alone_and_draws_what_was_measured(finished: tuple[Result, Path, Path]) -> None:
     page = finished[2].read_text(encoding="utf-8")
-    assert page.count("<svg") == 4
+    assert page.count("<figure") == 4
+    assert page.count("<rect") == 4 + 5  # a rate for each case, and what a start is made of
+    assert page.count("<circle") == 4  # the stages under the roof
     assert "http" not in page.split("<body>")[1]
     assert "Roofline" in page
-    assert page.count("<table>") == len(report.TABLES) - 1  # all but that of a GPU
+    assert page.count("<table") == len(report.TABLES) - 1  # all but that of a GPU
 
 
 @pytest.mark.parametrize(

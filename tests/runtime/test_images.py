@@ -5,6 +5,7 @@ Expected pixels are computed here by other means: floating point where the reade
 
 import hashlib
 import io
+import itertools
 import os
 import struct
 import subprocess
@@ -373,8 +374,10 @@ def exif(orientation: object) -> PIL.Image.Exif:
     return tags
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "JPEG"])
-@pytest.mark.parametrize("orientation", UPRIGHT)
+# Pillow itself turns a TIFF; the others go one way, so one orientation shows that their EXIF is found.
+@pytest.mark.parametrize(
+    ("orientation", "kind"), [*itertools.product(UPRIGHT, ["PNG", "TIFF"]), (6, "WEBP"), (6, "JPEG")]
+)
 def test_images_are_turned_as_exif_says(orientation: int, kind: str, rng: np.random.Generator) -> None:
     stored = PIL.Image.fromarray(random_bytes(rng, 3))
     options = {"lossless": True} if kind == "WEBP" else {}
@@ -398,8 +401,9 @@ def test_an_impossible_orientation_is_ignored(orientation: int, rng: np.random.G
     assert_pixels(as_is(encoded(PIL.Image.fromarray(pixels), "PNG", exif=exif(orientation))), pixels)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-@pytest.mark.parametrize("damage", ["cut", "garbage", "width"])
+@pytest.mark.parametrize(
+    ("damage", "kind"), [("cut", "JPEG"), ("garbage", "PNG"), ("width", "WEBP"), ("garbage", "JPEG"), ("cut", "PNG")]
+)
 def test_damaged_exif_does_not_cost_the_image(damage: str, kind: str) -> None:
     whole = with_long_text(exif(6)).tobytes()
     damaged = {
@@ -705,11 +709,11 @@ def test_a_file_larger_than_any_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF"])
-@pytest.mark.parametrize("kept", [0.3, 0.6, 0.9])
-def test_a_truncated_file_is_an_error_and_not_half_an_image(kind: str, kept: float, rng: np.random.Generator) -> None:
+def test_a_truncated_file_is_an_error_and_not_half_an_image(kind: str, rng: np.random.Generator) -> None:
     data = encoded(PIL.Image.fromarray(random_bytes(rng, 3)), kind)
-    with pytest.raises(ImageError, match=r"^bytes: (damaged, or not a kind that Pillow .* decodes|not an image)"):
-        read_image(data[: int(len(data) * kept)])
+    for kept in (0.3, 0.6, 0.9):
+        with pytest.raises(ImageError, match=r"^bytes: (damaged, or not a kind that Pillow .* decodes|not an image)"):
+            read_image(data[: int(len(data) * kept)])
 
 
 def test_a_jpeg_cut_anywhere_is_an_error(rng: np.random.Generator) -> None:

@@ -18,7 +18,9 @@ from PIL import Image
 
 from diffiqa import Scorer
 from diffiqa.cli import main
-from diffiqa.runtime import backends
+from diffiqa.runtime.command.recordfile import read_records
+from diffiqa.runtime.command.records import Format, to_line
+from diffiqa.runtime.host import onnx_stage
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 
 from ...tiny import photo
@@ -81,7 +83,7 @@ def test_threads_that_wait_busily_give_the_same_scores(
             seen.append(settings.spinning)
             super().__init__(path, settings)
 
-    monkeypatch.setattr(backends, "OnnxStage", Watched)
+    monkeypatch.setattr(onnx_stage, "OnnxStage", Watched)
     arguments = (folder / "a.png", "--threads", "2", "--format", "jsonl")
     waiting, spinning = (call(tiny_engine, *arguments, *more) for more in ((), ("--spin",)))
     assert [spinning.exit_code, waiting.exit_code] == [0, 0]
@@ -89,7 +91,7 @@ def test_threads_that_wait_busily_give_the_same_scores(
     assert seen == [False] * 4 + [True] * 4
     refused = call(tiny_engine, *arguments, "--spin", "--backend", "openvino")
     assert refused.exit_code == 2
-    assert "--spin is about threads of --backend onnxruntime" in refused.stderr
+    assert "--spin is an option of the backend onnxruntime, not of openvino" in refused.stderr
 
 
 def test_names_of_files_globs_and_standard_input(tiny_engine: Path, folder: Path) -> None:
@@ -148,6 +150,29 @@ def test_resume_scores_only_what_is_missing_and_retries_errors(tiny_engine: Path
     assert again.exit_code == 0
     assert [Path(r["image"]).name for r in records] == ["a.png", "empty.jpg", "c.bmp"]
     assert records[0] == before  # kept, not scored again: even its time is the same
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_resume_scores_a_picture_that_changed_again_and_says_so(
+    tiny_engine: Path, folder: Path, tmp_path: Path, form: str
+) -> None:
+    file = tmp_path / f"scores.{form}"
+    names = [folder / "a.png", folder / "b.jpg", folder / "c.bmp"]
+    call(tiny_engine, *names, "-o", file)
+    before = read_records(file, Format(form))
+    names[0].write_bytes(names[1].read_bytes())
+    Image.open(names[1]).save(names[1].with_suffix(".png"))
+    names[1].with_suffix(".png").replace(names[1])  # another file of the same pixels
+    names[2].unlink()
+    again = call(tiny_engine, *names, "-o", file, "--resume")
+    assert again.exit_code == 0
+    assert "1 picture has changed since the earlier run: scored again\n" in again.stderr
+    assert "3 scored (2 by an earlier run)" in again.stderr
+    after = read_records(file, Format(form))
+    assert [record.image for record in after] == [str(name) for name in names]
+    assert (after[0].score, after[0].digest) == (before[1].score, before[1].digest)
+    assert after[1:] == before[1:]  # the same pixels, and what cannot be read now: its score is kept
+    assert "changed" not in call(tiny_engine, *names, "-o", file, "--resume").stderr
 
 
 def test_resume_with_other_settings_is_refused(tiny_engine: Path, folder: Path, tmp_path: Path) -> None:
@@ -209,13 +234,15 @@ def test_old_results_stay_when_the_run_cannot_start(tiny_engine: Path, folder: P
     assert file.read_text() == before
 
 
-@pytest.mark.parametrize("form", ["table", "json", "jsonl"])
+@pytest.mark.parametrize("form", ["table", "json", "jsonl", "csv file"])
 def test_an_interrupted_run_shows_what_it_scored(tiny_engine: Path, tmp_path: Path, form: str) -> None:
     names = [tmp_path / f"{i:03}.png" for i in range(200)]
     for i, name in enumerate(names):
         Image.fromarray(photo(i % 5, 48, 48)).save(name)
     report = tmp_path / "pictures"
     arguments: list[str | Path] = [*names, "--format", form, "--save-intermediates", report]
+    if form == "csv file":
+        arguments[-3:-2] = ["csv", "-o", tmp_path / "scores"]
     process = subprocess.Popen(
         command(tiny_engine, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -224,7 +251,10 @@ def test_an_interrupted_run_shows_what_it_scored(tiny_engine: Path, tmp_path: Pa
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=30)
     assert process.returncode == 130, stderr
-    if form == "json":
+    if form == "csv file":
+        assert len(read_records(tmp_path / "scores", Format.CSV)) >= 2
+        assert not (tmp_path / "scores.partial").exists()
+    elif form == "json":
         assert len(json.loads(stdout)) >= 2
     else:
         assert stdout.count("000.png") == stdout.count("001.png") == 1
@@ -268,15 +298,16 @@ def command(engine: Path, *arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "diffiqa.cli", "run", "--engine", str(engine), *map(str, arguments)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(("number", "form"), [(signal.SIGKILL, "csv"), (signal.SIGINT, "jsonl")])
 def test_a_run_ended_at_any_moment_resumes_without_losing_or_repeating_a_record(
-    tiny_engine: Path, tmp_path: Path, number: signal.Signals
+    tiny_engine: Path, tmp_path: Path, number: signal.Signals, form: str
 ) -> None:
     seed = 5
     names = [tmp_path / f"{i:02}.png" for i in range(40)]
     for i, name in enumerate(names):
         Image.fromarray(photo(i, 48, 48)).save(name)
-    file = tmp_path / "scores.jsonl"
+    file = tmp_path / f"scores.{form}"
+    journal = tmp_path / "scores.csv.partial" if form == "csv" else file
     generator = random.Random(seed)  # noqa: S311 — moments, not secrets
     kept: list[str] = []
     for _ in range(3):
@@ -284,21 +315,21 @@ def test_a_run_ended_at_any_moment_resumes_without_losing_or_repeating_a_record(
             [*command(tiny_engine, *names, "-o", file, "--resume", "-q")], stderr=subprocess.PIPE
         )
         target = len(kept) + generator.randint(3, 9)
-        while process.poll() is None and (not file.exists() or file.read_bytes().count(b"\n") < target):
+        while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < target):
             time.sleep(0.005)
         process.send_signal(number)
         stderr = process.communicate(timeout=30)[1].decode()
         assert process.returncode == (130 if number is signal.SIGINT else -9), stderr
         assert "Traceback" not in stderr
-        now = file.read_text().splitlines()
+        now = journal.read_text().splitlines()
         assert now[: len(kept)] == kept
         kept = [line for line in now if line.endswith("}")]
     final = subprocess.run(command(tiny_engine, *names, "-o", file, "--resume", "-q"), check=False)
-    records = lines(file.read_text())
     assert final.returncode == 0
-    assert file.read_text().splitlines()[: len(kept)] == kept
-    assert [r["image"] for r in records] == [str(name) for name in names]
-    assert {r["status"] for r in records} == {"ok"}
+    records = read_records(file, Format(form))
+    assert [to_line(record, Format.JSONL).decode().rstrip("\n") for record in records[: len(kept)]] == kept
+    assert [record.image for record in records] == [str(name) for name in names]
+    assert {record.status for record in records} == {"ok"}
 
 
 def test_a_reader_that_goes_away_ends_the_run_quietly(tiny_engine: Path, folder: Path) -> None:

@@ -20,6 +20,7 @@ from PIL import Image
 from diffiqa.engine.manifest import Manifest, StageName
 from diffiqa.engine.schedule import Kind
 from diffiqa.errors import OutputError, UsageError
+from diffiqa.runtime.report import svg
 from diffiqa.runtime.report.heatmap import COLOURS
 from diffiqa.runtime.report.markup import visible
 from diffiqa.runtime.report.writer import ReportWriter
@@ -210,7 +211,7 @@ def test_scores_of_several_engines_are_said_not_to_compare(tmp_path: Path) -> No
 
 
 def test_a_result_of_an_earlier_run_says_that_it_has_no_pictures(page: str, tmp_path: Path) -> None:
-    assert Document(page).text.count("No pictures: this result was taken over from an earlier run") == 1
+    assert Document(page).text.count("No pictures: this score is from an earlier run.") == 1
     only = Document(write(tmp_path / "r.html", fake_score(1, pictures=False)))
     assert only.all("figure") == []
     assert "dark violet" not in only.text  # no legend for what is not there
@@ -421,11 +422,11 @@ def contrast(one: str, other: str) -> float:
 
 @pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
 def test_text_and_controls_have_the_contrast_of_wcag_aa(page: str, theme: int) -> None:
-    pairs = dict(re.findall(r"--([a-z-]+): light-dark\((#\w{6}, #\w{6})\)", Document(page).raw["style"]))
+    pairs = dict(re.findall(r"--([a-z0-9-]+): light-dark\((#\w{6}, #\w{6})\)", Document(page).raw["style"]))
     colour = {name: pair.split(", ")[theme] for name, pair in pairs.items()}
     for ground in ("page", "sheet"):
-        for text in ("text", "quiet", "accent"):
+        for text in ("text", "quiet", "accent", "bad"):
             assert contrast(colour[text], colour[ground]) >= 4.5, (text, ground)
-        for mark in ("edge", "bar", "warn-edge"):
+        for mark in ("edge", "bar", "warn-edge", *(f"series-{number}" for number in range(svg.COLOURS))):
             assert contrast(colour[mark], colour[ground]) >= 3, (mark, ground)
     assert contrast(colour["text"], colour["warn-page"]) >= 4.5

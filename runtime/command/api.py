@@ -1,0 +1,248 @@
+"""`score`: everything `iqa-run` does, as one function.
+
+>>> import diffiqa
+>>> done = diffiqa.score("engine/", "photos/", output="scores.csv", report="report.html")
+>>> done.records[0].image, done.records[0].score
+"""
+
+import contextlib
+import enum
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from ...errors import ImageError, OutputError, UsageError
+from ..backends import Backend
+from ..images import DEFAULT_MAX_PIXELS
+from ..inputs import find_images
+from ..report.intermediates import prepare_folder, save_intermediates
+from ..report.writer import ReportWriter
+from ..results import Options, Score
+from ..scorer import Scorer, load
+from .order import Sort, arrange
+from .recordfile import RecordFile
+from .records import Format, Record, RunSettings, Status, choose_format
+
+E = TypeVar("E", bound=enum.StrEnum)
+Watch = Callable[[Record, bool], None]
+_COMPARED_AT_A_TIME = 64
+
+
+def _ignore(*_: object) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Which files a run writes. Raises UsageError for wishes that contradict each other."""
+
+    file: Path | None = None
+    form: Format | None = None  # of the file; by default what its name says
+    resume: bool = False
+    force: bool = False
+    sort: Sort | None = None
+    descending: bool = False
+    report: Path | None = None
+    intermediates: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be done."""
+        if self.resume and self.file is None:
+            raise UsageError("--resume continues a file: name it with -o")
+        if self.descending and not self.sort:
+            raise UsageError("--descending needs --sort")
+
+    def order(self, records: list[Record]) -> list[Record]:
+        """Return records in the order asked for."""
+        return arrange(records, self.sort, descending=self.descending)
+
+    def refuse_collisions(self, names: Iterable[str]) -> None:
+        """Raise UsageError if an output would overwrite an image or another output, or be scored by the next run."""
+        inputs = {os.path.realpath(name) for name in names}
+        targets = [os.path.realpath(path) for path in (self.file, self.report) if path]
+        for target in targets:
+            if target in inputs:
+                raise UsageError(f"{target} is one of the images; write results elsewhere")
+        if len(set(targets)) < len(targets):
+            raise UsageError(f"{targets[0]} cannot be both results and report; give two names")
+        if self.intermediates:
+            folder = os.path.realpath(self.intermediates)
+            if any(os.path.dirname(name) == folder for name in inputs):  # noqa: PTH120 — of a resolved name
+                raise UsageError(f"{folder} holds images that are scored; choose another folder for the pictures")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a run came to, and where it was written."""
+
+    records: tuple[Record, ...]  # of every image, those of the earlier run too
+    kept: int  # scores of the earlier run, which --resume took over
+    changed: int  # pictures scored again because they changed since the earlier run
+    seconds: float  # what scoring the others took
+    outputs: Outputs
+
+    @property
+    def failed(self) -> int:
+        """How many images have no score."""
+        return sum(record.status is Status.ERROR for record in self.records)
+
+
+def score(
+    engine: str | Path | Scorer,
+    images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    backend: Backend | Sequence[Backend] | None = None,
+    *,
+    options: Options | None = None,
+    output: str | Path | None = None,
+    form: str | None = None,
+    resume: bool = False,
+    force: bool = False,
+    sort: str | None = None,
+    descending: bool = False,
+    report: str | Path | None = None,
+    intermediates: str | Path | None = None,
+    workers: int = 1,
+    max_pixels: int | None = DEFAULT_MAX_PIXELS,
+    say: Callable[[str], None] = _ignore,
+) -> Scored:
+    """Score images. One that cannot be scored gets a record that says why, and the others are scored.
+
+        done = diffiqa.score("engine/", "photos/", output="scores.csv", report="report.html")
+        print(done.failed, [record.score for record in done.records])
+
+    `engine` is an engine directory, run by `backend` as `load` does it; or a scorer that is loaded already. `images`
+    are names, folders and patterns. Without `output`, `report` and `intermediates` no file is written. `form` and
+    `sort` take the words of `iqa-run --help`. Raises DiffiqaError if nothing can be scored or a result cannot be
+    written.
+    """
+    names = find_names([images] if isinstance(images, str | os.PathLike) else images)
+    file, page, folder = (Path(path) if path else None for path in (output, report, intermediates))
+    outputs = Outputs(file, _word(Format, form), resume, force, _word(Sort, sort), descending, page, folder)
+    outputs.refuse_collisions(names)
+    with (
+        contextlib.nullcontext(engine)
+        if isinstance(engine, Scorer)
+        else load(engine, backend, max_pixels=max_pixels) as scorer
+    ):
+        return score_names(scorer, names, options or Options(), outputs, workers=workers, say=say)
+
+
+def _word(kind: type[E], text: str | None) -> E | None:
+    try:
+        return kind(text) if text else None
+    except ValueError:
+        raise UsageError(f"{text!r} is none of {', '.join(kind)}") from None
+
+
+def find_names(images: Iterable[str | os.PathLike[str]]) -> list[str]:
+    """Return the files that names, folders and patterns stand for. Raises UsageError if there is none."""
+    given = [os.fspath(name) for name in images]
+    if not all(given):
+        raise UsageError("an image name is empty: an unset variable?")
+    names = [str(path) for path in find_images(given)]
+    if not names:
+        raise UsageError("no images found; give files, folders or glob patterns")
+    return names
+
+
+def score_names(
+    scorer: Scorer,
+    names: list[str],
+    options: Options,
+    outputs: Outputs,
+    *,
+    workers: int = 1,
+    watch: Watch = _ignore,
+    say: Callable[[str], None] = _ignore,
+) -> Scored:
+    """Score the files `names` into the outputs.
+
+    `watch` is called with every record once it is safe, and with whether it was kept from an earlier run. Whatever ends
+    the run early, records that were written stay, and the report covers what was scored.
+    """
+    settings = RunSettings.of(scorer.manifest, options)
+    form = choose_format(outputs.form, outputs.file, terminal=False) if outputs.file else Format.JSONL
+    pictures = outputs.report is not None or outputs.intermediates is not None
+    records: list[Record] = []
+
+    with contextlib.ExitStack() as stack:
+        # What may fail comes before the file: with --force, opening that gives up the results it held.
+        if outputs.intermediates:
+            prepare_folder(outputs.intermediates)
+        report = stack.enter_context(_report(outputs.report, scorer, len(names)))
+        file = None
+        if outputs.file:
+            file = stack.enter_context(
+                RecordFile(outputs.file, form, settings, resume=outputs.resume, force=outputs.force)
+            )
+        done = {name: file.done[name] for name in names if name in file.done} if file else {}
+        changed = set()
+        for name, unchanged in _compare(scorer, done):
+            if not unchanged:
+                changed.add(name)
+                continue
+            records.append(done[name])
+            if report:
+                report.add(done[name].result())
+            watch(done[name], True)
+        kept = len(records)
+        if changed:
+            what = "1 picture has" if len(changed) == 1 else f"{len(changed)} pictures have"
+            say(f"{what} changed since the earlier run: scored again")
+        todo = [Path(name) for name in names if name not in done or name in changed]
+        results = stack.enter_context(
+            contextlib.closing(scorer.stream(todo, options, pictures=pictures, workers=workers))
+        )
+        start = time.monotonic()
+        for result in results:
+            if outputs.intermediates and isinstance(result, Score):
+                save_intermediates(result, outputs.intermediates)
+            if report:
+                report.add(result)
+            record = Record.of(result, settings)
+            if file:
+                file.write(record)
+            records.append(record)
+            watch(record, False)
+        seconds = time.monotonic() - start
+        if file:
+            file.finish(outputs.order if outputs.sort else None)
+    return Scored(tuple(outputs.order(records)), kept, len(changed), seconds, outputs)
+
+
+def _compare(scorer: Scorer, done: Mapping[str, Record]) -> Iterator[tuple[str, bool]]:
+    """Yield for each image whether its pixels are those that were scored. One that cannot be read keeps its score."""
+
+    def unchanged(name: str) -> bool:
+        try:
+            return scorer.digest(name) == done[name].digest
+        except ImageError:  # a share that is away for an hour must not cost the scores of a week
+            return True
+
+    names = iter(done)
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1), "diffiqa-compare") as pool:
+        while some := list(itertools.islice(names, _COMPARED_AT_A_TIME)):
+            yield from zip(some, pool.map(unchanged, some), strict=True)
+
+
+@contextlib.contextmanager
+def _report(path: Path | None, scorer: Scorer, expected: int) -> Iterator[ReportWriter | None]:
+    """Yield a report that is completed even when the run is interrupted: what was scored can be looked at."""
+    if path is None:
+        yield None
+        return
+    writer = ReportWriter(path, scorer.manifest, expected=expected)
+    try:
+        yield writer
+    except OutputError:
+        writer.abort()
+        raise
+    except BaseException:
+        writer.close()
+        raise
+    writer.close()

@@ -1,0 +1,88 @@
+"""What a run prints: progress, records as they come or in order, and a summary, after Ctrl-C too."""
+
+import sys
+import time
+
+from ..results import Options
+from ..scorer import Info, Scorer
+from .api import Outputs, Scored, score_names
+from .order import arrange
+from .records import CSV_HEADER, Format, Record, choose_format, document, to_line
+from .table import Progress, emit, show_table, summary_line
+
+
+class Display:
+    """Shows a run on standard output and standard error. With a file, standard output stays empty."""
+
+    def __init__(
+        self, info: Info, outputs: Outputs, total: int, *, quiet: bool, top: int | None, bottom: int | None
+    ) -> None:
+        self._info, self._outputs, self._quiet, self._top, self._bottom = info, outputs, quiet, top, bottom
+        self._form = choose_format(outputs.form, outputs.file, terminal=sys.stdout.isatty())
+        ordered = bool(outputs.sort or top or bottom)
+        self._streaming = not outputs.file and not ordered and self._form in {Format.JSONL, Format.CSV}
+        self._header = CSV_HEADER if self._form is Format.CSV else b""
+        # Records that stream to a terminal and a bar would write over each other.
+        self.progress = Progress(total, quiet=quiet or (self._streaming and sys.stdout.isatty()))
+        self._records: list[Record] = []
+        self._kept = 0
+        self._start = time.monotonic()
+
+    def add(self, record: Record, kept: bool) -> None:
+        """Show one more record; `kept` ones are of an earlier run."""
+        self._records.append(record)
+        if kept:
+            self._kept, self._start = self._kept + 1, time.monotonic()
+        if self._streaming:
+            _print(self._header + to_line(record, self._form))
+            self._header = b""
+        self.progress.advance(record, kept=kept)
+
+    def say(self, text: str) -> None:
+        """Print a line about the run itself."""
+        if not self._quiet:
+            print(text, file=sys.stderr)  # noqa: T201 — a command's own output
+
+    def close(self) -> None:
+        """Show what waited for the end of the run."""
+        summary = summary_line(self._records, seconds=time.monotonic() - self._start, kept=self._kept)
+        meaning, wanted = self._info.score, self._outputs
+        if self._streaming:
+            _print(self._header)
+        elif not wanted.file:
+            shown = arrange(
+                self._records, wanted.sort, descending=wanted.descending, top=self._top, bottom=self._bottom
+            )
+            if self._form is Format.TABLE:
+                show_table(shown, meaning, summary, sys.stdout)
+                return
+            for piece in document(shown, self._form):
+                _print(piece)
+        self.say(summary)
+        if not meaning.trained:
+            self.say(f"UNTRAINED ENGINE: {meaning.meaning}")
+
+
+def run_shown(
+    scorer: Scorer,
+    names: list[str],
+    options: Options,
+    outputs: Outputs,
+    *,
+    workers: int = 1,
+    quiet: bool = False,
+    top: int | None = None,
+    bottom: int | None = None,
+) -> Scored:
+    """Score the files `names` into the outputs, and show the run."""
+    display = Display(scorer.info, outputs, len(names), quiet=quiet, top=top, bottom=bottom)
+    try:
+        with display.progress:
+            return score_names(scorer, names, options, outputs, workers=workers, watch=display.add, say=display.say)
+    finally:
+        if not isinstance(sys.exception(), BrokenPipeError):  # nobody reads any more
+            display.close()
+
+
+def _print(data: bytes) -> None:
+    emit(sys.stdout.buffer, data)
