@@ -4,7 +4,8 @@
     >>> with diffiqa.load("engine/") as scorer:
     ...     result = scorer.score("photo.jpg")
 
-Everything a scoring machine needs is re-exported here; exporting and models live in `diffiqa.export`, `diffiqa.model`.
+Every command is a function too: `diffiqa.export(...)` does what `iqa-export` does, and so on; those of `iqa-train` are
+in `diffiqa.training.api`.
 """
 
 import importlib
@@ -12,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .bench.api import bench
+    from .calibration.api import calibrate, quantise
     from .errors import (
         BackendError,
         CheckpointError,
         ConfigError,
+        DatasetError,
         DiffiqaError,
         EngineError,
         ExportError,
@@ -23,9 +26,13 @@ if TYPE_CHECKING:
         OutputError,
         UsageError,
     )
+    from .evaluation.api import evaluate
+    from .export.api import build, convert, export
     from .runtime.backends import OnnxOnGpu, OnnxRuntime, OpenVino, TensorRt, best
+    from .runtime.command.api import score
     from .runtime.results import CropScore, Failure, Mode, Options, Pictures, Score
     from .runtime.scorer import Info, Scorer, load
+    from .verify.api import verify
 
 __version__ = "0.1.0"
 
@@ -34,6 +41,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "CropScore",
+    "DatasetError",
     "DiffiqaError",
     "EngineError",
     "ExportError",
@@ -54,15 +62,29 @@ __all__ = [
     "__version__",
     "bench",
     "best",
+    "build",
+    "calibrate",
+    "convert",
+    "evaluate",
+    "export",
     "load",
+    "quantise",
+    "score",
+    "verify",
 ]
 
 _HOMES = {
+    **dict.fromkeys(["bench"], "bench.api"),
+    **dict.fromkeys(["calibrate", "quantise"], "calibration.api"),
+    **dict.fromkeys(["evaluate"], "evaluation.api"),
+    **dict.fromkeys(["build", "convert", "export"], "export.api"),
     **dict.fromkeys(["OnnxOnGpu", "OnnxRuntime", "OpenVino", "TensorRt", "best"], "runtime.backends"),
+    **dict.fromkeys(["score"], "runtime.command.api"),
     **dict.fromkeys(["CropScore", "Failure", "Mode", "Options", "Pictures", "Score"], "runtime.results"),
     **dict.fromkeys(["Info", "Scorer", "load"], "runtime.scorer"),
+    **dict.fromkeys(["verify"], "verify.api"),
 }
-_CALLABLE = {"bench"}  # folders that are functions: see rooms.py
+_CALLABLE = {"bench", "export", "verify"}  # folders that are functions: see rooms.py
 
 
 def __getattr__(name: str) -> Any:
