@@ -30,7 +30,7 @@ from ..runtime.host.stages import load_stages
 from ..runtime.images import read_image
 from ..runtime.results import Mode, Options
 from ..runtime.scorer import Scorer, load
-from .measure import with_steps
+from .workload import with_steps
 
 if TYPE_CHECKING:
     import torch

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from ..errors import first_line
 from .results import Gpu, GpuLoad
@@ -29,28 +29,6 @@ SHEETS = {
 POWER_LIMIT, POWER_REASON = "power limit", "sw_power_cap"  # ours for it, and NVML's where it is a reason
 # Not reasons to doubt figures: nothing ran when it was asked, or somebody fixed the clocks for their sake.
 _HARMLESS = {"none", "gpu_idle", "applications_clocks_setting"}
-
-
-class Sensors(Protocol):
-    """NVML on one GPU, as far as it is asked. Any call may raise anything: a driver may lack it, or refuse it."""
-
-    def number(self, what: str) -> float:
-        """Return a figure by the name that `Gpu` or `GpuLoad` has for it, or "joules": spent since the driver began."""
-
-    def driver(self) -> str:
-        """Return the driver's version."""
-
-    def compute_capability(self) -> str:
-        """Return it, such as "9.0"."""
-
-    def held_back(self) -> dict[str, float]:
-        """Return for how many seconds each limit has held the clocks back since the driver began."""
-
-    def reasons(self) -> list[str]:
-        """Return why the clocks are not at their fastest right now."""
-
-    def processes(self) -> dict[int, str]:
-        """Return the names of the processes that compute on it, by their numbers."""
 
 
 class Nvml:
@@ -125,11 +103,6 @@ class Nvml:
         return float(self._device.get_field_values([getattr(self._fields, name)])[0].value)
 
 
-def open_sensors(ordinal: int) -> Sensors:
-    """Return what a GPU's sensors are read through. Raises anything where there is no NVML."""
-    return Nvml(ordinal)
-
-
 class GpuWatch:
     """Looks after a GPU over `with` blocks; make it before anything of ours runs there.
 
@@ -139,7 +112,7 @@ class GpuWatch:
 
     def __init__(self, ordinal: int) -> None:
         self.refused: dict[str, str] = {}
-        self._sensors = self._ask("GPU (description, clocks, power, temperature)", lambda: open_sensors(ordinal))
+        self._sensors = self._ask("GPU (description, clocks, power, temperature)", lambda: Nvml(ordinal))
         self._processes = self._of("other processes on the GPU", lambda s: s.processes())
         self._own: set[int] = set()
         self._before = set(self._processes or ())
@@ -216,7 +189,7 @@ class GpuWatch:
     def _number(self, what: str) -> float | None:
         return self._of(f"GPU {what}", lambda s: s.number(what))
 
-    def _of(self, what: str, read: Callable[[Sensors], T]) -> T | None:
+    def _of(self, what: str, read: Callable[[Nvml], T]) -> T | None:
         sensors = self._sensors
         return self._ask(what, lambda: read(sensors)) if sensors is not None else None
 

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -53,63 +53,17 @@ class Sample:
     device: DeviceSample | None = None
 
 
-class CaseRunner(Protocol):
-    """A scorer for one case."""
-
-    scorer: Scorer
-    timed_calls: int  # that the clock was read around, in the last sample
-    calls: dict[StageName, int]  # of networks, in the last sample
-
-    def warm_up(self, pixels: Sequence[Pixels], options: Options) -> None:
-        """Score until nothing is done for the first time any more."""
-
-    def take(self, pixels: Sequence[Pixels], options: Options) -> Sample:
-        """Score images, all at once, and tell where the time went."""
-
-    def close(self) -> None:
-        """Free what this case alone has."""
-
-
-class Runtime(Protocol):
-    """An engine that is loaded once for all cases."""
-
-    name: str  # of the backend, as records have it
-    precision: str  # of the networks, as contenders call it
-
-    @property
-    def item_bytes(self) -> int:
-        """The size of the numbers that networks compute with, as far as that is one size."""
-
-    def joules(self) -> float | None:
-        """Return the energy that was spent since some time in the past, where something counts it."""
-
-    def glance(self) -> None:
-        """Take note of the state of what runs the networks; called while they run."""
-
-    def case(self, manifest: Manifest, batch: int, clock: Clock) -> CaseRunner:
-        """Return what runs one case, which differs from the engine in its steps."""
-
-    def close(self) -> None:
-        """Free the engine, after its cases."""
-
-
 class HostRuntime:
     """Networks on the CPU."""
 
     precision = "fp32"  # of the engine's files
     item_bytes = 4
+    watch = None  # the energy of CPUs is for the system's administrator to read
 
     def __init__(self, directory: EngineDirectory, backend: HostBackend) -> None:
         spinning = isinstance(backend, OnnxRuntime) and backend.spinning
         self.name = backend.name + (", idle threads wait busily" if spinning else "")
         self._stages = load_stages(directory, backend)
-
-    def joules(self) -> float | None:
-        """Return nothing: that of the CPUs is for the system's administrator to read."""
-        return None
-
-    def glance(self) -> None:
-        """Take note of nothing: the watch over the CPUs counts what happens between two readings."""
 
     def case(self, manifest: Manifest, batch: int, clock: Clock) -> "HostCase":
         """Return a case on buffers of its own."""
@@ -169,14 +123,6 @@ class DeviceRuntime:
 
         first = self._loaded.get(StageName.UNET) or next(iter(self._loaded.values()))
         return ITEM_BYTES[first.built.inputs[0].dtype]
-
-    def joules(self) -> float | None:
-        """Return the energy that the GPU's counter shows."""
-        return self.watch.joules()
-
-    def glance(self) -> None:
-        """Read clocks and temperature."""
-        self.watch.glance()
 
     def case(self, manifest: Manifest, batch: int, clock: Clock) -> "DeviceCase":
         """Return a case on memory of its own."""
@@ -304,7 +250,10 @@ class _WithoutGraphs:
         return self._executor.run_together(tasks, plan, cancelled, pictures=pictures, form=Form.NONE)
 
 
-def open_runtime(directory: EngineDirectory, backend: Backend) -> HostRuntime | DeviceRuntime:
+Runtime = HostRuntime | DeviceRuntime
+
+
+def open_runtime(directory: EngineDirectory, backend: Backend) -> Runtime:
     """Load an engine. Raises BackendError or EngineError where this machine cannot run it."""
     return DeviceRuntime(directory, backend) if isinstance(backend, GpuBackend) else HostRuntime(directory, backend)
 

@@ -33,9 +33,9 @@ from diffiqa.bench.contenders import (
     peers_for,
     place_of,
 )
-from diffiqa.bench.measure import with_steps
 from diffiqa.bench.peers import EXACT
 from diffiqa.bench.torch_loop import TorchScorer, Way, normals
+from diffiqa.bench.workload import with_steps
 from diffiqa.engine.manifest import Manifest, StageName, open_engine
 from diffiqa.engine.noise import WEYL, NoiseField, split_seed
 from diffiqa.engine.pixels import to_plane

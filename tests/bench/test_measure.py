@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from diffiqa import UsageError
-from diffiqa.bench.measure import Bench, Setting, with_steps
-from diffiqa.bench.pictures import generate, sort_by_size
+from diffiqa.bench.measure import Measurement
 from diffiqa.bench.results import Case
 from diffiqa.bench.running import HostRuntime
 from diffiqa.bench.work import count_work
+from diffiqa.bench.workload import Workload, generate, sort_by_size, with_steps
 from diffiqa.engine.manifest import EngineDirectory, StageName, open_engine
 from diffiqa.runtime.backends import OnnxRuntime
 from diffiqa.runtime.plan import make_plan
@@ -34,10 +34,10 @@ def directory(tiny_engine: Path) -> EngineDirectory:
     return open_engine(tiny_engine)
 
 
-def bench(directory: EngineDirectory, folder: Path, clock: FakeClock, *, steps: int = 6, crops: int = 2) -> Bench:
+def bench(directory: EngineDirectory, folder: Path, clock: FakeClock, *, steps: int = 6, crops: int = 2) -> Measurement:
     images = tuple(generate(folder, [(40, 48)], 2, seed=3).by_size[40, 48])
-    setting = Setting(images, 40, 48, crops=crops, steps=steps, workers=1, seed=0)
-    return Bench(directory, HostRuntime(directory, OnnxRuntime(1)), setting, clock)
+    workload = Workload(images, 40, 48, crops=crops, steps=steps, workers=1, seed=0)
+    return Measurement(directory, HostRuntime(directory, OnnxRuntime(1)), workload, clock)
 
 
 def measured(directory: EngineDirectory, folder: Path, ticks: list[float]) -> Case:

@@ -6,19 +6,19 @@ import pytest
 
 from diffiqa import BackendError
 from diffiqa.bench.contenders import OURS, PEERS, Ask, Contender, Ground, Place
-from diffiqa.bench.measure import Setting
 from diffiqa.bench.peers import Contest, Entrant, Out
 from diffiqa.bench.results import Peer
+from diffiqa.bench.workload import Workload
 from diffiqa.runtime.backends import OnnxRuntime
 from diffiqa.tests.bench import fake_contenders as fakes
 
 GROUND = Ground(Path("engine"), None)
-SETTING = Setting((Path("a.png"), Path("b.png")), 32, 32, crops=1, steps=6, workers=1, seed=0)
+WORKLOAD = Workload((Path("a.png"), Path("b.png")), 32, 32, crops=1, steps=6, workers=1, seed=0)
 GOOD = Contender("good", "fp32", exact=True, make=fakes.good)
 
 
 def contest(*contenders: Contender) -> dict[str, Peer]:
-    run = Contest(contenders, GROUND, [("a case", SETTING)], rounds=3, timeout=60)
+    run = Contest(contenders, GROUND, [("a case", WORKLOAD)], rounds=3, timeout=60)
     run.run()
     return {peer.name: peer for peer in run.found}
 
@@ -91,14 +91,14 @@ def test_a_peer_that_hangs_is_given_up_and_its_process_ended(tmp_path: Path) -> 
 
 def test_images_too_large_for_a_peer_cost_it_their_case_alone(tiny_engine: Path) -> None:
     said: list[str] = []
-    large = Setting((Path("c.png"),), 700, 800, crops=1, steps=6, workers=1, seed=0)
+    large = Workload((Path("c.png"),), 700, 800, crops=1, steps=6, workers=1, seed=0)
     untiled = Contender("untiled", "fp32", exact=True, make=fakes.good, untiled=(Place.CPU,))
     elsewhere = Contender("untiled on a GPU", "fp32", exact=True, make=fakes.good, untiled=(Place.GPU,))
-    settings = [("large", large), ("small", SETTING)]
+    workloads = [("large", large), ("small", WORKLOAD)]
     run = Contest(
         [GOOD, untiled, elsewhere],
         Ground(tiny_engine, None, OnnxRuntime(1)),
-        settings,
+        workloads,
         rounds=2,
         timeout=60,
         progress=said.append,
@@ -113,7 +113,7 @@ def test_images_too_large_for_a_peer_cost_it_their_case_alone(tiny_engine: Path)
 
 
 def test_a_peer_is_skipped_whose_images_are_all_too_large(tiny_engine: Path) -> None:
-    large = Setting((Path("c.png"),), 700, 800, crops=1, steps=6, workers=1, seed=0)
+    large = Workload((Path("c.png"),), 700, 800, crops=1, steps=6, workers=1, seed=0)
     untiled = Contender("untiled", "fp32", exact=True, make=fakes.refuses, untiled=(Place.CPU,))  # nor is it started
     run = Contest([GOOD, untiled], Ground(tiny_engine, None, OnnxRuntime(1)), [("large", large)], rounds=1, timeout=60)
     run.run()
@@ -129,7 +129,7 @@ def test_peers_have_names_of_their_own() -> None:
 
 def test_weights_are_needed_for_pytorch_alone_and_said_by_name() -> None:
     peer = next(contender for contender in PEERS if contender.name == "torch eager")
-    run = Contest([GOOD, peer], GROUND, [("a case", SETTING)], rounds=1, timeout=120)
+    run = Contest([GOOD, peer], GROUND, [("a case", WORKLOAD)], rounds=1, timeout=120)
     run.run()
     assert run.found[1].skipped
     assert run.found[1].problem == "PyTorch needs the weights: give --ckpt FILE"
