@@ -1,4 +1,4 @@
-"""Peers beside ours: one process each, the same images in turn, scores compared before a time counts."""
+"""The comparison with peers: each has its own process and scores the same images in turn. Scores are compared first."""
 
 import contextlib
 import multiprocessing
@@ -23,23 +23,23 @@ from .results import Peer, PeerCase
 from .timing import SETTLE
 from .workload import Workload
 
-EXACT = 1e-4  # mean difference of scores near 1 that another order of sums can explain
-SEEDS = 3  # of ours, whose spread is what reduced precision may change a score by
+EXACT = 1e-4  # mean difference of scores near 1 that another order of sums may cause
+SEEDS = 3  # of ours: reduced precision may change a score by no more than their spread
 
-_UNTILED = "it restores no images in tiles"
+_UNTILED = "it cannot restore images in tiles"
 
 Progress = Callable[[str], None]
 
 
-class Out(Exception):  # noqa: N818 — the contender is out, which the results say
+class Out(Exception):  # noqa: N818 — not an error: the results say that the contender is out
     """Raised when a contender cannot go on."""
 
 
 @dataclass
 class _CaseSoFar:
     case: str
-    scores: list[float] = field(default_factory=list)  # of every image, before timing
-    spread: list[float] = field(default_factory=list)  # over seeds, of every image
+    scores: list[float] = field(default_factory=list)  # of each image, before timing
+    spread: list[float] = field(default_factory=list)  # of each image, over seeds
     seconds: list[float] = field(default_factory=list)
     drift: float | None = None
     allowed: float | None = None
@@ -48,7 +48,7 @@ class _CaseSoFar:
 class Entrant:
     """A contender, its process, and what it has shown so far."""
 
-    def __init__(self, contender: Contender, folder: Path, timeout: float) -> None:
+    def __init__(self, contender: Contender, log: Path, timeout: float) -> None:
         self.contender, self.timeout = contender, timeout  # seconds
         self.problem: str | None = None
         self.skipped = self.gone = False
@@ -56,7 +56,7 @@ class Entrant:
         self._version: str | None = None
         self._ready: float | None = None
         self._peak: float | None = None
-        self._log = folder / "log"
+        self._log = log
         self._process: multiprocessing.process.BaseProcess | None = None
         self._pipe: Connection[Ask, Ready | Refused | Answer] | None = None
 
@@ -134,7 +134,7 @@ class Entrant:
 
 
 class Contest:
-    """Contenders on the same cases; the first is the one that scores and times are compared with."""
+    """Contenders on the same cases. The others are compared with the first."""
 
     def __init__(
         self,
@@ -151,14 +151,12 @@ class Contest:
         self._entrants: list[Entrant] = []
 
     def run(self) -> None:
-        """Start every contender and measure every case. Raises BackendError if ours cannot be compared with."""
+        """Start every contender and measure every case. Raises BackendError if the first fails."""
         with tempfile.TemporaryDirectory() as folder:
             try:
                 for index, contender in enumerate(self._contenders):
-                    place = Path(folder, str(index))
-                    place.mkdir()
-                    self._entrants.append(Entrant(contender, place, self._timeout))
-                for entrant in self._entrants:  # one by one: another's compiler would slow this one's start
+                    self._entrants.append(Entrant(contender, Path(folder, f"{index}.log"), self._timeout))
+                for entrant in self._entrants:  # one by one, as compilers would slow each other down
                     if not any(self._takes(entrant, workload) for _name, workload in self._settings):
                         entrant.skipped = True
                         entrant.leave(f"{_UNTILED}, as ours does all of these")
@@ -179,7 +177,7 @@ class Contest:
     def _case(self, name: str, workload: Workload) -> None:
         taking = []
         for entrant in _running(self._entrants):
-            if not self._takes(entrant, workload):  # which costs it this case alone
+            if not self._takes(entrant, workload):  # it misses only this case
                 self._progress(f"{name}: {entrant.contender.name} is left out: {_UNTILED}, as ours does these")
                 continue
             taking.append(entrant)
@@ -193,15 +191,15 @@ class Contest:
             self._progress(f"{name}: peers, round {turn + 1} of {self._rounds}")
             for index, image in enumerate(workload.images):
                 running = _running(taking)
-                # Each goes first in turn: nobody always follows the same neighbour.
+                # They take turns to go first, so that nobody always follows the same neighbour.
                 for entrant in running[turn % len(running) :] + running[: turn % len(running)]:
                     time.sleep(SETTLE)
                     self._try(entrant, partial(self._time, entrant, workload, index, image))
 
     def _score(self, entrant: Entrant, workload: Workload) -> None:
-        """Score every image once, ours with more seeds for the spread between them."""
+        """Score every image once; ours also with other seeds, for the spread."""
         samples = entrant.samples[-1]
-        # One score more than the comparison needs: compilers may compile again at the second call of a shape.
+        # One more score than needed: compilers may compile again at the second call of a shape.
         entrant.ask(Ask(workload.images[0], workload.crops, workload.seed, workload.steps))
         seeds = SEEDS if entrant is self._entrants[0] and not all(c.exact for c in self._contenders) else 1
         for image in workload.images:
@@ -216,9 +214,9 @@ class Contest:
         scale = max(1.0, *map(abs, ours.scores))
         exact = entrant.contender.exact and self._contenders[0].exact
         samples.allowed = EXACT * scale if exact else statistics.fmean(ours.spread)
-        if not samples.drift <= samples.allowed:  # what is no number differs too
+        if not samples.drift <= samples.allowed:  # NaN differs too
             entrant.problem = f"its scores differ from ours by {samples.drift:.1e}, {samples.allowed:.1e} is allowed"
-            # What rounds differently on purpose is timed all the same, for those who would accept such scores.
+            # Reduced precision is timed all the same, for users who would accept such scores.
             if exact:
                 hint = "; is --ckpt what the engine was exported from?" if entrant.contender.weights else ""
                 entrant.leave()

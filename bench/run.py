@@ -15,7 +15,7 @@ from ..runtime.backends import Backend, GpuBackend
 from ..runtime.host.onnx_stage import available_cpus
 from ..runtime.inputs import find_images
 from .ceilings import Probe, probe_cpu, probe_gpu
-from .contenders import Contender, Ground, ours_in
+from .contenders import OURS, Contender, Ground
 from .fresh import measure_start
 from .machine import Watch, describe
 from .measure import Measurement, SoakRun
@@ -131,7 +131,7 @@ class Run:
             for measurement in self._measurements
         }
         self._contest = Contest(
-            (ours_in(self._runtime.precision), *contenders),
+            (replace(OURS, precision=self._runtime.precision), *contenders),
             Ground(self.directory.path.resolve(), ckpt, self._backend),
             list(cases.items()),
             rounds=rounds,

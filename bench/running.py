@@ -1,4 +1,4 @@
-"""What runs the cases, on the host or on a GPU, and where the time of a score goes there."""
+"""The engine under the clock, on the host or on a GPU: it scores, and tells where the time went."""
 
 import contextlib
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -30,7 +30,7 @@ Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class DeviceSample:
-    """A row of `results.DeviceTimes`; none of `plain` and `enqueue_plain` where scores run without graphs anyway."""
+    """One row of `results.DeviceTimes`. `plain` and `enqueue_plain` are None if no graphs are wanted."""
 
     upload: float
     kernels: float
@@ -45,11 +45,11 @@ class DeviceSample:
 
 @dataclass(frozen=True)
 class Sample:
-    """A score under the clock, or several that were computed together: seconds per image."""
+    """One score, or one batch of them, under the clock: seconds per image."""
 
     seconds: float
     stages: dict[StageName, float]
-    steps: list[float]  # U-Net calls, by step in the order run: each as it was, whatever it was of
+    steps: list[float]  # one U-Net call per step, in the order run; a call may serve a whole batch
     device: DeviceSample | None = None
 
 
@@ -80,11 +80,11 @@ class HostCase:
     def __init__(self, manifest: Manifest, stages: Mapping[StageName, StageRunner], clock: Clock) -> None:
         self._timed, self._clock, self._steps = timed_stages(stages, clock), clock, manifest.schedule.steps
         self.scorer = Scorer(manifest, self._timed, backend="bench")
-        self.timed_calls = 0
-        self.calls: dict[StageName, int] = {}
+        self.timed_calls = 0  # around which the last sample read the clock
+        self.calls: dict[StageName, int] = {}  # of networks, in the last sample
 
     def warm_up(self, pixels: Sequence[Pixels], options: Options) -> None:
-        """Score one image: buffers are bound, caches filled."""
+        """Score one image, to bind buffers and fill caches."""
         self.scorer.score(pixels[0], options)
 
     def take(self, pixels: Sequence[Pixels], options: Options) -> Sample:
@@ -105,7 +105,7 @@ class HostCase:
 
 
 class DeviceRuntime:
-    """Networks on a GPU, and what is told of it. Raises as `load` does where there is none."""
+    """Networks on a GPU, and a watch over that GPU. Without a GPU it raises what `load` raises."""
 
     def __init__(self, directory: EngineDirectory, backend: GpuBackend) -> None:
         self.watch = GpuWatch(backend.device)
@@ -118,7 +118,7 @@ class DeviceRuntime:
 
     @property
     def item_bytes(self) -> int:
-        """The size of the U-Net's numbers where it is joined to the others; of the first stage's, without one."""
+        """Bytes of a number at the U-Net's inputs; without a U-Net, at those of the first stage."""
         from ..runtime.gpu.layer import ITEM_BYTES
 
         first = self._loaded.get(StageName.UNET) or next(iter(self._loaded.values()))
@@ -166,13 +166,13 @@ class DeviceCase:
         return self.layer.allocations - self._warm
 
     def warm_up(self, pixels: Sequence[Pixels], options: Options) -> None:
-        """Score three times: the first time binds, the second captures, the third replays."""
+        """Score three times: the first score binds, the second captures, the third replays."""
         for _ in range(3):
             self._score(pixels, options)
         self._warm = self.layer.allocations
 
     def take(self, pixels: Sequence[Pixels], options: Options) -> Sample:
-        """Score as it is, and again to look closer: without graphs, and with events around all that is launched."""
+        """Score normally, then with events around every launch; where graphs are wanted, both again without them."""
         from .device_timing import DOWNLOAD, KERNELS, UPLOAD
 
         count, layer = len(pixels), self.layer
@@ -216,7 +216,7 @@ class DeviceCase:
         self.scorer.close()
 
     def _score(self, pixels: Sequence[Pixels], options: Options, scorer: Scorer | None = None) -> float:
-        """Score images and return the seconds it took; what the layer has noted is of this score."""
+        """Score images and return the seconds; the layer's times are then those of this score."""
         self.layer.reset()
         start = self._clock()
         score = (scorer or self.scorer).score
@@ -259,7 +259,7 @@ def open_runtime(directory: EngineDirectory, backend: Backend) -> Runtime:
 
 
 def import_libraries(backend: Backend) -> None:
-    """Import what runs the networks, so that its time is told apart from loading. Raises BackendError without it."""
+    """Import the library that runs the networks, apart from loading them. Raises BackendError if it is missing."""
     if not isinstance(backend, GpuBackend):
         _ = backend.name
         return
@@ -272,6 +272,6 @@ def import_libraries(backend: Backend) -> None:
 
 
 def _by_step(calls: Mapping[StageName, Sequence[float]], steps: int) -> list[float]:
-    """Return the mean over windows, and batches of them, of every step's call."""
+    """Return the mean call of every step, over windows and batches of them."""
     unet = np.array(calls.get(StageName.UNET, ()))
     return list(unet.reshape(-1, steps).mean(axis=0).tolist()) if unet.size else []

@@ -408,7 +408,32 @@ def test_a_graph_that_could_not_be_captured_is_a_problem(tiny_build: Path, fake_
 # ------------------------------------------------------------------------------------------------------------ batches
 
 
-def test_images_share_batches_and_times_are_per_image(tiny_build: Path, fake_gpu: FakeLayer, tmp_path: Path) -> None:
+def test_times_of_a_batch_are_per_image(
+    tiny_build: Path, fake_gpu: FakeLayer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def eight(case: DeviceCase, *what: Any) -> float:
+        score(case, *what)
+        case.layer.enqueue, case.layer.brought = 6.0, 2.0
+        return 8.0
+
+    score = DeviceCase._score
+    spans = {UPLOAD: [1.0], KERNELS: [4.0], DOWNLOAD: [2.0], **{name.value: [3.0] * 6 for name in StageName}}
+    monkeypatch.setattr(DeviceCase, "_score", eight)
+    monkeypatch.setattr(TimedLayer, "spans", lambda _layer: spans)
+    case, times = measured(on(tiny_build, tmp_path, (32, 32), batch=2, crops=1), rounds=1)
+    pair = 4 * 6 * 3.0 + 4.0 + 3.0  # seconds on the device for both images
+    assert case.compute == times.wall == times.plain == (4.0, 4.0)
+    assert times.enqueue == times.enqueue_plain == (3.0, 3.0)
+    assert times.busy == (pair / 2, pair / 2)
+    assert times.computing == ((pair - 3.0) / 2,) * 2
+    assert (times.upload, times.kernels, times.download) == ((1.5, 1.5), (2.0, 2.0), (1.0, 1.0))
+    assert set(case.stages.values()) == {(9.0, 9.0)}
+    assert set(case.step_seconds) == {(3.0, 3.0)}  # a step is a call, for however many
+
+
+def test_images_share_batches_and_the_work_of_an_image_stays(
+    tiny_build: Path, fake_gpu: FakeLayer, tmp_path: Path
+) -> None:
     size = 32, 32  # what this build takes several of
     case, times = measured(on(tiny_build, tmp_path, size, batch=2, crops=1), rounds=1)
     assert case.name == "32×32, 1 crop, 6 steps, batch 2"
@@ -640,7 +665,7 @@ def test_another_process_on_the_gpu_is_a_problem_and_ours_is_none(nvml: FakeNvml
     nvml.there = {3: "before"}
     gone = watched(nvml, lambda: nvml.there.update({9: "meanwhile"}))[0]
     assert gone.load.others == ("before (3)", "meanwhile (9)")
-    assert "Others computed on the GPU meanwhile: before (3), meanwhile (9)." in problems(gone)
+    assert "Other processes computed on the GPU: before (3), meanwhile (9)." in problems(gone)
 
 
 def test_a_limit_that_held_the_clocks_back_is_a_problem(nvml: FakeNvml) -> None:
@@ -786,7 +811,7 @@ def test_a_gpu_that_is_kept_busy_has_nothing_said_against_it() -> None:
     assert "unet takes 100% of the GPU's time" in said
     assert "data sheet's peak in fp16" in said
     assert "Without CUDA graphs computing takes 1.50 times as long." in said
-    assert not any(word in said for word in ("launch-bound", "transfer-bound", "nothing to do", "asked for"))
+    assert not any(word in said for word in ("launch-bound", "transfer-bound", "nothing to do", "allocated"))
 
 
 @pytest.mark.parametrize(
@@ -798,12 +823,31 @@ def test_a_gpu_that_is_kept_busy_has_nothing_said_against_it() -> None:
         ),
         ({"upload": SAMPLES}, "transfer-bound, as copies take as long as computing, or longer."),
         ({"busy": tuple(0.9 * s for s in SAMPLES)}, "the GPU has nothing to do for 10.0% of a score."),
-        ({"late_allocations": 3}, "memory was asked for 3 times after the warm-up."),
+        ({"late_allocations": 3}, "it allocated memory 3 times after the warm-up."),
     ],
     ids=["launch-bound", "transfer-bound", "idle", "allocations"],
 )
 def test_what_bounds_a_gpu_is_said(changed: dict[str, Any], says: str) -> None:
     assert says in remarks(**changed)
+
+
+def test_what_hardly_bounds_a_gpu_is_not_said() -> None:
+    def scaled(share: float) -> tuple[float, ...]:
+        return tuple(share * s for s in SAMPLES)
+
+    busy = 0.99  # of the time
+    for share, said in ((0.79, False), (0.81, True)):
+        assert ("launch-bound" in remarks(enqueue=scaled(share * busy))) is said
+    for share, said in ((0.02, False), (0.04, True)):
+        assert ("the GPU has nothing to do" in remarks(busy=scaled(1 - share))) is said
+    for share, said in ((0.9, False), (1.1, True)):
+        changed = {"computing": SAMPLES, "upload": scaled(share / 2), "download": scaled(share / 2)}
+        assert ("transfer-bound" in remarks(**changed)) is said
+    for share, said in ((0.009, False), (0.011, True)):
+        gpu = of().gpu
+        assert gpu
+        held = replace(gpu, load=replace(gpu.load, held_back={"overheating": share}))
+        assert ("overheating held its clocks back" in problems(held)) is said
 
 
 @pytest.mark.parametrize("changed", [{"plain": (), "enqueue_plain": ()}, {"graphs": 0}], ids=["unwanted", "not had"])
