@@ -1,4 +1,4 @@
-"""Stages through ONNX Runtime on the CPU (or whatever execution provider is asked for)."""
+"""Stages in ONNX Runtime, on the CPU or another execution provider."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ Provider = str | tuple[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class OnnxRuntime:
-    """ONNX Runtime on the CPU, or on whatever execution provider is asked for; how it is set up."""
+    """ONNX Runtime on the CPU, or with other execution providers, and its settings."""
 
     key: ClassVar[str] = "onnxruntime"
     title: ClassVar[str] = "ONNX Runtime"
@@ -28,13 +28,13 @@ class OnnxRuntime:
 
     threads: int | None = None  # None: as many as the CPUs this process may use
     providers: Sequence[Provider] = ("CPUExecutionProvider",)
-    spinning: bool = False  # idle threads burn CPU for latency; wrong on a shared machine
+    spinning: bool = False  # idle threads spin: lower latency, but other programs get less of the CPU
     session_config: Mapping[str, str] = field(default_factory=dict)  # any entry ONNX Runtime documents
-    deterministic: bool = False  # of kernels on a GPU; those of the CPU are
-    as_written: bool = False  # for 8-bit stages that stand in for what TensorRT makes of them
+    deterministic: bool = False  # choose deterministic kernels on a GPU; on the CPU all are
+    as_written: bool = False  # compute 8-bit stages as TensorRT does
 
     def __post_init__(self) -> None:
-        """Refuse what ONNX Runtime would take for something else."""
+        """Refuse values that ONNX Runtime would misread."""
         if self.threads is not None and (not isinstance(self.threads, int) or self.threads < 1):
             raise UsageError(f"threads must be a whole number above 0, not {self.threads!r}")
         if isinstance(self.providers, str) or not self.providers:
@@ -47,11 +47,11 @@ class OnnxRuntime:
 
     @property
     def name(self) -> str:
-        """What records call it. Raises BackendError where it is not installed."""
+        """Its name in records. Raises BackendError if it is not installed."""
         return f"onnxruntime {version()}: {', '.join(self.provider_names)}"
 
     def load(self, path: Path, _stage: StageName) -> "OnnxStage":
-        """Load one stage; ONNX Runtime computes as the engine's files say."""
+        """Load one stage. ONNX Runtime computes in the precision of the file."""
         return OnnxStage(path, self)
 
     def open(self, directory: EngineDirectory) -> Opened:
@@ -60,17 +60,17 @@ class OnnxRuntime:
 
 
 def compute_as_written(options: Any) -> None:
-    """Have a session compute Q/DQ where it is written.
+    """Set a session up to compute Q/DQ nodes exactly where they stand in the graph.
 
-    Fusing it rounds what TensorRT leaves as it is; moving it past other nodes makes graphs that cannot run in fp8; and
-    beyond the basic optimisations a ReLU before fp8 is lost without a word (all of ONNX Runtime 1.31).
+    ONNX Runtime 1.31 would change results otherwise: fused Q/DQ rounds values that TensorRT does not round; Q/DQ moved
+    past other nodes cannot run in fp8; and beyond the basic optimisations it silently drops a ReLU before fp8.
     """
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.graph_optimization_level = _onnxruntime().GraphOptimizationLevel.ORT_ENABLE_BASIC
 
 
 class OnnxStage:
-    """One ONNX file, loaded. `bind` and its calls are safe from several threads: the session is shared, buffers not."""
+    """One loaded ONNX file. Several threads may use `bind` and its calls: they share the session, but no buffers."""
 
     def __init__(self, path: Path, settings: OnnxRuntime) -> None:
         ort = _onnxruntime()
@@ -81,8 +81,8 @@ class OnnxStage:
         options.use_deterministic_compute = settings.deterministic
         if settings.as_written:
             compute_as_written(options)
-        # Patterns are kept per shape and reserve the peak of each: off, a 720×720 image takes half the memory in no
-        # more time.
+        # A memory pattern reserves the peak of each shape. Without, a 720×720 image takes half the memory, and no more
+        # time.
         options.enable_mem_pattern = False
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.spinning else "0")
         available = ort.get_available_providers()
@@ -96,7 +96,7 @@ class OnnxStage:
             raise BackendError(f"onnxruntime cannot load {path}: {first_line(exc)}") from exc
         in_use = self.session.get_providers()
         if in_use[0] != settings.provider_names[0]:
-            # onnxruntime only warns when a provider cannot start, and computes elsewhere.
+            # If a provider cannot start, onnxruntime only warns and computes elsewhere.
             raise BackendError(f"onnxruntime cannot run {settings.provider_names[0]} here, only {', '.join(in_use)}")
         self._path = path
 
@@ -106,7 +106,7 @@ class OnnxStage:
         return {v.name: v.shape for v in inputs}, {v.name: v.shape for v in outputs}
 
     def bind(self, inputs: Mapping[str, FloatArray], outputs: Mapping[str, FloatArray]) -> Call:
-        """Return a call that runs the stage from and into these very arrays; the call keeps them alive."""
+        """Return a call that runs the stage on these arrays. The call keeps them alive."""
         binding = self.session.io_binding()
         held = (dict(inputs), dict(outputs))
         for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
@@ -116,7 +116,7 @@ class OnnxStage:
                 bind(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
 
         def call() -> None:
-            assert held  # noqa: S101 — the closure keeps the arrays alive that the binding points into
+            assert held  # noqa: S101 — the binding has only their addresses, so this closure keeps the arrays alive
             try:
                 self.session.run_with_iobinding(binding)
             except Exception as exc:
@@ -126,7 +126,7 @@ class OnnxStage:
 
 
 def available_cpus() -> int:
-    """Return how many CPUs this process may use: its affinity, cut down to the cgroup's quota."""
+    """Return how many CPUs this process may use, by its affinity and the cgroup's quota."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for quota_file, period_file in (
         ("/sys/fs/cgroup/cpu.max", None),
@@ -145,7 +145,7 @@ def available_cpus() -> int:
 
 
 def providers_here() -> list[str]:
-    """Return the execution providers of the installed onnxruntime; whether they can start is another question."""
+    """Return the execution providers of the installed onnxruntime. Some of them may not start here."""
     return list(_onnxruntime().get_available_providers())
 
 
