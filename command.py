@@ -1,4 +1,4 @@
-"""What every `iqa` command shares: how errors end it, and its common options."""
+"""What all `iqa` commands share: how an error ends them, and `--debug`."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ _DEBUG = "diffiqa.debug"
 class Command(click.Command):
     """A command whose errors are one line on stderr and an exit code; `--debug` shows the traceback too."""
 
-    interrupt_exit_code = 2  # nothing was done: for commands that do all or nothing
+    interrupt_exit_code = 2  # of commands that do everything or nothing
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -36,7 +36,7 @@ class Command(click.Command):
         self.params.append(debug)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command, translating whatever ends it."""
+        """Run the command; every error becomes a message and an exit code."""
         debug = bool(ctx.meta.get(_DEBUG))
         _open_streams()
         try:
@@ -56,26 +56,28 @@ class Command(click.Command):
 
 
 def _open_streams() -> None:
-    """Give commands streams where the caller closed them (`>&-`): what is written goes nowhere."""
+    """Open the null device in place of streams that the caller closed (`>&-`)."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 — for the whole run
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM. A type of its own: where KeyboardInterrupt itself passes through `exec` of a text, as in many
-    imports, CPython ends `python -m` by SIGINT at the very end, whatever exit code was given.
+    """Ctrl-C or SIGTERM.
+
+    It has its own type because of CPython: when KeyboardInterrupt itself passes through `exec`, as in many imports,
+    `python -m` ends by SIGINT in the end, whatever our exit code is.
     """
 
 
 @contextlib.contextmanager
 def _terminate_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM end a command as Ctrl-C does, cleaning up; signals belong to the main thread alone."""
+    """Have SIGTERM end a command as Ctrl-C does, with its clean-up. Only the main thread can set signal handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {signal.SIGTERM: signal.signal(signal.SIGTERM, _as_interrupt)}
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell made us ignore it
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have it ignored: then leave it so
         before[signal.SIGINT] = signal.signal(signal.SIGINT, _as_interrupt)
     try:
         yield

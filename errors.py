@@ -1,4 +1,4 @@
-"""Every error diffiqa raises on purpose. `DiffiqaError.exit_code` is what a command ends with.
+"""Every error that diffiqa raises on purpose. A command ends with the `exit_code` of its error.
 
 DiffiqaError
 ├── ConfigError       a model configuration that cannot be built
@@ -59,5 +59,5 @@ class DatasetError(DiffiqaError):
 
 
 def first_line(exc: BaseException) -> str:
-    """Return the first line of a foreign exception's message, to be quoted in ours; its type where it has none."""
+    """Return the first line of another library's exception, to quote in ours; its type if it has no message."""
     return (str(exc).splitlines() or [type(exc).__name__])[0]

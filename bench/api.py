@@ -1,15 +1,16 @@
 """`diffiqa.bench`: what `iqa-bench` does, as one function."""
 
-import dataclasses
+import contextlib
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import DiffiqaError, UsageError
 from ..runtime.backends import Backend, OnnxRuntime, OpenVino
 from .contenders import peers_for
-from .pictures import Size
 from .results import Results
-from .run import Run, Wanted
+from .run import Run
+from .workload import Size, Workload, in_batches
 
 
 def bench(
@@ -37,12 +38,13 @@ def bench(
 
         results = diffiqa.bench("engine/", backend=diffiqa.OnnxRuntime(threads=2), crops=[1, 9], rounds=5)
 
-    Without `images`, `count` seeded pictures of each of `sizes` (height, width) are made. Every combination of `sizes`,
-    `crops`, `steps`, `workers` and `batches` is a case. `peers` adds what else could score the same images: True for
-    all of them, or their names; those in PyTorch need `ckpt`, the weights that the engine was exported from.
+    Without `images` it makes `count` seeded pictures (2) of each of `sizes` (height and width; 224×224). Every
+    combination of size, `crops`, `steps`, `workers` and `batches` is a case; empty `crops` and `steps` are the engine's
+    own. After the cases it scores `soak` images in a row. `peers` adds other ways to score the same images: True for
+    all of them, or their names. Those in PyTorch need `ckpt`, the weights that the engine was exported from.
 
-    `keep` receives the results once, also where an error or Ctrl-C ends the run early: then before the exception goes
-    on, with what was measured until then. `say` is told what is being done.
+    `say` is told what is being done. `keep` receives the results once, also where an error or Ctrl-C ends the run
+    early: then it is called before the exception goes on, with what was measured until then.
     """
     backend = backend or OnnxRuntime()
     if images and (sizes or count):
@@ -56,27 +58,56 @@ def bench(
     contenders = peers_for(backend.key, () if isinstance(peers, bool) else peers) if peers else ()
     if contenders and isinstance(backend, OpenVino) and backend.precision != "fp32":
         raise UsageError("peers are compared with float32 scores: measure OpenVINO in fp32, or leave out the peers")
-    wanted = Wanted(
-        Path(engine),
-        tuple(map(str, images)),
-        sizes=tuple(sizes) or Wanted.sizes,
-        count=count or Wanted.count,
-        crops=tuple(crops),
-        steps=tuple(steps),
-        workers=tuple(workers),
-        batches=tuple(batches),
-        rounds=rounds,
-        starts=starts,
-        soak=soak,
-        seed=seed,
-        backend=backend,
-        contenders=contenders,
-        ckpt=ckpt,
-        timeout=peer_timeout,
-    )
-    run = Run(wanted, _shown(wanted), progress=say)
+
+    names, sizes, count = [str(image) for image in images], tuple(sizes) or ((224, 224),), count or 2
+    options = {
+        "engine": Path(engine),
+        "images": tuple(names),
+        "sizes": sizes,
+        "count": count,
+        "crops": tuple(crops),
+        "steps": tuple(steps),
+        "workers": tuple(workers),
+        "batches": tuple(batches),
+        "rounds": rounds,
+        "starts": starts,
+        "soak": soak,
+        "seed": seed,
+        "backend": backend,
+        "contenders": [contender.name for contender in contenders],
+        "ckpt": ckpt,
+        "timeout": peer_timeout,
+    }
+    shown = {name: str(value) for name, value in options.items() if value not in (None, (), [])}
+    run = Run(Path(engine), backend, shown, say)
+    m = run.directory.manifest
     try:
-        run.run()
+        with tempfile.TemporaryDirectory() as folder, contextlib.closing(run):
+            found = run.find_images(names) if images else run.generate(Path(folder), sizes, count, seed)
+            workloads = [
+                Workload(
+                    images=in_batches(files, batch) if backend.on_gpu else tuple(files),
+                    height=height,
+                    width=width,
+                    crops=crops_,
+                    steps=steps_,
+                    workers=workers_,
+                    seed=seed,
+                    batch=batch,
+                )
+                for (height, width), files in found.by_size.items()
+                for crops_ in crops or (m.crop.count,)
+                for steps_ in steps or (m.schedule.steps,)
+                for workers_ in workers
+                for batch in batches
+            ]
+            run.prepare(workloads)
+            run.measure_starts(starts)
+            run.measure_cases(rounds)
+            if soak:
+                run.measure_soak(soak)
+            if contenders:
+                run.measure_peers(contenders, ckpt, rounds, peer_timeout)
     except (KeyboardInterrupt, DiffiqaError) as exc:
         results = run.results(interrupted=True)
         if results.measured or isinstance(exc, KeyboardInterrupt):
@@ -85,10 +116,3 @@ def bench(
     results = run.results()
     keep(results)
     return results
-
-
-def _shown(wanted: Wanted) -> dict[str, str]:
-    """Return what was asked for, as the results record it."""
-    shown = {f.name: getattr(wanted, f.name) for f in dataclasses.fields(wanted)}
-    shown["contenders"] = [contender.name for contender in wanted.contenders]
-    return {name: str(value) for name, value in shown.items() if value not in (None, (), [])}

@@ -1,19 +1,17 @@
-"""What this machine can do at most, measured in the same run: a matrix product, and a copy of memory.
-
-`Probe` asks the CPUs, `DeviceProbe` a GPU. `refused` says which of the two a machine could not measure, and why.
-"""
+"""What this machine can do at most, measured in the same run: a matrix product, and a copy of memory."""
 
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import BackendError, first_line
 from ..runtime.host.onnx_stage import OnnxRuntime, make_session
-
-Clock = Callable[[], float]
+from .results import Ceilings
+from .timing import Clock
 
 SIDE = 1536  # of the matrices: large enough for the full rate, small enough for 20 products a second on two cores
 COPY_BYTES = 2**27  # in each direction: more than any last-level cache holds of it
@@ -21,80 +19,93 @@ DEVICE_SIDE = 8192  # large enough for the full rate of the largest GPU
 DEVICE_COPY_BYTES = 2**29
 DEVICE_CALLS = 5  # in a row: together far longer than it takes to launch one
 
-
-@dataclass
-class Ceilings:
-    """Rates of single products and copies, in the order measured: GFLOP/s, GB/s read and written."""
-
-    matmul_gflops: list[float] = field(default_factory=list)
-    copy_gbs: list[float] = field(default_factory=list)
+Floats = NDArray[np.float32]
+Work = Callable[[], object]  # returns when it is done
 
 
 class Probe:
-    """Measures the ceilings a little at a time, between what they are compared with, so that both see one machine."""
+    """Measures both ceilings a little at a time, between the cases, so that both see the same machine.
 
-    def __init__(self, threads: int, *, side: int = SIDE, copy_bytes: int = COPY_BYTES) -> None:
-        self.found = Ceilings()
-        self._threads, self._side = threads, side
-        generator = np.random.default_rng(0)
-        self._a, self._b = generator.standard_normal((2, side, side), np.float32)
-        self._product = np.empty((side, side), np.float32)
-        self._source, self._target = np.ones((2, copy_bytes // 4), np.float32)
-        self.refused: dict[str, str] = {}
-        self._multiply = _made(self.refused, "matrix product of the CPU", self._bind)
-
-    def sample(self, clock: Clock = time.perf_counter) -> None:
-        """Measure either once more."""
-        if self._multiply:
-            start = clock()
-            self._multiply()
-            self.found.matmul_gflops.append(2 * self._side**3 / max(clock() - start, 1e-9) / 1e9)
-        pieces = list(zip(*(np.array_split(a, self._threads) for a in (self._target, self._source)), strict=True))
-        with ThreadPoolExecutor(self._threads) as pool:  # NumPy lets go of the interpreter's lock while it copies
-            start = clock()
-            list(pool.map(lambda piece: np.copyto(*piece), pieces))
-            seconds = clock() - start
-        self.found.copy_gbs.append(2 * self._source.nbytes / max(seconds, 1e-9) / 1e9)
-
-    def _bind(self) -> Callable[[], None]:
-        settings = OnnxRuntime(threads=self._threads, spinning=True)
-        session = make_session(matmul_model(self._side), settings, "a matrix product")
-        binding = session.io_binding()
-        for name, array in (("a", self._a), ("b", self._b)):
-            binding.bind_input(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
-        out = self._product
-        binding.bind_output("c", "cpu", 0, np.float32, out.shape, out.ctypes.data)
-        return lambda: session.run_with_iobinding(binding)
-
-
-class DeviceProbe:
-    """Measures the ceilings of a GPU, between what they are compared with.
-
-    The product is torch's, of fp16 with float32 sums whatever the engine computes in: that is the peak that data sheets
-    state and shares are quoted of. The copy needs no more than cuda.core has.
+    `refused` says which of the two this machine could not measure, and why.
     """
 
-    def __init__(self, ordinal: int) -> None:
-        self.found = Ceilings()
+    def __init__(self, where: str, product: Callable[[], Work], flop: int, copy: Callable[[], Work], size: int) -> None:
         self.refused: dict[str, str] = {}
-        product, copy = "matrix product of the GPU", "copy within the GPU's memory"
-        self._product = _made(self.refused, product, lambda: torch_product(f"cuda:{ordinal}", DEVICE_SIDE))
-        self._copy = _made(self.refused, copy, lambda: device_copy(ordinal, DEVICE_COPY_BYTES))
+        self._flop, self._bytes = flop, size
+        self._product = self._ready(f"matrix product of the {where}", product)
+        self._copy = self._ready(f"copy within the {where}'s memory", copy)
+        self._gflops: list[float] = []
+        self._gbs: list[float] = []
 
     def sample(self, clock: Clock = time.perf_counter) -> None:
-        """Measure either once more."""
-        for run, amount, rates in (
-            (self._product, 2 * DEVICE_SIDE**3, self.found.matmul_gflops),
-            (self._copy, 2 * DEVICE_COPY_BYTES, self.found.copy_gbs),
+        """Measure each of them once more."""
+        for work, amount, rates in (
+            (self._product, self._flop, self._gflops),
+            (self._copy, self._bytes, self._gbs),
         ):
-            if run:
+            if work:
                 start = clock()
-                run()
-                rates.append(DEVICE_CALLS * amount / max(clock() - start, 1e-9) / 1e9)
+                work()
+                rates.append(amount / max(clock() - start, 1e-9) / 1e9)
+
+    def found(self, dtype: str) -> Ceilings:
+        """Return the rates in the order measured; `dtype` is that of the product."""
+        return Ceilings(tuple(self._gflops), tuple(self._gbs), dtype)
 
     def close(self) -> None:
         """Free the memory."""
         self._product = self._copy = None
+
+    def _ready(self, what: str, make: Callable[[], Work]) -> Work | None:
+        try:
+            work = make()
+            work()  # the first call allocates, and chooses a kernel
+        except Exception as exc:  # torch, cuda.core or onnxruntime cannot do it here: the run goes on without
+            self.refused[what] = first_line(exc)
+            return None
+        return work
+
+
+def probe_cpu(threads: int) -> Probe:
+    """Return the probe of the CPU: ONNX Runtime multiplies, NumPy copies, both on so many threads."""
+    product, copy = partial(host_product, threads, SIDE), partial(host_copy, threads, COPY_BYTES)
+    return Probe("CPU", product, 2 * SIDE**3, copy, 2 * COPY_BYTES)
+
+
+def probe_gpu(ordinal: int) -> Probe:
+    """Return the probe of a GPU.
+
+    PyTorch multiplies in fp16 with float32 sums, whatever the engine computes in: data sheets state that peak, and
+    shares are quoted of it. The copy needs cuda.core alone.
+    """
+    product = partial(torch_product, f"cuda:{ordinal}", DEVICE_SIDE)
+    copy = partial(device_copy, ordinal, DEVICE_COPY_BYTES)
+    return Probe("GPU", product, DEVICE_CALLS * 2 * DEVICE_SIDE**3, copy, DEVICE_CALLS * 2 * DEVICE_COPY_BYTES)
+
+
+def host_product(threads: int, side: int) -> Callable[[], Floats]:
+    """Return what multiplies two square matrices of float32, and returns the product."""
+    a, b = np.random.default_rng(0).standard_normal((2, side, side), np.float32)
+    out = np.empty((side, side), np.float32)
+    session = make_session(matmul_model(side), OnnxRuntime(threads, spinning=True), "a matrix product")
+    binding = session.io_binding()
+    for name, array in (("a", a), ("b", b)):
+        binding.bind_input(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+    binding.bind_output("c", "cpu", 0, np.float32, out.shape, out.ctypes.data)
+
+    def multiply(_a: Floats = a, _b: Floats = b) -> Floats:  # held here, as the binding knows their addresses alone
+        session.run_with_iobinding(binding)
+        return out
+
+    return multiply
+
+
+def host_copy(threads: int, size: int) -> Work:
+    """Return what copies memory once."""
+    source, target = np.ones((2, size // 4), np.float32)
+    pieces = list(zip(*(np.array_split(array, threads) for array in (target, source)), strict=True))
+    pool = ThreadPoolExecutor(threads)  # NumPy lets go of the interpreter's lock while it copies
+    return lambda: list(pool.map(lambda piece: np.copyto(*piece), pieces))
 
 
 def torch_product(device: str, side: int) -> Callable[[], None]:
@@ -144,14 +155,3 @@ def matmul_model(side: int) -> bytes:
     graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["c"])], "matmul", [a, b], [c])
     opset = [helper.make_opsetid("", 17)]
     return bytes(helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString())
-
-
-def _made(refused: dict[str, str], what: str, make: Callable[[], Callable[[], None]]) -> Callable[[], None] | None:
-    """Return what measures a ceiling, ready; or note in `refused` why this machine cannot."""
-    try:
-        run = make()
-        run()  # the first call allocates, and chooses a kernel
-    except Exception as exc:  # errors of torch, cuda.core and onnxruntime: a ceiling less, no more
-        refused[what] = first_line(exc)
-        return None
-    return run

@@ -1,6 +1,8 @@
 """`iqa-bench`: options in, one benchmark, a Markdown report out."""
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,63 +18,97 @@ _PATH = click.Path(path_type=Path)
 
 
 class BenchCommand(Command):
-    """Interrupted benchmarks end with 130: unlike a failed start, they have left figures."""
+    """Ends with 130 when it is interrupted: unlike other commands it has results then."""
 
     interrupt_exit_code = 130
 
 
-class Sizes(click.ParamType):  # type: ignore[type-arg, unused-ignore]
-    """`WIDTHxHEIGHT`, several with commas between, as (height, width) pairs."""
+class Several(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """Values with commas between; `parse` raises ValueError for a text that is none."""
 
-    name = "sizes"
+    name = "values"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Parse a text."""
-        sizes = []
-        for part in value.split(",") if isinstance(value, str) else ():
-            width, cross, height = part.strip().partition("x")
-            if not (cross and width.isdecimal() and height.isdecimal() and min(int(width), int(height)) >= 16):
-                self.fail(f"{part!r} is not WIDTHxHEIGHT, such as 224x224", param, ctx)
-            sizes.append((int(height), int(width)))
-        return tuple(dict.fromkeys(sizes))
-
-
-class Counts(click.ParamType):  # type: ignore[type-arg, unused-ignore]
-    """Whole numbers from 1 on, with commas between."""
-
-    name = "counts"
-
-    def __init__(self, maximum: int) -> None:
-        self._maximum = maximum
+    def __init__(self, parse: Callable[[str], Any], what: str) -> None:
+        self._parse, self._what = parse, what
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Parse a text."""
-        if not isinstance(value, str):
-            return value
-        parts = [part.strip() for part in value.split(",")]
-        if not all(part.isdecimal() and 1 <= int(part) <= self._maximum for part in parts):
-            self.fail(f"{value!r} is not whole numbers from 1 to {self._maximum} with commas between", param, ctx)
-        return tuple(dict.fromkeys(map(int, parts)))
+        """Parse a text; a value that comes twice counts once."""
+        try:
+            return tuple(dict.fromkeys(self._parse(part.strip()) for part in value.split(",")))
+        except ValueError:
+            self.fail(f"{value!r} is not {self._what}", param, ctx)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Parse `WIDTHxHEIGHT` into (height, width)."""
+    width, height = map(_whole, text.split("x"))
+    if min(width, height) < 16:
+        raise ValueError(text)
+    return height, width
+
+
+def _whole(text: str, most: int = 100_000) -> int:
+    if not (text.isdecimal() and 1 <= int(text) <= most):
+        raise ValueError(text)
+    return int(text)
+
+
+def counts(maximum: int) -> Several:
+    """Return the type of whole numbers from 1 on."""
+    return Several(partial(_whole, most=maximum), f"whole numbers from 1 to {maximum} with commas between")
 
 
 @click.command(cls=BenchCommand)
 @click.option("--engine", type=_PATH, required=True, metavar="DIR", help="The engine directory, from iqa-export.")
 @click.argument("images", nargs=-1)
-@click.option("--size", "sizes", type=Sizes(), metavar="WxH[,…]", help="Of generated images. Default: 224x224.")
-@click.option("--count", type=click.IntRange(1, 1000), metavar="N", help="Generated images of each size. Default: 2.")
-@click.option("--crops", type=Counts(10_000), metavar="N[,…]", help="Crops per image. Default: the engine's.")
-@click.option("--steps", type=Counts(4000), metavar="N[,…]", help="Sampling steps. Default: the engine's.")
-@click.option("--workers", type=Counts(64), default="1", show_default=True, metavar="N[,…]", help="Images at a time.")
 @click.option(
-    "--batch", type=Counts(1024), default="1", show_default=True, metavar="N[,…]", help="On a GPU: images per batch."
+    "--size",
+    "sizes",
+    type=Several(_size, "WIDTHxHEIGHT, such as 224x224"),
+    metavar="WxH[,…]",
+    help="Size of generated images. Default: 224x224.",
 )
-@click.option("--rounds", type=click.IntRange(1, 100_000), default=10, show_default=True, help="Samples of each case.")
 @click.option(
-    "--starts", type=click.IntRange(0, 100), default=3, show_default=True, help="Fresh processes for the start-up."
+    "--count", type=click.IntRange(1, 1000), metavar="N", help="How many images to generate of each size. Default: 2."
 )
-@click.option("--soak", type=click.IntRange(0), default=0, metavar="N", help="Then score N images in a row.")
-@click.option("--seed", type=click.IntRange(0, 2**63), default=0, show_default=True, help="Of images and noise.")
-@click.option("--threads", type=click.IntRange(1), metavar="N", help="Default: the CPUs this process may use.")
+@click.option("--crops", type=counts(10_000), metavar="N[,…]", help="Crops per image. Default: the engine's.")
+@click.option("--steps", type=counts(4000), metavar="N[,…]", help="Sampling steps. Default: the engine's.")
+@click.option(
+    "--workers",
+    type=counts(64),
+    default="1",
+    show_default=True,
+    metavar="N[,…]",
+    help="Images scored at the same time.",
+)
+@click.option(
+    "--batch", type=counts(1024), default="1", show_default=True, metavar="N[,…]", help="Images per batch; needs a GPU."
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(1, 100_000),
+    default=10,
+    show_default=True,
+    help="How many samples to take of each case.",
+)
+@click.option(
+    "--starts",
+    type=click.IntRange(0, 100),
+    default=3,
+    show_default=True,
+    help="How many fresh processes to start, to time the start-up.",
+)
+@click.option("--soak", type=click.IntRange(0), default=0, metavar="N", help="At the end, score N images in a row.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63),
+    default=0,
+    show_default=True,
+    help="Seed of generated images and of the noise.",
+)
+@click.option(
+    "--threads", type=click.IntRange(1), metavar="N", help="CPU threads. Default: the CPUs this process may use."
+)
 @click.option(
     "--backend",
     type=click.Choice(["tensorrt", "onnxruntime-gpu", "onnxruntime", "openvino"]),
@@ -80,31 +116,37 @@ class Counts(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     show_default=True,
     help="What runs the networks. The first two need a GPU.",
 )
-@click.option("--device", type=click.IntRange(0), metavar="N", help="GPU, counted from 0.")
-@click.option("--no-cuda-graph", is_flag=True, help="Launch every kernel by itself, as iqa-run can.")
-@click.option("--spin", is_flag=True, help="Let ONNX Runtime's idle threads on the CPU wait busily, as iqa-run can.")
-@click.option("--cpu-precision", type=click.Choice(["fp32", "bf16"]), help="Of OpenVINO's U-Net. Default: fp32.")
-@click.option("--peers", is_flag=True, help="Measure all peers too: ONNX Runtime's defaults, OpenVINO, PyTorch, …")
-@click.option("--peer", "chosen", multiple=True, metavar="NAME", help="Only this peer (repeatable).")
-@click.option("--ckpt", type=_PATH, metavar="FILE", help="The weights the engine was exported from, for PyTorch.")
+@click.option("--device", type=click.IntRange(0), metavar="N", help="Number of the GPU, from 0 on.")
+@click.option("--no-cuda-graph", is_flag=True, help="Launch every kernel by itself, as in iqa-run.")
+@click.option("--spin", is_flag=True, help="Let ONNX Runtime's idle CPU threads spin, as in iqa-run.")
+@click.option(
+    "--cpu-precision", type=click.Choice(["fp32", "bf16"]), help="Precision of OpenVINO's U-Net. Default: fp32."
+)
+@click.option("--peers", is_flag=True, help="Also measure all peers: ONNX Runtime's defaults, OpenVINO, PyTorch, …")
+@click.option("--peer", "chosen", multiple=True, metavar="NAME", help="Measure this peer only (repeatable).")
+@click.option(
+    "--ckpt", type=_PATH, metavar="FILE", help="The weights that the engine was exported from; PyTorch needs them."
+)
 @click.option(
     "--peer-timeout",
     type=click.FloatRange(1),
     default=900,
     show_default=True,
     metavar="S",
-    help="Give a peer up that has not answered for so many seconds.",
+    help="Give up on a peer after S seconds without an answer.",
 )
-@click.option("--json", "json_file", type=_PATH, metavar="FILE", help="Write everything, raw samples included.")
+@click.option("--json", "json_file", type=_PATH, metavar="FILE", help="Write all results, with the raw samples.")
 @click.option("--html", "html_file", type=_PATH, metavar="FILE", help="Write the report as a page with plots.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
 def bench(engine: Path, images: tuple[str, ...], **given: Any) -> None:
     """Measure how fast this machine scores images, and how fast it could by other means.
 
-    On a GPU also what it does when: transfers, launches, every stage and step, idle time, energy, clocks and limits.
+    On a GPU it also shows where the time goes: transfers, launches, every stage and step, idle time, energy, clocks and
+    what limits them.
 
-    IMAGES are files, folders or glob patterns; without any, seeded pictures are made. Options with commas are swept:
-    every combination is a case. All cases take turns, and a verdict says whether the figures can be trusted.
+    IMAGES are files, folders or glob patterns. Without any, the command makes pictures from the seed. An option with
+    commas takes several values, and every combination is a case. All cases take turns. A verdict says whether you can
+    trust the figures.
 
     \b
     Examples:
@@ -113,8 +155,9 @@ def bench(engine: Path, images: tuple[str, ...], **given: Any) -> None:
       iqa-bench --engine engine/ --peers --ckpt model.safetensors photos/
       iqa-bench --engine engine/ --backend tensorrt --batch 1,8 --json bench.json
 
-    Exit codes: 0 measured, 1 measured, but not stable, an image could not be read, or a peer failed or disagrees (one
-    that is not installed is skipped), 2 nothing could be measured, 130 interrupted (what was measured is written).
+    Exit codes: 0 measured; 1 measured, but the figures are not stable, an image could not be read, or a peer failed or
+    disagrees (a peer that is not installed is skipped); 2 nothing could be measured; 130 interrupted: the report holds
+    what was measured until then.
     """
     from ..runtime.backends import Backend, from_options
     from . import results as results_module

@@ -1,8 +1,8 @@
-"""What scores images in a peer's process: ours, and what one could use instead, each as well set up as we know how.
+"""The ways to score images that are compared: ours and its peers, each set up as well as we know how.
 
-On the CPU all but the plain loop differ in what runs the networks alone: images, crops, noise and sampler are ours for
-each of them, in float32. On a GPU PyTorch has a loop of its own (`torch_loop.py`): ours would hold its images on the
-host, which nobody would do who has a GPU.
+On the CPU they differ only in what runs the networks; images, crops, noise and sampler are ours, in float32. The plain
+loop is the exception. On a GPU PyTorch has a loop of its own (`torch_loop.py`): our loop keeps images on the host, and
+nobody with a GPU would do that.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from ..runtime.host.stages import load_stages
 from ..runtime.images import read_image
 from ..runtime.results import Mode, Options
 from ..runtime.scorer import Scorer, load
-from .measure import with_steps
+from .workload import with_steps
 
 if TYPE_CHECKING:
     import torch
@@ -58,15 +58,15 @@ class Ground:
 
     engine: Path
     ckpt: Path | None
-    backend: Backend = field(default_factory=OnnxRuntime)  # of ours: what the others are compared with
+    backend: Backend = field(default_factory=OnnxRuntime)  # ours, which the others are compared with
 
     @property
     def threads(self) -> int:
-        """How many threads everybody gets on the CPU."""
+        """How many threads each contender gets on the CPU."""
         return (None if isinstance(self.backend, GpuBackend) else self.backend.threads) or available_cpus()
 
     @property
-    def device(self) -> int | None:
+    def gpu(self) -> int | None:
         """The GPU's number; None on the CPU."""
         return self.backend.device if isinstance(self.backend, GpuBackend) else None
 
@@ -82,11 +82,11 @@ class Ask:
 
 
 Score = Callable[[Ask], float]
-Make = Callable[[Ground], tuple[Score, str]]  # runs in the peer's process; returns the version of what runs there too
+Make = Callable[[Ground], tuple[Score, str]]  # runs in the peer's process; the text is the version of its library
 
 
-class Missing(Exception):  # noqa: N818 — what is not here is no error
-    """Raised by a contender that cannot be had on this machine; the text says what it lacks."""
+class Missing(Exception):  # noqa: N818 — a library that is not installed is no error
+    """Raised by a contender that this machine cannot run; the text says what is missing."""
 
 
 def ours(ground: Ground) -> tuple[Score, str]:
@@ -96,7 +96,7 @@ def ours(ground: Ground) -> tuple[Score, str]:
 
 
 class DefaultStage:
-    """A stage as ONNX Runtime's own examples run one: a session without settings, arrays in, arrays out."""
+    """A stage run as in ONNX Runtime's own examples: default settings, arrays in, arrays out."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class DefaultStage:
         provider: str = "CPUExecutionProvider",
         how: Mapping[str, str] | None = None,
         *,
-        threads: int | None = None,  # as many as others have; None: as many as it likes
+        threads: int | None = None,  # None: ONNX Runtime decides
     ) -> None:
         import onnxruntime
 
@@ -126,12 +126,12 @@ class DefaultStage:
 
 
 def onnxruntime_default(ground: Ground) -> tuple[Score, str]:
-    """Return the exported graphs run as ONNX Runtime's own examples do: default settings, arrays in, arrays out."""
+    """Return the exported graphs, run as in ONNX Runtime's own examples."""
     import onnxruntime
 
     provider, how = "CPUExecutionProvider", {}
-    if ground.device is not None:
-        provider, how = CUDA, {"device_id": str(ground.device)}
+    if ground.gpu is not None:
+        provider, how = CUDA, {"device_id": str(ground.gpu)}
         with _or_missing():
             prepare(OnnxRuntime(providers=[provider]))
     directory = open_engine(ground.engine)
@@ -143,19 +143,19 @@ def onnxruntime_default(ground: Ground) -> tuple[Score, str]:
 
 
 def onnxruntime_bound(ground: Ground) -> tuple[Score, str]:
-    """Return `iqa-run --backend onnxruntime-gpu`: images stay on the GPU, and sessions are bound to them."""
+    """Return `iqa-run --backend onnxruntime-gpu`: images stay on the GPU, and sessions are bound to their memory."""
     with _or_missing():
         prepare(None)
-    return _on_gpu(ground, OnnxOnGpu(_device(ground)))
+    return _on_gpu(ground, OnnxOnGpu(ground.gpu or 0))
 
 
 def onnxruntime_tensorrt(ground: Ground, *, fp16: bool) -> tuple[Score, str]:
-    """Return the same with ONNX Runtime's TensorRT provider, which builds engines for the sizes that it meets."""
+    """Return the same with ONNX Runtime's TensorRT provider. It builds an engine for each size that it meets."""
     providers: list[Provider] = [("TensorrtExecutionProvider", {"trt_fp16_enable": str(int(fp16))}), CUDA]
     with _or_missing():
         load_library(Library.TENSORRT)  # into this process: onnxruntime does not look for it where pip puts it
         prepare(OnnxRuntime(providers=providers))
-    return _on_gpu(ground, OnnxOnGpu(_device(ground), providers=providers))
+    return _on_gpu(ground, OnnxOnGpu(ground.gpu or 0, providers=providers))
 
 
 def openvino(ground: Ground, *, precision: str) -> tuple[Score, str]:
@@ -167,12 +167,12 @@ def openvino(ground: Ground, *, precision: str) -> tuple[Score, str]:
 
 
 def torch_networks(ground: Ground, *, precision: str, way: str) -> tuple[Score, str]:
-    """Return PyTorch with the merged modules that we export, channels last; `way` is one of `torch_loop.Way`."""
-    return _torch_stages(ground, precision, way) if ground.device is None else _torch_loop(ground, precision, way)
+    """Return PyTorch with the modules that we export, channels last; `way` is one of `torch_loop.Way`."""
+    return _torch_stages(ground, precision, way) if ground.gpu is None else _torch_loop(ground, precision, way)
 
 
 def _torch_loop(ground: Ground, precision: str, way: str) -> tuple[Score, str]:
-    """Run everything on the GPU."""
+    """Run the whole score on the GPU."""
     model, device = _torch_model(ground), _torch_device(ground)
     import torch
 
@@ -198,7 +198,7 @@ def _torch_loop(ground: Ground, precision: str, way: str) -> tuple[Score, str]:
 
 
 def _torch_stages(ground: Ground, precision: str, way: str) -> tuple[Score, str]:
-    """Run the networks on the CPU within our loop; compiled ones have frozen weights."""
+    """Run the networks on the CPU, within our loop. `torch.compile` freezes the weights."""
     model = _torch_model(ground)
     import torch
 
@@ -236,7 +236,7 @@ def _torch_stages(ground: Ground, precision: str, way: str) -> tuple[Score, str]
 
 
 def plain_loop(ground: Ground) -> tuple[Score, str]:
-    """Return the authors' way of working, in PyTorch: one program restores to PNG files, another scores from them."""
+    """Return how the authors work, in PyTorch: one program restores into PNG files, another scores those."""
     model, device = _torch_model(ground), _torch_device(ground)
     import torch
     from PIL import Image
@@ -274,7 +274,7 @@ def plain_loop(ground: Ground) -> tuple[Score, str]:
 
 
 def _scored(manifest: Manifest, stages: Mapping[StageName, StageRunner]) -> Score:
-    """Return what scores files with these stages in our loop."""
+    """Return a function that scores files with these stages in our loop."""
     scorers: dict[int, Scorer] = {}
 
     def score(ask: Ask) -> float:
@@ -291,13 +291,8 @@ def _on_host(ground: Ground, backend: HostBackend) -> tuple[Score, str]:
     return _scored(directory.manifest, load_stages(directory, backend)), backend.name.partition(":")[0]
 
 
-def _device(ground: Ground) -> int:
-    assert ground.device is not None  # noqa: S101 — asked of peers on a GPU alone
-    return ground.device
-
-
 def _on_gpu(ground: Ground, backend: GpuBackend) -> tuple[Score, str]:
-    """Return ours on the GPU. Another number of steps is loaded anew, before the scores that count."""
+    """Return ours on the GPU. A new number of steps loads the engine again, before the scores that count."""
     directory = open_engine(ground.engine)
 
     def loaded(steps: int) -> Scorer:
@@ -338,16 +333,16 @@ def _torch_model(ground: Ground) -> "DiffV2IQA":
 
 
 def _torch_device(ground: Ground) -> "torch.device":
-    """Return where PyTorch is to run, with PyTorch set up for it."""
+    """Return the device of PyTorch, and set PyTorch up for it."""
     import torch
 
-    if ground.device is None:
+    if ground.gpu is None:
         return torch.device("cpu")
     if torch.version.cuda is None:
         raise Missing(f"torch {torch.__version__} is built for the CPU alone")
     from .torch_loop import prepare as prepare_torch
 
-    device = torch.device("cuda", ground.device)
+    device = torch.device("cuda", ground.gpu)
     prepare_torch(device)
     return device
 
@@ -358,69 +353,56 @@ class Contender:
 
     name: str
     precision: str
-    exact: bool  # whether it computes the very function, up to the order of sums
     make: Make
-    weights: bool = False  # whether it runs the checkpoint, not the engine
     places: tuple[Place, ...] = (Place.CPU, Place.GPU)
-    backend: str | None = None  # of ours, if it is one: not a peer where ours runs on it
+    weights: bool = False  # it runs the checkpoint, not the engine
+    backend: str | None = None  # of ours, if it is one: it is no peer where ours runs on that
     untiled: tuple[Place, ...] = ()  # where it restores images whole, however large
+
+    @property
+    def exact(self) -> bool:
+        """Whether it computes the very same function, up to the order of sums."""
+        return self.precision == "fp32"
 
     def takes(self, mode: Mode, place: Place) -> bool:
         """Return whether it can be compared with ours on images that ours restores in this mode."""
         return mode is Mode.WHOLE or place not in self.untiled
 
 
-OURS = Contender("diffiqa", "fp32", exact=True, make=ours)
+OURS = Contender("diffiqa", "fp32", ours)
+_CPU, _GPU, _BOTH = (Place.CPU,), (Place.GPU,), (Place.CPU, Place.GPU)
 
 
-def ours_in(precision: str) -> Contender:
-    """Return ours as an engine of this precision makes it."""
-    return replace(OURS, precision=precision, exact=precision == "fp32")
-
-
-def _torch(name: str, precision: str, way: str, *places: Place) -> Contender:
+def _torch(name: str, precision: str, way: str, places: tuple[Place, ...]) -> Contender:
     make = partial(torch_networks, precision=precision, way=way)
-    return Contender(name, precision, exact=precision == "fp32", make=make, weights=True, places=places, untiled=_GPU)
+    return Contender(name, precision, make, places, weights=True, untiled=_GPU)
 
 
-_CPU, _GPU = (Place.CPU,), (Place.GPU,)
 PEERS = (
-    Contender("onnxruntime, default settings", "fp32", exact=True, make=onnxruntime_default, places=_CPU),
-    Contender("openvino", "fp32", exact=True, make=partial(openvino, precision="fp32"), places=_CPU),
-    Contender("openvino, bf16", "bf16", exact=False, make=partial(openvino, precision="bf16"), places=_CPU),
+    Contender("onnxruntime, default settings", "fp32", onnxruntime_default, _CPU),
+    Contender("openvino", "fp32", partial(openvino, precision="fp32"), _CPU),
+    Contender("openvino, bf16", "bf16", partial(openvino, precision="bf16"), _CPU),
     # Left alone, ONNX Runtime's CUDA and TensorRT providers multiply in TF32.
-    Contender("onnxruntime-gpu, default settings", "tf32", exact=False, make=onnxruntime_default, places=_GPU),
-    Contender("onnxruntime-gpu", "fp32", exact=True, make=onnxruntime_bound, places=_GPU, backend="onnxruntime-gpu"),
-    Contender(
-        "onnxruntime-gpu, TensorRT",
-        "tf32",
-        exact=False,
-        make=partial(onnxruntime_tensorrt, fp16=False),
-        places=_GPU,
-    ),
-    Contender(
-        "onnxruntime-gpu, TensorRT, fp16",
-        "fp16",
-        exact=False,
-        make=partial(onnxruntime_tensorrt, fp16=True),
-        places=_GPU,
-    ),
-    _torch("torch eager", "fp32", "eager", Place.CPU, Place.GPU),
-    _torch("torch eager, bf16", "bf16", "eager", Place.CPU, Place.GPU),
-    _torch("torch eager, fp16", "fp16", "eager", Place.GPU),
-    _torch("torch, CUDA graph", "fp32", "CUDA graph", Place.GPU),
-    _torch("torch, CUDA graph, fp16", "fp16", "CUDA graph", Place.GPU),
-    _torch("torch.compile", "fp32", "torch.compile", Place.CPU, Place.GPU),
-    _torch("torch.compile, bf16", "bf16", "torch.compile", Place.CPU),
-    _torch("torch.compile, fp16", "fp16", "torch.compile", Place.GPU),
-    _torch("Torch-TensorRT", "fp32", "Torch-TensorRT", Place.GPU),
-    _torch("Torch-TensorRT, fp16", "fp16", "Torch-TensorRT", Place.GPU),
-    Contender("plain loop", "fp32, PNG between", exact=False, make=plain_loop, weights=True, untiled=_CPU + _GPU),
+    Contender("onnxruntime-gpu, default settings", "tf32", onnxruntime_default, _GPU),
+    Contender("onnxruntime-gpu", "fp32", onnxruntime_bound, _GPU, backend="onnxruntime-gpu"),
+    Contender("onnxruntime-gpu, TensorRT", "tf32", partial(onnxruntime_tensorrt, fp16=False), _GPU),
+    Contender("onnxruntime-gpu, TensorRT, fp16", "fp16", partial(onnxruntime_tensorrt, fp16=True), _GPU),
+    _torch("torch eager", "fp32", "eager", _BOTH),
+    _torch("torch eager, bf16", "bf16", "eager", _BOTH),
+    _torch("torch eager, fp16", "fp16", "eager", _GPU),
+    _torch("torch, CUDA graph", "fp32", "CUDA graph", _GPU),
+    _torch("torch, CUDA graph, fp16", "fp16", "CUDA graph", _GPU),
+    _torch("torch.compile", "fp32", "torch.compile", _BOTH),
+    _torch("torch.compile, bf16", "bf16", "torch.compile", _CPU),
+    _torch("torch.compile, fp16", "fp16", "torch.compile", _GPU),
+    _torch("Torch-TensorRT", "fp32", "Torch-TensorRT", _GPU),
+    _torch("Torch-TensorRT, fp16", "fp16", "Torch-TensorRT", _GPU),
+    Contender("plain loop", "fp32, PNG between", plain_loop, weights=True, untiled=_BOTH),
 )
 
 
 def peers_for(backend: str, names: Sequence[str] = ()) -> tuple[Contender, ...]:
-    """Return the peers that run where this backend of ours does; with names these alone. Raises UsageError."""
+    """Return the peers that run where our backend runs: all, or those that are named. Raises UsageError."""
     place = place_of(BACKENDS[backend])
     here = {peer.name: peer for peer in PEERS if place in peer.places and peer.backend != backend}
     if not names:

@@ -1,7 +1,7 @@
-"""A device layer that notes how long the host takes to launch, and on request for how long the device runs what.
+"""A device layer that times the host's launches, and on request the device's work.
 
-It stands between an executor and the layer, and does the same. Nothing is timed while a graph is captured: that is
-recorded, not run.
+It stands between an executor and the real layer, and passes every call on. It times nothing while a graph is captured:
+that work is recorded, not run.
 """
 
 import threading
@@ -20,28 +20,28 @@ UPLOAD, KERNELS, DOWNLOAD, GRAPH = "H2D", "kernels", "D2H", "graph"
 
 
 class TimedLayer:
-    """All that an executor does through it is counted here; what is not listed goes to the layer as it is.
+    """The layer of one executor. Calls that are not timed go to the real layer unchanged.
 
-    One executor's: `close()` leaves the layer to others, and `peak` is the most memory this one has held, in bytes.
+    `close()` leaves the real layer open for others. `peak` is the most memory that this executor has held, in bytes.
     """
 
     def __init__(self, layer: Layer, clock: Clock) -> None:
         self._layer, self._clock = layer, clock
         self.marking = False  # whether events stand around every call
         self.enqueue = 0.0  # seconds in calls that launch and copy
-        self.calls = 0  # of these
-        self.brought = 0.0  # seconds in copies beside the stream, which the host waits for
+        self.calls = 0  # that launch and copy
+        self.brought = 0.0  # seconds in copies on the second stream, for which the host waits
         self.peak = self.allocations = 0
         self._spans: list[tuple[str, object, object]] = []
         self._sizes: dict[int, int] = {}
-        self._lock = threading.Lock()  # memory for pixels is asked for beside the executor's own
+        self._lock = threading.Lock()  # other threads allocate memory for pixels
         self._capturing = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
 
     def allocate(self, size: int, *, beside: bool = False) -> int:
-        """Count it; images that wait get memory when they first do, which is not when cases are warm."""
+        """Count it, except memory `beside`: an image gets that when it first has to wait, perhaps after the warm-up."""
         address = self._layer.allocate(size, beside=beside)
         with self._lock:
             self._sizes[address] = size
@@ -50,13 +50,13 @@ class TimedLayer:
         return address
 
     def free(self, address: int) -> None:
-        """Count it; pinned memory goes another way."""
-        with self._lock:  # first: freed, its address may be another's
+        """Count it; pinned memory is freed elsewhere."""
+        with self._lock:  # before it is freed: then the address may be in use again
             del self._sizes[address]
         self._layer.free(address)
 
     def bring(self, address: int, values: Array) -> None:
-        """Time it by the host's clock, as it returns when it is done."""
+        """Time it by the host's clock: it returns when the copy is done."""
         start = self._clock()
         self._layer.bring(address, values)
         self.brought += self._clock() - start
@@ -92,7 +92,7 @@ class TimedLayer:
         """Leave the layer as it is: other cases use it."""
 
     def timed(self, name: str, call: Callable[[], None]) -> None:
-        """Do something that launches."""
+        """Make a call that launches, and time it under this name."""
         if self._capturing:
             call()
             return
@@ -111,7 +111,7 @@ class TimedLayer:
 
     def spans(self) -> dict[str, list[float]]:
         """Return the seconds of every call on the device since `reset`, by stage or kind; after `synchronise`."""
-        self._layer.enter()  # a thread of the scorer's may have launched
+        self._layer.enter()  # the launches may have come from another thread
         found: defaultdict[str, list[float]] = defaultdict(list)
         for name, first, last in self._spans:
             found[name].append(self._layer.seconds_between(first, last))
@@ -145,7 +145,7 @@ class _TimedStage:
         return cast(BoundStage, _TimedBound(bound, self._stage.built.name, self._layer))
 
     def close(self) -> None:
-        self._stage = None  # a session lives as long as anything holds it
+        self._stage = None  # drop the reference, so that the session can end
 
 
 class _TimedBound:

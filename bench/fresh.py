@@ -1,4 +1,4 @@
-"""Start-up in a fresh process.
+"""The start-up, timed in a fresh process.
 
 `python -m diffiqa.bench.fresh '{"engine": …, "image": …, "crops": …, "seed": …, "backend": …, "settings": {…}}'`
 prints JSON.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def measure_start(engine: Path, image: Path, backend: "Backend", *, crops: int, seed: int) -> Start:
-    """Start a process that loads the engine and scores an image, twice, on a GPU three times."""
+    """Start a process that loads the engine and scores an image twice, on a GPU three times."""
     asked: dict[str, object] = {"engine": str(engine), "image": str(image), "crops": crops, "seed": seed}
     asked |= {"backend": backend.key, "settings": dataclasses.asdict(backend)}
     started = time.time()
@@ -33,7 +33,7 @@ def measure_start(engine: Path, image: Path, backend: "Backend", *, crops: int, 
 
 
 def main(asked: str) -> None:
-    """Do what a program does that uses `diffiqa.load`, and print when each part was done."""
+    """Do what a program with `diffiqa.load` does, and print how long each part took."""
     entered, last = _ENTERED
     parts: dict[str, float | None] = {"entered": entered}
 

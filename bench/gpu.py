@@ -1,16 +1,16 @@
-"""The GPU under a benchmark: what it is, what its data sheet promises, and what it did meanwhile. Asked of NVML."""
+"""The GPU of a benchmark, by NVML: what it is, what its data sheet promises, and its state during the run."""
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from ..errors import first_line
 from .results import Gpu, GpuLoad
 
 T = TypeVar("T")
 
-# What NVIDIA's data sheets state: TFLOP/s of dense fp16 products with float32 sums, GB/s of memory. By the name that
-# the driver gives: others of almost the same name (A10G, RTX 4090 D, laptops) are other GPUs.
+# NVIDIA's data sheets: TFLOP/s of dense fp16 products with float32 sums, GB/s of memory. By the driver's name of the
+# GPU, which must match exactly: A10G, RTX 4090 D and those of laptops are other GPUs.
 SHEETS = {
     "H200": (989.4, 4800.0),
     "H100 80GB HBM3": (989.4, 3350.0),
@@ -26,35 +26,13 @@ SHEETS = {
     "RTX 4090": (165.2, 1008.0),
     "RTX 3090": (71.0, 936.0),
 }
-POWER_LIMIT, POWER_REASON = "power limit", "sw_power_cap"  # ours for it, and NVML's where it is a reason
-# Not reasons to doubt figures: nothing ran when it was asked, or somebody fixed the clocks for their sake.
+POWER_LIMIT, POWER_REASON = "power limit", "sw_power_cap"  # our name of it, and NVML's among its reasons
+# No reasons to doubt figures: the GPU was idle at that moment, or somebody fixed the clocks on purpose.
 _HARMLESS = {"none", "gpu_idle", "applications_clocks_setting"}
 
 
-class Sensors(Protocol):
-    """NVML on one GPU, as far as it is asked. Any call may raise anything: a driver may lack it, or refuse it."""
-
-    def number(self, what: str) -> float:
-        """Return a figure by the name that `Gpu` or `GpuLoad` has for it, or "joules": spent since the driver began."""
-
-    def driver(self) -> str:
-        """Return the driver's version."""
-
-    def compute_capability(self) -> str:
-        """Return it, such as "9.0"."""
-
-    def held_back(self) -> dict[str, float]:
-        """Return for how many seconds each limit has held the clocks back since the driver began."""
-
-    def reasons(self) -> list[str]:
-        """Return why the clocks are not at their fastest right now."""
-
-    def processes(self) -> dict[int, str]:
-        """Return the names of the processes that compute on it, by their numbers."""
-
-
 class Nvml:
-    """NVML through cuda.core. Not run on a GPU yet."""
+    """NVML through cuda.core. Any call may raise anything: a driver may lack it, or refuse it. Not run on a GPU yet."""
 
     def __init__(self, ordinal: int) -> None:
         from cuda.core import Device, system
@@ -76,7 +54,7 @@ class Nvml:
         }
 
     def number(self, what: str) -> float:
-        """Return a figure."""
+        """Return a figure by its name in `Gpu` or `GpuLoad`, or "joules" since the driver began."""
         return float(self._numbers[what]())
 
     def driver(self) -> str:
@@ -84,12 +62,12 @@ class Nvml:
         return ".".join(map(str, self._system.get_kernel_mode_driver_version()))
 
     def compute_capability(self) -> str:
-        """Ask CUDA."""
+        """Return it as text, such as "9.0"."""
         found = self._cuda.compute_capability
         return f"{found.major}.{found.minor}"
 
     def held_back(self) -> dict[str, float]:
-        """Return what the counters say, which nvml.h gives in nanoseconds. Raises if there are none."""
+        """Return for how many seconds each limit has lowered the clocks since the driver began."""
         counters = {
             POWER_LIMIT: "DEV_CLOCKS_EVENT_REASON_SW_POWER_CAP",
             "temperature limit": "DEV_CLOCKS_EVENT_REASON_SW_THERM_SLOWDOWN",
@@ -99,7 +77,7 @@ class Nvml:
         found, refusal = {}, None
         for limit, field in counters.items():
             try:
-                found[limit] = self._field(field) / 1e9
+                found[limit] = self._field(field) / 1e9  # nvml.h has nanoseconds
             except Exception as exc:  # some GPUs count some of them
                 refusal = exc
         if refusal and not found:
@@ -107,11 +85,11 @@ class Nvml:
         return found
 
     def reasons(self) -> list[str]:
-        """Return NVML's names for them."""
+        """Return why the clocks are not at their maximum now, as NVML calls it."""
         return [str(reason) for reason in self._device.current_clock_event_reasons]
 
     def processes(self) -> dict[int, str]:
-        """Return those with a compute context; a container may hide their names."""
+        """Return the names of processes that compute here, by number; a container may hide their names."""
 
         def name(number: int) -> str:
             try:
@@ -125,21 +103,16 @@ class Nvml:
         return float(self._device.get_field_values([getattr(self._fields, name)])[0].value)
 
 
-def open_sensors(ordinal: int) -> Sensors:
-    """Return what a GPU's sensors are read through. Raises anything where there is no NVML."""
-    return Nvml(ordinal)
-
-
 class GpuWatch:
-    """Looks after a GPU over `with` blocks; make it before anything of ours runs there.
+    """Watches a GPU over `with` blocks. Make it before this process uses the GPU.
 
-    What counts up is read at both ends of a block, what is so at one moment by `glance`: at either end the GPU is idle.
-    `refused` says of every figure that could not be had why.
+    Counters are read at both ends of a block. `glance` reads clocks, temperature and memory, as the GPU is idle at both
+    ends. `refused` has the reason for every figure that NVML did not give.
     """
 
     def __init__(self, ordinal: int) -> None:
         self.refused: dict[str, str] = {}
-        self._sensors = self._ask("GPU (description, clocks, power, temperature)", lambda: open_sensors(ordinal))
+        self._sensors = self._ask("GPU (description, clocks, power, temperature)", lambda: Nvml(ordinal))
         self._processes = self._of("other processes on the GPU", lambda s: s.processes())
         self._own: set[int] = set()
         self._before = set(self._processes or ())
@@ -152,7 +125,7 @@ class GpuWatch:
         self._start: tuple[float, dict[str, float] | None] = (0.0, None)
 
     def opened(self) -> None:
-        """Take note that this process computes there from now on. Its number is another one in a container."""
+        """Find out which process is ours: in a container its number is another. Call it once ours computes there."""
         self._own = set(self._now_there()) - self._before
 
     def joules(self) -> float | None:
@@ -172,14 +145,14 @@ class GpuWatch:
         self._now_there()
 
     def glance(self) -> None:
-        """Read clocks and what lowers them, temperature and memory; for the midst of the GPU's work."""
+        """Read clocks, what lowers them, temperature and memory. Call it while the GPU works."""
         for name, readings in self._readings.items():
             if (value := self._number(name)) is not None:
                 readings.append(value)
         self._reasons |= dict.fromkeys(self._of("clock event reasons", lambda s: s.reasons()) or ())
 
     def found(self, name: str) -> Gpu:
-        """Return all of it, for a GPU of this name."""
+        """Return the GPU of this name, and all readings."""
         tflops, gbs = sheet(name) or (None, None)
         if tflops is None:
             self.refused["share of the data sheet's peak"] = f"no figures of NVIDIA's are listed here for {name}"
@@ -206,7 +179,7 @@ class GpuWatch:
         )
 
     def _now_there(self) -> Mapping[int, str]:
-        """Remember who computes there now."""
+        """Return the processes that compute there now, and remember them."""
         if self._processes is None:
             return {}
         now = self._of("other processes on the GPU", lambda s: s.processes()) or {}
@@ -216,19 +189,19 @@ class GpuWatch:
     def _number(self, what: str) -> float | None:
         return self._of(f"GPU {what}", lambda s: s.number(what))
 
-    def _of(self, what: str, read: Callable[[Sensors], T]) -> T | None:
+    def _of(self, what: str, read: Callable[[Nvml], T]) -> T | None:
         sensors = self._sensors
         return self._ask(what, lambda: read(sensors)) if sensors is not None else None
 
     def _ask(self, what: str, read: Callable[[], T]) -> T | None:
         try:
             return read()
-        except Exception as exc:  # NVML's errors, cuda.core's, a library that is not there: a figure less, no more
+        except Exception as exc:  # of NVML, of cuda.core, or no library: the run goes on without this figure
             self.refused.setdefault(what, f"NVML: {type(exc).__name__}: {first_line(exc)}")
             return None
 
 
 def sheet(name: str) -> tuple[float, float] | None:
-    """Return TFLOP/s and GB/s as the data sheet of a GPU states them, if it is listed."""
+    """Return TFLOP/s and GB/s from the data sheet of a GPU, if it is listed."""
     words = [word for word in name.split() if word not in {"NVIDIA", "GeForce", "Tesla"}]
     return SHEETS.get(" ".join(words))

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, and what else ran there meanwhile. Everything here is asked of Linux, and None elsewhere."""
+"""The machine, and what else ran on it. Linux answers all of this; on other systems it is None."""
 
 import os
 import platform
@@ -19,7 +19,7 @@ _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_i
 
 
 def describe(threads: int) -> Machine:
-    """Return the machine, its software, and the commit of the checkout this is."""
+    """Return the machine, its software, and the commit of this checkout."""
     found = _read("/proc/cpuinfo")
     name, flags = (re.search(rf"^{key}\s*: (.*)$", found, re.MULTILINE) for key in ("model name", "flags"))
     present = flags[1].split() if flags else []
@@ -38,18 +38,18 @@ def describe(threads: int) -> Machine:
 
 
 def peak_mib() -> float | None:
-    """Return the most memory that this process has held."""
-    # Not getrusage: a process inherits the peak of the one that started it.
+    """Return the peak memory of this process."""
+    # Not from getrusage: there a process inherits the peak of its parent.
     return _status_mib("VmHWM")
 
 
 def resident_mib() -> float | None:
-    """Return the memory that this process holds now."""
+    """Return the memory of this process now."""
     return _status_mib("VmRSS")
 
 
 class Watch:
-    """Adds up, over `with` blocks, what others took of the CPUs that this process may use."""
+    """Adds up, over `with` blocks, the CPU time that others took on the CPUs of this process."""
 
     def __init__(self) -> None:
         self._load_before = _load()
@@ -85,7 +85,7 @@ def _affinity() -> set[int]:
 
 
 def _busy() -> float | None:
-    """Return the seconds that our CPUs were not idle since the system started, time stolen by other guests included."""
+    """Return the seconds for which our CPUs were busy since the system started, stolen time included."""
     cpus, total, seen = _affinity(), 0, False
     for line in _read("/proc/stat").splitlines():
         name, *fields = line.split()
@@ -96,7 +96,7 @@ def _busy() -> float | None:
 
 
 def _throttles() -> int | None:
-    """Return how often a thermal limit or the cgroup's quota has held our CPUs back; None if nothing counts it."""
+    """Return how often a thermal limit or the cgroup's quota stopped our CPUs; None if nothing counts it."""
     counts = [
         _read(f"/sys/devices/system/cpu/cpu{cpu}/thermal_throttle/{kind}_throttle_count").strip()
         for cpu in _affinity()
@@ -129,7 +129,7 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     root = Path(__file__).parent.parent
-    if not (root / ".git").exists():  # installed; a repository further up is not ours
+    if not (root / ".git").exists():  # installed: a repository further up is not ours
         return None
     try:
         command = ["git", "rev-parse", "--short", "HEAD"]

@@ -1,4 +1,4 @@
-"""The side of a peer that runs in a process of its own: it makes a contender, then answers one question at a time."""
+"""The process of a peer: it makes the contender, then scores one image at a time."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Refused:
-    """It cannot, or could not answer."""
+    """The contender cannot start, or could not answer."""
 
     reason: str
     missing: bool = False
@@ -29,7 +29,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Answer:
-    """A score, and how long it took, file in and score out."""
+    """A score, and how long it took from file to score."""
 
     score: float
     seconds: float
@@ -37,8 +37,10 @@ class Answer:
 
 
 def serve(pipe: "Connection[Ready | Refused | Answer, Ask]", make: Make, ground: Ground, log: Path) -> None:
-    """Make the contender and answer until the other end is closed. Whatever libraries print goes into `log`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it closes the pipe when it has written
+    """Make the contender and answer until the other end closes. Output of libraries goes into `log`."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the parent handles Ctrl-C: it writes its results, then closes the pipe
     with log.open("wb") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)

@@ -1,4 +1,4 @@
-"""Peers beside ours: one process each, the same images in turn, scores compared before a time counts."""
+"""The comparison with peers: each has its own process and scores the same images in turn. Scores are compared first."""
 
 import contextlib
 import multiprocessing
@@ -18,28 +18,28 @@ from ..errors import BackendError
 from ..runtime.plan import make_plan
 from ..runtime.results import Mode
 from .contenders import Ask, Contender, Ground, place_of
-from .measure import Setting
 from .peer_process import Answer, Ready, Refused, serve
 from .results import Peer, PeerCase
 from .timing import SETTLE
+from .workload import Workload
 
-EXACT = 1e-4  # mean difference of scores near 1 that another order of sums can explain
-SEEDS = 3  # of ours, whose spread is what reduced precision may change a score by
+EXACT = 1e-4  # mean difference of scores near 1 that another order of sums may cause
+SEEDS = 3  # of ours: reduced precision may change a score by no more than their spread
 
-_UNTILED = "it restores no images in tiles"
+_UNTILED = "it cannot restore images in tiles"
 
 Progress = Callable[[str], None]
 
 
-class Out(Exception):  # noqa: N818 — the contender is out, which the results say
+class Out(Exception):  # noqa: N818 — not an error: the results say that the contender is out
     """Raised when a contender cannot go on."""
 
 
 @dataclass
-class _Samples:
+class _CaseSoFar:
     case: str
-    scores: list[float] = field(default_factory=list)  # of every image, before timing
-    spread: list[float] = field(default_factory=list)  # over seeds, of every image
+    scores: list[float] = field(default_factory=list)  # of each image, before timing
+    spread: list[float] = field(default_factory=list)  # of each image, over seeds
     seconds: list[float] = field(default_factory=list)
     drift: float | None = None
     allowed: float | None = None
@@ -48,15 +48,15 @@ class _Samples:
 class Entrant:
     """A contender, its process, and what it has shown so far."""
 
-    def __init__(self, contender: Contender, folder: Path, timeout: float) -> None:
+    def __init__(self, contender: Contender, log: Path, timeout: float) -> None:
         self.contender, self.timeout = contender, timeout  # seconds
         self.problem: str | None = None
         self.skipped = self.gone = False
-        self.samples: list[_Samples] = []
+        self.samples: list[_CaseSoFar] = []
         self._version: str | None = None
         self._ready: float | None = None
         self._peak: float | None = None
-        self._log = folder / "log"
+        self._log = log
         self._process: multiprocessing.process.BaseProcess | None = None
         self._pipe: Connection[Ask, Ready | Refused | Answer] | None = None
 
@@ -134,39 +134,37 @@ class Entrant:
 
 
 class Contest:
-    """Contenders on the same cases; the first is the one that scores and times are compared with."""
+    """Contenders on the same cases. The others are compared with the first."""
 
     def __init__(
         self,
         contenders: Sequence[Contender],
         ground: Ground,
-        settings: Sequence[tuple[str, Setting]],  # with the name of the case
+        workloads: Sequence[tuple[str, Workload]],  # with the name of the case
         *,
         rounds: int,
         timeout: float,
         progress: Progress = lambda _text: None,
     ) -> None:
-        self._contenders, self._ground, self._settings = contenders, ground, settings
+        self._contenders, self._ground, self._settings = contenders, ground, workloads
         self._rounds, self._timeout, self._progress = rounds, timeout, progress
         self._entrants: list[Entrant] = []
 
     def run(self) -> None:
-        """Start every contender and measure every case. Raises BackendError if ours cannot be compared with."""
+        """Start every contender and measure every case. Raises BackendError if the first fails."""
         with tempfile.TemporaryDirectory() as folder:
             try:
                 for index, contender in enumerate(self._contenders):
-                    place = Path(folder, str(index))
-                    place.mkdir()
-                    self._entrants.append(Entrant(contender, place, self._timeout))
-                for entrant in self._entrants:  # one by one: another's compiler would slow this one's start
-                    if not any(self._takes(entrant, setting) for _name, setting in self._settings):
+                    self._entrants.append(Entrant(contender, Path(folder, f"{index}.log"), self._timeout))
+                for entrant in self._entrants:  # one by one, as compilers would slow each other down
+                    if not any(self._takes(entrant, workload) for _name, workload in self._settings):
                         entrant.skipped = True
                         entrant.leave(f"{_UNTILED}, as ours does all of these")
                         continue
                     self._progress(f"starting {entrant.contender.name}")
                     self._try(entrant, partial(entrant.start, self._ground))
-                for name, setting in self._settings:
-                    self._case(name, setting)
+                for name, workload in self._settings:
+                    self._case(name, workload)
             finally:
                 for entrant in self._entrants:
                     entrant.leave()
@@ -176,68 +174,70 @@ class Contest:
         """What became of every contender so far."""
         return tuple(entrant.found for entrant in self._entrants)
 
-    def _case(self, name: str, setting: Setting) -> None:
+    def _case(self, name: str, workload: Workload) -> None:
         taking = []
         for entrant in _running(self._entrants):
-            if not self._takes(entrant, setting):  # which costs it this case alone
+            if not self._takes(entrant, workload):  # it misses only this case
                 self._progress(f"{name}: {entrant.contender.name} is left out: {_UNTILED}, as ours does these")
                 continue
             taking.append(entrant)
-            entrant.samples.append(_Samples(name))
+            entrant.samples.append(_CaseSoFar(name))
             self._progress(f"{name}: {entrant.contender.name} scores")
-            self._try(entrant, partial(self._score, entrant, setting))
+            self._try(entrant, partial(self._score, entrant, workload))
         first = self._entrants[0].samples[-1]
         for entrant in _running(taking):
             self._compare(entrant, first)
         for turn in range(self._rounds):
             self._progress(f"{name}: peers, round {turn + 1} of {self._rounds}")
-            for index, image in enumerate(setting.images):
+            for index, image in enumerate(workload.images):
                 running = _running(taking)
-                # Each goes first in turn: nobody always follows the same neighbour.
+                # They take turns to go first, so that nobody always follows the same neighbour.
                 for entrant in running[turn % len(running) :] + running[: turn % len(running)]:
                     time.sleep(SETTLE)
-                    self._try(entrant, partial(self._time, entrant, setting, index, image))
+                    self._try(entrant, partial(self._time, entrant, workload, index, image))
 
-    def _score(self, entrant: Entrant, setting: Setting) -> None:
-        """Score every image once, ours with more seeds for the spread between them."""
+    def _score(self, entrant: Entrant, workload: Workload) -> None:
+        """Score every image once; ours also with other seeds, for the spread."""
         samples = entrant.samples[-1]
-        # One score more than the comparison needs: compilers may compile again at the second call of a shape.
-        entrant.ask(Ask(setting.images[0], setting.crops, setting.seed, setting.steps))
+        # One more score than needed: compilers may compile again at the second call of a shape.
+        entrant.ask(Ask(workload.images[0], workload.crops, workload.seed, workload.steps))
         seeds = SEEDS if entrant is self._entrants[0] and not all(c.exact for c in self._contenders) else 1
-        for image in setting.images:
-            asks = [Ask(image, setting.crops, setting.seed + seed, setting.steps) for seed in range(seeds)]
+        for image in workload.images:
+            asks = [Ask(image, workload.crops, workload.seed + seed, workload.steps) for seed in range(seeds)]
             scores = [entrant.ask(ask).score for ask in asks]
             samples.scores.append(scores[0])
             samples.spread.append(statistics.stdev(scores) if seeds > 1 else 0.0)
 
-    def _compare(self, entrant: Entrant, ours: _Samples) -> None:
+    def _compare(self, entrant: Entrant, ours: _CaseSoFar) -> None:
         samples = entrant.samples[-1]
         samples.drift = statistics.fmean(abs(a - b) for a, b in zip(samples.scores, ours.scores, strict=True))
         scale = max(1.0, *map(abs, ours.scores))
         exact = entrant.contender.exact and self._contenders[0].exact
         samples.allowed = EXACT * scale if exact else statistics.fmean(ours.spread)
-        if not samples.drift <= samples.allowed:  # what is no number differs too
+        if not samples.drift <= samples.allowed:  # NaN differs too
             entrant.problem = f"its scores differ from ours by {samples.drift:.1e}, {samples.allowed:.1e} is allowed"
-            # What rounds differently on purpose is timed all the same, for those who would accept such scores.
+            # Reduced precision is timed all the same, for users who would accept such scores.
             if exact:
                 hint = "; is --ckpt what the engine was exported from?" if entrant.contender.weights else ""
                 entrant.leave()
                 entrant.problem += hint
 
-    def _time(self, entrant: Entrant, setting: Setting, index: int, image: Path) -> None:
+    def _time(self, entrant: Entrant, workload: Workload, index: int, image: Path) -> None:
         samples = entrant.samples[-1]
-        answer = entrant.ask(Ask(image, setting.crops, setting.seed, setting.steps))
+        answer = entrant.ask(Ask(image, workload.crops, workload.seed, workload.steps))
         apart = abs(answer.score - samples.scores[index])
         if not apart <= EXACT * max(1.0, abs(answer.score)):
             raise Out(f"it scored {image.name} twice, {apart:.1e} apart")
         samples.seconds.append(answer.seconds)
 
-    def _takes(self, entrant: Entrant, setting: Setting) -> bool:
+    def _takes(self, entrant: Entrant, workload: Workload) -> bool:
         place = place_of(self._ground.backend)
         if all(entrant.contender.takes(mode, place) for mode in Mode):
             return True
         manifest = read_manifest(self._ground.engine)
-        return entrant.contender.takes(make_plan(setting.height, setting.width, manifest, setting.options).mode, place)
+        return entrant.contender.takes(
+            make_plan(workload.height, workload.width, manifest, workload.options).mode, place
+        )
 
     def _try(self, entrant: Entrant, action: Callable[[], None]) -> None:
         try:

@@ -9,7 +9,7 @@ from .stats import summarise
 from .verdict import judge_results, ratios
 
 NONE = "–"
-WITHOUT_GRAPHS = "without CUDA graphs"  # as what is inside one cannot be told apart
+WITHOUT_GRAPHS = "without CUDA graphs"  # nobody can look inside one
 _NUMBER = re.compile(rf"[+-]?[\d.,]+(e-?\d+)?%?|{NONE}|")
 
 
@@ -28,36 +28,22 @@ def to_markdown(results: Results) -> str:
 
 def throughput(results: Results) -> str:
     """Return a row per case: what a newcomer asks for."""
-    head = ["image", "crops", "steps", "workers", "images/s", "crops/s", "seconds per image", "GFLOP/s", "of peak"]
-    if results.gpu:
-        head[4:4], head[9:] = ["batch"], ["of peak", "of data sheet"]
+    on_gpu = results.gpu is not None
+    head = ["image", "crops", "steps", "workers", *["batch"] * on_gpu, "images/s", "crops/s", "seconds per image"]
+    head += ["GFLOP/s", "of peak", *["of data sheet"] * on_gpu]
     rows = []
     for case in results.measured:
-        seconds = statistics.median(case.end_to_end)
-        rate = case.gflops()
-        rows.append(
-            [
-                f"{case.width}×{case.height}",
-                str(case.crops),
-                str(case.steps),
-                str(case.workers),
-                *([str(case.batch)] if results.gpu else []),
-                number(1 / seconds),
-                number(case.crops / seconds),
-                number(seconds),
-                number(rate),
-                percent(results.mfu(rate)),
-                *([percent(results.sheet_mfu(rate))] if results.gpu else []),
-            ]
-        )
+        seconds, rate = case.end_to_end_summary.median, case.gflops()
+        counts = [case.crops, case.steps, case.workers, *[case.batch] * on_gpu]
+        speeds = [1 / seconds, case.crops / seconds, seconds, rate]
+        shares = [results.mfu(rate), *[results.sheet_mfu(rate)] * on_gpu]
+        row = [f"{case.width}×{case.height}", *map(str, counts), *map(number, speeds), *map(percent, shares)]
+        rows.append(row)
     return table(head, rows)
 
 
 def gpu(results: Results) -> str:
-    """Return a row per case on a GPU: where the time of an image goes there, and what graphs save.
-
-    The host's time to launch without graphs may hold waiting: `DeviceTimes.launching`.
-    """
+    """Return a row per case on a GPU: where the time of an image goes, and what graphs save."""
     head = ["case", "H2D, ms", "compute, ms", "D2H, ms", "host launching with graphs, ms"]
     head += ["host launching without graphs, ms (may hold waiting)", "GPU idle"]
     head += ["time without graphs, with = 1", "J per image", "buffers, MiB"]
@@ -66,7 +52,7 @@ def gpu(results: Results) -> str:
         if not (d := case.device):
             continue
         ms = [_ms(samples) for samples in (d.upload, case.computing, d.download, *d.launching)]
-        joules = statistics.fmean(d.joules) if d.joules else None  # the counter is slow: single samples say little
+        joules = statistics.fmean(d.joules) if d.joules else None  # the counter is slow: a single sample says little
         more = case.without_graph
         ratio = f"{more:.2f}" if more else NONE
         rows.append([case.name, *ms, percent(case.idle), ratio, number(joules), number(d.buffers_mib)])
@@ -78,18 +64,13 @@ def latency(results: Results) -> str:
     head = ["case", "ms per image", "samples", "min", "mean", "median", "p90", "p95", "p99", "CV", "later half"]
     rows = []
     for case in results.measured:
-        for name, summary in (("files in, scores out", case.end_to_end_summary), ("compute", case.compute_summary)):
-            fields = (summary.minimum, summary.mean, summary.median, summary.p90, summary.p95, summary.p99)
-            drift = f"{case.stability.drift:+.1%}" if name == "compute" else NONE
-            cells = [
-                case.name,
-                name,
-                str(summary.count),
-                *(number(1e3 * f) for f in fields),
-                percent(summary.cv),
-                drift,
-            ]
-            rows.append(cells)
+        drift = f"{case.stability.drift:+.1%}"
+        for name, s, later in (
+            ("files in, scores out", case.end_to_end_summary, NONE),
+            ("compute", case.compute_summary, drift),
+        ):
+            times = [number(1e3 * seconds) for seconds in (s.minimum, s.mean, s.median, s.p90, s.p95, s.p99)]
+            rows.append([case.name, name, str(s.count), *times, percent(s.cv), later])
     return table(head, rows)
 
 
@@ -102,35 +83,15 @@ def stages(results: Results) -> str:
     for case in results.measured:
         whole = statistics.median(case.whole)
         for name, samples in case.stages.items():
-            summary = summarise(samples)
-            work, rate = case.work.get(name), case.gflops(name)
-            rows.append(
-                [
-                    case.name,
-                    name,
-                    str(work.calls) if work else NONE,
-                    number(1e3 * summary.median),
-                    number(1e3 * summary.median * case.batch / work.calls) if work else NONE,
-                    percent(summary.median / whole),
-                    number(rate),
-                    percent(results.mfu(rate)),
-                    percent(summary.cv),
-                ]
-            )
+            summary, rate = summarise(samples), case.gflops(name)
+            calls = case.work[name].calls if name in case.work else None
+            ms, share = 1e3 * summary.median, summary.median / whole
+            times = [number(ms), number(ms * case.batch / calls if calls else None), percent(share)]
+            rates = [number(rate), percent(results.mfu(rate)), percent(summary.cv)]
+            rows.append([case.name, name, str(calls) if calls else NONE, *times, *rates])
         outside = case.outside
-        rows.append(
-            [
-                case.name,
-                "outside networks",
-                NONE,
-                number(1e3 * outside * whole),
-                NONE,
-                percent(outside),
-                NONE,
-                NONE,
-                NONE,
-            ]
-        )
+        row = [case.name, "outside networks", NONE, number(1e3 * outside * whole), NONE, percent(outside), *[NONE] * 3]
+        rows.append(row)
     return table(head, rows)
 
 
@@ -151,19 +112,20 @@ def startup(results: Results) -> str:
     """Return a row per part of a fresh process's start: medians."""
     if not results.starts:
         return ""
-    parts: dict[str, Callable[[int], float]] = {
-        "interpreter": lambda i: results.starts[i].interpreter,
-        "imports": lambda i: results.starts[i].imports,
-        "check of the engine's files": lambda i: results.starts[i].check,
-        "loading the networks": lambda i: results.starts[i].load,
-        "first score": lambda i: results.starts[i].first_score,
-        "second score": lambda i: results.starts[i].second_score or 0.0,
-        "a later score": lambda i: results.starts[i].later_score,
+    parts = {
+        "interpreter": "interpreter",
+        "imports": "imports",
+        "check of the engine's files": "check",
+        "loading the networks": "load",
+        "first score": "first_score",
+        "second score": "second_score",
+        "a later score": "later_score",
     }
-    if results.starts[0].second_score is None:
-        del parts["second score"]
-    indices = range(len(results.starts))
-    rows = [[name, number(1e3 * statistics.median(map(get, indices)))] for name, get in parts.items()]
+    rows = []
+    for text, part in parts.items():
+        seconds = [getattr(start, part) for start in results.starts]
+        if None not in seconds:
+            rows.append([text, _ms(seconds)])
     peaks = [start.peak_mib for start in results.starts if start.peak_mib is not None]
     if peaks:
         rows.append(["peak memory after the first score, MiB", number(statistics.median(peaks))])
@@ -171,7 +133,7 @@ def startup(results: Results) -> str:
 
 
 def soak(results: Results) -> str:
-    """Return how latency and memory went over many images."""
+    """Return how latency and memory changed over many images."""
     if not results.soak or len(results.soak.seconds) < 2:
         return ""
     resident = results.soak.resident_mib
@@ -267,19 +229,19 @@ def _facts(results: Results) -> str:
     if probed:
         count = max(len(ceilings.matmul_gflops), len(ceilings.copy_gbs))
         facts.append(f"ceilings measured in this run, medians of {count}: {', '.join(probed)}")
-    busy = f"others used {results.load.others:.0%} of the CPUs" if results.load.others is not None else ""
+    busy = f"other processes used {results.load.others:.0%} of the CPUs" if results.load.others is not None else ""
     load = (
         f"load {results.load.load_before} before, {results.load.load_after} after" if results.load.load_before else ""
     )
     facts += ["; ".join(filter(None, (busy, load)))] if busy or load else []
     if results.overhead is not None:
-        facts.append(f"the benchmark's own clocks took {results.overhead:.3%} of computing")
+        facts.append(f"reading the clock took {results.overhead:.3%} of computing")
     facts += [f"left out: {text}" for text in results.left_out]
     return "\n".join(f"- {fact}" for fact in facts)
 
 
 def _of_gpu(found: Gpu) -> list[str]:
-    """Return what there is to say of a GPU, leaving out what nobody told."""
+    """Return what is known of a GPU."""
     load = found.load
     clocks = [
         f"{name} clock {number(statistics.median(readings))} of {number(most)} MHz"

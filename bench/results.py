@@ -33,30 +33,30 @@ class Machine:
 
 @dataclass(frozen=True)
 class Load:
-    """What else the machine did while our pipeline was measured; None where the system does not say."""
+    """What else the machine did while our pipeline was measured. None: the system does not say."""
 
     load_before: float | None
     load_after: float | None
-    others: float | None  # CPU time that was not ours, hypervisor's included, as a share of all there was
-    throttled: int | None  # events of thermal limits and of the cgroup's quota
+    others: float | None  # CPU time of other processes and of the hypervisor, as a share of all CPU time
+    throttled: int | None  # how often a thermal limit or the cgroup's quota stopped the CPUs
 
 
 @dataclass(frozen=True)
 class GpuLoad:
-    """What the GPU did while our pipeline was measured: readings amid end-to-end samples, where NVML has one."""
+    """What the GPU did while our pipeline was measured: readings during end-to-end samples, as far as NVML has them."""
 
     celsius: tuple[float, ...]
     sm_clock_mhz: tuple[float, ...]
     memory_clock_mhz: tuple[float, ...]
-    used_mib: tuple[float, ...]  # of its memory, by everybody
-    held_back: dict[str, float] | None  # limit → share of the time for which it held the clocks back
-    reasons: tuple[str, ...]  # for other clocks than the fastest, as NVML calls them
+    used_mib: tuple[float, ...]  # of its memory, by all processes
+    held_back: dict[str, float] | None  # limit → share of the time for which it lowered the clocks
+    reasons: tuple[str, ...]  # why the clocks were not at their maximum, as NVML calls them
     others: tuple[str, ...] | None  # processes beside ours
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """The GPU that ran, and what its data sheet promises: dense fp16 products with float32 sums, its memory's rate."""
+    """The GPU, and what its data sheet promises: rates of dense fp16 products with float32 sums, and of its memory."""
 
     name: str
     compute_capability: str | None
@@ -94,42 +94,41 @@ class Ceilings:
 class Work:
     """What one image costs in a stage."""
 
-    calls: int  # for all images that are computed together
+    calls: int  # for all images of a batch
     gflop: float  # of an image, counted from the graph
-    intensity: float  # FLOP per byte if weights, inputs and outputs cross the memory bus once a call: at most this
+    intensity: float  # FLOP per byte at most: as if weights, inputs and outputs crossed the memory bus once a call
 
 
 @dataclass(frozen=True)
 class DeviceTimes:
-    """Where a score's time goes on a GPU, in seconds per image: one of each per compute sample.
+    """Where a score's time goes on a GPU, in seconds per image: one value of each per compute sample.
 
-    Device times stand between two events on the stream, and hold what it waits for the host in between. What is inside
-    a CUDA graph cannot be told apart, so stages, steps and `kernels` are of scores without one; the rest is of scores
-    as they are when nobody measures, with graphs where they are wanted. No graph holds copies: either way they are the
-    same.
+    A device time is the time between two events on the stream; it includes any wait for the host in between. Nobody can
+    look inside a CUDA graph, so stages, steps and `kernels` are measured on scores without graphs. Everything else is
+    measured on normal scores, with graphs if they are wanted. Graphs hold no copies: those are the same in both.
     """
 
     upload: tuple[float, ...]
     kernels: tuple[float, ...]  # our own: noise, sampler, crops
     download: tuple[float, ...]
-    busy: tuple[float, ...]  # of the stream, copies included
-    wall: tuple[float, ...]  # of these same scores
-    enqueue: tuple[float, ...]  # the host's time in calls that launch and copy; `launching` says what it holds
-    plain: tuple[float, ...]  # computing without graphs, in the same round; empty if there are none anyway
+    busy: tuple[float, ...]  # time in which the stream had work, copies included
+    wall: tuple[float, ...]  # time of the same scores by the clock
+    enqueue: tuple[float, ...]  # the host's time in calls that launch and copy; see `launching`
+    plain: tuple[float, ...]  # computing without graphs, in the same round; empty if no graphs are wanted
     enqueue_plain: tuple[float, ...]
-    joules: tuple[float, ...]  # one per end-to-end sample; empty where nothing counts them
-    buffers_mib: float  # at most, of device memory beside the networks' weights
+    joules: tuple[float, ...]  # one per end-to-end sample; empty if nothing counts them
+    buffers_mib: float  # peak of device memory besides the networks' weights
     graphs: int  # captured
-    late_allocations: int  # pieces of memory for computing that were asked for after the warm-up
-    notes: tuple[str, ...]  # what the scores say of graphs and memory that could not be had
-    computing: tuple[float, ...] = ()  # of `busy`, all but its copies; files from before it was kept have none
+    late_allocations: int  # of memory for computing, after the warm-up
+    notes: tuple[str, ...]  # of the scores, on graphs and memory that they could not get
+    computing: tuple[float, ...] = ()  # `busy` without copies; older files do not have it
 
     @property
     def launching(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """The host's time to launch with graphs, and without: either is empty where nothing is scored so.
+        """The host's time to launch with graphs, and without; empty if nothing is scored that way.
 
-        Without, it may hold waiting: a stream takes about a thousand launches ahead of what it does, and from then on
-        each waits for room. With the GPU busy all the time, the host then seems to be launching all the time.
+        Without graphs it may include waiting: a stream's queue holds about a thousand launches, and when it is full
+        every launch waits for room. The host then seems to launch for as long as the GPU is busy.
         """
         return (self.enqueue, self.enqueue_plain) if self.plain and self.graphs else ((), self.enqueue)
 
@@ -145,11 +144,11 @@ class Case:
     workers: int
     mode: str  # of restoration, as carried out
     images: tuple[str, ...]
-    end_to_end: tuple[float, ...]  # files in, scores out: one sample per round
-    compute: tuple[float, ...]  # pixels in, score out: one per image (or batch of them) and round
-    stages: dict[str, tuple[float, ...]]  # the part of each compute sample that a stage took; on a GPU device time
-    step_seconds: tuple[tuple[float, ...], ...]  # by step in the order run: a U-Net call, one per compute sample
-    work: dict[str, Work]  # by stage; empty where it could not be counted
+    end_to_end: tuple[float, ...]  # from files to scores: one sample per round
+    compute: tuple[float, ...]  # from pixels to scores: one sample per image (or batch) and round
+    stages: dict[str, tuple[float, ...]]  # the part of each compute sample that a stage took; on a GPU, device time
+    step_seconds: tuple[tuple[float, ...], ...]  # for each step, in the order run: its U-Net call in every sample
+    work: dict[str, Work]  # by stage; empty if it could not be counted
     uncounted: str | None  # why
     batch: int = 1  # images that are restored together
     device: DeviceTimes | None = None  # on a GPU
@@ -180,7 +179,7 @@ class Case:
 
     @cached_property
     def whole(self) -> tuple[float, ...]:
-        """What the stages are parts of: a compute sample, on a GPU all that it did for a score without graphs."""
+        """The whole that the stages are parts of: a compute sample; on a GPU, all work for a score without graphs."""
         if not self.device:
             return self.compute
         d = self.device
@@ -188,7 +187,7 @@ class Case:
 
     @cached_property
     def computing(self) -> tuple[float, ...]:
-        """What a score takes without copies, on a GPU of its time, as it is when nobody measures."""
+        """The time of a score without copies; on a GPU, its device time in a normal score."""
         if not self.device:
             return self.compute
         if self.device.computing:
@@ -198,21 +197,21 @@ class Case:
 
     @property
     def outside(self) -> float:
-        """The share of that time that no network took: noise, sampler, crops, sums, on a GPU copies too."""
+        """The share of `whole` that no network took: noise, sampler, crops, sums; on a GPU copies too."""
         parts = zip(self.whole, zip(*self.stages.values(), strict=True), strict=True)
         shares: list[float] = [1 - sum(stages) / whole for whole, stages in parts]
         return statistics.median(shares)
 
     @property
     def idle(self) -> float | None:
-        """The share of a score's time for which the GPU's stream had nothing to do; gaps inside a graph not counted."""
+        """The share of a score's time in which the GPU's stream had no work; gaps inside a graph are not seen."""
         if not self.device:
             return None
         return statistics.median(1 - a / b for a, b in zip(self.device.busy, self.device.wall, strict=True))
 
     @property
     def without_graph(self) -> float | None:
-        """How many times as long computing takes without CUDA graphs."""
+        """The time of computing without CUDA graphs, as a multiple of the time with them."""
         if not self.device or not self.device.plain:
             return None
         return statistics.median(a / b for a, b in zip(self.device.plain, self.compute, strict=True))
@@ -224,7 +223,7 @@ class Case:
         return 1e3 * statistics.median(map(statistics.fmean, samples)) if samples else None
 
     def gflops(self, stage: str | None = None) -> float | None:
-        """The rate of a stage, or of the whole score, at the median time; None where work was not counted."""
+        """The rate of a stage, or of the whole score, at the median time; None if the work was not counted."""
         if not self.work:
             return None
         if stage is None:
@@ -234,7 +233,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Start:
-    """One fresh process, in seconds: each part after the one before."""
+    """One fresh process: the seconds of each part, in order."""
 
     interpreter: float
     imports: float
@@ -243,16 +242,16 @@ class Start:
     first_score: float
     later_score: float
     peak_mib: float | None  # after the first score
-    second_score: float | None = None  # on a GPU, where it captures the graphs if any are wanted
+    second_score: float | None = None  # on a GPU, where it captures the graphs
 
 
 @dataclass(frozen=True)
 class PeerCase:
-    """One peer on one case: seconds per image, files in and scores out; one sample per image and round."""
+    """One peer on one case: seconds per image from file to score, one sample per image and round."""
 
     case: str
     seconds: tuple[float, ...]
-    drift: float | None  # largest difference of its scores from ours
+    drift: float | None  # mean difference of its scores from ours
     allowed: float | None  # what it may be
 
 
@@ -263,8 +262,8 @@ class Peer:
     name: str
     precision: str
     version: str | None
-    problem: str | None  # why it is missing, how it failed, or how it disagrees; None if its speed counts
-    skipped: bool  # not here, which is no failure
+    problem: str | None  # why it is missing, how it failed or how it disagrees; None: its speed counts
+    skipped: bool  # it cannot run here, which is no failure
     ready_seconds: float | None  # from the start of its process: imports, loading, compiling
     peak_mib: float | None
     cases: tuple[PeerCase, ...]
@@ -272,7 +271,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Soak:
-    """Many images in a row: seconds each, and resident memory now and then."""
+    """Many images in a row: the seconds of each, and readings of resident memory."""
 
     seconds: tuple[float, ...]  # per image, a value for every batch
     resident_mib: tuple[float, ...]
@@ -285,7 +284,7 @@ class Soak:
 
     @property
     def drift(self) -> float:
-        """How much longer the later half of two or more values took, as a share."""
+        """How much longer the later half took, as a share; of at least two values."""
         half = len(self.seconds) // 2
         return statistics.median(self.seconds[half:]) / statistics.median(self.seconds[:half]) - 1
 
@@ -306,7 +305,7 @@ class Results:
     starts: tuple[Start, ...]
     peers: tuple[Peer, ...]
     soak: Soak | None
-    overhead: float | None  # of the benchmark's own clocks, as a share of compute time
+    overhead: float | None  # time that reading the clock takes, as a share of computing
     left_out: tuple[str, ...]  # images that could not be read
     not_measured: dict[str, str]  # figure → why
     gpu: Gpu | None = None
@@ -337,14 +336,14 @@ class Results:
 
     @property
     def roof(self) -> tuple[float, float] | None:
-        """GFLOP/s and GB/s at most: what was probed, else what the data sheet promises."""
+        """The most GFLOP/s and GB/s: as probed, else as the data sheet promises."""
         gflops = self.peak_gflops or (1e3 * self.gpu.sheet_tflops if self.gpu and self.gpu.sheet_tflops else None)
         gbs = self.peak_gbs or (self.gpu.sheet_gbs if self.gpu else None)
         return (gflops, gbs) if gflops and gbs else None
 
     @property
     def measured(self) -> tuple[Case, ...]:
-        """The cases that have samples of both kinds: an interrupted run may have others."""
+        """The cases that have samples of both kinds; an interrupted run may have others."""
         return tuple(case for case in self.cases if case.compute and case.end_to_end)
 
 
@@ -371,7 +370,7 @@ def read(path: Path) -> Results:
 
 
 def _device_digest(case: Case) -> dict[str, Any] | None:
-    """Return the figures that trtexec has, and those of graphs and energy; of cases on the CPU nothing."""
+    """Return the figures that trtexec shows, and those of graphs and energy; None for a case on the CPU."""
     d = case.device
     if not d:
         return None
@@ -398,7 +397,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def _digest(results: Results) -> dict[str, Any]:
-    """Return the figures people look for, for those who read the file without this program."""
+    """Return the main figures, for people who read the file without this program."""
     cases = []
     for case in results.measured:
         end_to_end, compute = case.end_to_end_summary, case.compute_summary

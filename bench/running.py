@@ -1,9 +1,9 @@
-"""What runs the cases, on the host or on a GPU, and where the time of a score goes there."""
+"""The engine under the clock, on the host or on a GPU: it scores, and tells where the time went."""
 
 import contextlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,7 @@ Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class DeviceSample:
-    """A row of `results.DeviceTimes`; none of `plain` and `enqueue_plain` where scores run without graphs anyway."""
+    """One row of `results.DeviceTimes`. `plain` and `enqueue_plain` are None if no graphs are wanted."""
 
     upload: float
     kernels: float
@@ -45,52 +45,12 @@ class DeviceSample:
 
 @dataclass(frozen=True)
 class Sample:
-    """A score under the clock, or several that were computed together: seconds per image."""
+    """One score, or one batch of them, under the clock: seconds per image."""
 
     seconds: float
     stages: dict[StageName, float]
-    steps: list[float]  # U-Net calls, by step in the order run: each as it was, whatever it was of
+    steps: list[float]  # one U-Net call per step, in the order run; a call may serve a whole batch
     device: DeviceSample | None = None
-
-
-class CaseRunner(Protocol):
-    """A scorer for one case."""
-
-    scorer: Scorer
-    timed_calls: int  # that the clock was read around, in the last sample
-    calls: dict[StageName, int]  # of networks, in the last sample
-
-    def warm_up(self, pixels: Sequence[Pixels], options: Options) -> None:
-        """Score until nothing is done for the first time any more."""
-
-    def take(self, pixels: Sequence[Pixels], options: Options) -> Sample:
-        """Score images, all at once, and tell where the time went."""
-
-    def close(self) -> None:
-        """Free what this case alone has."""
-
-
-class Runtime(Protocol):
-    """An engine that is loaded once for all cases."""
-
-    name: str  # of the backend, as records have it
-    precision: str  # of the networks, as contenders call it
-
-    @property
-    def item_bytes(self) -> int:
-        """The size of the numbers that networks compute with, as far as that is one size."""
-
-    def joules(self) -> float | None:
-        """Return the energy that was spent since some time in the past, where something counts it."""
-
-    def glance(self) -> None:
-        """Take note of the state of what runs the networks; called while they run."""
-
-    def case(self, manifest: Manifest, batch: int, clock: Clock) -> CaseRunner:
-        """Return what runs one case, which differs from the engine in its steps."""
-
-    def close(self) -> None:
-        """Free the engine, after its cases."""
 
 
 class HostRuntime:
@@ -98,18 +58,12 @@ class HostRuntime:
 
     precision = "fp32"  # of the engine's files
     item_bytes = 4
+    watch = None  # the energy of CPUs is for the system's administrator to read
 
     def __init__(self, directory: EngineDirectory, backend: HostBackend) -> None:
         spinning = isinstance(backend, OnnxRuntime) and backend.spinning
         self.name = backend.name + (", idle threads wait busily" if spinning else "")
         self._stages = load_stages(directory, backend)
-
-    def joules(self) -> float | None:
-        """Return nothing: that of the CPUs is for the system's administrator to read."""
-        return None
-
-    def glance(self) -> None:
-        """Take note of nothing: the watch over the CPUs counts what happens between two readings."""
 
     def case(self, manifest: Manifest, batch: int, clock: Clock) -> "HostCase":
         """Return a case on buffers of its own."""
@@ -126,11 +80,11 @@ class HostCase:
     def __init__(self, manifest: Manifest, stages: Mapping[StageName, StageRunner], clock: Clock) -> None:
         self._timed, self._clock, self._steps = timed_stages(stages, clock), clock, manifest.schedule.steps
         self.scorer = Scorer(manifest, self._timed, backend="bench")
-        self.timed_calls = 0
-        self.calls: dict[StageName, int] = {}
+        self.timed_calls = 0  # around which the last sample read the clock
+        self.calls: dict[StageName, int] = {}  # of networks, in the last sample
 
     def warm_up(self, pixels: Sequence[Pixels], options: Options) -> None:
-        """Score one image: buffers are bound, caches filled."""
+        """Score one image, to bind buffers and fill caches."""
         self.scorer.score(pixels[0], options)
 
     def take(self, pixels: Sequence[Pixels], options: Options) -> Sample:
@@ -151,7 +105,7 @@ class HostCase:
 
 
 class DeviceRuntime:
-    """Networks on a GPU, and what is told of it. Raises as `load` does where there is none."""
+    """Networks on a GPU, and a watch over that GPU. Without a GPU it raises what `load` raises."""
 
     def __init__(self, directory: EngineDirectory, backend: GpuBackend) -> None:
         self.watch = GpuWatch(backend.device)
@@ -164,19 +118,11 @@ class DeviceRuntime:
 
     @property
     def item_bytes(self) -> int:
-        """The size of the U-Net's numbers where it is joined to the others; of the first stage's, without one."""
+        """Bytes of a number at the U-Net's inputs; without a U-Net, at those of the first stage."""
         from ..runtime.gpu.layer import ITEM_BYTES
 
         first = self._loaded.get(StageName.UNET) or next(iter(self._loaded.values()))
         return ITEM_BYTES[first.built.inputs[0].dtype]
-
-    def joules(self) -> float | None:
-        """Return the energy that the GPU's counter shows."""
-        return self.watch.joules()
-
-    def glance(self) -> None:
-        """Read clocks and temperature."""
-        self.watch.glance()
 
     def case(self, manifest: Manifest, batch: int, clock: Clock) -> "DeviceCase":
         """Return a case on memory of its own."""
@@ -220,13 +166,13 @@ class DeviceCase:
         return self.layer.allocations - self._warm
 
     def warm_up(self, pixels: Sequence[Pixels], options: Options) -> None:
-        """Score three times: the first time binds, the second captures, the third replays."""
+        """Score three times: the first score binds, the second captures, the third replays."""
         for _ in range(3):
             self._score(pixels, options)
         self._warm = self.layer.allocations
 
     def take(self, pixels: Sequence[Pixels], options: Options) -> Sample:
-        """Score as it is, and again to look closer: without graphs, and with events around all that is launched."""
+        """Score normally, then with events around every launch; where graphs are wanted, both again without them."""
         from .device_timing import DOWNLOAD, KERNELS, UPLOAD
 
         count, layer = len(pixels), self.layer
@@ -270,7 +216,7 @@ class DeviceCase:
         self.scorer.close()
 
     def _score(self, pixels: Sequence[Pixels], options: Options, scorer: Scorer | None = None) -> float:
-        """Score images and return the seconds it took; what the layer has noted is of this score."""
+        """Score images and return the seconds; the layer's times are then those of this score."""
         self.layer.reset()
         start = self._clock()
         score = (scorer or self.scorer).score
@@ -304,13 +250,16 @@ class _WithoutGraphs:
         return self._executor.run_together(tasks, plan, cancelled, pictures=pictures, form=Form.NONE)
 
 
-def open_runtime(directory: EngineDirectory, backend: Backend) -> HostRuntime | DeviceRuntime:
+Runtime = HostRuntime | DeviceRuntime
+
+
+def open_runtime(directory: EngineDirectory, backend: Backend) -> Runtime:
     """Load an engine. Raises BackendError or EngineError where this machine cannot run it."""
     return DeviceRuntime(directory, backend) if isinstance(backend, GpuBackend) else HostRuntime(directory, backend)
 
 
 def import_libraries(backend: Backend) -> None:
-    """Import what runs the networks, so that its time is told apart from loading. Raises BackendError without it."""
+    """Import the library that runs the networks, apart from loading them. Raises BackendError if it is missing."""
     if not isinstance(backend, GpuBackend):
         _ = backend.name
         return
@@ -323,6 +272,6 @@ def import_libraries(backend: Backend) -> None:
 
 
 def _by_step(calls: Mapping[StageName, Sequence[float]], steps: int) -> list[float]:
-    """Return the mean over windows, and batches of them, of every step's call."""
+    """Return the mean call of every step, over windows and batches of them."""
     unet = np.array(calls.get(StageName.UNET, ()))
     return list(unet.reshape(-1, steps).mean(axis=0).tolist()) if unet.size else []

@@ -1,4 +1,4 @@
-"""What samples of a duration say, and whether their median would come out the same again."""
+"""Statistics of samples, and whether another run would have the same median."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ import numpy.typing as npt
 
 Samples = npt.NDArray[np.float64]
 
-LIMIT = 0.03  # medians of two runs may differ by so much, as a share, and be called the same
+LIMIT = 0.03  # medians that differ by no larger share count as the same
 CV_LIMIT = 0.05
-DEVICE_CV_LIMIT = 0.025  # of computing on a GPU: trtexec's
-FEWEST = 5  # samples: fewer can hide anything
+DEVICE_CV_LIMIT = 0.025  # for computing on a GPU: trtexec's limit
+FEWEST = 5  # samples that can be judged
 _RESAMPLES = 1000
 
 
@@ -31,11 +31,11 @@ class Summary:
 
 @dataclass(frozen=True)
 class Stability:
-    """How far the median can be trusted; shares, not percent. `problems` is empty if it can."""
+    """How far to trust the median, as shares. `problems` is empty if it can be trusted."""
 
-    drift: float  # the median of the later half over that of the earlier half, less one
-    split: float  # the same for every second sample over the others: no drift hides here, only noise
-    repeat: float  # medians of two such runs differ by less than this, 19 times in 20
+    drift: float  # median of the later half / median of the earlier half − 1
+    split: float  # the same of every second sample and the others: noise without drift
+    repeat: float  # in 19 of 20 pairs of such runs the medians differ by less
     problems: tuple[str, ...]
 
 

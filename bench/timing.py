@@ -1,4 +1,4 @@
-"""Stages that note how long each of their calls takes."""
+"""Stages on the host that time each of their calls."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from ..runtime.executor import Call, StageRunner
 FloatArray = npt.NDArray[np.float32]
 Clock = Callable[[], float]
 
-SETTLE = 0.05  # seconds until somebody else is measured: threads may wait busily for milliseconds after their work
+SETTLE = 0.05  # seconds before another is measured: idle threads may spin for milliseconds after their work
 
 
 class TimedStage:
@@ -23,7 +23,7 @@ class TimedStage:
         self.spent: list[float] = []
 
     def bind(self, inputs: Mapping[str, FloatArray], outputs: Mapping[str, FloatArray]) -> Call:
-        """Bind the stage itself, and return its call with a clock around."""
+        """Bind the stage, and return its call with a clock around it."""
         call, clock, spent = self._stage.bind(inputs, outputs), self._clock, self.spent
 
         def timed() -> None:

@@ -1,7 +1,7 @@
-"""A whole score in PyTorch with everything in one device's memory: what one would write who knows PyTorch well.
+"""A whole score in PyTorch, in the memory of one device: the program that somebody who knows PyTorch well would write.
 
-The networks are those that we export, merged alike. State, noise, taps and crops never leave the device; its float32
-sampler takes the steps of `runtime/host/sampler.py`. An image is uploaded once, and its scores come back.
+The networks are those that we export. State, noise, taps and crops never leave the device. The float32 sampler takes
+the steps of `runtime/host/sampler.py`. The image is uploaded once, and only scores come back.
 """
 
 import contextlib
@@ -39,11 +39,11 @@ _WARM_UP = 3  # calls before a capture: cuDNN chooses its algorithms, and cuBLAS
 
 
 class Way(enum.StrEnum):
-    """What makes PyTorch fast."""
+    """How PyTorch is made fast."""
 
     EAGER = "eager"
-    # Eager kernels, a step recorded as one CUDA graph. Not `torch.compile`'s mode "reduce-overhead": "max-autotune" is
-    # that and more, while this shows what launches alone cost, and works where Inductor does not.
+    # Eager kernels, with each step recorded as one CUDA graph. This shows the cost of launches alone, and works where
+    # Inductor does not. `torch.compile`'s mode "reduce-overhead" is left out, as "max-autotune" includes it.
     GRAPH = "CUDA graph"
     COMPILED = "torch.compile"
     TENSORRT = "Torch-TensorRT"
@@ -53,7 +53,7 @@ def prepare(device: torch.device) -> None:
     """Set PyTorch up for a GPU, in the whole process."""
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True
-    # float32 is what ours computes in. In their old spelling: mixing both is an error, and libraries still use this.
+    # Ours computes in float32. These are the settings' old names: libraries still use them, and mixing is an error.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
 
@@ -116,9 +116,8 @@ class TorchScorer:
     def _draw(self, seed: int, steps: int, plane: Tensor) -> Tensor:
         """Return the noise of steps 1 … T as (T, 3, H, W).
 
-        All of it at once and on the device, as part of the score's time: drawn on the host, as the CPU's peers do, it
-        would take longer than a GPU's networks. Each step of a 224×224 image has 0.6 MB of it; scratch takes some ten
-        times as much.
+        All noise is drawn at once, on the device, within the score's time. On the host it would take longer than the
+        networks on a GPU. A step of a 224×224 image has 0.6 MB of noise; scratch memory takes about ten times as much.
         """
         _, _, height, width = plane.shape
         low, high = split_seed(seed)
@@ -134,7 +133,7 @@ class TorchScorer:
 def normals(keys: Tensor, blocks: Tensor, steps: Tensor) -> Tensor:
     """Return the normals of `engine/noise.py`: round keys (10, 2), blocks (n,), steps (T, 1), int64 → (T, n, 4).
 
-    Of a product of two 32-bit words only the bits are used, which wrapping around int64 leaves as they are.
+    Products of two 32-bit words may overflow int64; that does not change the bits that are used.
     """
     c0, c1, c2, c3 = blocks, steps, torch.zeros_like(blocks), torch.zeros_like(blocks)
     for i in range(ROUNDS):
@@ -156,8 +155,8 @@ class _Step(nn.Module):
     def __init__(self, unet: UNet, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        # Cast once: autocast would do it for every image, and for every step where it is compiled. The noise level
-        # stays float32; so do BatchNorms, whose variances need not fit 16 bits.
+        # Cast once: autocast would cast for every image, and for every step if compiled. The noise level stays float32;
+        # so do BatchNorms, as their variances may not fit 16 bits.
         for name, part in unet.named_modules():
             if isinstance(part, nn.Conv2d | nn.Linear | nn.GroupNorm) and not name.startswith("noise_level_mlp"):
                 part.to(dtype)
@@ -183,7 +182,7 @@ class _Cast(nn.Module):
 
 
 class _Heads(nn.Module):
-    """ViT and both branches. They run once an image, so autocast serves; on a GPU it keeps norms, sums in float32."""
+    """ViT and both branches. They run once per image, so autocast is enough; on a GPU it keeps norms, sums float32."""
 
     def __init__(
         self, modules: Mapping[StageName, nn.Module], config: ModelConfig, device: str, dtype: torch.dtype
@@ -219,8 +218,8 @@ def _fast(function: Function, way: Way, *, network: bool = True) -> Function:
     if way is Way.GRAPH:
         return _Captured(function)
     if way is Way.TENSORRT and network:
-        # Types are those of the weights. PyTorch runs the operators that TensorRT does not support, which no option
-        # forbids, but not those that it does, however few lie together; an engine that cannot be built is an error.
+        # Types are those of the weights. PyTorch runs only operators that TensorRT does not support (no option forbids
+        # that); even a single supported operator goes to TensorRT. An engine that cannot be built is an error.
         options = {
             "use_explicit_typing": True,
             "disable_tf32": True,
@@ -232,18 +231,18 @@ def _fast(function: Function, way: Way, *, network: bool = True) -> Function:
 
 
 def _compiled(function: Function, **how: Any) -> Function:
-    # Whole graphs only: with more shapes than it keeps, PyTorch would else go on uncompiled without a word.
+    # Whole graphs only: otherwise PyTorch silently stops compiling after a few shapes.
     fast: Function = torch.compile(function, dynamic=False, fullgraph=True, **how)
 
     def call(*inputs: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call, unused-ignore]
-        return fast(*inputs).clone()  # its next call writes where this one did
+        return fast(*inputs).clone()  # the next call overwrites this memory
 
     return call
 
 
 class _Captured:
-    """A function as CUDA graphs, one for each set of shapes that it has met."""
+    """A function as CUDA graphs, one for each set of shapes."""
 
     def __init__(self, function: Function) -> None:
         self._function = function
@@ -257,7 +256,7 @@ class _Captured:
         for target, value in zip(held, inputs, strict=True):
             target.copy_(value)
         graph.replay()
-        return out.clone()  # the next replay writes where this one did
+        return out.clone()  # the next replay overwrites this memory
 
     def _capture(self, held: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call, unused-ignore]

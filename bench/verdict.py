@@ -7,12 +7,12 @@ from .gpu import POWER_LIMIT, POWER_REASON
 from .results import Case, DeviceTimes, GpuLoad, Peer, Results
 from .stats import judge
 
-OTHERS_LIMIT = 0.05  # of all CPU time: above it, figures are of a shared machine
-OUTSIDE_LIMIT = 0.01  # of a score's time, which may pass outside the networks
+OTHERS_LIMIT = 0.05  # of all CPU time, which other processes may use
+OUTSIDE_LIMIT = 0.01  # of a score's time, which may be spent outside the networks
 OVERHEAD_LIMIT = 0.005  # of computing, which the benchmark's own clocks may take
-LAUNCH_LIMIT = 0.8  # of the GPU's time, which launching graphs may take before it shows; trtexec's
-IDLE_LIMIT = 0.03  # of a score's time, for which the GPU may have nothing to do
-HELD_LIMIT = 0.01  # of the time, for which a limit may hold the GPU's clocks back
+LAUNCH_LIMIT = 0.8  # of the GPU's time, which the host may take to launch graphs; trtexec's limit
+IDLE_LIMIT = 0.03  # of a score's time, for which the GPU may be idle
+HELD_LIMIT = 0.01  # of the time, for which a limit may lower the GPU's clocks
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How much longer a peer takes than we do on a case, when their scores agree."""
+    """How much longer a peer takes than we do on one case; only of peers whose scores agree with ours."""
 
     peer: str
     case: str
@@ -54,7 +54,7 @@ def judge_results(results: Results) -> Verdict:
         problems += [f"{ratio.case}, {ratio.peer} over ours: {text}." for text in stability.problems]
     load = results.load
     if load.others is not None and load.others > OTHERS_LIMIT:
-        problems.append(f"Others used {load.others:.0%} of the CPUs meanwhile: stop them, or choose a quieter machine.")
+        problems.append(f"Other processes used {load.others:.0%} of the CPUs: stop them, or use a quieter machine.")
     if load.throttled:
         problems.append(f"A thermal limit or a CPU quota held the CPUs back {load.throttled} times.")
     problems += _of_gpu(results)
@@ -102,14 +102,14 @@ def _remarks(results: Results) -> list[str]:
 
 
 def _of_gpu(results: Results) -> list[str]:
-    """Return why figures of a GPU are not to be trusted."""
+    """Return the reasons not to trust the figures of a GPU."""
     problems = [f"{case.name}: {note}." for case in results.measured if case.device for note in case.device.notes]
     if not results.gpu:
         return problems
     load = results.gpu.load
     if load.others:
         others = ", ".join(load.others)
-        problems.append(f"Others computed on the GPU meanwhile: {others}. Stop them, or choose another GPU.")
+        problems.append(f"Other processes computed on the GPU: {others}. Stop them, or use another GPU.")
     held = {limit: share for limit, share in _held(load).items() if limit != POWER_LIMIT}
     problems += [
         f"The GPU's {limit} held its clocks back for {share:.0%} of the time." for limit, share in held.items()
@@ -121,7 +121,7 @@ def _of_gpu(results: Results) -> list[str]:
 
 
 def _of_power(load: GpuLoad) -> str | None:
-    """Return what to know of a GPU at its power limit. Much arithmetic brings any there: no reason to doubt figures."""
+    """Return a remark on the power limit. Much arithmetic brings every GPU there: no reason to doubt figures."""
     share = _held(load).get(POWER_LIMIT)
     if share is None and POWER_REASON not in load.reasons:
         return None
@@ -130,7 +130,7 @@ def _of_power(load: GpuLoad) -> str | None:
 
 
 def _held(load: GpuLoad) -> dict[str, float]:
-    """Return the shares of the time for which limits held the clocks back, where they are worth a word."""
+    """Return each limit that held the clocks back for long enough to matter, and its share of the time."""
     return {limit: share for limit, share in (load.held_back or {}).items() if share > HELD_LIMIT}
 
 
@@ -148,20 +148,20 @@ def _of_case(results: Results, case: Case) -> list[str]:
         text += f" and runs at {shares}; {bound} bounds it"
     remarks.append(f"{text}.")
     if (outside := case.outside) > OUTSIDE_LIMIT:
-        of_host = f"Host-bound in part: {outside:.1%} of a score passes outside the networks."
+        of_host = f"Host-bound in part: {outside:.1%} of a score's time is spent outside the networks."
         of_gpu = f"Noise, sampler, crops and copies take {outside:.1%} of the GPU's time."
         remarks.append(of_gpu if case.device else of_host)
     if case.without_graph:
         remarks.append(f"Without CUDA graphs computing takes {case.without_graph:.2f} times as long.")
     if (more := statistics.median(case.end_to_end) / statistics.median(case.compute) - 1) > OUTSIDE_LIMIT:
-        remarks.append(f"Reading files shows: end to end takes {more:.1%} longer than computing.")
+        remarks.append(f"Reading files costs time: end to end takes {more:.1%} longer than computing.")
     return remarks
 
 
 def _limits(case: Case, times: DeviceTimes) -> list[str]:
-    """Return what keeps a GPU from its work; the first two are what trtexec warns of.
+    """Return what keeps a GPU from its work; trtexec warns of the first two.
 
-    Launching is judged with graphs alone: without, its time holds waiting too (`DeviceTimes.launching`).
+    Launching is judged only with graphs: without them its time includes waiting (`DeviceTimes.launching`).
     """
     remarks = []
     (launching, _), busy = times.launching, statistics.median(times.busy)
@@ -173,7 +173,7 @@ def _limits(case: Case, times: DeviceTimes) -> list[str]:
     if (idle := case.idle or 0.0) > IDLE_LIMIT:
         remarks.append(f"the GPU has nothing to do for {idle:.1%} of a score.")
     if times.late_allocations:
-        remarks.append(f"memory was asked for {times.late_allocations} times after the warm-up.")
+        remarks.append(f"it allocated memory {times.late_allocations} times after the warm-up.")
     return remarks
 
 

@@ -1,4 +1,4 @@
-"""What an image costs: FLOPs counted from the ONNX graphs, and the bytes that must at least be moved for them."""
+"""The work for an image: FLOPs, counted from the ONNX graphs, and the bytes that they move at least."""
 
 import math
 from collections.abc import Mapping
@@ -20,9 +20,9 @@ def count_work(
     images: int = 1,
     item_bytes: int = _FLOAT,
 ) -> tuple[dict[str, Work], str | None]:
-    """Return what each stage does for one image under a plan; or nothing, and why.
+    """Return the work of each stage for one image; if it cannot be counted, an empty dict and the reason.
 
-    `calls` says how often each stage runs for so many `images`: by default once for every window, step and crop.
+    `calls` has how often each stage ran for so many `images`; by default once for every window, step and crop.
     """
     kinds, calls = len(directory.manifest.kinds), calls or {}
     window = plan.windows[0]  # all are of one size
@@ -51,7 +51,7 @@ def count_work(
 
 @lru_cache(maxsize=32)
 def _unet_macs(path: Path, height: int, width: int) -> int:
-    """Count the MACs at a size; the manifest has them for crops alone, and attention grows with the square."""
+    """Count the MACs at a size. The manifest has them for crops; attention grows with the square of the pixels."""
     import onnx
 
     from ..export.macs import count_macs

@@ -11,19 +11,19 @@ from ..errors import OutputError
 
 
 def check_folder_of(file: Path, what: str = "") -> None:
-    """Raise OutputError if there is no folder to write `file` (called `what`) into: better now than after an hour."""
+    """Raise OutputError if the folder of `file` does not exist. Call it before a long run, not after."""
     if not file.resolve().parent.is_dir():
         raise OutputError(f"cannot write {what}{file}: there is no folder {file.parent}; create it first")
 
 
 @contextlib.contextmanager
 def replacing(path: Path, *, by_way_of: Path | None = None) -> Iterator[BinaryIO]:
-    """Yield a stream that takes the place of `path` when the block ends well; what was there before stays till then.
+    """Yield a stream whose file replaces `path` when the block ends without an error; until then `path` stays as it is.
 
-    A killed process leaves the temporary file behind. Where only one process writes, `by_way_of` names it, and the next
-    call removes what the last one left.
+    A killed process leaves the temporary file behind. If only one process writes here, `by_way_of` can give that file a
+    fixed name: then the next call removes it.
     """
-    # A name of its own and not `path` with a suffix: that could be too long, or meet another run's.
+    # A random name, not `path` with a suffix: that could be too long, or be the name of another run's file.
     temporary = by_way_of or path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         temporary.unlink(missing_ok=True)
@@ -45,7 +45,7 @@ def locked(folder: Path) -> Iterator[bool]:
     """Hold the lock on `folder`; yield False if another process has it, or moved the folder away meanwhile."""
     try:
         import fcntl
-    except ImportError:  # Windows: two writers at once are the user's to avoid
+    except ImportError:  # Windows has no such lock: users must not write twice at once
         yield True
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -61,7 +61,7 @@ def locked(folder: Path) -> Iterator[bool]:
 
 
 def sync(path: Path) -> None:
-    """Have a file or folder reach the disk."""
+    """Write a file or folder through to the disk."""
     if os.name == "nt":  # Windows opens no directories, and syncs only files open for writing
         return
     descriptor = os.open(path, os.O_RDONLY)

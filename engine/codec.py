@@ -1,8 +1,8 @@
-"""Frozen dataclasses to JSON values and back, strictly: the one way our files are read and written.
+"""Frozen dataclasses to JSON values and back, strictly. All our JSON files are read and written by it.
 
 Handles nested dataclasses, enums, tuples, `dict[str, T]`, optionals and JSON scalars. Unknown keys, missing keys and
-values of the wrong type are errors that name the place (`manifest.stages[2].macs`), so that a damaged or hostile
-file is refused before anything acts on it.
+values of the wrong type are errors that name the place (`manifest.stages[2].macs`). So a damaged or hostile file is
+refused before anything uses it.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(cls: type[T], data: Any, where: str, error: Callable[[str], Exception]) -> T:
-    """Build a `cls` from JSON values; `error(message)` makes the exception that is raised when they do not fit."""
+    """Build a `cls` from JSON values. If they do not fit, the exception is what `error(message)` returns."""
     value: T = _decode(cls, data, where, error)
     return value
 
@@ -107,7 +107,7 @@ def _expect(ok: bool, where: str, what: str, data: Any, error: Callable[[str], E
 
 
 def shown(value: Any) -> str:
-    """Return a value from a file as an error message may quote it: short, on one line."""
+    """Return a value from a file as an error message can quote it: short, on one line."""
     try:
         text = repr(value)
     except ValueError:  # an integer of more digits than Python prints

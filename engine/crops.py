@@ -12,7 +12,7 @@ class Crop:
 
 
 def crop_grid(height: int, width: int, size: int, count: int) -> tuple[Crop, ...]:
-    """Return `count` crops of `size`×`size` spread evenly over an image; fewer if there is no room for as many.
+    """Return `count` crops of `size`×`size`, spread evenly over an image; fewer if the image has no room for so many.
 
     Rows of crops run from border to border. Two or three crops lie on the diagonal, which touches all four borders;
     one lies in the middle.

@@ -2,13 +2,13 @@
 
     manifest.json                     everything below, and size and SHA-256 of every file
     onnx/{unet,vit,vcg,vda}.onnx      float32, portable, self-contained
-    tensorrt/BUILD/STAGE.engine       optional: engines made of these for one library version, GPU and precision
-    tensorrt/BUILD/plan.json          … and which nodes stayed float32, and why
-    tensorrt/BUILD/build.log          … and what parser and builder said
-    tensorrt/BUILD/timing.cache       … and, where the library has one, what its builder measured
+    tensorrt/BUILD/STAGE.engine       optional: engines built from them for one library version, GPU and precision
+    tensorrt/BUILD/plan.json          which nodes stayed float32, and why
+    tensorrt/BUILD/build.log          the messages of parser and builder
+    tensorrt/BUILD/timing.cache       the measurements of the builder, if the library keeps any
 
-Nothing in it is pickled or executed; ONNX files and engines are loaded only if their hash stands in the manifest. The
-writers are `export/engine.py` and, of `builds` and `tensorrt/`, `export/tensorrt.py`.
+Nothing in it is pickled or executed. ONNX files and engines are loaded only if the manifest has their hash.
+`export/engine.py` writes the directory; `export/tensorrt.py` writes `builds` and `tensorrt/`.
 """
 
 import enum
@@ -50,7 +50,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An input or output of a stage. A dimension is a number, or the name of one that is free."""
+    """An input or output of a stage. A dimension is a number, or a name if its size is free."""
 
     name: str
     dtype: str
@@ -100,7 +100,7 @@ class Library(enum.StrEnum):
 
 
 class Precision(enum.StrEnum):
-    """What an engine computes in, but for the nodes its plan keeps in float32."""
+    """The precision of an engine, except for nodes that its plan keeps in float32."""
 
     FP32 = "fp32"
     FP16 = "fp16"
@@ -109,7 +109,7 @@ class Precision(enum.StrEnum):
 
 @dataclass(frozen=True)
 class ShapeRange:
-    """The shapes of one input: valid from minimum to maximum, fastest at the optimum. All three equal: static."""
+    """The shapes that one input may have, and the shape for which it is fastest. All three are equal if it is fixed."""
 
     minimum: tuple[int, ...]
     optimum: tuple[int, ...]
@@ -118,7 +118,7 @@ class ShapeRange:
 
 @dataclass(frozen=True)
 class BuiltStage:
-    """One engine: what it was made from, its file and signature, and how far its rounding drifts."""
+    """One engine: its source, its file and signature, and how far it differs from float32."""
 
     name: StageName
     onnx_sha256: str  # of the float32 stage it was made from
@@ -126,7 +126,7 @@ class BuiltStage:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     profiles: tuple[dict[str, ShapeRange], ...]  # by input, in the order of the engine's optimization profiles
-    drift: tuple[Check, ...]  # from the float32 stage, on random inputs; empty for fp32
+    drift: tuple[Check, ...]  # its differences from the float32 stage on random inputs; empty for fp32
 
     def sizes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
         """Return the sizes that the shapes of its inputs give the free dimensions."""
@@ -137,12 +137,12 @@ class BuiltStage:
 class Build:
     """Engines of all stages for one library version, GPU and precision."""
 
-    key: str  # the name of its folder; ends in a digest of all that the engines depend on
+    key: str  # the name of its folder; it ends in a digest of everything that the engines depend on
     library: Library
     version: str
     compute_capabilities: tuple[str, ...]  # such as "8.9"; empty: portable
     precision: Precision
-    batches: tuple[str, ...]  # as given to iqa-build, so that a message can say how to build again
+    batches: tuple[str, ...]  # as given to iqa-build: messages say how to build again
     sizes: tuple[str, ...]
     stages: tuple[BuiltStage, ...]
     plan: FileEntry
@@ -158,7 +158,7 @@ class Build:
 
 @dataclass(frozen=True)
 class CropPolicy:
-    """Side of the square crops the heads look at, and how many per image unless told otherwise."""
+    """The side of the square crops that the heads see, and how many an image has by default."""
 
     size: int
     count: int
@@ -200,10 +200,10 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that a runtime needs to know of an engine."""
+    """Everything that a runtime needs to know about an engine."""
 
     schema: int
-    model: Any  # the ModelConfig as JSON: the runtime shows it, only export and training read it
+    model: Any  # the ModelConfig as JSON: the runtime only shows it; export and training read it
     schedule: Schedule
     taps: Taps
     kinds: tuple[Kind, ...]
@@ -223,7 +223,7 @@ class Manifest:
 
     @cached_property
     def engine_id(self) -> str:
-        """Sixteen hex digits that change with anything a score depends on."""
+        """Sixteen hex digits that change when anything changes that a score depends on."""
         scoring = (self.schedule, self.taps, self.kinds, self.alignment, self.crop.size)
         weights = (self.score.vcg_weight, self.score.vda_weight)
         hashes = {stage.name: stage.file.sha256 for stage in self.stages}
@@ -299,7 +299,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def check_file(directory: Path, entry: FileEntry, remedy: str = "export the engine again") -> None:
-    """Raise EngineError, saying what to do, unless `entry` is the very file that was written, inside `directory`."""
+    """Raise EngineError unless the file of `entry` is inside `directory` and unchanged; `remedy` says what to do."""
     relative = PurePosixPath(entry.path)
     if (
         relative.is_absolute()
@@ -337,7 +337,7 @@ def file_sha256(path: Path) -> str:
 
 
 def _problem(m: Manifest) -> str | None:
-    """Return what is inconsistent in a manifest that decoded well, or None."""
+    """Return what is inconsistent in a manifest whose types are right, or None."""
     names = [stage.name for stage in m.stages]
     restored = [kind for kind in m.kinds if kind is not Kind.DIS]
     needs_unet = bool(restored)

@@ -1,4 +1,4 @@
-"""Pixels as the networks take them, and back: the one formula for NumPy."""
+"""From pixels to the networks' range and back, in NumPy."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
 
-MID_GREY = 128  # of pictures, where nothing was restored
+MID_GREY = 128  # fills pictures where nothing was restored
 
 
 def to_plane(pixels: npt.NDArray[Any]) -> FloatArray:

@@ -1,4 +1,4 @@
-"""The diffusion schedule: the noise level and sampling coefficients of every step, and what is tapped when.
+"""The diffusion schedule: noise level and sampling coefficients of every step, and the steps that are tapped.
 
 Symbols: β_i `beta`, ᾱ_i `alpha_bar` (product of 1 − β up to i), T `steps`. A step index `i` counts down from
 T − 1 to 0.
@@ -38,7 +38,7 @@ class Taps:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """What one sampling step multiplies with: float32, one entry per step index.
+    """The factors of a sampling step: float32, one entry per step index.
 
     `x0 = clip(y·y_to_x0 − ε·noise_to_x0, −1, 1)`, then `y ← x0·x0_to_mean + y·y_to_mean + z·sigma`.
     """

@@ -19,12 +19,13 @@ import onnx
 from PIL import Image
 from record import write
 
+from diffiqa.bench.timing import timed_stages
 from diffiqa.engine.manifest import open_engine
 from diffiqa.engine.schedule import Schedule, Taps
 from diffiqa.export.engine import export_engine
 from diffiqa.model.checkpoint import load as load_checkpoint
 from diffiqa.model.network import build
-from diffiqa.runtime.executor import Call, StageRunner
+from diffiqa.runtime.executor import Call
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from diffiqa.runtime.host.stages import load_stages
 from diffiqa.runtime.images import synthetic as photo
@@ -67,38 +68,23 @@ def export(preset: str, folder: Path) -> Path:
     return folder / preset
 
 
-class TimedStage:
-    """A stage whose calls add up their time."""
-
-    def __init__(self, stage: StageRunner, spent: list[float]) -> None:
-        self._stage, self._spent = stage, spent
-
-    def bind(self, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> Call:  # type: ignore[type-arg]
-        """Bind the wrapped stage."""
-        call = self._stage.bind(inputs, outputs)
-
-        def timed() -> None:
-            start = time.perf_counter()
-            call()
-            self._spent[0] += time.perf_counter() - start
-
-        return timed
-
-
 def overhead(engine: Path, sizes: list[tuple[int, int]], rounds: int) -> dict[str, object]:
     """Return the share of time that is not ONNX Runtime's, over warm runs on images of several sizes."""
-    directory, spent = open_engine(engine), [0.0]
-    stages = {name: TimedStage(stage, spent) for name, stage in load_stages(directory, OnnxRuntime()).items()}
-    scorer = Scorer(directory.manifest, stages, backend="timed")  # type: ignore[arg-type]
+    directory = open_engine(engine)
+    stages = timed_stages(load_stages(directory, OnnxRuntime()), time.perf_counter)
+    scorer = Scorer(directory.manifest, stages, backend="timed")
     samples = []
     for height, width in sizes:
         picture = photo(height, height, width)
         for index in range(rounds + 1):
-            spent[0], start = 0.0, time.perf_counter()
+            for stage in stages.values():
+                stage.spent.clear()
+            start = time.perf_counter()
             scorer.score(picture)
             total = time.perf_counter() - start
+            spent = sum(sum(stage.spent) for stage in stages.values())
             if index:  # the first run of a size binds and warms up
-                samples.append({"size": [height, width], "seconds": total, "in_onnxruntime": spent[0]})
+                samples.append({"size": [height, width], "seconds": total, "in_onnxruntime": spent})
     shares = [1 - s["in_onnxruntime"] / s["seconds"] for s in samples]  # type: ignore[operator]
     return {"overhead_percent_median": round(100 * float(np.median(shares)), 2), "samples": samples}
 

@@ -1,4 +1,4 @@
-"""What can run an engine: one frozen type for each backend, with its settings and nothing else's.
+"""The backends, which run an engine: one frozen type for each, with its own settings only.
 
     diffiqa.load("engine/")                                      the best that this machine has
     diffiqa.load("engine/", TensorRt(device=1, batch=8))         this one, or an error that says what is missing
@@ -42,7 +42,7 @@ class TensorRt:
 
     device: int = 0
     batch: int = 1  # images of one size, or seeds of one image, that are restored at a time
-    cuda_graph: bool = True  # without it every kernel is launched by itself: the same scores, more CPU time
+    cuda_graph: bool = True  # False: every kernel is launched by itself; scores are the same, it takes more CPU time
 
     key: ClassVar[str] = "tensorrt"
     title: ClassVar[str] = "TensorRT"
@@ -53,7 +53,7 @@ class TensorRt:
         _check_gpu(self.device, self.batch)
 
     def load(self, directory: EngineDirectory) -> "OnGpu":
-        """Load the build; an executor takes it over."""
+        """Load the build; an executor then owns it."""
         from .gpu.door import open_tensorrt
 
         return open_tensorrt(directory, self.device)
@@ -81,7 +81,7 @@ class OnnxOnGpu:
         _check_gpu(self.device, self.batch)
 
     def load(self, directory: EngineDirectory) -> "OnGpu":
-        """Load the stages; an executor takes them over."""
+        """Load the stages; an executor then owns them."""
         from .gpu.door import open_onnxruntime
 
         return open_onnxruntime(directory, self.device, self.providers, self.session_config)
@@ -95,8 +95,8 @@ GpuBackend = TensorRt | OnnxOnGpu
 HostBackend = OnnxRuntime | OpenVino
 Backend = GpuBackend | HostBackend
 
-# By the names that commands have for them. `auto` tries them in this order, never OpenVINO: installing a package must
-# not change scores.
+# By their names in commands. `auto` tries them in this order, except OpenVINO: installing a package must not change
+# scores.
 BACKENDS: dict[str, type[Backend]] = {kind.key: kind for kind in (TensorRt, OnnxOnGpu, OnnxRuntime, OpenVino)}
 
 # The option behind each field that a command can set.
@@ -112,7 +112,7 @@ OPTIONS = {
 
 
 def best(*, device: int = 0, batch: int = 1, cuda_graph: bool = True) -> tuple[Backend, ...]:
-    """Return what `auto` tries: a GPU, by TensorRT or by ONNX Runtime; then the CPU, which takes images one by one."""
+    """Return what `auto` tries: TensorRT and ONNX Runtime on the GPU; for a batch of 1, then the CPU."""
     on_gpu = TensorRt(device, batch, cuda_graph), OnnxOnGpu(device, batch)
     return on_gpu if batch > 1 else (*on_gpu, OnnxRuntime())
 

@@ -1,4 +1,4 @@
-"""What carries out a plan, on the host or on a GPU: the protocol, and what comes out of it."""
+"""The protocol of executors, which carry out plans on the host or on a GPU, and their outcome."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from .plan import Plan, Window
 
 FloatArray = npt.NDArray[np.float32]
 Call = Callable[[], None]
-Task = tuple[Any, int]  # an image, in a form that its executor takes, and a seed
+Task = tuple[Any, int]  # an image, as its executor takes it, and a seed
 
 
 class StageRunner(Protocol):
     """One loaded stage. Safe to bind and call from several threads."""
 
     def bind(self, inputs: Mapping[str, FloatArray], outputs: Mapping[str, FloatArray]) -> Call:
-        """Return a call that runs the stage from and into these very arrays."""
+        """Return a call that runs the stage on these arrays: it reads `inputs` and fills `outputs`."""
 
 
 @dataclass(frozen=True)
@@ -41,30 +41,30 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A carried-out plan: a verdict per crop, and the crops of all kinds (crops, kinds, 3, size, size) as scored."""
+    """The outcome of a plan: a verdict per crop, and the crops that were scored (crops, kinds, 3, size, size)."""
 
     verdicts: tuple[Verdict, ...]
     crops: FloatArray
     planes: dict[Kind, FloatArray]  # whole mode: the restored images (3, H, W), padding cut off
-    notes: tuple[str, ...] = ()  # what a result should say about how it came about
-    seconds: float = 0.0  # that its executor spent on it, or its share of what was done together
+    notes: tuple[str, ...] = ()  # what the result should say about its computation
+    seconds: float = 0.0  # of its executor; of a batch, its share
 
 
-class Cancelled(Exception):  # noqa: N818 — it reports a wish, not an error
-    """Raised inside a running plan once the caller no longer wants its result."""
+class Cancelled(Exception):  # noqa: N818 — the caller's wish, not an error
+    """Raised inside a running plan when the caller no longer wants its result."""
 
 
 class Executor(Protocol):
     """Carries out plans, here or on a device."""
 
-    takes_pixels: bool  # (height, width, 3) bytes as they are, beside planes (3, height, width) in [-1, 1]
+    takes_pixels: bool  # it takes bytes (height, width, 3) as well as planes (3, height, width) in [-1, 1]
     together: int  # how many tasks it restores at a time
     queue_depth: int  # callers whose images it can bring in while it works for another; they do not count as workers
 
     def run_together(
         self, tasks: Sequence[Task], plan: Plan, cancelled: Callable[[], bool], *, pictures: bool = True
     ) -> list[Outcome]:
-        """Restore and score images of one size; who wants no `pictures` may get outcomes without crops and planes."""
+        """Restore and score images of one size. Without `pictures`, outcomes may lack crops and planes."""
 
     def close(self) -> None:
         """Free what it holds."""
@@ -72,7 +72,7 @@ class Executor(Protocol):
 
 @dataclass(frozen=True)
 class Opened:
-    """An engine that is loaded: what carries out plans, and what records call it."""
+    """A loaded engine: its executor, and its name in records."""
 
     executor: Executor
     name: str
@@ -87,7 +87,7 @@ def paste(
     restored: dict[Kind, FloatArray],
     weight: FloatArray | None,
 ) -> None:
-    """Add the part of a window that a crop reads to the crop's restored kinds, weighted; `share` sums the weights."""
+    """Add the weighted part of a window that a crop reads to the crop's restored kinds; `share` sums the weights."""
     at = plan.crops[index]
     top, left = max(at.top, window.top), max(at.left, window.left)
     bottom = min(at.top + plan.crop_size, window.top + window.height)

@@ -1,6 +1,6 @@
-"""Pixels from what people have: files, bytes, Pillow images and arrays of every sort become RGB, and say how.
+"""Files, bytes, Pillow images and arrays become RGB pixels, with notes of what was done to them.
 
-Files are untrusted. Whatever their bytes are, reading one ends in an `Image` or in an `ImageError`, in any thread.
+Files are not trusted. Whatever their bytes are, reading one ends in an `Image` or an `ImageError`, in any thread.
 """
 
 import hashlib
@@ -32,8 +32,8 @@ DEFAULT_MAX_PIXELS = 89_478_485
 MAX_FILE_BYTES = 2**31
 ALLOW_MORE = "allow more with --max-pixels"
 
-# Drawings and measurements: Pillow knows them, but has Ghostscript run the first (on a program from the file), and
-# has no pixels for the others.
+# Drawings and measurements. For EPS Pillow runs Ghostscript, on a program from the file; of the others it reads no
+# pixels.
 UNREAD_FORMATS = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 GREY, PALETTE = "grey expanded to RGB", "palette expanded"
 DEEP, BLENDED = "16-bit reduced to 8", "alpha blended over white"
@@ -41,7 +41,7 @@ MODE_NOTES = {"1": GREY, "L": GREY, "LA": GREY, "P": PALETTE, "PA": PALETTE}
 PLAIN_MODES = {"RGB", "RGBA", "RGBa", "RGBX"}
 ARRAY_TYPES = ("uint8", "uint16", "float32", "float64")
 
-# Pillow logs about some broken files; Python prints that to stderr unless somebody listens.
+# Pillow logs about some broken files. Without a handler Python prints that to stderr.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 _pillow_limit = threading.Lock()
 _callers_images = threading.Lock()
@@ -49,10 +49,10 @@ _callers_images = threading.Lock()
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """RGB pixels (H, W, 3), read-only; float32 in [0, 1] only where the source held floats.
+    """RGB pixels (H, W, 3), read-only: uint8, or float32 in [0, 1] if the source had floats.
 
-    `width` and `height` are those of the upright image before it was upscaled; `notes` say in words what was done.
-    Equal pixels have equal digests, whatever file they came from.
+    `width` and `height` are those of the upright image before upscaling. `notes` say in words what was done. Equal
+    pixels have equal digests, whatever file they came from.
     """
 
     pixels: npt.NDArray[np.uint8] | npt.NDArray[np.float32]
@@ -63,7 +63,7 @@ class Image:
 
 
 def read_image(source: Source, *, min_side: int = 224, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> Image:
-    """Decode an image, upright, over white, with no side below `min_side`; everything that fails is an `ImageError`.
+    """Decode an image: upright, over white, with no side below `min_side`. Every failure is an `ImageError`.
 
     A `max_pixels` above Pillow's limit (None: no limit) raises that limit for the whole process.
     """
@@ -86,7 +86,7 @@ def read_image(source: Source, *, min_side: int = 224, max_pixels: int | None = 
 
 
 def synthetic(seed: int | tuple[int, ...], height: int, width: int) -> npt.NDArray[np.uint8]:
-    """Return a random picture with detail at three scales, as photographs have: for checks and timings."""
+    """Return a random picture for checks and timings. Like photographs it has detail at several scales."""
     generator = np.random.default_rng(seed)
     sum_of_scales = np.zeros((height, width, 3), np.float32)
     for cell in (1, 8, 64):
@@ -102,16 +102,16 @@ def readable_suffixes() -> frozenset[str]:
 
 
 def _formats() -> tuple[str, ...]:
-    # Pillow loads its plugins as it meets unknown files, and one of two threads that do so together may find none.
+    # Pillow loads its plugins when it meets an unknown file. If two threads do so at once, one may find none.
     PIL.Image.init()
     return tuple(name for name in PIL.Image.ID if name not in UNREAD_FORMATS)
 
 
 class _Listener(threading.local):
-    """A message pattern for `warnings.filters` that hears, and matches, the warnings of a thread that reads an image.
+    """A message pattern for `warnings.filters` that collects the warnings of a thread while it reads an image.
 
-    `warnings.catch_warnings` swaps a list that all threads share, so it cannot be used here; and a plain filter would
-    silence Pillow for the rest of the program. This one is looked at by every thread and matches in ours alone.
+    `warnings.catch_warnings` replaces a list that all threads share, so it cannot be used here. A plain filter would
+    silence Pillow for the rest of the program. Every thread asks this filter; it matches only in one that reads.
     """
 
     heard: list[str] | None = None
@@ -129,7 +129,7 @@ _FILTERS = [("ignore", _LISTENER, kind, None, 0) for kind in (UserWarning, PIL.I
 
 @contextmanager
 def _pillow_warnings(heard: list[str]) -> Iterator[None]:
-    """Put the warnings of this thread into a list; not those about size, for which we have a limit of our own."""
+    """Collect the warnings of this thread, except those about size: we have our own limit."""
     filters = cast("list[Any]", warnings.filters)
     if filters[: len(_FILTERS)] != _FILTERS:
         filters[:0] = _FILTERS
@@ -146,7 +146,7 @@ def _decode(source: Source, max_pixels: int | None, notes: list[str]) -> Array:
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels, notes)
     if isinstance(source, PIL.Image.Image):
-        with _callers_images:  # two of them may be one, or read one file: Pillow decodes when it is asked for pixels
+        with _callers_images:  # Pillow decodes late, and two threads may have the same image, or the same file
             return _from_pillow(source, max_pixels, notes)
     if is_foreign(source):
         return _from_array(to_numpy(source), max_pixels, notes)
@@ -154,15 +154,15 @@ def _decode(source: Source, max_pixels: int | None, notes: list[str]) -> Array:
         _raise_pillow_limit(max_pixels)
     if not isinstance(source, str | bytes | os.PathLike):
         raise ImageError("not an image; expected a path, bytes, a Pillow image or an array")
-    # Pillow gets a file, not a name: a name it would map into memory, where a file cut short meanwhile kills us.
+    # Pillow gets an open file: given a name it maps the file into memory, and a file that is cut meanwhile kills us.
     with _open(source) as file, PIL.Image.open(file, formats=_formats()) as image:
         return _from_pillow(image, max_pixels, notes)
 
 
 def _raise_pillow_limit(max_pixels: int | None) -> None:
-    # Pillow refuses what has twice as many pixels as its limit, one variable for the whole process, before we see the
-    # size. Setting it around each call would race, so it only ever goes up, and only for a caller who asks for more
-    # than Pillow's own. The limit in force is `_check_size`, per call.
+    # Pillow refuses images with twice as many pixels as its limit, before we see their size. Its limit is one variable
+    # for the whole process. Setting it for each call would race: so it only goes up, for callers who allow more than
+    # Pillow does. `_check_size` enforces the limit of each call.
     with _pillow_limit:
         pillow = PIL.Image.MAX_IMAGE_PIXELS
         PIL.Image.MAX_IMAGE_PIXELS = None if pillow is None or max_pixels is None else max(pillow, max_pixels)
@@ -177,7 +177,7 @@ def _open(source: str | os.PathLike[str] | bytes) -> BinaryIO:
     status = path.stat()
     if stat.S_ISDIR(status.st_mode):
         raise ImageError("a folder, not an image file (and as a folder of images, either empty or not readable)")
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for whoever writes it
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
         raise ImageError("a pipe, socket or device; only plain files are read")
     if not status.st_size:
         raise ImageError("an empty file")
@@ -188,9 +188,9 @@ def _open(source: str | os.PathLike[str] | bytes) -> BinaryIO:
 
 def _from_pillow(image: PIL.Image.Image, max_pixels: int | None, notes: list[str]) -> Array:
     _check_size(*image.size, max_pixels)
-    # To count frames, Pillow reads on, which it cannot in a closed file, of which the caller may have kept the pixels.
+    # To count frames, Pillow reads on in the file. It cannot if the file is closed, and the pixels may still be there.
     frames = getattr(image, "n_frames", 1) if getattr(image, "fp", None) else 1
-    if frames > 1 and image.format != "PSD":  # whose "frames" are layers; what is read is the merged picture
+    if frames > 1 and image.format != "PSD":  # the "frames" of PSD are layers; Pillow reads the merged picture
         place = image.tell() + 1
         notes.append(f"first of {frames} frames" if place == 1 else f"frame {place} of {frames}")
     if _is_reduced_by_pillow(image):
@@ -198,8 +198,8 @@ def _from_pillow(image: PIL.Image.Image, max_pixels: int | None, notes: list[str
     comes_upright = image.format == "TIFF" and _orientation(image, []) != 1  # Pillow turns these as it decodes them
     image.load()
     _check_size(*image.size, max_pixels)  # an icon may turn out larger than it says
-    # Not before, as a PNG's EXIF may follow its pixels. `ImageOps.exif_transpose` would also write all of the EXIF
-    # anew, and fail on an odd tag.
+    # After loading, as a PNG's EXIF may follow its pixels. Not by `ImageOps.exif_transpose`: it also writes the EXIF
+    # again, and fails on an odd tag.
     orientation = _orientation(image, notes)
     if comes_upright or orientation != 1:
         notes.append("rotated as EXIF says")
@@ -234,7 +234,7 @@ def _turn(pixels: Array, orientation: int) -> Array:
 
 
 def _is_reduced_by_pillow(image: PIL.Image.Image) -> bool:
-    """Whether 16-bit colour will arrive as 8 bits (the upper ones); known for PNG, TIFF, SGI and PPM."""
+    """Return whether Pillow cuts 16-bit colour to its upper 8 bits; known for PNG, TIFF, SGI and PPM."""
     for codec, *_, options in getattr(image, "tile", ()):
         raw_mode, *rest = options if isinstance(options, tuple) else (options,)
         if codec.startswith("ppm"):
@@ -284,7 +284,7 @@ def _from_array(array: Array, max_pixels: int | None, notes: list[str]) -> Array
     height, width = array.shape[:2]
     _check_size(width, height, max_pixels)
     if array.dtype.kind == "f":
-        if not 0 <= array.min() <= array.max() <= 1:  # nor NaN, of which nothing is true
+        if not 0 <= array.min() <= array.max() <= 1:  # false for NaN too
             raise ImageError(
                 f"floats from {array.min()} to {array.max()}; expected 0 to 1 (divide by 255, or use uint8)"
             )
@@ -304,7 +304,7 @@ def _from_array(array: Array, max_pixels: int | None, notes: list[str]) -> Array
 
 def _over_white(rgba: Array, notes: list[str]) -> Array:
     is_float = rgba.dtype == np.float32
-    # 255 · 255 + 127 fits into 16 bits. In place, as at the limit of pixels a copy is half a gigabyte.
+    # 255 · 255 + 127 fits into 16 bits. In place, as a copy of the largest image takes half a gigabyte.
     work, one = (np.float32, 1) if is_float else (np.uint16, 255)
     colour, alpha = rgba[..., :3], rgba[..., 3:].astype(work)
     if alpha.min() == one:
@@ -321,7 +321,7 @@ def _over_white(rgba: Array, notes: list[str]) -> Array:
 
 
 def _upscale(pixels: Array, min_side: int, max_pixels: int | None, notes: list[str]) -> Array:
-    """Bring the short side to `min_side` if it is below; Pillow's Lanczos works on whole numbers, the same anywhere."""
+    """Enlarge an image whose short side is below `min_side`. Pillow's Lanczos uses integers: the same anywhere."""
     height, width = pixels.shape[:2]
     short = min(height, width)
     if short >= min_side:
@@ -350,7 +350,7 @@ def _name(source: Source) -> str:
 
 
 def _reason(exc: Exception) -> str:
-    """Say what went wrong, and what to do about it, on one line."""
+    """Return what went wrong and what to do, on one line."""
     text = _one_line(str(exc)) or type(exc).__name__
     match exc:
         case ImageError():

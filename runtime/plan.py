@@ -1,6 +1,6 @@
 """What is computed for an image, as plain data: which windows are restored, how they blend, which crops are scored.
 
-Every execution, on the host or on a device, carries out the same plan; so modes and tiles are decided once, here.
+The executors of host and GPU carry out the same plan. Modes and tiles are decided here, and only here.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Window:
     left: int
     height: int
     width: int
-    lane: int = 0  # noise of its own, where windows must not share the whole image's
+    lane: int = 0  # windows of different lanes have different noise
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Plan:
     height: int
     width: int
     padded: tuple[int, int]  # what the image is padded to, by reflection at the bottom and right
-    noise_size: tuple[int, int]  # the image that noise coordinates refer to: the padded one, or a crop
+    noise_size: tuple[int, int]  # of the image in which noise has its coordinates: the padded one, or a crop
     windows: tuple[Window, ...]
     crops: tuple[Crop, ...]
     crop_size: int
@@ -60,7 +60,7 @@ class Plan:
         ]
 
     def blend_weight(self, window: Window) -> npt.NDArray[np.float32] | None:
-        """Return the (height, width) share of a window in its overlaps, to be normalised; None where it is alone."""
+        """Return the (height, width) weights of a window, to be normalised; None if it overlaps no other."""
         if self.mode is not Mode.TILE:
             return None
         rows = _ramp(window.top, window.height, self.padded[0])
@@ -85,7 +85,7 @@ def make_plan(height: int, width: int, manifest: Manifest, options: Options) -> 
         tops, tile_height = _tile_offsets(padded[0])
         lefts, tile_width = _tile_offsets(padded[1])
         tiles = (Window(top, left, tile_height, tile_width) for top in tops for left in lefts)
-        # Tiles that no crop reads are not restored: a score costs what its crops cost, not what the image would.
+        # Tiles that no crop reads are not restored: a score costs what its crops cost, not the whole image.
         windows = tuple(tile for tile in tiles if plan.readers(tile))
         plan = Plan(mode, height, width, padded, padded, windows, crops, size)
     return plan
@@ -97,7 +97,7 @@ def _tile_offsets(length: int) -> tuple[list[int], int]:
         return [0], length
     count = -(-(length - OVERLAP) // (TILE - OVERLAP))
     last = length - TILE
-    # The last offset is the end itself; the others round down to the grid, which only widens overlaps behind them.
+    # The last tile ends at the border. The others round down to the grid, which only makes overlaps wider.
     return [last * i // (count - 1) // TILE_STEP * TILE_STEP for i in range(count - 1)] + [last], TILE
 
 

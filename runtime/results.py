@@ -1,4 +1,4 @@
-"""What scoring an image returns, and the options that it depends on. Plain data: no engine, no files."""
+"""What scoring an image returns, and its options: plain data, without engine or files."""
 
 import enum
 import operator
@@ -28,16 +28,16 @@ class Mode(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Options:
-    """What a score depends on besides pixels and engine."""
+    """What a score depends on, apart from pixels and engine."""
 
     crops: int | None = None  # None: the engine's own count
     seed: int = 0
     seeds: int = 1  # how many consecutive seeds are averaged
-    mode: Mode = Mode.WHOLE  # its text will do
+    mode: Mode = Mode.WHOLE  # or its text
     pixel_budget: int = PIXEL_BUDGET  # whole images above it are tiled
 
     def __post_init__(self) -> None:
-        """Refuse values nothing can be done with."""
+        """Refuse values that cannot be used. Raises UsageError."""
         try:
             object.__setattr__(self, "mode", Mode(self.mode))
             for name in ("crops", "seed", "seeds", "pixel_budget"):
@@ -73,10 +73,10 @@ class CropScore:
 
 @dataclass(frozen=True)
 class Pictures:
-    """What the model saw and thought, for people to look at. Planes are (H, W, 3) uint8, maps (H, W) float32 or NaN.
+    """What the model saw, and its maps: planes are (H, W, 3) uint8, maps (H, W) float32.
 
-    Outside the restored area (tile and crop mode) planes are mid-grey; outside all crops maps are NaN. Maps are
-    those of the VCG branch, of the VDA branch where there is no VCG.
+    Planes are mid-grey where nothing was restored (in tile and crop mode); maps are NaN outside all crops. Maps come
+    from the VCG branch; without VCG from the VDA branch.
     """
 
     planes: dict[Kind, Picture]

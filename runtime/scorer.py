@@ -1,4 +1,4 @@
-"""The Python face: `load(engine)` → `Scorer.score(images)`, `Scorer.stream(images)`."""
+"""The Python API: `load(engine)` returns a `Scorer`, with `score(images)` and `stream(images)`."""
 
 import collections
 import itertools
@@ -34,7 +34,7 @@ _Decoding = tuple["Future[Image]", str]  # an image, and its name
 
 @dataclass(frozen=True)
 class Info:
-    """What a scorer runs and what its scores mean."""
+    """What a scorer runs, and what its scores mean."""
 
     engine: str
     model: str
@@ -45,13 +45,13 @@ class Info:
     kinds: tuple[Kind, ...]
     crop_size: int
     crop_count: int
-    reason: str = ""  # why this backend, where it was chosen and not asked for
+    reason: str = ""  # why this backend, if nobody asked for it by name
 
 
 class Scorer:
-    """A loaded engine. Safe to use from several threads; `close()` (or a `with` block) frees it.
+    """A loaded engine. Several threads may use it at once; `close()` (or a `with` block) frees it.
 
-    It runs stages on the host, or what it is given that carries out plans on a device, which is then its to close.
+    It runs stages on the host, or an executor, which it closes in the end.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Scorer:
 
     @property
     def info(self) -> Info:
-        """What runs here, and the range and direction of its scores."""
+        """What runs here, and the range and direction of the scores."""
         m = self._manifest
         return Info(
             m.engine_id,
@@ -104,7 +104,7 @@ class Scorer:
         """Score one image (path, bytes, PIL image, HWC array) or a list of them.
 
         `pictures` keeps what the model saw in `Score.pictures`. Raises ImageError for the first image that cannot be
-        scored; `stream` goes on past it.
+        scored; `stream` goes on instead.
         """
         chosen = options or Options()
         if not isinstance(images, list | tuple):
@@ -126,11 +126,11 @@ class Scorer:
         workers: int = 1,
         ahead: int = 4,
     ) -> Generator[Score | Failure, None, None]:
-        """Yield one result per image, in order; a bad image gives a Failure and the rest goes on.
+        """Yield one result per image, in order. A bad image gives a Failure, and the others are scored.
 
-        `ahead` images are decoded in threads while others are scored, `workers` at a time, and one result more than is
-        asked for is made, on a GPU two; nothing else is ever held. Where images share batches, read "as many neighbours
-        of one size as fill one" for a result, and images enough for the next are decoded too.
+        `workers` images are scored at a time, while threads decode the next `ahead`. The scorer works one result ahead
+        of the caller, on a GPU two, and holds no more. Where images share batches, it works batch by batch: neighbours
+        of one size form a batch, and images for the next batch are decoded ahead as well.
         """
         if workers < 1 or ahead < 1:
             raise UsageError("workers and ahead must be at least 1")
@@ -170,7 +170,7 @@ class Scorer:
             except ImageError as exc:
                 if len(group) == 1:
                     return [Failure(group[0][1], str(exc))]
-            return [result for member in group for result in finish([member])]  # what is too much may be so together
+            return [result for member in group for result in finish([member])]  # one by one they may fit in memory
 
         source = enumerate(images)
         decoding: collections.deque[_Decoding] = collections.deque()
@@ -182,7 +182,7 @@ class Scorer:
         ):
             try:
                 while True:
-                    while len(scoring) <= workers + queued:  # one waits, so that scoring never does
+                    while len(scoring) <= workers + queued:  # one is queued, so that workers never wait
                         for index, image in itertools.islice(source, ahead - len(decoding)):
                             decoding.append((decoders.submit(self._read, image), _name(image, index)))
                         if not decoding:
@@ -192,7 +192,7 @@ class Scorer:
                         return
                     yield from scoring.popleft().result()
             finally:
-                # Reached early when the caller stops, Ctrl-C included: what runs ends at its next step or graph.
+                # The caller may stop early, also by Ctrl-C: running scores then end at their next step or graph.
                 stop.set()
                 for decoded, _ in decoding:
                     decoded.cancel()
@@ -200,7 +200,7 @@ class Scorer:
                     scored.cancel()
 
     def _group_size(self, options: Options) -> int:
-        """Return how many images are scored at a time; the seeds of one count as so many."""
+        """Return how many images share a batch; each seed of an image takes a place in it."""
         return max(1, self._executor.together // options.seeds) if self._executor else 1
 
     def _read(self, image: Source) -> Image:
@@ -221,19 +221,19 @@ class Scorer:
         height, width = images[0][0].pixels.shape[:2]
         plan = make_plan(height, width, m, options)
         seeds = tuple(range(options.seed, options.seed + options.seeds))
-        outcomes: list[Outcome] = []  # of the first image with every seed, of the second, …
+        outcomes: list[Outcome] = []  # of every seed of the first image, then of the second, …
         try:
             given = [_given(image, executor) for image, _ in images]
             tasks = [(pixels, seed) for pixels in given for seed in seeds]
             for start in range(0, len(tasks), executor.together):
                 some = tasks[start : start + executor.together]
-                # Pictures are of the first seed alone.
+                # Pictures show the first seed only.
                 wanted = pictures and any((start + i) % len(seeds) == 0 for i in range(len(some)))
                 outcomes += executor.run_together(some, plan, cancelled, pictures=wanted)
         except MemoryError as exc:
             raise ImageError(f"{images[0][1]}: {_too_large(plan)}" + (f" ({exc})" if str(exc) else "")) from exc
         except BackendError as exc:
-            # ONNX Runtime has no exception of its own for this.
+            # ONNX Runtime has no exception type for too little memory.
             why = _too_large(plan) if "allocat" in str(exc) else exc
             raise ImageError(f"{images[0][1]}: {why}") from exc
         return [
@@ -250,7 +250,7 @@ class Scorer:
         outcomes: Sequence[Outcome],
         pictures: bool,
     ) -> Score:
-        """Put together what the seeds of one image came to."""
+        """Return the score of one image, from the outcomes of its seeds."""
         m, verdicts = self._manifest, [outcome.verdicts for outcome in outcomes]
         per_seed = [statistics.fmean(_total(m, verdict) for verdict in found) for found in verdicts]
         crops = tuple(
@@ -278,14 +278,14 @@ class Scorer:
 
 
 def _given(image: Image, executor: Executor) -> npt.NDArray[Any]:
-    """Return the pixels as the executor takes them."""
+    """Return the pixels in the form that the executor takes."""
     if executor.takes_pixels and image.pixels.dtype == np.uint8:
         return image.pixels
     return to_plane(image.pixels)
 
 
 def _next_group(decoding: "collections.deque[_Decoding]", most: int) -> "list[_Decoding]":
-    """Take the first image, and those that follow and have its size."""
+    """Take the first image, and the next ones as long as they have its size."""
     group = [decoding.popleft()]
     if most > 1 and (shape := _shape(group[0])):
         while decoding and len(group) < most and _shape(decoding[0]) == shape:
@@ -307,18 +307,18 @@ def load(
 ) -> Scorer:
     """Load an engine directory. Raises EngineError if it is damaged, BackendError if nothing can run it.
 
-    A backend says what runs the engine and how: `OnnxRuntime(threads=2)`, `TensorRt(device=1, batch=8)`. One that is
-    named runs, or `load` fails. Of several, the first that can be opened runs, and `Scorer.info.reason` says why the
-    others do not. Without any, `best()` has the list: a GPU if there is one, else the CPU.
+    A backend says what runs the engine and how: `OnnxRuntime(threads=2)`, `TensorRt(device=1, batch=8)`. If you give
+    one, it runs, or `load` fails. If you give several, the first that opens runs, and `Scorer.info.reason` says why the
+    ones before it do not. Without any, `load` tries those of `best()`: a GPU if there is one, else the CPU.
 
-    With a `batch`, a GPU restores so many images of one size, or seeds of one image, at a time: this is faster where
-    many have one size. A score then depends on `batch` in its last bits, but never on what shares the batch.
+    With a `batch`, a GPU restores so many images of one size, or seeds of one image, at a time. This is faster if many
+    images have one size. The last bits of a score then depend on `batch`, but never on the other images of the batch.
     """
     candidates = best() if backend is None else backend if isinstance(backend, list | tuple) else (backend,)
     if not candidates or not all(isinstance(candidate, Backend) for candidate in candidates):
         raise UsageError(f"give a backend such as TensorRt() or OnnxRuntime(threads=2), or several, not {backend!r}")
     directory = engine if isinstance(engine, EngineDirectory) else open_engine(Path(engine))
-    refusals: dict[str, str] = {}  # by reason: that there is no GPU is said once
+    refusals: dict[str, str] = {}  # by reason: two backends may lack the same GPU
     for candidate in candidates:
         try:
             opened = candidate.open(directory)
@@ -349,7 +349,7 @@ def _too_large(plan: Plan) -> str:
 
 
 def _name(image: Any, index: int) -> str:
-    """Return what an image is called in results: its path, or its place in the list."""
+    """Return the name of an image in results: its path, or its place in the list."""
     if isinstance(image, str | os.PathLike):
         return os.fsdecode(image)
     return str(getattr(image, "filename", "") or f"image {index}")
@@ -377,7 +377,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _pictures(m: Manifest, plan: Plan, image: Image, outcome: Outcome) -> Pictures:
-    """Lay the restored planes and the heads' maps out over the image."""
+    """Place the restored planes and the heads' maps over the image."""
     size, shape = plan.crop_size, (plan.height, plan.width)
     given = image.pixels if image.pixels.dtype == np.uint8 else to_pixels(to_plane(image.pixels))
     planes: dict[Kind, Picture] = {Kind.DIS: given.astype(np.uint8, copy=False)}
@@ -389,7 +389,7 @@ def _pictures(m: Manifest, plan: Plan, image: Image, outcome: Outcome) -> Pictur
         for crop, pixels in zip(plan.crops, outcome.crops, strict=True):
             canvas[crop.top : crop.top + size, crop.left : crop.left + size] = to_pixels(pixels[row])
         planes[kind] = canvas
-    sums = np.zeros((3, *shape), np.float32)  # of scores, weights, and how many crops lie here
+    sums = np.zeros((3, *shape), np.float32)  # of scores, of weights, of crops
     for crop, verdict in zip(plan.crops, outcome.verdicts, strict=True):
         branch: Branch = verdict.vcg or verdict.vda  # type: ignore[assignment]  # a model has at least one
         cell = size // branch.score_map.shape[0]

@@ -1,1 +1,1 @@
-"""The plan carried out on the CPU: NumPy holds the images; ONNX Runtime or OpenVINO the networks."""
+"""Plans on the CPU: NumPy holds the images, ONNX Runtime or OpenVINO runs the networks."""

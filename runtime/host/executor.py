@@ -1,4 +1,4 @@
-"""Carrying out a plan on the host: NumPy holds the images, a stage runner (ONNX Runtime, or a fake) the networks."""
+"""The executor on the host: NumPy holds the images, stage runners run the networks."""
 
 import contextlib
 import queue
@@ -16,10 +16,10 @@ from .sampler import restore
 
 
 class HostExecutor:
-    """Runs plans. Several threads may run plans at once; each borrows a workspace of its own."""
+    """Carries out plans. Several threads may do so at once; each uses its own workspace."""
 
     takes_pixels = False
-    together = 1  # two cores are busy with one image, and its score depends on no other
+    together = 1  # one image keeps the cores busy, and its score depends on no other
     queue_depth = 0
 
     def __init__(self, manifest: Manifest, stages: Mapping[StageName, StageRunner]) -> None:
@@ -71,7 +71,7 @@ class HostExecutor:
         crops: FloatArray,
         cancelled: Callable[[], bool],
     ) -> dict[Kind, FloatArray]:
-        """Fill `crops[:, 1:]` from the restored windows; return whole planes if one window is the whole image."""
+        """Fill `crops[:, 1:]` from the restored windows. Return whole planes if one window is the whole image."""
         m = self._manifest
         below, right = plan.padded[0] - plan.height, plan.padded[1] - plan.width
         padded = np.pad(image, ((0, 0), (0, below), (0, right)), mode="reflect") if below or right else image
@@ -121,7 +121,7 @@ class BoundDenoiser:
         self._call = stage.bind(inputs, {"noise": buffers[2]})
 
     def __call__(self, noise_level: float) -> None:
-        """Predict the noise in `y`; raises Cancelled once nobody wants the result."""
+        """Predict the noise in `y`. Raises Cancelled when nobody wants the result any more."""
         if self.cancelled():
             raise Cancelled
         self._level[0, 0] = noise_level
@@ -129,10 +129,10 @@ class BoundDenoiser:
 
 
 class _Workspace:
-    """Buffers and bindings for one plan at a time: the heads' for one crop, the U-Net's for the last size seen.
+    """Buffers and bindings for one plan at a time: the heads' for one crop, the U-Net's for the last size.
 
-    Heads run crop by crop and windows one by one, so that a score never depends on what else is in a batch; two CPU
-    cores are busy with one crop anyway.
+    The heads run crop by crop, and windows run one by one: a score then never depends on the rest of a batch. One crop
+    keeps two cores busy anyway.
     """
 
     def __init__(self, manifest: Manifest, stages: Mapping[StageName, StageRunner]) -> None:
@@ -150,7 +150,7 @@ class _Workspace:
             self._bind_head(manifest, StageName.VDA, {"images": self._images})
 
     def denoiser(self, height: int, width: int) -> BoundDenoiser:
-        """Return the U-Net bound to this size; the buffers of the size before are given up."""
+        """Return the U-Net bound to this size, and drop the buffers of the size before."""
         if self._denoiser is None or self._denoiser.y.shape[1:] != (height, width):
             self._denoiser = None
             self._denoiser = BoundDenoiser(self._stages[StageName.UNET], height, width)

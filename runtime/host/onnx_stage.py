@@ -68,12 +68,12 @@ def make_session(model: Path | bytes, settings: OnnxRuntime, name: str = "") -> 
     options.log_severity_level = 4  # errors reach the user as exceptions
     options.use_deterministic_compute = settings.deterministic
     if settings.as_written:
-        # Fusing Q/DQ rounds what TensorRT leaves as it is. Moving it past other nodes makes graphs that cannot run in
-        # fp8. Beyond the basic optimisations a ReLU before fp8 is lost without a word (all of ONNX Runtime 1.31).
+        # ONNX Runtime 1.31 would change results otherwise: fused Q/DQ rounds values that TensorRT does not round; Q/DQ
+        # moved past other nodes cannot run in fp8; and beyond the basic optimisations it silently drops a ReLU before
+        # fp8.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    # Patterns are kept per shape and reserve the peak of each: off, a 720×720 image takes half the memory in no
-    # more time.
+    # A memory pattern reserves the peak of each shape. Without, a 720×720 image takes half the memory, and no more time.
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.spinning else "0")
     available = ort.get_available_providers()
@@ -88,13 +88,13 @@ def make_session(model: Path | bytes, settings: OnnxRuntime, name: str = "") -> 
         raise BackendError(f"onnxruntime cannot load {what}: {first_line(exc)}") from exc
     in_use = session.get_providers()
     if in_use[0] != settings.provider_names[0]:
-        # onnxruntime only warns when a provider cannot start, and computes elsewhere.
+        # If a provider cannot start, onnxruntime only warns and computes elsewhere.
         raise BackendError(f"onnxruntime cannot run {settings.provider_names[0]} here, only {', '.join(in_use)}")
     return session
 
 
 class OnnxStage:
-    """One ONNX file, loaded. `bind` and its calls are safe from several threads: the session is shared, buffers not."""
+    """One loaded ONNX file. Several threads may use `bind` and its calls: they share the session, but no buffers."""
 
     def __init__(self, path: Path, settings: OnnxRuntime) -> None:
         self.session = make_session(path, settings)

@@ -1,4 +1,4 @@
-"""Stages through OpenVINO on the CPU, compiled for the very shapes they get."""
+"""Stages in OpenVINO on the CPU, compiled for each shape that they get."""
 
 import functools
 import sys
@@ -25,18 +25,18 @@ _IMPORT = threading.Lock()
 
 @dataclass(frozen=True)
 class OpenVino:
-    """OpenVINO on the CPU; how it is set up."""
+    """OpenVINO on the CPU, and its settings."""
 
     key: ClassVar[str] = "openvino"
     title: ClassVar[str] = "OpenVINO"
     on_gpu: ClassVar[bool] = False
 
     threads: int | None = None  # None: as many as the CPUs this process may use
-    precision: str = "fp32"  # of what is float32 in the U-Net's file; 8-bit parts stay 8-bit, the heads float32
-    shapes: int = 4  # compiled forms kept of each stage; one holds its weights, and takes half a second or more to make
+    precision: str = "fp32"  # of the U-Net's float32 parts; 8-bit parts stay 8-bit, the heads stay float32
+    shapes: int = 4  # compiled forms to keep per stage; each holds weights, and takes half a second or more to make
 
     def __post_init__(self) -> None:
-        """Refuse what OpenVINO would take for something else."""
+        """Refuse values that OpenVINO would misread."""
         for name, value in (("threads", self.threads), ("shapes", self.shapes)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} must be a whole number above 0, not {value!r}")
@@ -45,7 +45,7 @@ class OpenVino:
 
     @property
     def name(self) -> str:
-        """What records call it. Raises BackendError if it is not installed, or the CPU has no such precision."""
+        """Its name in records. Raises BackendError if it is not installed, or the CPU lacks the precision."""
         if self.precision == "bf16" and "BF16" not in _capabilities():
             raise BackendError(
                 "this CPU has no bfloat16 arithmetic that OpenVINO uses (AVX512_BF16 or AMX); ask for precision fp32"
@@ -56,8 +56,8 @@ class OpenVino:
     def load(self, path: Path, stage: StageName) -> "OpenVinoStage":
         """Load one stage: the U-Net in the precision asked for, the heads in float32.
 
-        The U-Net takes nearly all the time. In bf16 the heads would move a score many times as far as the U-Net does,
-        and save nothing that can be measured.
+        The U-Net takes nearly all the time. Heads in bf16 would change scores much more than the U-Net does, and save
+        no time that can be measured.
         """
         return OpenVinoStage(path, self if stage is StageName.UNET else replace(self, precision="fp32"))
 
@@ -67,28 +67,28 @@ class OpenVino:
 
 
 class OpenVinoStage:
-    """One ONNX file, read; compiled at the first `bind` of a shape. `bind` and its calls are safe from several threads.
+    """One ONNX file, compiled at the first `bind` of a shape. Several threads may use `bind` and its calls.
 
-    The forms compiled last are kept, so that neither many sizes fill the memory nor a few are compiled again and again.
+    It keeps the forms that were used last: many sizes then do not fill the memory, and a few are compiled only once.
     """
 
     def __init__(self, path: Path, settings: OpenVino) -> None:
         _ = settings.name  # says what is missing
         self._path, self._kept = path, settings.shapes
         self._config = {
-            # Left alone, OpenVINO takes bfloat16 for a float32 model wherever the CPU has it.
+            # By default OpenVINO computes a float32 model in bfloat16 if the CPU has it.
             "INFERENCE_PRECISION_HINT": PRECISIONS[settings.precision],
             "INFERENCE_NUM_THREADS": settings.threads or available_cpus(),
             "PERFORMANCE_HINT": "LATENCY",
-            # Two processes would be pinned to the same cores; pinning brings nothing measurable.
+            # Pinning saves no time, and would pin two processes to the same cores.
             "ENABLE_CPU_PINNING": False,
-            # Activations are 8-bit where the engine says so, and nowhere else.
+            # Only the engine decides which activations are 8-bit.
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         }
         self._compiled: OrderedDict[str, Any] = OrderedDict()  # by shapes, the one used last at the end
         self._lock = threading.Lock()
         try:
-            # Kept, not read again for each shape: what runs is what was there, and checked, at the start.
+            # Read only once: so the file that was checked is the one that runs, for every shape.
             self._model = _core().read_model(path)
         except Exception as exc:  # openvino's exceptions share no base class
             raise BackendError(f"openvino cannot load {path}: {_reason(exc)}") from exc
@@ -99,11 +99,11 @@ class OpenVinoStage:
         self._signature = inputs, outputs
 
     def signature(self) -> tuple[dict[str, list[int | None]], dict[str, list[int | None]]]:
-        """Return the shapes of inputs and outputs by name; None where a size is free, whose name OpenVINO drops."""
+        """Return the shapes of inputs and outputs by name. A free size is None: OpenVINO drops its name."""
         return self._signature
 
     def bind(self, inputs: Mapping[str, FloatArray], outputs: Mapping[str, FloatArray]) -> Call:
-        """Return a call that runs the stage from and into these very arrays; the call keeps them alive."""
+        """Return a call that runs the stage on these arrays. The call keeps them alive."""
         arrays = {**inputs, **outputs}
         for key, array in arrays.items():
             if not array.flags.c_contiguous or array.dtype != np.float32:
@@ -119,9 +119,9 @@ class OpenVinoStage:
             raise BackendError(f"openvino cannot run {self._path.name} on {shapes}: {_reason(exc)}") from exc
 
         def call() -> None:
-            assert arrays  # noqa: S101 — the closure keeps the arrays alive that the tensors point into
+            assert arrays  # noqa: S101 — the tensors have only their addresses, so this closure keeps the arrays alive
             try:
-                request.infer(share_outputs=True)  # not shared, every output would be copied into what it returns
+                request.infer(share_outputs=True)  # otherwise it returns a copy of every output
             except MemoryError:
                 raise
             except Exception as exc:
@@ -130,11 +130,11 @@ class OpenVinoStage:
         return call
 
     def _form(self, shapes: dict[str, list[int]]) -> Any:
-        """Return the stage compiled for these shapes. Others wait: two threads would compile the same thing twice."""
+        """Return the stage compiled for these shapes. Other threads wait, so that none compiles it again."""
         key = str(sorted(shapes.items()))
         with self._lock:
             if key not in self._compiled:
-                while len(self._compiled) >= self._kept:  # before another takes memory
+                while len(self._compiled) >= self._kept:  # first, as the new form takes memory
                     self._compiled.popitem(last=False)
                 self._model.reshape(shapes)
                 form = _core().compile_model(self._model, "CPU", self._config)
@@ -160,18 +160,18 @@ def _sizes(shape: Any) -> list[int | None]:
 
 
 def _reason(exc: Exception) -> str:
-    """Return what an exception of OpenVINO says: its first lines are places in OpenVINO's source."""
+    """Return the message of an OpenVINO exception: its last line, as the first ones name places in its source."""
     return next((line.strip() for line in reversed(str(exc).splitlines()) if line.strip()), type(exc).__name__)
 
 
 def _openvino() -> Any:
-    """Import OpenVINO, with its telemetry left out."""
+    """Import OpenVINO without its telemetry."""
     with _IMPORT:
         loaded: dict[str, Any] = sys.modules  # None in it forbids an import
         before = loaded.get("openvino_telemetry")
         if "openvino" not in loaded:
-            # The import alone tells Intel of it, unless its user once ran `opt_in_out --opt_out`. Where this package
-            # cannot be imported, openvino has a stub for it, which also serves all that comes later.
+            # The import alone reports to Intel, unless the user once ran `opt_in_out --opt_out`. If this package cannot
+            # be imported, openvino uses its own stub from then on.
             loaded["openvino_telemetry"] = None
         try:
             import openvino

@@ -1,6 +1,6 @@
 """The restoration loop on the host: noise, T steps through a U-Net, taps. NumPy holds the state.
 
-This is the reference of every other execution of the loop. Between steps it allocates no arrays.
+It is the reference for all other implementations of the loop. It allocates no arrays between steps.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +35,7 @@ def restore(
     field.fill(schedule.steps, y)
     with ThreadPoolExecutor(1, "diffiqa-noise") as pool:
         for i in reversed(range(schedule.steps)):
-            # Noise is made while the network runs: the cores have gaps between its layers that fit it.
+            # Noise is computed while the network runs: the cores have idle time between its layers.
             noise = pool.submit(field.fill, i, z) if i > 0 else None
             denoiser(float(table.noise_level[i]))
             if noise:
@@ -47,7 +47,7 @@ def restore(
 
 
 def step(c: Coefficients, i: int, y: FloatArray, noise: FloatArray, z: FloatArray, x0: FloatArray) -> None:
-    """Advance `y` in place past step index `i`. `noise` and `z` are used up; `x0` receives the clipped estimate · c.
+    """Advance `y` in place past step index `i`. `noise` and `z` are overwritten; `x0` holds the scaled estimate.
 
     `x0 = clip(y·y_to_x0 − ε·noise_to_x0, −1, 1)`; `y ← x0·x0_to_mean + y·y_to_mean [+ z·sigma]`, where every product
     and every sum is rounded to float32 in this order; the last step (i = 0) adds no noise.

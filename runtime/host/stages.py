@@ -1,4 +1,4 @@
-"""Loading the stages of an engine on the host. A file that is not what the manifest says it is, is refused."""
+"""Loads the stages of an engine on the host. It refuses a file that differs from its manifest."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,15 +16,15 @@ class HostStage(StageRunner, Protocol):
     """A loaded stage that knows its shapes."""
 
     def signature(self) -> tuple[Shapes, Shapes]:
-        """Return the shapes of inputs and outputs by name; a free size is its name, or None where that is unknown."""
+        """Return the shapes of inputs and outputs by name. A free size is its name, or None if that is unknown."""
 
 
 class HostBackend(Protocol):
-    """What loads stages on the host: `OnnxRuntime` or `OpenVino`."""
+    """A backend that loads stages on the host: `OnnxRuntime` or `OpenVino`."""
 
     @property
     def name(self) -> str:
-        """What records call it. Raises BackendError where this machine does not have it."""
+        """Its name in records. Raises BackendError if this machine does not have it."""
 
     def load(self, path: Path, stage: StageName) -> HostStage:
         """Load one stage."""
@@ -53,7 +53,7 @@ def load_stages(directory: EngineDirectory, backend: HostBackend) -> dict[StageN
 
 
 def _agree(found: Shapes, listed: Mapping[str, list[int | str]]) -> bool:
-    """Whether a file has the shapes that the manifest lists; a free size without a name may have any."""
+    """Return whether a file has the shapes of the manifest; a free size without a name matches any name."""
     return found.keys() == listed.keys() and all(
         len(found[name]) == len(shape)
         and all(

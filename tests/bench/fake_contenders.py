@@ -23,6 +23,11 @@ def differs(_ground: Ground) -> tuple[Score, str]:
     return lambda ask: truth(ask) + 0.1, "fake 1.0"
 
 
+def sways(_ground: Ground) -> tuple[Score, str]:
+    """Differ from image to image by as much upwards as downwards."""
+    return lambda ask: truth(ask) + (0.1 if ask.image.name == "a.png" else -0.1), "fake 1.0"
+
+
 def no_number(_ground: Ground) -> tuple[Score, str]:
     return lambda _ask: float("nan"), "fake 1.0"
 

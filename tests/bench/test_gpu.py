@@ -22,16 +22,16 @@ from diffiqa import BackendError, Options
 from diffiqa.bench import ceilings, fresh, running
 from diffiqa.bench import gpu as gpu_module
 from diffiqa.bench import run as run_module
-from diffiqa.bench.ceilings import DEVICE_CALLS, DeviceProbe, torch_product
+from diffiqa.bench.ceilings import DEVICE_CALLS, Probe, probe_cpu, probe_gpu, torch_product
 from diffiqa.bench.device_timing import DOWNLOAD, GRAPH, KERNELS, UPLOAD, TimedLayer
 from diffiqa.bench.gpu import GpuWatch, sheet
-from diffiqa.bench.measure import Bench, Setting
+from diffiqa.bench.measure import Measurement, SoakRun
 from diffiqa.bench.page import to_page
-from diffiqa.bench.pictures import generate
 from diffiqa.bench.report import TABLES, to_markdown
-from diffiqa.bench.results import Case, DeviceTimes, Gpu, GpuLoad, Results, Start, read
+from diffiqa.bench.results import Case, Ceilings, DeviceTimes, Gpu, GpuLoad, Results, Start, read
 from diffiqa.bench.running import DeviceCase, DeviceRuntime
 from diffiqa.bench.verdict import judge_results
+from diffiqa.bench.workload import Workload, generate, in_batches
 from diffiqa.cli import main
 from diffiqa.engine.manifest import Library, StageName, open_engine
 from diffiqa.runtime.backends import BACKENDS, GpuBackend, OnnxOnGpu, TensorRt
@@ -99,7 +99,7 @@ class FakeNvml:
 @pytest.fixture
 def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
     found = FakeNvml()
-    monkeypatch.setattr(gpu_module, "open_sensors", lambda ordinal: found)
+    monkeypatch.setattr(gpu_module, "Nvml", lambda ordinal: found)
     return found
 
 
@@ -115,19 +115,19 @@ def on(
     batch: int = 1,
     backend: GpuBackend = TENSORRT,
     crops: int = 2,
-) -> Bench:
+) -> Measurement:
     directory = open_engine(engine)
     images = tuple(generate(folder, [size], 2 * batch, seed=3).by_size[size])
-    setting = Setting(images, *size, crops=crops, steps=6, workers=1, seed=0, batch=batch)
-    return Bench(directory, DeviceRuntime(directory, backend), setting)
+    workload = Workload(images, *size, crops=crops, steps=6, workers=1, seed=0, batch=batch)
+    return Measurement(directory, DeviceRuntime(directory, backend), workload)
 
 
-def device_case(bench: Bench) -> DeviceCase:
+def device_case(bench: Measurement) -> DeviceCase:
     assert isinstance(bench.runner, DeviceCase)
     return bench.runner
 
 
-def measured(bench: Bench, rounds: int = 2) -> tuple[Case, DeviceTimes]:
+def measured(bench: Measurement, rounds: int = 2) -> tuple[Case, DeviceTimes]:
     bench.warm_up()
     for _ in range(rounds):
         bench.round()
@@ -184,7 +184,7 @@ def test_ctrl_c_keeps_what_was_measured_and_frees_the_device(
 ) -> None:
     rounds: list[int] = []
 
-    def interrupted(self: Bench) -> None:
+    def interrupted(self: Measurement) -> None:
         rounds.append(1)
         if len(rounds) == 3:
             fake_gpu.watch = interrupt
@@ -193,8 +193,8 @@ def test_ctrl_c_keeps_what_was_measured_and_frees_the_device(
     def interrupt(_launches: int) -> None:
         raise KeyboardInterrupt
 
-    measure = Bench.round
-    monkeypatch.setattr(Bench, "round", interrupted)
+    measure = Measurement.round
+    monkeypatch.setattr(Measurement, "round", interrupted)
     file = tmp_path / "bench.json"
     options = ("--size", "40x40", "--crops", "1", "--rounds", "5", "--starts", "0", "--json", file)
     result = call(tiny_build, "--backend", "tensorrt", *options)
@@ -231,7 +231,7 @@ def test_peers_find_the_gpu_free_and_are_told_all_that_ours_was(
     assert [contender.name for contender in contenders] == ["diffiqa", "torch eager"]
     assert ground.backend == TensorRt(device=1, cuda_graph=False)
     assert [name for name, _ in cases] == ["40×40, 1 crop, 6 steps"]  # batches are no cases of theirs
-    assert [len(setting.images) for _, setting in cases] == [2]
+    assert [len(workload.images) for _, workload in cases] == [2]
 
 
 # ------------------------------------------------------------------------------------------------ where the time goes
@@ -324,8 +324,7 @@ def test_a_soak_has_a_value_for_every_batch(
                 yield given
 
     monkeypatch.setattr(Scorer, "stream", results)
-    run = bench.soak(count)
-    run._clock = lambda: float(given)
+    run = SoakRun(bench, count, clock=lambda: float(given))
     run.run()
     assert run.found.seconds == (1.0,) * (images // batch)
     assert run.found.images == images
@@ -376,8 +375,8 @@ def test_cases_leave_the_engine_to_each_other(tiny_build: Path, fake_gpu: FakeLa
     directory = open_engine(tiny_build)
     runtime = DeviceRuntime(directory, TENSORRT)
     images = tuple(generate(tmp_path, [(40, 48)], 1, seed=3).by_size[40, 48])
-    setting = Setting(images, 40, 48, crops=1, steps=6, workers=1, seed=0)
-    first, second = (Bench(directory, runtime, replace(setting, steps=steps)) for steps in (6, 4))
+    workload = Workload(images, 40, 48, crops=1, steps=6, workers=1, seed=0)
+    first, second = (Measurement(directory, runtime, replace(workload, steps=steps)) for steps in (6, 4))
     first.warm_up()
     second.warm_up()
     first.runner.close()
@@ -409,7 +408,32 @@ def test_a_graph_that_could_not_be_captured_is_a_problem(tiny_build: Path, fake_
 # ------------------------------------------------------------------------------------------------------------ batches
 
 
-def test_images_share_batches_and_times_are_per_image(tiny_build: Path, fake_gpu: FakeLayer, tmp_path: Path) -> None:
+def test_times_of_a_batch_are_per_image(
+    tiny_build: Path, fake_gpu: FakeLayer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def eight(case: DeviceCase, *what: Any) -> float:
+        score(case, *what)
+        case.layer.enqueue, case.layer.brought = 6.0, 2.0
+        return 8.0
+
+    score = DeviceCase._score
+    spans = {UPLOAD: [1.0], KERNELS: [4.0], DOWNLOAD: [2.0], **{name.value: [3.0] * 6 for name in StageName}}
+    monkeypatch.setattr(DeviceCase, "_score", eight)
+    monkeypatch.setattr(TimedLayer, "spans", lambda _layer: spans)
+    case, times = measured(on(tiny_build, tmp_path, (32, 32), batch=2, crops=1), rounds=1)
+    pair = 4 * 6 * 3.0 + 4.0 + 3.0  # seconds on the device for both images
+    assert case.compute == times.wall == times.plain == (4.0, 4.0)
+    assert times.enqueue == times.enqueue_plain == (3.0, 3.0)
+    assert times.busy == (pair / 2, pair / 2)
+    assert times.computing == ((pair - 3.0) / 2,) * 2
+    assert (times.upload, times.kernels, times.download) == ((1.5, 1.5), (2.0, 2.0), (1.0, 1.0))
+    assert set(case.stages.values()) == {(9.0, 9.0)}
+    assert set(case.step_seconds) == {(3.0, 3.0)}  # a step is a call, for however many
+
+
+def test_images_share_batches_and_the_work_of_an_image_stays(
+    tiny_build: Path, fake_gpu: FakeLayer, tmp_path: Path
+) -> None:
     size = 32, 32  # what this build takes several of
     case, times = measured(on(tiny_build, tmp_path, size, batch=2, crops=1), rounds=1)
     assert case.name == "32×32, 1 crop, 6 steps, batch 2"
@@ -437,7 +461,7 @@ def test_a_batch_that_the_build_does_not_take_is_a_problem(
 )
 def test_images_are_repeated_until_they_fill_batches(count: int, batch: int, length: int) -> None:
     paths = [Path(str(i)) for i in range(count)]
-    found = run_module._in_batches(paths, batch)
+    found = in_batches(paths, batch)
     assert len(found) == length
     assert found[:count] == tuple(paths[:length])
 
@@ -614,7 +638,7 @@ def test_no_nvml_at_all_is_said_once(nvml: FakeNvml, monkeypatch: pytest.MonkeyP
     def none(_ordinal: int) -> FakeNvml:
         raise OSError("libnvidia-ml.so.1 is not there")
 
-    monkeypatch.setattr(gpu_module, "open_sensors", none)
+    monkeypatch.setattr(gpu_module, "Nvml", none)
     found, refused = watched(nvml)
     assert list(refused.values()) == ["NVML: OSError: libnvidia-ml.so.1 is not there"]
     assert found.load.others is None
@@ -641,7 +665,7 @@ def test_another_process_on_the_gpu_is_a_problem_and_ours_is_none(nvml: FakeNvml
     nvml.there = {3: "before"}
     gone = watched(nvml, lambda: nvml.there.update({9: "meanwhile"}))[0]
     assert gone.load.others == ("before (3)", "meanwhile (9)")
-    assert "Others computed on the GPU meanwhile: before (3), meanwhile (9)." in problems(gone)
+    assert "Other processes computed on the GPU: before (3), meanwhile (9)." in problems(gone)
 
 
 def test_a_limit_that_held_the_clocks_back_is_a_problem(nvml: FakeNvml) -> None:
@@ -690,8 +714,8 @@ def test_clocks_are_read_while_the_gpu_works(
     monkeypatch.setattr(nvml, "number", number)
     bench.warm_up()
     assert seen == []
-    assert isinstance(bench._runtime, DeviceRuntime)
-    with bench._runtime.watch:
+    assert bench._watch
+    with bench._watch:
         bench.round()
     assert seen == [True] * 4  # once: temperature, two clocks, memory
 
@@ -731,7 +755,7 @@ def test_nvml_is_asked_in_its_own_units(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "cuda.core", SimpleNamespace(Device=Device, system=system))
     monkeypatch.setitem(sys.modules, "cuda.core.system", system)
     monkeypatch.setitem(sys.modules, "cuda.core.system.typing", SimpleNamespace(FieldId=Fields()))
-    found = gpu_module.open_sensors(3)
+    found = gpu_module.Nvml(3)
     assert {name: found.number(name) for name in (*FakeNvml().numbers, "joules")} == {
         "memory_mib": 81559,
         "used_mib": 900,
@@ -787,7 +811,7 @@ def test_a_gpu_that_is_kept_busy_has_nothing_said_against_it() -> None:
     assert "unet takes 100% of the GPU's time" in said
     assert "data sheet's peak in fp16" in said
     assert "Without CUDA graphs computing takes 1.50 times as long." in said
-    assert not any(word in said for word in ("launch-bound", "transfer-bound", "nothing to do", "asked for"))
+    assert not any(word in said for word in ("launch-bound", "transfer-bound", "nothing to do", "allocated"))
 
 
 @pytest.mark.parametrize(
@@ -799,12 +823,31 @@ def test_a_gpu_that_is_kept_busy_has_nothing_said_against_it() -> None:
         ),
         ({"upload": SAMPLES}, "transfer-bound, as copies take as long as computing, or longer."),
         ({"busy": tuple(0.9 * s for s in SAMPLES)}, "the GPU has nothing to do for 10.0% of a score."),
-        ({"late_allocations": 3}, "memory was asked for 3 times after the warm-up."),
+        ({"late_allocations": 3}, "it allocated memory 3 times after the warm-up."),
     ],
     ids=["launch-bound", "transfer-bound", "idle", "allocations"],
 )
 def test_what_bounds_a_gpu_is_said(changed: dict[str, Any], says: str) -> None:
     assert says in remarks(**changed)
+
+
+def test_what_hardly_bounds_a_gpu_is_not_said() -> None:
+    def scaled(share: float) -> tuple[float, ...]:
+        return tuple(share * s for s in SAMPLES)
+
+    busy = 0.99  # of the time
+    for share, said in ((0.79, False), (0.81, True)):
+        assert ("launch-bound" in remarks(enqueue=scaled(share * busy))) is said
+    for share, said in ((0.02, False), (0.04, True)):
+        assert ("the GPU has nothing to do" in remarks(busy=scaled(1 - share))) is said
+    for share, said in ((0.9, False), (1.1, True)):
+        changed = {"computing": SAMPLES, "upload": scaled(share / 2), "download": scaled(share / 2)}
+        assert ("transfer-bound" in remarks(**changed)) is said
+    for share, said in ((0.009, False), (0.011, True)):
+        gpu = of().gpu
+        assert gpu
+        held = replace(gpu, load=replace(gpu.load, held_back={"overheating": share}))
+        assert ("overheating held its clocks back" in problems(held)) is said
 
 
 @pytest.mark.parametrize("changed", [{"plain": (), "enqueue_plain": ()}, {"graphs": 0}], ids=["unwanted", "not had"])
@@ -848,41 +891,53 @@ def test_the_matrix_product_is_torchs() -> None:
 def test_ceilings_that_cannot_be_had_say_why() -> None:
     if tensorrt.device_capability() is not None:
         pytest.skip("there is a GPU")
-    probe = DeviceProbe(0)
+    probe = probe_gpu(0)
     probe.sample()
     assert len(probe.refused) == 2
     assert "has no CUDA or no GPU" in probe.refused["matrix product of the GPU"]
-    assert (probe.found.matmul_gflops, probe.found.copy_gbs) == ([], [])
+    assert probe.found("float16") == Ceilings((), (), "float16")
 
 
-def test_rates_are_those_of_all_calls_together(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("make", "product", "copy", "calls", "sizes"),
+    [
+        (probe_gpu, "torch_product", "device_copy", 5, [("cuda:1", 8192), (1, 2**29)]),
+        (probe_cpu, "host_product", "host_copy", 1, [(1, 1536), (1, 2**27)]),
+    ],
+)
+def test_rates_are_those_of_all_calls_together(
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[int], Probe],
+    product: str,
+    copy: str,
+    calls: int,
+    sizes: list[tuple[str | int, int]],
+) -> None:
     now = 0.0
-    sizes: list[tuple[str | int, int]] = []
+    asked: list[tuple[str | int, int]] = []
 
-    def taking(seconds: float) -> Callable[[], None]:
+    def taking(seconds: float) -> Callable[[str | int, int], Callable[[], None]]:
         def run() -> None:
             nonlocal now
             now += seconds
 
-        return run
+        def ready(where: str | int, size: int) -> Callable[[], None]:
+            asked.append((where, size))
+            return run
 
-    def copy(ordinal: int, size: int) -> Callable[[], None]:
-        sizes.append((ordinal, size))
-        return taking(0.5)
+        return ready
 
-    def product(device: str, side: int) -> Callable[[], None]:
-        sizes.append((device, side))
-        return taking(0.25)
-
-    monkeypatch.setattr(ceilings, "torch_product", product)
-    monkeypatch.setattr(ceilings, "device_copy", copy)
-    probe = DeviceProbe(1)
+    monkeypatch.setattr(ceilings, product, taking(0.25))
+    monkeypatch.setattr(ceilings, copy, taking(0.5))
+    probe = make(1)
     for _ in range(2):
         probe.sample(lambda: now)
-    assert sizes == [("cuda:1", 8192), (1, 2**29)]
+    assert asked == sizes
     assert probe.refused == {}
-    assert probe.found.matmul_gflops == [5 * 2 * 8192**3 / 0.25 / 1e9] * 2
-    assert probe.found.copy_gbs == [5 * 2 * 2**29 / 0.5 / 1e9] * 2  # read and written
+    found = probe.found("float16")
+    (_, side), (_, size) = sizes
+    assert found.matmul_gflops == (calls * 2 * side**3 / 0.25 / 1e9,) * 2
+    assert found.copy_gbs == (calls * 2 * size / 0.5 / 1e9,) * 2  # read and written
     assert DEVICE_CALLS == 5
 
 

@@ -1,17 +1,16 @@
 """Our own pipeline under a fake clock: what is counted where, and the verdict on a noisy machine."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from diffiqa import UsageError
-from diffiqa.bench.measure import Bench, Setting, with_steps
-from diffiqa.bench.pictures import generate, sort_by_size
+from diffiqa import ImageError, UsageError
+from diffiqa.bench.measure import Measurement, SoakRun
 from diffiqa.bench.results import Case
 from diffiqa.bench.running import HostRuntime
 from diffiqa.bench.work import count_work
+from diffiqa.bench.workload import Workload, generate, sort_by_size, with_steps
 from diffiqa.engine.manifest import EngineDirectory, StageName, open_engine
 from diffiqa.runtime.backends import OnnxRuntime
 from diffiqa.runtime.plan import make_plan
@@ -19,12 +18,15 @@ from diffiqa.runtime.results import Options
 
 
 class FakeClock:
-    """Goes on by `tick` whenever it is read."""
+    """Goes on by `tick` whenever it is read; Ctrl-C comes at the read of number `ctrl_c`, from 1 on."""
 
     def __init__(self) -> None:
-        self.now, self.tick = 0.0, 1.0
+        self.now, self.tick, self.ctrl_c = 0.0, 1.0, 0
 
     def __call__(self) -> float:
+        self.ctrl_c -= 1
+        if self.ctrl_c == 0:
+            raise KeyboardInterrupt
         self.now += self.tick
         return self.now
 
@@ -34,10 +36,10 @@ def directory(tiny_engine: Path) -> EngineDirectory:
     return open_engine(tiny_engine)
 
 
-def bench(directory: EngineDirectory, folder: Path, clock: FakeClock, *, steps: int = 6, crops: int = 2) -> Bench:
+def bench(directory: EngineDirectory, folder: Path, clock: FakeClock, *, steps: int = 6, crops: int = 2) -> Measurement:
     images = tuple(generate(folder, [(40, 48)], 2, seed=3).by_size[40, 48])
-    setting = Setting(images, 40, 48, crops=crops, steps=steps, workers=1, seed=0)
-    return Bench(directory, HostRuntime(directory, OnnxRuntime(1)), setting, clock)
+    workload = Workload(images, 40, 48, crops=crops, steps=steps, workers=1, seed=0)
+    return Measurement(directory, HostRuntime(directory, OnnxRuntime(1)), workload, clock)
 
 
 def measured(directory: EngineDirectory, folder: Path, ticks: list[float]) -> Case:
@@ -56,6 +58,7 @@ def test_every_call_is_timed_once_and_stages_add_up(directory: EngineDirectory, 
     assert {name: set(parts) for name, parts in case.stages.items()} == {n: {float(c)} for n, c in calls.items()}
     assert len(case.compute) == 4
     assert len(case.end_to_end) == 2
+    assert set(case.end_to_end) == {(1 + 2 * 2 * sum(calls.values())) / 2}  # per image: the second's calls count too
     assert set(case.compute) == {1.0 + 2 * sum(calls.values())}  # the clock is read twice a call, and at the end
     assert case.outside == pytest.approx(13 / 25)
     assert np.array(case.step_seconds).shape == (6, 4)
@@ -108,17 +111,36 @@ def test_generated_images_are_the_same_for_a_seed_and_differ_from_each_other(tmp
     assert sort_by_size(first, 32).by_size == {(40, 48): first}
 
 
-def test_an_interrupted_sample_leaves_the_others_whole(directory: EngineDirectory, tmp_path: Path) -> None:
+def counts(case: Case) -> tuple[int, int]:
+    """Return how many samples there are of either kind; those of computing must have all their parts."""
+    parts = [*case.stages.values(), *case.step_seconds]
+    assert {len(column) for column in parts} <= {len(case.compute)}
+    return len(case.end_to_end), len(case.compute)
+
+
+def test_a_sample_that_ctrl_c_breaks_off_is_not_kept(directory: EngineDirectory, tmp_path: Path) -> None:
     clock = FakeClock()
     run = bench(directory, tmp_path, clock)
     run.round()
+    files, image = 50, 26  # reads of the clock for the files of a round, and for one of its two images alone
+    for read in (1, 2, 30, files, files + 1, files + 9, files + image, files + image + 1, files + 2 * image):
+        end_to_end, compute = counts(run.case())
+        clock.ctrl_c = read
+        with pytest.raises(KeyboardInterrupt):
+            run.round()
+        whole = (end_to_end, compute) if read <= files else (end_to_end + 1, compute + (read - files - 1) // image)
+        assert counts(run.case()) == whole, read
 
-    class Interrupting(FakeClock):
-        def __call__(self) -> float:
-            raise KeyboardInterrupt
 
-    run._clock = Interrupting()
-    with pytest.raises(KeyboardInterrupt):
-        run.round()
-    case = replace(run.case())
-    assert {len(parts) for parts in case.stages.values()} == {len(case.compute)} == {2}
+def test_a_file_that_can_no_longer_be_read_ends_the_run_and_leaves_no_sample(
+    directory: EngineDirectory, tmp_path: Path
+) -> None:
+    run = bench(directory, tmp_path, FakeClock())
+    run.round()
+    before, soak = run.case(), SoakRun(run, 4)
+    run.workload.images[1].write_bytes(b"no image")
+    for broken in (run.round, soak.run):
+        with pytest.raises(ImageError, match=r"1\.png"):
+            broken()
+    assert run.case() == before
+    assert soak.found.images == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from diffiqa.bench.ceilings import DeviceProbe
+from diffiqa.bench.ceilings import probe_gpu
 from diffiqa.bench.gpu import GpuWatch
 from diffiqa.bench.results import Results, read
 from diffiqa.cli import main
@@ -74,12 +74,13 @@ def test_nvml_describes_the_gpu_that_cuda_counts_first(layer: CudaLayer) -> None
 
 def test_the_copy_is_probed_and_the_product_too_where_torch_has_cuda(layer: CudaLayer) -> None:
     torch = pytest.importorskip("torch")
-    probe = DeviceProbe(0)
+    probe = probe_gpu(0)
     probe.sample()
     probe.close()
-    assert 10 < probe.found.copy_gbs[0] < 20_000, probe.refused
+    found = probe.found("float16")
+    assert 10 < found.copy_gbs[0] < 20_000, probe.refused
     if torch.cuda.is_available():
-        assert 1e3 < probe.found.matmul_gflops[0] < 1e7, probe.refused
+        assert 1e3 < found.matmul_gflops[0] < 1e7, probe.refused
 
 
 def measured(engine: Path, folder: Path, *options: str) -> Results:
