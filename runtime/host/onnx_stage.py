@@ -73,7 +73,8 @@ def make_session(model: Path | bytes, settings: OnnxRuntime, name: str = "") -> 
         # fp8.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    # A memory pattern reserves the peak of each shape. Without, a 720×720 image takes half the memory, and no more time.
+    # A memory pattern reserves the peak of each shape. Without patterns a 720×720 image takes half the memory, and no
+    # more time.
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.spinning else "0")
     available = ort.get_available_providers()
