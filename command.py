@@ -17,6 +17,8 @@ from .errors import DiffiqaError
 
 F = TypeVar("F", bound=Callable[..., Any])
 _DEBUG = "diffiqa.debug"
+# Packages that modules import at their top, and the extra that brings them.
+EXTRAS = {**dict.fromkeys(["onnx", "onnxscript", "safetensors", "torch"], "export"), "ml_dtypes": "calibration"}
 
 
 class Command(click.Command):
@@ -52,7 +54,15 @@ class Command(click.Command):
             _fail(ctx, "not enough memory", 2, exc, debug=debug)
         except Exception as exc:
             what = f"unexpected {type(exc).__name__}: {exc}; please report this with the output of --debug"
-            _fail(ctx, what, 2, exc, debug=debug)
+            _fail(ctx, _missing(exc) or what, 2, exc, debug=debug)
+
+
+def _missing(exc: Exception) -> str | None:
+    """Return what to install, if a package is missing that a machine without this command's extra does not have."""
+    package = (exc.name or "").partition(".")[0] if isinstance(exc, ModuleNotFoundError) else ""
+    if package not in EXTRAS:
+        return None
+    return f"{package} is not installed; install what this command needs: pip install 'diffiqa[{EXTRAS[package]}]'"
 
 
 def _open_streams() -> None:

@@ -42,8 +42,17 @@ def bundle(tiny_model: DiffV2IQA, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_every_command_is_in_the_group_and_installed_under_its_own_name() -> None:
     project = tomllib.loads((Path(cli.__file__).parent / "pyproject.toml").read_text())
     assert set(cli.main.commands) == {*COMMANDS, "train", "eval"}
-    scripts = {f"iqa-{name}": f"diffiqa.cli:{name}" for name in (*COMMANDS, "train")}
-    scripts["iqa-eval"] = "diffiqa.cli:evaluate"  # Python has taken the name
+    homes = {
+        "diffiqa.calibration.cli": ["calibrate", "quantise"],
+        "diffiqa.export.cli": ["build", "convert"],
+        "diffiqa.runtime.command.cli": ["run"],
+        "diffiqa.cli": ["export"],
+        **{f"diffiqa.{name}.cli": [name] for name in ("bench", "verify")},
+        "diffiqa.training.cli": ["train"],
+    }
+    scripts = {f"iqa-{name}": f"{home}:{name}" for home, names in homes.items() for name in names}
+    assert {name.removeprefix("iqa-") for name in scripts} == {*COMMANDS, "train"}
+    scripts["iqa-eval"] = "diffiqa.evaluation.cli:evaluate"  # Python has taken the name
     assert project["project"]["scripts"] == {"iqa": "diffiqa.cli:main", **scripts}
     assert all(getattr(cli, name) is cli.main.commands[name] for name in COMMANDS)
 
@@ -159,3 +168,23 @@ def test_a_signal_inside_executed_text_gives_the_same_exit_code(tmp_path: Path, 
     (tmp_path / "waiting.py").write_text(code)
     done = subprocess.run([sys.executable, "-m", "waiting"], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (2, "error: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("package", "command", "extra"),
+    [
+        ("torch", ["export", "--preset", "mini", "-o", "engine"], "export"),
+        ("onnx", ["export", "--preset", "mini", "-o", "engine"], "export"),
+        ("ml_dtypes", ["quantise", "--engine", "engine", "--calib", "a.png", "-o", "int8"], "calibration"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_with_the_extra_that_brings_it(
+    tmp_path: Path, package: str, command: list[str], extra: str
+) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; from diffiqa.cli import main; main(sys.argv[1:])"
+    run = subprocess.run(
+        [sys.executable, "-c", code, *command], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 2
+    assert f"{package} is not installed; install what this command needs: pip install 'diffiqa[{extra}]'" in run.stderr
+    assert run.stderr.count("\n") == 1
