@@ -58,3 +58,25 @@ def test_refuses_an_image_smaller_than_a_crop() -> None:
 @pytest.mark.parametrize(("side", "aligned"), [(16, 16), (17, 32), (224, 224), (225, 240)])
 def test_padding_reaches_the_next_multiple(side: int, aligned: int) -> None:
     assert padded_size(side, 16, 16) == (aligned, 16)
+
+
+def test_four_crops_lie_in_the_corners_and_not_on_the_diagonal() -> None:
+    assert crop_grid(300, 400, 224, 4) == (Crop(0, 0), Crop(0, 176), Crop(76, 0), Crop(76, 176))
+
+
+def test_a_little_room_holds_one_crop_more_than_its_pixels() -> None:
+    assert crop_grid(224, 226, 224, 9) == (Crop(0, 0), Crop(0, 1), Crop(0, 2))
+    assert crop_grid(224, 225, 224, 9) == (Crop(0, 0), Crop(0, 1))
+
+
+def test_crops_of_a_wide_image_lie_in_two_rows_at_least() -> None:
+    assert {crop.top for crop in crop_grid(300, 1500, 224, 9)} == {0, 76}
+
+
+def test_odd_room_rounds_to_whole_pixels() -> None:
+    (middle,) = crop_grid(225, 227, 224, 1)
+    assert (middle.top, middle.left) == (0, 1)
+    assert isinstance(middle.left, int)
+    assert [crop.left for crop in crop_grid(224, 227, 224, 3)] == [0, 2, 3]  # halves round up
+    assert padded_size(15, 33, 16) == (16, 48)
+    assert all(isinstance(n, int) for n in padded_size(15, 33, 16))

@@ -166,6 +166,36 @@ def test_rejects_a_window_off_the_blocks_of_four(size: tuple[int, int], window: 
         NoiseField(0, size, window=window, left=left)
 
 
+@pytest.mark.parametrize(("top", "left"), [(13, 0), (0, 8), (-1, 0), (0, -4), (13, 8)])
+def test_rejects_a_window_that_leaves_the_image(top: int, left: int) -> None:
+    with pytest.raises(ValueError, match="leaves the image"):
+        NoiseField(1, (16, 16), window=(4, 12), top=top, left=left)
+
+
+def test_an_image_may_have_as_many_blocks_as_the_counter_numbers() -> None:
+    assert NoiseField(1, (75_000, 75_000), window=(4, 4)).shape == (3, 4, 4)
+    with pytest.raises(ValueError, match="more elements than the noise counter can number"):
+        NoiseField(1, (76_000, 76_000), window=(4, 4))
+
+
+def test_noise_is_computed_in_float32() -> None:
+    """A score is the same to the last bit only where every operation rounds as the reference does."""
+    blocks = np.arange(12)[:, None] * np.array([1, 0, 0, 0]) + np.array([0, 3, 0, 0])
+    found = philox4x32([blocks[:, i] for i in range(4)], split_seed(5))
+    u = [((np.asarray(word) >> 9).astype(np.float32) + np.float32(0.5)) * np.float32(2**-23) for word in found]
+    expected = np.empty((12, 4), np.float32)
+    for pair in (0, 2):
+        radius, angle = np.sqrt(np.log(u[pair]) * np.float32(-2)), u[pair + 1] * np.float32(2 * np.pi)
+        expected[:, pair], expected[:, pair + 1] = radius * np.cos(angle), radius * np.sin(angle)
+    assert np.array_equal(filled(NoiseField(5, (4, 4)), 3).reshape(12, 4), expected)
+
+
+def test_noise_is_written_in_place_or_not_at_all() -> None:
+    field = NoiseField(1, (4, 8))
+    with pytest.raises(ValueError, match="noise is written in place: the array must be C-contiguous"):
+        field.fill(0, np.empty((3, 8, 4), np.float32).transpose(0, 2, 1))
+
+
 def test_rejects_an_image_of_more_blocks_than_the_counter_has() -> None:
     with pytest.raises(ValueError, match="noise counter"):
         NoiseField(0, (2**17, 2**17), window=(4, 4))
