@@ -119,7 +119,9 @@ def test_a_tensor_beyond_the_range_of_fp16_is_caught(large_range: Path, images: 
     assert data["within"] is False
     assert data["images"][0]["noise"][0]["max"] is None
     assert "∞" in (tmp_path / "a.html").read_text(encoding="utf-8")
-    assert call(*arguments, "--precision", "bf16").exit_code == 0  # which has the range of float32
+    # bf16 has the range of float32. It rounds coarsely: 1.2 of the little that seeds move an untrained model's score.
+    inside = call(*arguments, "--precision", "bf16", "--limit", "spread=2")
+    assert inside.exit_code == 0, inside.output
 
 
 def test_a_plan_that_rounds_the_score_reduction_is_caught(tiny_engine: Path, images: Path, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_without_a_build_the_message_says_how_to_make_one(directory: EngineDirec
     with pytest.raises(EngineError, match="holds no tensorrt-rtx bf16 engines") as caught:
         opened(holding(directory, build_of(directory, "a")), precision=Precision.BF16)
     asked = advised(str(caught.value))
-    assert (asked["path"], asked["target"], asked["precision"]) == (directory.path, "tensorrt-rtx", "bf16")
+    assert (asked["engine"], asked["target"], asked["precision"]) == (directory.path, "tensorrt-rtx", "bf16")
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_foreign_build_is_refused_with_the_command_for_this_machine(
     with pytest.raises(EngineError, match=says) as caught:
         opened(holding(directory, build_of(directory, "a", **change)), **machine)
     asked = advised(str(caught.value))
-    assert asked["path"] == directory.path
+    assert asked["engine"] == directory.path
     assert (asked["target"], asked["precision"]) == ("tensorrt-rtx", "fp16")
     assert (asked["batches"], asked["sizes"], asked["capabilities"]) == ("1,1:2:4", "32x32", capability)
 
