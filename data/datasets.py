@@ -31,7 +31,6 @@ class Item:
     reference_path: Path | None = None
     distortion: str | None = None
     level: int | None = None  # as published: higher need not be worse (KADID-10k's mean shift and contrast)
-    part: str | None = None  # of the publisher's own split: training, validation or test
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,6 @@ class _Row:
     reference: str | None = None
     distortion: str | None = None
     level: int | None = None
-    part: str | None = None
 
 
 @dataclass(frozen=True)
@@ -182,7 +180,6 @@ def _dataset(name: str, root: Path, content: _Content, *, higher_is_better: bool
                 reference_path=reference_path,
                 distortion=row.distortion,
                 level=row.level,
-                part=row.part,
             )
         )
     return Dataset(name, root, content.label_file, worst, best, tuple(sorted(items, key=lambda item: item.image)))
@@ -321,16 +318,10 @@ def _clive(root: Path) -> _Content:
 
 
 def _koniq10k(root: Path) -> _Content:
-    # MOS is the mean opinion, 1 to 5, in the first file; the second has the official parts, and opinions as 0 to 100.
-    scores, parts = "koniq10k_scores_and_distributions.csv", "koniq10k_distributions_sets.csv"
-    label_file = _first_file(root, scores, parts)
+    # MOS is the mean opinion: 1 to 5 in the first file, 0 to 100 in the second.
+    label_file = _first_file(root, "koniq10k_scores_and_distributions.csv", "koniq10k_distributions_sets.csv")
     labels = {row["image_name"].lower(): row["MOS"] for row in _parsed(read_csv, label_file, "image_name", "MOS")}
-    part_of: dict[str, str] = {}
-    if (part_file := _find(root, parts)) is not None:
-        part_of = {row["image_name"].lower(): row["set"] for row in _parsed(read_csv, part_file, "image_name", "set")}
-        if missing := sorted(set(labels) - set(part_of)):
-            raise DatasetError(f"{part_file} names no set for {len(missing)} images: {_few(missing)}; is it complete?")
-    rows = [_Row(name, _number(label, str(label_file)), part=part_of.get(name)) for name, label in labels.items()]
+    rows = [_Row(name, _number(label, str(label_file))) for name, label in labels.items()]
     folder = "1024x768" if _find(root, "1024x768") else "512x384"
     return _Content(label_file.name, rows, _images(root, folder), {})
 

@@ -14,12 +14,12 @@ All arithmetic is float64: the fourth root in MDSI makes 0.02 of a rounding erro
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..engine.codec import decode, encode
+from ..engine.codec import encode
 from ..errors import DatasetError, ImageError
 
 Array = npt.NDArray[np.float64]
@@ -173,23 +173,6 @@ class PseudoScale:
     def to_json(self) -> str:
         """Return this scale as JSON text."""
         return json.dumps(encode(self), indent=1) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Read what `to_json` wrote. Raises DatasetError."""
-        try:
-            scale = decode(cls, json.loads(text), "pseudo-score", DatasetError)
-        except (json.JSONDecodeError, RecursionError) as exc:
-            raise DatasetError(f"the stored pseudo-score is no JSON: {exc}") from exc
-        if scale.schema_version != 1:
-            raise DatasetError(f"the stored pseudo-score has format {scale.schema_version}, this diffiqa reads 1")
-        known = [(metric.name, metric.higher_is_better) for metric in METRICS]
-        found = [(quantiles.metric, quantiles.higher_is_better) for quantiles in scale.quantiles]
-        if found != known:
-            raise DatasetError(f"the stored pseudo-score is of {found}, this diffiqa measures {known}; fit it again")
-        if any(len(set(quantiles.values)) < 2 for quantiles in scale.quantiles):
-            raise DatasetError("the stored pseudo-score has a metric without two different quantiles; fit it again")
-        return scale
 
 
 def fit_pseudo_scale(table: Array) -> PseudoScale:

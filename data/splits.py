@@ -61,18 +61,15 @@ class Split:
             raise DatasetError(f"the split {path} cannot be read: {exc}") from exc
         if split.schema_version != SCHEMA_VERSION:
             raise DatasetError(f"the split {path} has format {split.schema_version}, this diffiqa reads 1")
-        split._check(f"the split {path}")
-        return split
-
-    def _check(self, where: str) -> None:
         part_of: dict[str, str] = {}
-        for part, contents in self.parts.items():
+        for part, contents in split.parts.items():
             if not contents:
-                raise DatasetError(f"{where} has nothing in part {part!r}")
+                raise DatasetError(f"the split {path} has nothing in part {part!r}")
             for content in contents:
                 if content in part_of:
-                    raise DatasetError(f"{where} has {content} in {part_of[content]!r} and again in {part!r}")
+                    raise DatasetError(f"the split {path} has {content} in {part_of[content]!r} and again in {part!r}")
                 part_of[content] = part
+        return split
 
 
 def content_of(item: Item) -> str:
@@ -108,15 +105,3 @@ def shares(names: Iterable[str], seed: int, ratios: Mapping[str, float]) -> dict
         sizes[sizes.index(max(sizes))] -= 1
     rest = iter(drawn)
     return {part: tuple(sorted(next(rest) for _ in range(size))) for part, size in zip(ratios, sizes, strict=True)}
-
-
-def published_split(dataset: Dataset) -> Split:
-    """Return the publisher's own split (KonIQ-10k has one). Raises DatasetError where there is none, or it leaks."""
-    parts: dict[str, set[str]] = {}
-    for item in dataset.items:
-        if item.part is None:
-            raise DatasetError(f"{dataset.name} has no published split for {item.image}")
-        parts.setdefault(item.part, set()).add(content_of(item))
-    split = Split(dataset.name, None, {part: tuple(sorted(contents)) for part, contents in sorted(parts.items())})
-    split._check(f"the published split of {dataset.name}")
-    return split

@@ -61,11 +61,6 @@ def fit_logistic(scores: Values, labels: Values) -> Logistic:
     return Logistic(best.b1 * height + bottom, best.b2 * height + bottom, best.b3 * width + centre, best.b4 * width)
 
 
-def plcc_logistic(scores: Values, labels: Values) -> float:
-    """Return Pearson's linear correlation of labels with the scores laid on them by the fitted logistic."""
-    return pearson(fit_logistic(scores, labels)(scores), np.asarray(labels, np.float64))
-
-
 @dataclass(frozen=True)
 class Correlation:
     """All figures of one set of images. The two after the logistic are None below five images."""

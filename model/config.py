@@ -6,9 +6,7 @@ A configuration is stored in our checkpoints and in every engine's manifest; `PR
 import enum
 import itertools
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from ..engine.codec import decode
 from ..engine.schedule import Kind, Schedule, Taps
 from ..errors import ConfigError
 
@@ -136,11 +134,6 @@ class ModelConfig:
         if self.vda:
             used |= {self.vda.query, self.vda.key, self.vda.value}
         return tuple(kind for kind in Kind if kind in used)
-
-    @staticmethod
-    def from_json(data: Any, where: str = "model configuration") -> "ModelConfig":
-        """Decode a configuration that `engine.codec.encode` wrote; raises ConfigError."""
-        return decode(ModelConfig, data, where, ConfigError)
 
 
 def _problems(c: ModelConfig) -> "itertools.chain[str]":

@@ -1,6 +1,7 @@
 """A rated set made of photographs: what is in it, that nothing of the test part shapes its labels, same on each run."""
 
 import csv
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from diffiqa.data.distortions import DISTORTIONS
 from diffiqa.data.fullref import PseudoScale, measure
 from diffiqa.data.rate import Amount, rate_photographs
 from diffiqa.data.splits import Split
+from diffiqa.engine.codec import decode
 from diffiqa.errors import ConfigError, DatasetError, OutputError
 from diffiqa.runtime.images import read_image
 
@@ -91,7 +93,7 @@ def test_over_the_photographs_of_a_part_all_kinds_come_equally_often(
 
 
 def test_values_and_scores_are_those_of_the_files(made: Path) -> None:
-    scale = PseudoScale.from_json((made / "set" / "scale.json").read_text())
+    scale = decode(PseudoScale, json.loads((made / "set" / "scale.json").read_text()), "pseudo-score", DatasetError)
     for row in rows(made / "set")[::5]:
         image = made / "set" / row["image"]
         original = image.with_name(f"{image.name[0]}-original.png")

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from diffiqa.data.datasets import Dataset, Item
-from diffiqa.data.splits import Split, content_of, published_split, split_by_content
+from diffiqa.data.splits import Split, split_by_content
 from diffiqa.errors import DatasetError
 
 
-def fake(contents: int, each: int = 4, *, references: bool = True, part: str | None = None) -> Dataset:
+def fake(contents: int, each: int = 4, *, references: bool = True) -> Dataset:
     items = tuple(
         Item(
             image=f"{content:03}_{index}.png",
@@ -18,7 +18,6 @@ def fake(contents: int, each: int = 4, *, references: bool = True, part: str | N
             label=index,
             quality=index / each,
             reference=f"{content:03}.png" if references else None,
-            part=part,
         )
         for content in range(contents)
         for index in range(each)
@@ -138,20 +137,3 @@ def test_refuses_another_data_set() -> None:
         split.items(fake(8), "train")
     with pytest.raises(DatasetError, match="no part 'val', only train, validation, test"):
         split.items(fake(9), "val")
-
-
-def test_takes_the_published_split() -> None:
-    parts = [fake(2, references=False, part="training"), fake(4, references=False, part="test")]
-    items = tuple({item.image: item for dataset in parts[::-1] for item in dataset.items}.values())
-    dataset = dataclasses.replace(parts[0], items=items)
-    split = published_split(dataset)
-    assert split.seed is None
-    assert {part: len(split.items(dataset, part)) for part in split.parts} == {"training": 8, "test": 8}
-    with pytest.raises(DatasetError, match=r"no published split for 000_0\.png"):
-        published_split(fake(2))
-    leaking = (
-        dataset.items[0],
-        dataclasses.replace(dataset.items[1], reference=content_of(dataset.items[0]), part="x"),
-    )
-    with pytest.raises(DatasetError, match=r"has 000_0\.png in 'test' and again in 'x'|in 'training' and again in 'x'"):
-        published_split(dataclasses.replace(dataset, items=leaking))
