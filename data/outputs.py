@@ -1,24 +1,39 @@
 """Results of commands: files that appear whole or not at all, and rows as CSV."""
 
+import contextlib
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from ..engine.atomic import replacing
 from ..errors import OutputError
 
 
-def write_file(path: Path, data: bytes | str) -> None:
-    """Write a file, whole or not at all, making its folder if need be. Raises OutputError."""
-    if isinstance(data, str):
-        data = data.encode("utf-8", "surrogateescape")  # names of files are bytes in the end
+def make_folder(path: Path) -> None:
+    """Make a folder, unless it is there, and those above it. Raises OutputError."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise OutputError(f"cannot make the folder {path}: {exc.strerror or exc}") from exc
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a stream whose file appears whole or not at all. Raises OutputError."""
+    try:
         with replacing(path) as stream:
-            stream.write(data)
+            yield stream
     except OSError as exc:
         raise OutputError(f"cannot write {path}: {exc.strerror or exc}") from exc
+
+
+def write_file(path: Path, data: bytes | str) -> None:
+    """Write a file, whole or not at all, making its folder if need be. Raises OutputError."""
+    make_folder(path.parent)
+    with writing(path) as stream:  # names of files are bytes in the end
+        stream.write(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)
 
 
 def to_csv(rows: Iterable[Sequence[object]]) -> str:

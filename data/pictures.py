@@ -1,16 +1,16 @@
 """Pictures decoded once into files of plain pixels, of which crops are then read."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
-from ..engine.atomic import replacing
-from ..errors import DatasetError, ImageError, OutputError
+from ..errors import DatasetError, ImageError
 from ..runtime.images import read_image
+from .outputs import make_folder, writing
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3), RGB
 
@@ -29,30 +29,19 @@ class Pictures:
     """
 
     def __init__(
-        self,
-        paths: Sequence[Path],
-        cache: Path,
-        *,
-        min_side: int,
-        enlarge: bool = False,
-        longest_side: int = 0,
-        progress: Callable[[int, int], None] = lambda _done, _total: None,
+        self, paths: Sequence[Path], cache: Path, *, min_side: int, enlarge: bool = False, longest_side: int = 0
     ) -> None:
         self._cache, self._min_side, self._enlarge, self._longest_side = cache, min_side, enlarge, longest_side
         self.skipped: list[str] = []
         self.paths: list[Path] = []
         self.files: list[Path] = []  # the cached pixels of each
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-        except OSError as exc:
-            raise OutputError(f"cannot make the folder {cache}: {exc}") from exc
-        for index, path in enumerate(paths):
+        make_folder(cache)
+        for path in paths:
             try:
                 self.files.append(self._stored(path))
                 self.paths.append(path)
             except ImageError as exc:
                 self.skipped.append(str(exc))
-            progress(index + 1, len(paths))
         if not self.paths:
             why = f": {self.skipped[0]}" if self.skipped else ""
             raise DatasetError(f"none of {len(paths)} pictures can be used{why}")
@@ -77,7 +66,9 @@ class Pictures:
         made_of = f"{SCHEMA} {self._min_side} {self._enlarge} {self._longest_side} {hashlib.sha256(data).hexdigest()}"
         file = self._cache / f"{hashlib.sha256(made_of.encode()).hexdigest()}.npy"
         if not file.exists():
-            save_array(file, self._decoded(path))
+            pixels = self._decoded(path)
+            with writing(file) as stream:
+                np.save(stream, pixels)
         return file
 
     def _decoded(self, path: Path) -> Pixels:
@@ -119,12 +110,3 @@ def detailed(pixels: npt.NDArray[np.uint8]) -> float:
     y, x = np.mgrid[:8, :8].reshape(2, 64)
     plane, _ = np.linalg.qr(np.stack([np.ones(64), x, y], axis=1))
     return float(np.mean((blocks - blocks @ plane @ plane.T).std(axis=1) > DETAIL))
-
-
-def save_array(path: Path, array: npt.NDArray[np.generic]) -> None:
-    """Write an .npy file, whole or not at all; raises OutputError."""
-    try:
-        with replacing(path) as stream:
-            np.save(stream, array)
-    except OSError as exc:
-        raise OutputError(f"cannot write {path}: {exc}") from exc

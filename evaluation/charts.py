@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data.extra import load_extra
-from ..engine.atomic import replacing
-from ..errors import OutputError
+from ..data.outputs import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,8 +60,5 @@ def add_legend(figure: "Figure", names: Sequence[str]) -> None:
 
 def save(figure: "Figure", path: Path) -> None:
     """Write a figure as PNG, whole or not at all. Raises OutputError."""
-    try:
-        with replacing(path) as stream:
-            figure.savefig(stream, format="png")
-    except OSError as exc:
-        raise OutputError(f"cannot write {path}: {exc.strerror or exc}") from exc
+    with writing(path) as stream:
+        figure.savefig(stream, format="png")

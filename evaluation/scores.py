@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..data.datasets import Item
 from ..data.labelfiles import read_csv
+from ..data.outputs import make_folder
 from ..errors import DatasetError, OutputError
 from ..runtime.command.api import Outputs
 from ..runtime.command.display import run_shown
@@ -65,10 +66,7 @@ def score_pictures(
     workers: int = 1,
 ) -> dict[str, dict[str, float]]:
     """Score pictures into scores.jsonl as `iqa-run` does, resuming included; return the scores as `read_branches`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise OutputError(f"cannot make the folder {folder}: {exc.strerror or exc}") from exc
+    make_folder(folder)
     outputs = Outputs(file=folder / SCORES_NAME, resume=resume, force=force)
     names = {image: str(path) for image, path in pictures.items()}
     run_shown(scorer, list(dict.fromkeys(names.values())), options, outputs, workers=workers, quiet=quiet)

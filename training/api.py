@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import OutputError, UsageError
+from ..errors import UsageError
 
 if TYPE_CHECKING:
     from ..data.photos import Photograph
@@ -276,16 +276,14 @@ def _parts(
 ) -> "dict[str, list[Rated]]":
     """Return "train" and the held-out parts of the split in a file; without one, draw it and write it to the folder."""
     from ..data.datasets import read_labels
+    from ..data.outputs import make_folder
     from ..data.splits import Split, split_by_content
     from .score import Rated
 
     rated = read_labels(Path(data), dataset, lower_is_better=lower_better)
     split = Split.read(Path(split_file)) if split_file else split_by_content(rated, seed)
     if split_file is None and leads():
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as exc:
-            raise OutputError(f"cannot make the folder {output}: {exc}") from exc
+        make_folder(output)
         split.write(output / SPLIT_NAME)
     names = {name: name for name in ("train", *held_out)}
     if "training" in split.parts:  # as publishers call it

@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
@@ -32,7 +32,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.draws import Purpose, generator
-from ..data.outputs import write_file
+from ..data.outputs import make_folder, write_file
 from ..engine.atomic import replacing
 from ..errors import CheckpointError, ConfigError, DiffiqaError, OutputError, UsageError
 from .config import Optimisation, Precision, RunConfig, differences, digest, identity
@@ -228,20 +228,6 @@ class Result:
     verdict: dict[str, float] | None
 
 
-@dataclass
-class _State:
-    """All that changes during a run, and so all that a checkpoint holds."""
-
-    average: Average
-    optimiser: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    step: int = 0
-    losses: list[float] = field(default_factory=list)  # since the last row of the log
-    best: Best | None = None
-    verdict: dict[str, float] | None = None
-    timed: tuple[int, float] = (0, 0.0)  # step and clock of the last row of the log; not saved
-
-
 def train(
     task: Task,
     config: RunConfig,
@@ -263,19 +249,8 @@ def train(
     if machine.world > 1 and machine.device.type == "cuda":
         # Statistics over the whole batch, as with one process. On the CPU each process has its own: torch has no other.
         task.network = nn.SyncBatchNorm.convert_sync_batchnorm(task.network)  # type: ignore[no-untyped-call]  # of torch
-    groups = [{"params": parameters, "factor": factor} for factor, parameters in task.groups()]
-    state = _State(
-        Average(task.network, plan.ema_decay),
-        torch.optim.AdamW(groups, lr=plan.learning_rate, weight_decay=plan.weight_decay),
-        torch.amp.GradScaler(machine.device.type, enabled=machine.precision is Precision.FP16),
-    )
-    which = {"kind": task.kind, "config": identity(config), "data": task.fingerprint()}
-    logs = _Log(folder / LOG, LOG_COLUMNS), _Log(folder / VALIDATION, None)
-    _start(task, state, folder, which, resume=conduct.resume)
-    if machine.leads:
-        for log in logs:
-            log.cut(state.step)
-    state.timed = state.step, time.perf_counter()
+    run = _Run(task, config, folder, machine, conduct)
+    run.start()
     network: Callable[..., Any] = task.network
     if machine.world > 1:
         network = DistributedDataParallel(
@@ -283,117 +258,160 @@ def train(
         )
     share = plan.batch // machine.world
     indices = range(machine.rank * share, (machine.rank + 1) * share)
-    feed = _Feed(task, indices, range(state.step, plan.steps), conduct.threads)
+    feed = _Feed(task, indices, range(run.step, plan.steps), conduct.threads)
     with contextlib.closing(feed), _stop_signals() as stopped:
         task.train_mode()
         for samples in feed:
-            torch.manual_seed(int(generator(config.seed, Purpose.DROPOUT, state.step, machine.rank).integers(2**63)))
-            rate = learning_rate(plan, state.step)
-            loss, stop = _step(task, network, state, plan, machine, samples, rate, stop=stopped.is_set())
-            state.step += 1
-            state.average.update(task.network)
+            torch.manual_seed(int(generator(config.seed, Purpose.DROPOUT, run.step, machine.rank).integers(2**63)))
+            rate = learning_rate(plan, run.step)
+            loss, stop = run.take(network, samples, rate, stop=stopped.is_set())
             if machine.leads:
-                state.losses.append(loss)
-                _write(task, config, folder, machine, state, logs, which, rate, stop=stop, progress=conduct.progress)
-            if stop and state.step < plan.steps:
+                run.losses.append(loss)
+                run.write(rate, stop=stop)
+            if stop and run.step < plan.steps:
                 raise KeyboardInterrupt
     task.network.eval()
-    if state.best:
-        return Result(state.best.weights, state.best.step, state.verdict)
-    with state.average.applied(task.network):
+    if run.best:
+        return Result(run.best.weights, run.best.step, run.verdict)
+    with run.average.applied(task.network):
         final = {name: value.detach().clone() for name, value in task.network.state_dict().items()}
-    return Result(final, state.step, state.verdict)
+    return Result(final, run.step, run.verdict)
 
 
-def _write(
-    task: Task,
-    config: RunConfig,
-    folder: Path,
-    machine: Machine,
-    state: _State,
-    logs: tuple["_Log", "_Log"],
-    which: Mapping[str, Any],
-    rate: float,
-    *,
-    stop: bool,
-    progress: Callable[[int, float, float], None] | None,
-) -> None:
-    """After a step: log, validate and save what is due."""
-    step, last = state.step, state.step == config.optimisation.steps
-    if step % config.reporting.log_every == 0 or last:
-        now = time.perf_counter()
-        mean = math.fsum(state.losses) / len(state.losses)
-        row = (step, mean, rate, (now - state.timed[1]) / (step - state.timed[0]))
-        logs[0].append(dict(zip(LOG_COLUMNS, row, strict=True)))
-        state.losses.clear()
-        state.timed = step, now
-        if progress:
-            progress(step, mean, rate)
-    if last or (config.validate_every and step % config.validate_every == 0):
-        _validate(task, state, machine, logs[1])
-    if last or stop or step % config.reporting.checkpoint_every == 0:
-        save_checkpoint(folder / CHECKPOINT, _contents(task, state, which))
+class _Run:
+    """A run under way: what it was given, and all that changes, which is what a checkpoint holds."""
 
+    def __init__(self, task: Task, config: RunConfig, folder: Path, machine: Machine, conduct: Conduct) -> None:
+        self.task, self.config, self.folder, self.machine, self.conduct = task, config, folder, machine, conduct
+        plan = config.optimisation
+        groups = [{"params": parameters, "factor": factor} for factor, parameters in task.groups()]
+        self.average = Average(task.network, plan.ema_decay)
+        self.optimiser = torch.optim.AdamW(groups, lr=plan.learning_rate, weight_decay=plan.weight_decay)
+        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision is Precision.FP16)
+        self.step = 0
+        self.losses: list[float] = []  # since the last row of the log
+        self.best: Best | None = None
+        self.verdict: dict[str, float] | None = None
+        self.which = {"kind": task.kind, "config": identity(config), "data": task.fingerprint()}
+        self.log, self.validation = _Log(folder / LOG, LOG_COLUMNS), _Log(folder / VALIDATION, None)
+        self.timed = 0, 0.0  # step and clock of the last row of the log; not saved
 
-def _step(
-    task: Task,
-    network: Callable[..., Any],
-    state: _State,
-    plan: Optimisation,
-    machine: Machine,
-    samples: Sequence[Sample],
-    rate: float,
-    *,
-    stop: bool,
-) -> tuple[float, bool]:
-    """Take one optimisation step; return its loss, and whether any process was told to stop.
+    def start(self) -> None:
+        """Prepare the folder; if the run is resumed, go back to its checkpoint."""
+        path = self.folder / CHECKPOINT
+        make_folder(self.folder)
+        if path.exists():
+            if not self.conduct.resume:
+                raise UsageError(
+                    f"{self.folder} holds a run already: give --resume to go on with it, or another folder"
+                )
+            self._restore(path, read_checkpoint(path))
+        if self.machine.leads:
+            self.log.cut(self.step)
+            self.validation.cut(self.step)
+        self.timed = self.step, time.perf_counter()
 
-    Loss and gradients are checked before the weights move, so that a checkpoint never holds spoilt weights.
-    """
-    batch = [
-        torch.from_numpy(np.stack(arrays)).to(machine.device, non_blocking=True)
-        for arrays in zip(*(sample.arrays for sample in samples), strict=True)
-    ]
-    with machine.autocast():
-        losses = task.losses(network, batch)
-    loss = losses.mean()
-    news = torch.stack([loss.detach().float(), torch.tensor(float(stop), device=machine.device)])
-    if machine.world > 1:
-        distributed.all_reduce(news)  # all processes go on, or none
-    total, stops = news.tolist()
-    if not math.isfinite(total):
-        raise TrainingError(_not_finite(state.step, losses, samples))
-    for group in state.optimiser.param_groups:
-        group["lr"] = rate * group["factor"]
-    state.optimiser.zero_grad()
-    state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # of torch
-    state.scaler.unscale_(state.optimiser)
-    parameters = [p for group in state.optimiser.param_groups for p in group["params"] if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if not math.isfinite(norm) and not state.scaler.is_enabled():  # a scaler skips such steps and scales less
-        raise TrainingError(
-            f"step {state.step + 1}: the loss is finite but its gradients are not; the last checkpoint is kept. "
-            f"Lower the learning rate, or clip with optimisation.clip_norm. The batch: {_listed(samples)}"
-        )
-    if plan.clip_norm and math.isfinite(norm):
-        nn.utils.clip_grads_with_norm_(parameters, plan.clip_norm, norm)
-    state.scaler.step(state.optimiser)
-    state.scaler.update()
-    return total / machine.world, bool(stops)
+    def _restore(self, path: Path, was: Mapping[str, Any]) -> None:
+        if was.get("digest") != digest(self.which):
+            raise CheckpointError(_foreign(path, was, self.which))
+        try:
+            self.task.network.load_state_dict(was["network"])
+            for name, value in self.average.values.items():
+                value.copy_(was["average"][name])
+            self.optimiser.load_state_dict(was["optimiser"])
+            self.scaler.load_state_dict(was["scaler"])
+            self.step, self.losses, self.verdict = was["step"], was["losses"], was["verdict"]
+            self.best = Best(**was["best"]) if was["best"] else None
+        except (KeyError, TypeError, ValueError, RuntimeError) as exc:
+            raise CheckpointError(f"{path} is damaged: {exc}") from exc
+        self.average.updates = self.step
 
+    def take(
+        self, network: Callable[..., Any], samples: Sequence[Sample], rate: float, *, stop: bool
+    ) -> tuple[float, bool]:
+        """Take one optimisation step; return its loss, and whether any process was told to stop.
 
-def _validate(task: Task, state: _State, machine: Machine, log: "_Log") -> None:
-    """Judge the averaged weights, and keep them if they are the best so far."""
-    task.network.eval()
-    with state.average.applied(task.network), torch.no_grad():
-        verdict = task.validate(machine)
-        if verdict:
-            log.append({"step": state.step, **verdict.row})
-            state.verdict = verdict.row
-            if verdict.quality is not None and (state.best is None or verdict.quality > state.best.quality):
-                weights = {name: value.detach().cpu().clone() for name, value in task.network.state_dict().items()}
-                state.best = Best(verdict.quality, state.step, weights)
-    task.train_mode()
+        Loss and gradients are checked before the weights move, so that a checkpoint never holds spoilt weights.
+        """
+        plan, machine = self.config.optimisation, self.machine
+        batch = [
+            torch.from_numpy(np.stack(arrays)).to(machine.device, non_blocking=True)
+            for arrays in zip(*(sample.arrays for sample in samples), strict=True)
+        ]
+        with machine.autocast():
+            losses = self.task.losses(network, batch)
+        loss = losses.mean()
+        news = torch.stack([loss.detach().float(), torch.tensor(float(stop), device=machine.device)])
+        if machine.world > 1:
+            distributed.all_reduce(news)  # all processes go on, or none
+        total, stops = news.tolist()
+        if not math.isfinite(total):
+            raise TrainingError(_not_finite(self.step, losses, samples))
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate * group["factor"]
+        self.optimiser.zero_grad()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # of torch
+        self.scaler.unscale_(self.optimiser)
+        parameters = [p for group in self.optimiser.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not math.isfinite(norm) and not self.scaler.is_enabled():  # a scaler skips such steps and scales less
+            raise TrainingError(
+                f"step {self.step + 1}: the loss is finite but its gradients are not; the last checkpoint is kept. "
+                f"Lower the learning rate, or clip with optimisation.clip_norm. The batch: {_listed(samples)}"
+            )
+        if plan.clip_norm and math.isfinite(norm):
+            nn.utils.clip_grads_with_norm_(parameters, plan.clip_norm, norm)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.step += 1
+        self.average.update(self.task.network)
+        return total / machine.world, bool(stops)
+
+    def write(self, rate: float, *, stop: bool) -> None:
+        """After a step: log, validate and save what is due."""
+        step, config, last = self.step, self.config, self.step == self.config.optimisation.steps
+        if step % config.reporting.log_every == 0 or last:
+            now = time.perf_counter()
+            mean = math.fsum(self.losses) / len(self.losses)
+            row = (step, mean, rate, (now - self.timed[1]) / (step - self.timed[0]))
+            self.log.append(dict(zip(LOG_COLUMNS, row, strict=True)))
+            self.losses.clear()
+            self.timed = step, now
+            if self.conduct.progress:
+                self.conduct.progress(step, mean, rate)
+        if last or (config.validate_every and step % config.validate_every == 0):
+            self._validate()
+        if last or stop or step % config.reporting.checkpoint_every == 0:
+            save_checkpoint(self.folder / CHECKPOINT, self._contents())
+
+    def _validate(self) -> None:
+        """Judge the averaged weights, and keep them if they are the best so far."""
+        network = self.task.network
+        network.eval()
+        with self.average.applied(network), torch.no_grad():
+            verdict = self.task.validate(self.machine)
+            if verdict:
+                self.validation.append({"step": self.step, **verdict.row})
+                self.verdict = verdict.row
+                if verdict.quality is not None and (self.best is None or verdict.quality > self.best.quality):
+                    weights = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
+                    self.best = Best(verdict.quality, self.step, weights)
+        self.task.train_mode()
+
+    def _contents(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            **self.which,
+            "digest": digest(self.which),
+            "step": self.step,
+            "losses": list(self.losses),
+            "network": self.task.network.state_dict(),
+            "average": self.average.values,
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "best": self.best and vars(self.best),
+            "verdict": self.verdict,
+        }
 
 
 def _not_finite(step: int, losses: Tensor, samples: Sequence[Sample]) -> str:
@@ -431,50 +449,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a training checkpoint of format {FORMAT}")
     return contents
-
-
-def _contents(task: Task, state: _State, which: Mapping[str, Any]) -> dict[str, Any]:
-    best = state.best
-    return {
-        "format": FORMAT,
-        **which,
-        "digest": digest(which),
-        "step": state.step,
-        "losses": list(state.losses),
-        "network": task.network.state_dict(),
-        "average": state.average.values,
-        "optimiser": state.optimiser.state_dict(),
-        "scaler": state.scaler.state_dict(),
-        "best": best and {"quality": best.quality, "step": best.step, "weights": best.weights},
-        "verdict": state.verdict,
-    }
-
-
-def _start(task: Task, state: _State, folder: Path, which: Mapping[str, Any], *, resume: bool) -> None:
-    """Prepare the folder; if a run is resumed, go back to its checkpoint."""
-    path = folder / CHECKPOINT
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise OutputError(f"cannot make the folder {folder}: {exc}") from exc
-    if not path.exists():
-        return
-    if not resume:
-        raise UsageError(f"{folder} holds a run already: give --resume to go on with it, or another folder")
-    was = read_checkpoint(path)
-    if was.get("digest") != digest(which):
-        raise CheckpointError(_foreign(path, was, which))
-    try:
-        task.network.load_state_dict(was["network"])
-        for name, value in state.average.values.items():
-            value.copy_(was["average"][name])
-        state.optimiser.load_state_dict(was["optimiser"])
-        state.scaler.load_state_dict(was["scaler"])
-        state.step, state.losses, state.verdict = was["step"], was["losses"], was["verdict"]
-        state.best = Best(**was["best"]) if was["best"] else None
-    except (KeyError, TypeError, ValueError, RuntimeError) as exc:
-        raise CheckpointError(f"{path} is damaged: {exc}") from exc
-    state.average.updates = state.step
 
 
 def _foreign(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> str:

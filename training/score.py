@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
 from ..data.draws import Purpose, generator
-from ..data.pictures import Pictures, Pixels, save_array
+from ..data.outputs import writing
+from ..data.pictures import Pictures, Pixels
 from ..engine.agreement import plcc, srcc
 from ..engine.codec import encode
 from ..engine.crops import Crop, crop_grid, padded_size
@@ -100,7 +101,9 @@ class Restorations:
         fast = machine.device.type == "cpu" and len(pictures) >= EXPORT_PAYS
         method = self._by_onnxruntime() if fast and own else self._by_torch(machine.device)
         for count, index in enumerate(own):
-            save_array(files[index], self._restored(pictures[index], method))
+            restored = self._restored(pictures[index], method)
+            with writing(files[index]) as stream:
+                np.save(stream, restored)
             progress(count + 1, len(own))
         return sum(sizes)
 
