@@ -16,7 +16,7 @@ function; the first one writes the files.
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Required, TypedDict, Unpack
 
 from ..errors import UsageError
 
@@ -42,6 +42,33 @@ def leads() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+class Running(TypedDict, total=False):
+    """Options of all runs."""
+
+    device: str | None  # cpu, cuda or cuda:N; default: a GPU if there is one
+    resume: bool  # go on with the run in `output`
+    threads: int  # that prepare batches; default: 2
+    say: Say
+
+
+class Labelled(Running, total=False):
+    """Options of runs that learn from labels."""
+
+    data: Required[File]  # a CSV file, or the folder of a published data set
+    dataset: str | None  # which one that is
+    lower_better: bool  # in the CSV file
+    split: File | None  # a file; default: drawn from the configuration's seed, and written to split.json in `output`
+    cache: File | None  # a folder for decoded and restored pictures; default: one in `output`
+
+
+class Scoring(Labelled, total=False):
+    """Options of runs that train the network that scores: bundles for one part each, which win over `start`."""
+
+    unet: File | None
+    vit: File | None
+    resnet: File | None
+
+
 def restore(
     config: File,
     output: File,
@@ -49,15 +76,12 @@ def restore(
     data: Sequence[File],
     held_out: Sequence[File] = (),
     start: File | None = None,
-    device: str | None = None,
-    resume: bool = False,
-    threads: int = 2,
-    say: Say = _silent,
+    **given: Unpack[Running],
 ) -> "Result":
     """Teach the U-Net to restore the photographs in the folders `data`; validate on those in `held_out`.
 
     `start` is a bundle whose U-Net the run begins with. `output` gets log.csv, validation.csv, checkpoint.pt, plot.png,
-    gains.csv and model.safetensors.
+    gains.csv and model.safetensors. More options: `Running`.
     """
     from ..runtime.inputs import find_images
     from .config import RestoreConfig, read_config
@@ -67,131 +91,49 @@ def restore(
     photos, others = (find_images(map(str, folders)) for folders in (data, held_out))
     if both := {path.resolve() for path in photos} & {path.resolve() for path in others}:
         raise UsageError(f"{min(both)} is given both with --data and with --held-out")
-    conduct = _conduct(found, device, say, resume=resume, threads=threads)
-    return run_restore(found, photos, others, Path(output), start=_path(start), conduct=conduct)
+    start = Path(start) if start else None
+    return run_restore(found, photos, others, Path(output), start=start, conduct=_conduct(found, **given))
 
 
-def pretrain(
-    config: File,
-    output: File,
-    *,
-    data: File,
-    dataset: str | None = None,
-    lower_better: bool = False,
-    split: File | None = None,
-    cache: File | None = None,
-    start: File | None = None,
-    device: str | None = None,
-    resume: bool = False,
-    threads: int = 2,
-    say: Say = _silent,
-) -> "Result":
+def pretrain(config: File, output: File, *, start: File | None = None, **given: Unpack[Labelled]) -> "Result":
     """Teach the ViT and the ResNet what distortions look like. The labels must say how each picture was distorted.
 
-    `data` is a CSV file, or the folder of the published data set that `dataset` names; `split` a file with its parts.
-    Without one, parts are drawn from the configuration's seed and written to split.json in `output`.
+    `start` is a bundle to begin with. More options: `Labelled`.
     """
     from .config import PretrainConfig, read_config
     from .pretrain import run_pretrain
 
     found = read_config(PretrainConfig, Path(config))
-    conduct = _conduct(found, device, say, resume=resume, threads=threads)
-    parts = _parts(data, dataset, split, found.seed, Path(output), ("validation",), lower_better=lower_better)
-    return run_pretrain(
-        found,
-        parts["train"],
-        parts["validation"],
-        Path(output),
-        start=_path(start),
-        cache=_path(cache),
-        conduct=conduct,
-    )
+    parts, options = _labelled(found, Path(output), "validation", start=start, **given)
+    return run_pretrain(found, parts["train"], parts["validation"], Path(output), **options)
 
 
-def score(
-    config: File,
-    output: File,
-    *,
-    data: File,
-    dataset: str | None = None,
-    lower_better: bool = False,
-    split: File | None = None,
-    cache: File | None = None,
-    unet: File | None = None,
-    vit: File | None = None,
-    resnet: File | None = None,
-    start: File | None = None,
-    device: str | None = None,
-    resume: bool = False,
-    threads: int = 2,
-    say: Say = _silent,
-) -> "Result":
+def score(config: File, output: File, *, start: File | None = None, **given: Unpack[Scoring]) -> "Result":
     """Teach the network to score rated images; the part "validation" chooses the best weights.
 
-    `data`, `dataset` and `split` are as in `pretrain`. `start` is a bundle to begin with. `unet`, `vit` and `resnet`
-    are bundles for one part each; they win over `start`.
+    `start` is a bundle to begin with. More options: `Scoring`.
     """
     from .config import ScoreConfig, read_config
     from .score import run_score
 
     found = read_config(ScoreConfig, Path(config))
-    conduct = _conduct(found, device, say, resume=resume, threads=threads)
-    parts = _parts(data, dataset, split, found.seed, Path(output), ("validation",), lower_better=lower_better)
-    return run_score(
-        found,
-        parts["train"],
-        parts["validation"],
-        Path(output),
-        unet=_path(unet),
-        vit=_path(vit),
-        resnet=_path(resnet),
-        start=_path(start),
-        cache=_path(cache),
-        conduct=conduct,
-    )
+    parts, options = _labelled(found, Path(output), "validation", start=start, **given)
+    return run_score(found, parts["train"], parts["validation"], Path(output), **options)
 
 
-def ablate(
-    config: File,
-    output: File,
-    *,
-    recipes: Sequence[File],
-    data: File,
-    dataset: str | None = None,
-    lower_better: bool = False,
-    split: File | None = None,
-    cache: File | None = None,
-    unet: File | None = None,
-    vit: File | None = None,
-    resnet: File | None = None,
-    device: str | None = None,
-    resume: bool = False,
-    threads: int = 2,
-    say: Say = _silent,
-) -> "list[Row]":
+def ablate(config: File, output: File, *, recipes: Sequence[File], **given: Unpack[Scoring]) -> "list[Row]":
     """Train a network for each recipe, judge it on the parts "validation" and "test", and write ablation.csv.
 
-    `recipes` are TOML files, or folders of them: each holds what it changes in the configuration. The rest is as in
-    `score`.
+    `recipes` are TOML files, or folders of them: each holds what it changes in the configuration. More options:
+    `Scoring`.
     """
     from .ablate import ablate_recipes, read_recipes
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("ablate is one process; under torchrun, give each recipe's configuration to iqa-train score")
     configs = read_recipes(Path(config), [Path(recipe) for recipe in recipes])
-    first = next(iter(configs.values()))
-    conduct = _conduct(first, device, say, resume=resume, threads=threads)
-    held_out = ("validation", "test")
-    return ablate_recipes(
-        configs,
-        _parts(data, dataset, split, first.seed, Path(output), held_out, lower_better=lower_better),
-        Path(output),
-        unet=_path(unet),
-        vit=_path(vit),
-        resnet=_path(resnet),
-        cache=_path(cache),
-        conduct=conduct,
-    )
+    parts, options = _labelled(next(iter(configs.values())), Path(output), "validation", "test", **given)
+    return ablate_recipes(configs, parts, Path(output), **options)
 
 
 def photos(sources: Sequence[File], output: File, *, seed: int = 1) -> "tuple[list[Photograph], list[str]]":
@@ -246,11 +188,9 @@ def plot(runs: Sequence[File], output: File) -> None:
     save(draw_runs([Path(run) for run in runs]), output)
 
 
-def _path(file: File | None) -> Path | None:
-    return None if file is None else Path(file)
-
-
-def _conduct(config: "RunConfig", device: str | None, say: Say, *, resume: bool, threads: int) -> "Conduct":
+def _conduct(
+    config: "RunConfig", *, device: str | None = None, resume: bool = False, threads: int = 2, say: Say = _silent
+) -> "Conduct":
     """Return how a run is carried out. It ends with a chart, so a missing matplotlib is told now."""
     from ..evaluation.charts import require_matplotlib
     from .loop import Conduct
@@ -264,31 +204,40 @@ def _conduct(config: "RunConfig", device: str | None, say: Say, *, resume: bool,
     return Conduct(device, resume, threads, progress, say)
 
 
-def _parts(
-    data: File,
-    dataset: str | None,
-    split_file: File | None,
-    seed: int,
+def _labelled(
+    config: "RunConfig",
     output: Path,
-    held_out: Sequence[str],
-    *,
-    lower_better: bool,
-) -> "dict[str, list[Rated]]":
-    """Return "train" and the held-out parts of the split in a file; without one, draw it and write it to the folder."""
+    *held_out: str,
+    data: File,
+    dataset: str | None = None,
+    lower_better: bool = False,
+    split: File | None = None,
+    cache: File | None = None,
+    unet: File | None = None,
+    vit: File | None = None,
+    resnet: File | None = None,
+    start: File | None = None,
+    **given: Unpack[Running],
+) -> "tuple[dict[str, list[Rated]], dict[str, Any]]":
+    """Return "train" and the held-out parts of the split, and the other options of a run that were given."""
     from ..data.datasets import read_labels
     from ..data.outputs import make_folder
     from ..data.splits import Split, split_by_content
     from .score import Rated
 
+    files = {"cache": cache, "unet": unet, "vit": vit, "resnet": resnet, "start": start}
+    options = {name: Path(file) for name, file in files.items() if file}
+    conduct = _conduct(config, **given)
     rated = read_labels(Path(data), dataset, lower_is_better=lower_better)
-    split = Split.read(Path(split_file)) if split_file else split_by_content(rated, seed)
-    if split_file is None and leads():
+    drawn = Split.read(Path(split)) if split else split_by_content(rated, config.seed)
+    if not split and leads():
         make_folder(output)
-        split.write(output / SPLIT_NAME)
+        drawn.write(output / SPLIT_NAME)
     names = {name: name for name in ("train", *held_out)}
-    if "training" in split.parts:  # as publishers call it
+    if "training" in drawn.parts:  # as publishers call it
         names["train"] = "training"
-    return {
-        name: [Rated(item.path, item.quality, item.distortion or "") for item in split.items(rated, part)]
+    parts = {
+        name: [Rated(item.path, item.quality, item.distortion or "") for item in drawn.items(rated, part)]
         for name, part in names.items()
     }
+    return parts, options | {"conduct": conduct}
