@@ -4,18 +4,15 @@
 the other fields of `Bundle` and "weights".
 """
 
-import contextlib
 import json
-import os
-import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import Tensor
 
+from ..engine.atomic import replacing
 from ..engine.codec import decode, encode
 from ..engine.manifest import Source
 from ..errors import CheckpointError, ConfigError, OutputError, UsageError
@@ -48,8 +45,7 @@ def save_bundle(
 
     Raises UsageError (another suffix), OutputError (cannot be written) or CheckpointError (weights not finite).
     """
-    write = {".safetensors": _write_safetensors, ".pt": _write_torch}.get(path.suffix)
-    if write is None:
+    if path.suffix not in {".safetensors", ".pt"}:
         raise UsageError(f"{path} must end in .safetensors or .pt")
     dtype = torch.float16 if half else torch.float32
     weights = {
@@ -58,18 +54,17 @@ def save_bundle(
     }
     if broken := not_finite(weights):
         raise CheckpointError(f"{path} not saved: weights that are not finite as {dtype}: {listed(broken)}")
-    # Beside the target, so that the last step is one rename: a reader sees the old file or the new one, never half.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    bundle = Bundle(FORMAT, model.config, tuple(sources), tuple(notes))
     try:
-        write(temporary, Bundle(FORMAT, model.config, tuple(sources), tuple(notes)), weights)
-        with temporary.open("r+b") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as exc:  # torch and safetensors wrap a full disk
+        with replacing(path) as stream:
+            if path.suffix == ".pt":
+                description = encode(bundle)
+                torch.save({"diffiqa_format": description.pop("format"), **description, "weights": weights}, stream)
+            else:
+                metadata = {"diffiqa": json.dumps(encode(bundle), ensure_ascii=False)}
+                stream.write(safetensors.torch.save(weights, metadata))
+    except (OSError, RuntimeError) as exc:  # torch wraps a full disk
         raise OutputError(f"cannot write {path}: {exc}") from exc
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def read_description(path: Path, data: Mapping[str, object]) -> Bundle:
@@ -89,13 +84,3 @@ def read_description(path: Path, data: Mapping[str, object]) -> Bundle:
     if not all(text.isprintable() for text in texts):  # they end up in terminals and reports
         raise damaged("its sources or notes are not plain text")
     return bundle
-
-
-def _write_safetensors(path: Path, bundle: Bundle, weights: dict[str, Tensor]) -> None:
-    safetensors.torch.save_file(weights, path, {"diffiqa": json.dumps(encode(bundle), ensure_ascii=False)})
-
-
-def _write_torch(path: Path, bundle: Bundle, weights: dict[str, Tensor]) -> None:
-    description = encode(bundle)
-    with path.open("wb") as file:  # given a path, torch would put the temporary name into the archive
-        torch.save({"diffiqa_format": description.pop("format"), **description, "weights": weights}, file)
