@@ -4,7 +4,6 @@ The rating is the pseudo-score of `fullref.PseudoScale`: no person has looked at
 """
 
 import hashlib
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from ..errors import ConfigError, DatasetError, OutputError
 from .distortions import DISTORTIONS, LEVELS, distort
 from .draws import Purpose, generator
 from .fullref import METRICS, MS_SSIM_SIDE, fit_pseudo_scale, measure
-from .outputs import to_csv, write_file
+from .outputs import make_folder, to_csv, write_file, writing
 from .pictures import Pictures, Pixels, detailed
 from .splits import Split
 
@@ -110,6 +109,7 @@ def _of_photograph(
     Random numbers depend on its name and size. At all levels, the kinds that it gets depend on its `index` too.
     """
     key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+    make_folder(folder / name)
     rows = []
     for window in range(amount.windows):
         pristine = _window(photo, side, generator(seed, Purpose.WINDOW, key, window))
@@ -156,6 +156,5 @@ def _window(photo: Pixels, side: int, draw: np.random.Generator) -> Pixels:
 
 
 def _save(path: Path, image: npt.NDArray[np.uint8]) -> None:
-    stream = io.BytesIO()
-    PIL.Image.fromarray(image).save(stream, "PNG")
-    write_file(path, stream.getvalue())
+    with writing(path) as stream:
+        PIL.Image.fromarray(image).save(stream, "PNG")

@@ -6,21 +6,25 @@ from pathlib import Path
 
 from ..data.datasets import read_labels
 from ..data.extra import load_extra
-from ..data.outputs import to_csv, write_file
+from ..data.outputs import make_folder, to_csv, write_file
 from ..data.splits import Split
 from ..engine.codec import encode
 from ..errors import UsageError
 from ..runtime.backends import Backend
+from ..runtime.command.api import Outputs
+from ..runtime.command.display import run_shown
 from ..runtime.results import Options
 from ..runtime.scorer import load
 from .charts import require_matplotlib, save
 from .findings import Evaluation, compare
-from .gmad import gmad_table
-from .scatter import draw_scatter, points_of
-from .scores import pictures_of, read_branches, score_pictures
+from .gmad import gmad_pairs
+from .scatter import draw_scatter
+from .scores import branches_of, pictures_of, read_branches, read_scores
 from .text import to_text
 
 JSON_NAME, TEXT_NAME, SCATTER_NAME, GMAD_NAME = "evaluation.json", "evaluation.md", "scatter.png", "gmad.csv"
+SCORES_NAME = "scores.jsonl"
+GMAD_COLUMNS = ("fixed", "level", "better", "worse", "fixed_better", "fixed_worse", "other_better", "other_worse")
 
 
 def evaluate(
@@ -65,17 +69,13 @@ def evaluate(
     pictures = pictures_of(items)
     if engine and output:
         with load(engine, backend) as scorer:
-            branches = score_pictures(
-                scorer,
-                pictures,
-                Path(output),
-                Options(crops, seed),
-                resume=resume,
-                force=force,
-                quiet=quiet,
-                workers=workers,
-            )
-            source = f"engine {scorer.info.engine}"
+            make_folder(Path(output))
+            file = Path(output) / SCORES_NAME
+            outputs = Outputs(file=file, resume=resume, force=force)
+            names = {image: str(path) for image, path in pictures.items()}
+            files = list(dict.fromkeys(names.values()))
+            run_shown(scorer, files, Options(crops, seed), outputs, workers=workers, quiet=quiet)
+            branches, source = branches_of(file, names), f"engine {scorer.info.engine}"
     elif scores:
         branches, source = read_branches(Path(scores), pictures), Path(scores).name
     found = compare(known, items, branches, scores=source, part=part if parts else None)
@@ -84,18 +84,30 @@ def evaluate(
         document = json.dumps(encode(found), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         write_file(folder / JSON_NAME, document)
         write_file(folder / TEXT_NAME, to_text(found))
-        save(draw_scatter(points_of(known, items, branches["score"])), folder / SCATTER_NAME)
+        total = branches["score"]
+        drawn = [item for item in items if item.image in total]
+        axis = f"label ({'higher' if known.higher_is_better else 'lower'} is better)"
+        figure = draw_scatter(known.name, [total[i.image] for i in drawn], [i.label for i in drawn], axis)
+        save(figure, folder / SCATTER_NAME)
     return found
 
 
 def compete(
     first: str | Path, second: str | Path, *, levels: int = 2, output: str | Path | None = None
 ) -> list[tuple[str, ...]]:
-    """Return the gMAD pairs of two score files as a table, its head first; `output` is a folder for gmad.csv.
+    """Return the gMAD pairs of two score files as a table, its head first: each model fixed in turn, levels ascending.
+
+    As in the paper's Figs. 5 and 6. `output` is a folder for gmad.csv. Raises DatasetError.
 
     print(diffiqa.evaluation.api.compete("ours.jsonl", "theirs.csv", levels=6))
     """
-    rows = gmad_table(Path(first), Path(second), levels)
+    first, second = Path(first), Path(second)
+    a, b = read_scores(first), read_scores(second)
+    rows: list[tuple[str, ...]] = [GMAD_COLUMNS]
+    for name, fixed, other in ((first, a, b), (second, b, a)):
+        for pair in gmad_pairs(fixed, other, levels):
+            figures = (f"{value:.6g}" for value in (*pair.fixed, *pair.other))
+            rows.append((str(name), f"{pair.level:.3f}", pair.better, pair.worse, *figures))
     if output:
         write_file(Path(output) / GMAD_NAME, to_csv(rows))
     return rows

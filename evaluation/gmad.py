@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..engine.agreement import paired
 from ..errors import DatasetError
-from .scores import read_scores
 
 
 @dataclass(frozen=True)
@@ -52,26 +50,3 @@ def gmad_pairs(
             GmadPair(level, better, worse, (fixed[better], fixed[worse]), (other[better], other[worse])),
         )
     return tuple(pairs)
-
-
-def gmad_table(first: Path, second: Path, levels: int) -> list[tuple[str, ...]]:
-    """Return the gMAD pairs of two score files as rows of text, the first one the head: each model fixed in turn.
-
-    As in the paper's Figs. 5 and 6, for levels from low to high quality. Raises DatasetError.
-    """
-    a, b = read_scores(first), read_scores(second)
-    head = ("fixed", "level", "better", "worse", "fixed_better", "fixed_worse", "other_better", "other_worse")
-    return [
-        head,
-        *(
-            (
-                str(path),
-                f"{pair.level:.3f}",
-                pair.better,
-                pair.worse,
-                *(f"{value:.6g}" for value in (*pair.fixed, *pair.other)),
-            )
-            for path, fixed, other in ((first, a, b), (second, b, a))
-            for pair in gmad_pairs(fixed, other, levels)
-        ),
-    ]

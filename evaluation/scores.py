@@ -1,4 +1,4 @@
-"""Scores of images by their names in the labels: read from a file, whatever that calls them, or made by an engine."""
+"""Scores of images by their names in the labels: read from a file, whatever that calls them."""
 
 import posixpath
 from collections import Counter, defaultdict
@@ -7,17 +7,10 @@ from pathlib import Path
 
 from ..data.datasets import Item
 from ..data.labelfiles import read_csv
-from ..data.outputs import make_folder
 from ..errors import DatasetError, OutputError
-from ..runtime.command.api import Outputs
-from ..runtime.command.display import run_shown
 from ..runtime.command.recordfile import read_records
 from ..runtime.command.records import Format
-from ..runtime.results import Options
-from ..runtime.scorer import Scorer
 from .findings import BRANCHES
-
-SCORES_NAME = "scores.jsonl"
 
 
 def read_scores(path: Path, column: str = "score") -> dict[str, float]:
@@ -54,31 +47,13 @@ def pictures_of(items: Iterable[Item]) -> dict[str, Path]:
     return found
 
 
-def score_pictures(
-    scorer: Scorer,
-    pictures: Mapping[str, Path],
-    folder: Path,
-    options: Options,
-    *,
-    resume: bool = False,
-    force: bool = False,
-    quiet: bool = False,
-    workers: int = 1,
-) -> dict[str, dict[str, float]]:
-    """Score pictures into scores.jsonl as `iqa-run` does, resuming included; return the scores as `read_branches`."""
-    make_folder(folder)
-    outputs = Outputs(file=folder / SCORES_NAME, resume=resume, force=force)
-    names = {image: str(path) for image, path in pictures.items()}
-    run_shown(scorer, list(dict.fromkeys(names.values())), options, outputs, workers=workers, quiet=quiet)
-    return _branches(folder / SCORES_NAME, names)
-
-
 def read_branches(path: Path, pictures: Mapping[str, Path]) -> dict[str, dict[str, float]]:
     """Return the scores of a file by branch and by the labels' names of the images. Raises DatasetError."""
-    return _branches(path, _matched(pictures, read_scores(path), path))
+    return branches_of(path, _matched(pictures, read_scores(path), path))
 
 
-def _branches(path: Path, names: Mapping[str, str]) -> dict[str, dict[str, float]]:
+def branches_of(path: Path, names: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    """Return the scores of a file by branch, with what it calls each image in `names`. Raises DatasetError."""
     columns = {column: read_scores(path, column) for column in BRANCHES}
     return {
         column: {image: values[name] for image, name in names.items() if name in values}

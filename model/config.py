@@ -4,7 +4,7 @@ A configuration is stored in our checkpoints and in every engine's manifest; `PR
 """
 
 import enum
-import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from ..engine.schedule import Kind, Schedule, Taps
@@ -117,8 +117,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built, before anything is allocated."""
-        for problem in _problems(self):
-            raise ConfigError(f"model configuration {self.name!r}: {problem}")
+        rules = _common_rules(self)
+        rules |= _unet_rules(self.unet) if self.unet else {}
+        rules |= _vcg_rules(self, self.vcg) if self.vcg else {}
+        rules |= _vda_rules(self.vda) if self.vda else {}
+        refuse(f"model configuration {self.name!r}", rules)
 
     @property
     def tokens(self) -> int:
@@ -136,21 +139,16 @@ class ModelConfig:
         return tuple(kind for kind in Kind if kind in used)
 
 
-def _problems(c: ModelConfig) -> "itertools.chain[str]":
-    """Yield what is wrong with a configuration, in words."""
-    parts = [_common_problems(c)]
-    if c.unet:
-        parts.append(_unet_problems(c.unet))
-    if c.vcg:
-        parts.append(_vcg_problems(c, c.vcg))
-    if c.vda:
-        parts.append(_vda_problems(c.vda))
-    return itertools.chain.from_iterable(parts)
+def refuse(what: str, rules: Mapping[str, bool]) -> None:
+    """Raise ConfigError with the first rule that does not hold."""
+    for problem, holds in rules.items():
+        if not holds:
+            raise ConfigError(f"{what}: {problem}")
 
 
-def _common_problems(c: ModelConfig) -> list[str]:
+def _common_rules(c: ModelConfig) -> dict[str, bool]:
     restored = [kind for kind in c.kinds if kind is not Kind.DIS]
-    rules = {
+    return {
         "needs at least one branch (vcg or vda)": c.vcg is not None or c.vda is not None,
         f"looks at {', '.join(restored)} but has no U-Net to restore them": c.unet is not None or not restored,
         "has a U-Net that no branch looks at": c.unet is None or bool(restored),
@@ -171,13 +169,12 @@ def _common_problems(c: ModelConfig) -> list[str]:
             0 < len(c.name) <= 64 and all(ch.isalnum() or ch in "-_." for ch in c.name)
         ),
     }
-    return [text for text, ok in rules.items() if not ok]
 
 
-def _unet_problems(u: UNetConfig) -> list[str]:
+def _unet_rules(u: UNetConfig) -> dict[str, bool]:
     levels = len(u.multipliers)
     widths = [u.width * m for m in u.multipliers]
-    rules = {
+    return {
         "unet.width must be an even number between 4 and 1024": 4 <= u.width <= 1024 and u.width % 2 == 0,
         "unet.multipliers must be 2 to 5 numbers between 1 and 16 (sides are aligned to 16)": (
             2 <= levels <= 5 and all(1 <= m <= 16 for m in u.multipliers)
@@ -189,10 +186,9 @@ def _unet_problems(u: UNetConfig) -> list[str]:
         ),
         "unet.dropout must be in [0, 1)": 0 <= u.dropout < 1,
     }
-    return [text for text, ok in rules.items() if not ok]
 
 
-def _vcg_problems(c: ModelConfig, v: VCGConfig) -> list[str]:
+def _vcg_rules(c: ModelConfig, v: VCGConfig) -> dict[str, bool]:
     vit, swin = v.vit, v.swin
     sizes = (
         vit.patch,
@@ -207,8 +203,8 @@ def _vcg_problems(c: ModelConfig, v: VCGConfig) -> list[str]:
         *v.squeeze,
     )
     if min(sizes) < 1 or max(*sizes, v.noise_code) > 16384 or not v.squeeze:
-        return ["vcg sizes must be between 1 and 16384"]
-    rules = {
+        return {"vcg sizes must be between 1 and 16384": False}
+    return {
         f"vcg: crop {c.crop} / patch {vit.patch} must give the grid of {c.grid}": c.crop == c.grid * vit.patch,
         "vcg.vit.width must be a multiple of heads": vit.width % vit.heads == 0,
         "vcg.selection must include dis and name each kind with at least one block": (
@@ -220,11 +216,10 @@ def _vcg_problems(c: ModelConfig, v: VCGConfig) -> list[str]:
         "vcg.swin: half of the last squeeze width must be a multiple of heads": v.squeeze[-1] % (2 * swin.heads) == 0,
         "vcg.swin.layers and blocks must be at most 16": swin.layers <= 16 and swin.blocks <= 16,
     }
-    return [text for text, ok in rules.items() if not ok]
 
 
-def _vda_problems(v: VDAConfig) -> list[str]:
-    rules = {
+def _vda_rules(v: VDAConfig) -> dict[str, bool]:
+    return {
         "vda.resnet_width must be between 4 and 1024": 4 <= v.resnet_width <= 1024,
         "vda.resnet_blocks must be four numbers between 1 and 64": (
             len(v.resnet_blocks) == 4 and all(1 <= n <= 64 for n in v.resnet_blocks)
@@ -233,7 +228,6 @@ def _vda_problems(v: VDAConfig) -> list[str]:
         "vda.width must be between 1 and 4096": 1 <= v.width <= 4096,
         "vda query, key and value must be restored kinds": Kind.DIS not in {v.query, v.key, v.value},
     }
-    return [text for text, ok in rules.items() if not ok]
 
 
 PAPER = ModelConfig(name="paper")

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from ..engine.codec import decode, encode
 from ..errors import ConfigError
-from ..model.config import ModelConfig, preset
+from ..model.config import ModelConfig, preset, refuse
 
 C = TypeVar("C", "RestoreConfig", "PretrainConfig", "ScoreConfig")
 OPTIONAL_PARTS = ("unet", "vcg", "vda")  # TOML has no null: `false` leaves these out
@@ -271,6 +271,4 @@ def _refuse(what: str, rules: dict[str, bool], config: RunConfig) -> None:
             min(reporting.log_every, reporting.checkpoint_every) >= 1
         ),
     }
-    for problem, holds in (rules | shared).items():
-        if not holds:
-            raise ConfigError(f"{what}: {problem}")
+    refuse(what, rules | shared)

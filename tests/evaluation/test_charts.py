@@ -10,13 +10,13 @@ import pytest
 
 from diffiqa.errors import BackendError, OutputError
 from diffiqa.evaluation.charts import COLOURS, add_legend, panels, require_matplotlib, save
-from diffiqa.evaluation.scatter import Points, draw_scatter
+from diffiqa.evaluation.scatter import draw_scatter
 
 
 def test_a_scatter_plot_shows_points_and_the_fitted_curve() -> None:
     scores = tuple(k / 50 for k in range(50))
     labels = tuple(1 / (1 + math.exp(4 - 8 * score)) for score in scores)
-    (axes,) = draw_scatter(Points("set", scores, labels)).axes
+    (axes,) = draw_scatter("set", scores, labels).axes
     (dots,) = axes.collections
     assert np.asarray(dots.get_offsets()).tolist() == [list(place) for place in zip(scores, labels, strict=True)]
     (line,) = axes.lines
@@ -29,7 +29,7 @@ def test_a_scatter_plot_shows_points_and_the_fitted_curve() -> None:
 
 @pytest.mark.parametrize("labels", [(1.0,) * 50, (1.0, 2.0, 3.0)], ids=["flat", "few"])
 def test_a_scatter_plot_without_a_curve_is_drawn_all_the_same(labels: tuple[float, ...]) -> None:
-    (axes,) = draw_scatter(Points("set", tuple(map(float, range(len(labels)))), labels)).axes
+    (axes,) = draw_scatter("set", tuple(map(float, range(len(labels)))), labels).axes
     assert not axes.lines
     assert len(np.asarray(axes.collections[0].get_offsets())) == len(labels)
 
