@@ -128,9 +128,9 @@ def _choose(found: Iterable[_Found]) -> tuple[list[_Found], list[str]]:
     left = []
     for item in found:
         try:
-            pixels = _pixels(item)
+            pixels = read_pixels(item.data)
         except ImageError as exc:
-            left.append(str(exc))
+            left.append(f"{item.path}{str(exc).removeprefix('bytes')}")
             continue
         share = detailed(pixels)
         if min(pixels.shape[:2]) < MIN_SIDE:
@@ -150,17 +150,6 @@ def _choose(found: Iterable[_Found]) -> tuple[list[_Found], list[str]]:
         else:
             kept.append(entry)
     return sorted((item for item, _, _ in kept), key=lambda item: item.name), left
-
-
-def _pixels(item: _Found) -> npt.NDArray[np.uint8]:
-    """Decode with the reader of the runtime, which has limits for untrusted files."""
-    with tempfile.NamedTemporaryFile(suffix=Path(item.name).suffix) as file:
-        file.write(item.data)
-        file.flush()
-        try:
-            return read_pixels(Path(file.name))
-        except ImageError as exc:
-            raise ImageError(str(exc).replace(file.name, item.path)) from exc
 
 
 def signs(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:

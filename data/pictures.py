@@ -81,9 +81,9 @@ class Pictures:
         return pixels
 
 
-def read_pixels(path: Path, *, min_side: int = 1) -> Pixels:
+def read_pixels(source: Path | bytes, *, min_side: int = 1) -> Pixels:
     """Return a picture as the runtime reads it, on 8-bit values. Raises ImageError."""
-    image = read_image(path, min_side=min_side).pixels
+    image = read_image(source, min_side=min_side).pixels
     scale = 1 if image.dtype == np.uint8 else 255
     pixels: Pixels = np.rint(image * np.float32(scale)).astype(np.uint8)
     return pixels

@@ -5,10 +5,12 @@ y = level·x0 + sqrt(1 − level²)·ε; the U-Net is asked for ε.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +30,7 @@ from ..model.network import DiffV2IQA
 from .config import Loss, RestoreConfig, digest, identity
 from .loop import QUIETLY, Conduct, Machine, Result, Sample, Verdict, open_machine, train
 from .plot import write_plot
-from .start import Start, begin
+from .start import begin
 
 LONG_WAVE = 16  # pixels: what white noise has too little of to hide, at the least
 # What the project promises to improve: blur, JPEG and noise, at these levels.
@@ -194,7 +196,12 @@ def restoration_gains(
 ) -> tuple[Gain, ...]:
     """Restore the same crops after each distortion at each level; the first row is of the crops as they are."""
     model.to(device)
-    places = [_validation_place(photos, config, k) for k in range(config.validation_crops)]
+    places = []  # photograph, top and left of each crop; they go round all photographs
+    for k in range(config.validation_crops):
+        draw = generator(config.seed, Purpose.VALIDATION, k)
+        photo = photos[k % len(photos)]
+        top, left = (int(draw.integers(length - config.crop + 1)) for length in photo.shape[:2])
+        places.append((photo, top, left))
     cases: list[tuple[str, Steps]] = [("none", ())]
     cases += [(kind.name, ((number, level),)) for number, kind in DISTORTIONS.items() for level in LEVELS]
     rows = []
@@ -202,8 +209,8 @@ def restoration_gains(
         number, level = steps[0] if steps else (0, 0)
         draws = [generator(config.seed, Purpose.VALIDATION, k, 1) for k in range(len(places))]
         pairs = [
-            distorted_crop(photos[index], top, left, config.crop, config.margin, steps, draw)
-            for draw, (index, top, left) in zip(draws, places, strict=True)
+            distorted_crop(photo, top, left, config.crop, config.margin, steps, draw)
+            for draw, (photo, top, left) in zip(draws, places, strict=True)
         ]
         conditions, references = (torch.from_numpy(np.stack(images)).to(device) for images in zip(*pairs, strict=True))
         restored = model.restore(conditions)[Kind.Y0].clamp(-1, 1)
@@ -213,14 +220,6 @@ def restoration_gains(
     return tuple(rows)
 
 
-def _validation_place(photos: Pictures, config: RestoreConfig, number: int) -> tuple[int, int, int]:
-    """Return photograph, top and left of a validation crop; they go round all photographs."""
-    draw = generator(config.seed, Purpose.VALIDATION, number)
-    index = number % len(photos)
-    top, left = (int(draw.integers(length - config.crop + 1)) for length in photos[index].shape[:2])
-    return index, top, left
-
-
 def _psnr_db(images: Tensor, references: Tensor) -> Tensor:
     """Return the PSNR of each image in [-1, 1]: infinite where equal."""
     mean_square: Tensor = ((images - references) / 2).double().square().mean(dim=(1, 2, 3))
@@ -228,18 +227,13 @@ def _psnr_db(images: Tensor, references: Tensor) -> Tensor:
 
 
 def _summary(gains: Sequence[Gain]) -> dict[str, float]:
-    changed = [gain for gain in gains if gain.gain_db is not None]
-    promised = [g for g in changed if g.number in PROMISED and g.level in PROMISED_LEVELS]
+    changed = [(g, g.gain_db) for g in gains if g.gain_db is not None]
+    promised = [gain for g, gain in changed if g.number in PROMISED and g.level in PROMISED_LEVELS]
     return {
-        "mean_gain_db": _mean_gain(changed),
-        "promised_gain_db": _mean_gain(promised),
+        "mean_gain_db": fmean(gain for _, gain in changed) if changed else math.nan,
+        "promised_gain_db": fmean(promised) if promised else math.nan,
         "pristine_db": gains[0].after_db,
     }
-
-
-def _mean_gain(gains: Sequence[Gain]) -> float:
-    values = [gain.gain_db for gain in gains if gain.gain_db is not None]
-    return math.fsum(values) / len(values) if values else math.nan
 
 
 def write_gains(path: Path, gains: Sequence[Gain]) -> None:
@@ -263,16 +257,15 @@ def run_restore(
     """Train a U-Net; write `model.safetensors` (heads untrained), `plot.png`, and `gains.csv` of held-out photos."""
     if config.fixed_statistics and not start:
         raise ConfigError("fixed_statistics are those a run begins with: give weights with --start, or set it to false")
-    begun: Start = begin(config.model, config.seed, {start: ("unet",)} if start else {})
+    begun = begin(config.model, config.seed, {start: ("unet",)} if start else {})
     with open_machine(conduct.device, config.optimisation.precision) as machine:
-        sets = [
-            Pictures(paths, folder / "cache", min_side=config.crop, longest_side=config.longest_side) if paths else None
-            for paths in (photos, held_out)
-        ]
-        training = sets[0] or Pictures(photos, folder / "cache", min_side=config.crop)  # raises: there are none
-        for text in (text for pictures in sets if pictures for text in pictures.skipped):
+        usable = functools.partial(
+            Pictures, cache=folder / "cache", min_side=config.crop, longest_side=config.longest_side
+        )
+        training, validation = usable(photos), usable(held_out) if held_out else None
+        for text in (*training.skipped, *(validation.skipped if validation else ())):
             conduct.say(f"left out: {text}")
-        task = RestoreTask(config, begun.model, training, sets[1])
+        task = RestoreTask(config, begun.model, training, validation)
         result = train(task, config, folder, machine, conduct)
         if machine.leads:
             unet = begun.model.unet

@@ -5,7 +5,6 @@ The U-Net is not trained here. It restores every image once; the restorations ar
 
 import hashlib
 import itertools
-import json
 import math
 import shutil
 import tempfile
@@ -156,7 +155,7 @@ def restoration_key(pixels: Pixels, unet_digest: str, config: ModelConfig, seed:
         "kinds": [str(kind) for kind in config.kinds],
         "seed": seed,
     }
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    return digest(fields)
 
 
 class ScoreTask:
@@ -318,9 +317,7 @@ def run_score(
     `start` is a bundle: the run begins with its trained parts. `unet`, `vit` and `resnet` are bundles for one part
     each; they win over `start`.
     """
-    files: dict[Path, tuple[str, ...]] = {}
-    if start:
-        files[start] = ()
+    files: dict[Path, tuple[str, ...]] = {start: ()} if start else {}
     for part, file in (("vit", vit), ("resnet", resnet), ("unet", unet)):
         if file and file != start:
             files[file] = (*files.get(file, ()), part)
