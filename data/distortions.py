@@ -35,7 +35,6 @@ class Distortion:
 
     number: int
     name: str
-    family: str
     levels: tuple[float, ...]
     apply: _Apply = field(repr=False)
     ordered: bool = True
@@ -464,31 +463,31 @@ DISTORTIONS: Mapping[int, Distortion] = MappingProxyType(
     {
         kind.number: kind
         for kind in (
-            Distortion(1, "gaussian_blur", "blur", (0.1, 0.5, 1, 2, 5), _gaussian_blur),
-            Distortion(2, "lens_blur", "blur", (1, 2, 4, 6, 8), _lens_blur),
-            Distortion(3, "motion_blur", "blur", (1, 2, 4, 6, 10), _motion_blur),
-            Distortion(4, "colour_diffusion", "colour", (1, 3, 6, 8, 12), _colour_diffusion),
-            Distortion(5, "colour_shift", "colour", (1, 3, 6, 8, 12), _colour_shift),
-            Distortion(6, "colour_quantisation", "colour", (64, 48, 32, 16, 8), _colour_quantisation),
-            Distortion(7, "hsv_saturation", "colour", (0.4, 0.2, 0.1, 0, -0.4), _hsv_saturation),
-            Distortion(8, "lab_saturation", "colour", (1, 2, 3, 6, 9), _lab_saturation),
-            Distortion(9, "jpeg2000", "compression", (16, 32, 45, 120, 400), _jpeg2000),
-            Distortion(10, "jpeg", "compression", (43, 36, 24, 7, 4), _jpeg),
-            Distortion(11, "white_noise", "noise", (0.001, 0.002, 0.003, 0.005, 0.01), _white_noise),
-            Distortion(12, "ycbcr_noise", "noise", (0.0001, 0.0005, 0.001, 0.002, 0.003), _ycbcr_noise),
-            Distortion(13, "impulse_noise", "noise", (0.001, 0.005, 0.01, 0.02, 0.03), _impulse_noise),
-            Distortion(14, "multiplicative_noise", "noise", (0.001, 0.005, 0.01, 0.02, 0.05), _multiplicative_noise),
-            Distortion(15, "denoised", "noise", (0.01, 0.03, 0.05, 0.1, 0.15), _denoised),
-            Distortion(16, "brighten", "brightness", (0.1, 0.2, 0.4, 0.7, 1.1), _brighten),
-            Distortion(17, "darken", "brightness", (0.05, 0.1, 0.2, 0.4, 0.8), _darken),
-            Distortion(18, "mean_shift", "brightness", (0.15, 0.08, 0, -0.08, -0.15), _mean_shift, ordered=False),
-            Distortion(19, "jitter", "spatial", (0.05, 0.1, 0.2, 0.5, 1), _jitter),
-            Distortion(20, "patches", "spatial", (20, 40, 60, 80, 100), _patches),
-            Distortion(21, "pixelate", "spatial", (0.01, 0.05, 0.1, 0.2, 0.5), _pixelate),
-            Distortion(22, "quantisation", "spatial", (20, 16, 13, 10, 7), _quantisation),
-            Distortion(23, "colour_blocks", "spatial", (2, 4, 6, 8, 10), _colour_blocks),
-            Distortion(24, "sharpen", "sharpness", (1, 2, 3, 6, 12), _sharpen),
-            Distortion(25, "contrast", "sharpness", (0.3, 0.15, 0, -0.4, -0.6), _contrast, ordered=False),
+            Distortion(1, "gaussian_blur", (0.1, 0.5, 1, 2, 5), _gaussian_blur),
+            Distortion(2, "lens_blur", (1, 2, 4, 6, 8), _lens_blur),
+            Distortion(3, "motion_blur", (1, 2, 4, 6, 10), _motion_blur),
+            Distortion(4, "colour_diffusion", (1, 3, 6, 8, 12), _colour_diffusion),
+            Distortion(5, "colour_shift", (1, 3, 6, 8, 12), _colour_shift),
+            Distortion(6, "colour_quantisation", (64, 48, 32, 16, 8), _colour_quantisation),
+            Distortion(7, "hsv_saturation", (0.4, 0.2, 0.1, 0, -0.4), _hsv_saturation),
+            Distortion(8, "lab_saturation", (1, 2, 3, 6, 9), _lab_saturation),
+            Distortion(9, "jpeg2000", (16, 32, 45, 120, 400), _jpeg2000),
+            Distortion(10, "jpeg", (43, 36, 24, 7, 4), _jpeg),
+            Distortion(11, "white_noise", (0.001, 0.002, 0.003, 0.005, 0.01), _white_noise),
+            Distortion(12, "ycbcr_noise", (0.0001, 0.0005, 0.001, 0.002, 0.003), _ycbcr_noise),
+            Distortion(13, "impulse_noise", (0.001, 0.005, 0.01, 0.02, 0.03), _impulse_noise),
+            Distortion(14, "multiplicative_noise", (0.001, 0.005, 0.01, 0.02, 0.05), _multiplicative_noise),
+            Distortion(15, "denoised", (0.01, 0.03, 0.05, 0.1, 0.15), _denoised),
+            Distortion(16, "brighten", (0.1, 0.2, 0.4, 0.7, 1.1), _brighten),
+            Distortion(17, "darken", (0.05, 0.1, 0.2, 0.4, 0.8), _darken),
+            Distortion(18, "mean_shift", (0.15, 0.08, 0, -0.08, -0.15), _mean_shift, ordered=False),
+            Distortion(19, "jitter", (0.05, 0.1, 0.2, 0.5, 1), _jitter),
+            Distortion(20, "patches", (20, 40, 60, 80, 100), _patches),
+            Distortion(21, "pixelate", (0.01, 0.05, 0.1, 0.2, 0.5), _pixelate),
+            Distortion(22, "quantisation", (20, 16, 13, 10, 7), _quantisation),
+            Distortion(23, "colour_blocks", (2, 4, 6, 8, 10), _colour_blocks),
+            Distortion(24, "sharpen", (1, 2, 3, 6, 12), _sharpen),
+            Distortion(25, "contrast", (0.3, 0.15, 0, -0.4, -0.6), _contrast, ordered=False),
         )
     }
 )

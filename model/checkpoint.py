@@ -12,14 +12,12 @@ from torch import Tensor
 
 from ..engine.manifest import Source
 from ..errors import CheckpointError, UsageError
-from .bundle import Bundle, read_description, save_bundle
+from .bundle import Bundle, read_description
 from .config import PRESETS, ModelConfig
 from .config import preset as preset_config
 from .naming import BUNDLE, IQA, MANIQA, SR3, Format, adapt, recognise
 from .network import DiffV2IQA, build
 from .weightfile import WeightFile, listed, not_finite, read, shown
-
-__all__ = ["Loaded", "load", "misfits", "part_of", "save_bundle"]
 
 # The parts of the model: prefix of their tensors, and name in messages. The first three may have a file of their own.
 PARTS = {

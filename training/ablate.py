@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 
 from ..data.outputs import to_csv, write_file
-from ..data.pictures import Pictures
 from ..errors import CheckpointError, ConfigError
 from ..model.checkpoint import load
 from .config import ScoreConfig, read_config
 from .loop import QUIETLY, VALIDATION, Conduct, Machine, TrainingError, open_machine
-from .score import Rated, Restorations, ScoreTask, run_score
+from .score import Rated, Restorations, ScoreTask, prepared, run_score
 
 TABLE = "ablation.csv"
 
@@ -108,11 +107,10 @@ def ablate_recipes(
 def judge(bundle: Path, config: ScoreConfig, rated: Sequence[Rated], cache: Path, machine: Machine) -> dict[str, float]:
     """Return how well a trained bundle scores images, as validation does: on the same grid of crops."""
     model = load(bundle).model.to(machine.device).eval()
-    label_of = {r.path: r.quality for r in rated}
-    pictures = Pictures([r.path for r in rated], cache / "pictures", min_side=config.model.crop, enlarge=True)
+    pictures, items = prepared(rated, cache / "pictures", config.model.crop, QUIETLY.say)
     restorations = Restorations(model, config.restore_seed, cache / "restored")
     restorations.fill(pictures, machine, lambda *_: None)
-    labelled = pictures, [label_of[path] for path in pictures.paths]
+    labelled = pictures, [item.quality for item in items]
     return ScoreTask(config, model, restorations, labelled, labelled).validate(machine).row
 
 

@@ -268,9 +268,7 @@ def run_restore(
         task = RestoreTask(config, begun.model, training, validation)
         result = train(task, config, folder, machine, conduct)
         if machine.leads:
-            unet = begun.model.unet
-            assert unet is not None  # noqa: S101 — RestoreTask has refused such a model
-            unet.load_state_dict(result.weights)
+            task.network.load_state_dict(result.weights)
             begun.trained("unet", f"diffiqa training, {result.step} steps, configuration {digest(identity(config))}")
             note = f"U-Net trained for {result.step} steps on {len(training)} photographs"
             save_bundle(begun.model.eval(), folder / "model.safetensors", sources=begun.sources, notes=[note])

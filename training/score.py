@@ -4,7 +4,6 @@ The U-Net is not trained here. It restores every image once; the restorations ar
 """
 
 import hashlib
-import itertools
 import math
 import shutil
 import tempfile
@@ -32,13 +31,14 @@ from ..evaluation.correlation import rmse
 from ..export.graph import export_graph
 from ..export.stages import stage_plans
 from ..model.bundle import save_bundle
+from ..model.checkpoint import part_of
 from ..model.config import ModelConfig
 from ..model.network import DiffV2IQA, Scores
 from ..model.unet import UNet
 from ..runtime.host.executor import BoundDenoiser
 from ..runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from ..runtime.host.sampler import restore
-from .config import Rates, ScoreConfig, digest, identity
+from .config import ScoreConfig, digest, identity
 from .loop import QUIETLY, Conduct, Machine, Result, Sample, Verdict, open_machine, picked, train
 from .plot import write_plot
 from .start import begin, weights_digest
@@ -180,7 +180,14 @@ class ScoreTask:
         self.config, self.model, self.restorations = config, network, restorations
         self.network: nn.Module = network
         self.training, self.validation = training, validation
-        self._frozen = _freeze(network, config.rates)
+        for name, parameters in _parts(network).items():
+            for parameter in parameters:
+                parameter.requires_grad_(getattr(config.rates, name) > 0)
+        self._frozen: list[nn.Module] = []  # these must also keep their statistics
+        if network.vcg and not config.rates.vit:
+            self._frozen.append(network.vcg.vit)
+        if network.vda and not config.rates.resnet:
+            self._frozen.append(network.vda.resnet)
 
     def fingerprint(self) -> str:
         """Return a digest of pictures, labels and the restoring U-Net."""
@@ -275,28 +282,11 @@ def ranking_loss(scores: Tensor, labels: Tensor, margin: float) -> Tensor:
     return mean
 
 
-def _backbones(network: DiffV2IQA) -> dict[str, nn.Module]:
-    found: dict[str, nn.Module] = {}
-    if network.vcg:
-        found["vit"] = network.vcg.vit
-    if network.vda:
-        found["resnet"] = network.vda.resnet
-    return found
-
-
 def _parts(network: DiffV2IQA) -> dict[str, list[nn.Parameter]]:
-    parts = {name: list(module.parameters()) for name, module in _backbones(network).items()}
-    known = {id(parameter) for parameter in itertools.chain.from_iterable(parts.values())}
-    heads = [parameter for parameter in network.parameters() if id(parameter) not in known]
-    return {"vit": [], "resnet": [], **parts, "heads": heads}
-
-
-def _freeze(network: DiffV2IQA, rates: Rates) -> list[nn.Module]:
-    """Stop parts with rate 0 from learning; return the modules that must also keep their statistics."""
-    for name, parameters in _parts(network).items():
-        for parameter in parameters:
-            parameter.requires_grad_(getattr(rates, name) > 0)
-    return [module for name, module in _backbones(network).items() if getattr(rates, name) == 0]
+    parts: dict[str, list[nn.Parameter]] = {"vit": [], "resnet": [], "heads": []}
+    for name, parameter in network.named_parameters():
+        parts.get(part_of(name), parts["heads"]).append(parameter)
+    return parts
 
 
 def run_score(

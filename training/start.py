@@ -26,8 +26,7 @@ class Start:
 
     def trained(self, part: str, what: str) -> None:
         """Note that `part` now holds weights that a run made."""
-        weights = _of_part(self.model, part)
-        if weights:
+        if weights := _of_part(self.model, part):
             size = sum(tensor.nbytes for tensor in weights.values())
             self.known[part] = Source(part, PARTS[part][1], size, weights_digest(weights), what)
 

@@ -18,7 +18,8 @@ from diffiqa.engine.manifest import Source
 from diffiqa.engine.schedule import Kind
 from diffiqa.errors import CheckpointError, ConfigError, DiffiqaError, OutputError, UsageError
 from diffiqa.model import checkpoint
-from diffiqa.model.checkpoint import load, save_bundle
+from diffiqa.model.bundle import save_bundle
+from diffiqa.model.checkpoint import load
 from diffiqa.model.config import PRESETS, ModelConfig, Norm, SwinConfig, UNetConfig, VCGConfig, VDAConfig, ViTConfig
 from diffiqa.model.network import DiffV2IQA, build, count_parameters
 
