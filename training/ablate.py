@@ -109,7 +109,7 @@ def judge(bundle: Path, config: ScoreConfig, rated: Sequence[Rated], cache: Path
     model = load(bundle).model.to(machine.device).eval()
     pictures, items = prepared(rated, cache / "pictures", config.model.crop, QUIETLY.say)
     restorations = Restorations(model, config.restore_seed, cache / "restored")
-    restorations.fill(pictures, machine, lambda *_: None)
+    restorations.fill(pictures, machine, QUIETLY.say)
     labelled = pictures, [item.quality for item in items]
     return ScoreTask(config, model, restorations, labelled, labelled).validate(machine).row
 

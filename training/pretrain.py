@@ -17,11 +17,9 @@ from ..data.pictures import Pictures
 from ..engine.crops import crop_grid
 from ..engine.pixels import to_plane
 from ..errors import ConfigError, DatasetError
-from ..model.bundle import save_bundle
 from ..model.network import DiffV2IQA
 from .config import PretrainConfig, digest, identity
 from .loop import QUIETLY, Conduct, Machine, Result, Sample, Verdict, open_machine, picked, train
-from .plot import write_plot
 from .score import Rated, judged, prepared
 from .start import begin
 
@@ -174,6 +172,5 @@ def run_pretrain(
             for part in task.backbones.parts:
                 begun.trained(part, how)
             note = f"backbones pretrained on {len(sets[0][0])} images, the weights of step {result.step} were best"
-            save_bundle(begun.model.cpu().eval(), folder / "model.safetensors", sources=begun.sources, notes=[note])
-            write_plot(folder)
+            begun.save(folder, note)
     return result

@@ -25,11 +25,9 @@ from ..data.pictures import Pictures
 from ..engine.pixels import to_plane
 from ..engine.schedule import Kind, Schedule
 from ..errors import ConfigError
-from ..model.bundle import save_bundle
 from ..model.network import DiffV2IQA
 from .config import Loss, RestoreConfig, digest, identity
 from .loop import QUIETLY, Conduct, Machine, Result, Sample, Verdict, open_machine, train
-from .plot import write_plot
 from .start import begin
 
 LONG_WAVE = 16  # pixels: what white noise has too little of to hide, at the least
@@ -271,8 +269,7 @@ def run_restore(
             task.network.load_state_dict(result.weights)
             begun.trained("unet", f"diffiqa training, {result.step} steps, configuration {digest(identity(config))}")
             note = f"U-Net trained for {result.step} steps on {len(training)} photographs"
-            save_bundle(begun.model.eval(), folder / "model.safetensors", sources=begun.sources, notes=[note])
             if task.gains:
                 write_gains(folder / "gains.csv", task.gains)
-            write_plot(folder)
+            begun.save(folder, note)
     return result

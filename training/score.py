@@ -30,7 +30,6 @@ from ..errors import DatasetError, OutputError
 from ..evaluation.correlation import rmse
 from ..export.graph import export_graph
 from ..export.stages import stage_plans
-from ..model.bundle import save_bundle
 from ..model.checkpoint import part_of
 from ..model.config import ModelConfig
 from ..model.network import DiffV2IQA, Scores
@@ -40,7 +39,6 @@ from ..runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from ..runtime.host.sampler import restore
 from .config import ScoreConfig, digest, identity
 from .loop import QUIETLY, Conduct, Machine, Result, Sample, Verdict, open_machine, picked, train
-from .plot import write_plot
 from .start import begin, weights_digest
 
 KEY_SCHEMA = 2  # of restorations on disk: raised when the same ingredients would give other restorations
@@ -77,7 +75,7 @@ class Restorations:
             self._files[picture] = self._cache / f"{key}.npy"
         return self._files[picture]
 
-    def fill(self, pictures: Pictures, machine: Machine, progress: Callable[[int, int], None]) -> int:
+    def fill(self, pictures: Pictures, machine: Machine, say: Callable[[str], None]) -> int:
         """Compute what is missing, this process its share; return how many bytes all files have together.
 
         Raises OutputError before anything is computed if they will not fit on the disk.
@@ -103,7 +101,8 @@ class Restorations:
             restored = self._restored(pictures[index], method)
             with writing(files[index]) as stream:
                 np.save(stream, restored)
-            progress(count + 1, len(own))
+            if (count + 1) % 100 == 0:
+                say(f"restored {count + 1} of {len(own)}")
         return sum(sizes)
 
     def _restored(self, pixels: Pixels, method: Callable[[FloatArray], FloatArray]) -> npt.NDArray[np.float16]:
@@ -322,11 +321,7 @@ def run_score(
         for rated in (training, validation):
             pictures, items = prepared(rated, place / "pictures", config.model.crop, conduct.say)
             if config.restored:
-                size = restorations.fill(
-                    pictures,
-                    machine,
-                    lambda done, total: conduct.say(f"restored {done} of {total}") if done % 100 == 0 else None,
-                )
+                size = restorations.fill(pictures, machine, conduct.say)
                 conduct.say(f"{len(pictures)} images, {size / 1e9:.2f} GB of restorations in {place / 'restored'}")
             sets.append((pictures, [item.quality for item in items]))
         if machine.world > 1:
@@ -345,8 +340,7 @@ def run_score(
                 if rates.get(part, config.rates.heads):
                     begun.trained(part, how)
             note = f"scores trained on {len(sets[0][0])} images, the weights of step {result.step} were best"
-            save_bundle(model.eval(), folder / "model.safetensors", sources=begun.sources, notes=[note])
-            write_plot(folder)
+            begun.save(folder, note)
     return result
 
 

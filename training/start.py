@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from ..engine.manifest import Source
 from ..errors import CheckpointError
+from ..model.bundle import save_bundle
 from ..model.checkpoint import PARTS, load, misfits, part_of
 from ..model.config import ModelConfig
 from ..model.network import DiffV2IQA, build
+from .plot import write_plot
 
 
 @dataclass
@@ -42,6 +44,11 @@ class Start:
                 size = sum(tensor.nbytes for tensor in weights.values())
                 out.append(Source("seed", words, size, "", f"initial values of seed {self.seed}"))
         return tuple(out)
+
+    def save(self, folder: Path, note: str) -> None:
+        """Write the bundle and the chart of a finished run. Raises OutputError."""
+        save_bundle(self.model.cpu().eval(), folder / "model.safetensors", sources=self.sources, notes=[note])
+        write_plot(folder)
 
 
 def begin(config: ModelConfig, seed: int, files: Mapping[Path, tuple[str, ...]]) -> Start:
