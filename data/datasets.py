@@ -129,15 +129,8 @@ def load_csv(path: Path, *, lower_is_better: bool = False, need_files: bool = Tr
             reference = _name(given) if _is_image(given) else given
             if _is_image(given) and (not need_files or _is_file(root / reference, where)):
                 references[reference] = root / reference
-        rows.append(
-            _Row(
-                image,
-                _number(cells["score"], where),
-                reference,
-                distortion=cells.get("distortion") or None,
-                level=int(_number(level, where)) if level else None,
-            )
-        )
+        degree = int(_number(level, where)) if level else None
+        rows.append(_Row(image, _number(cells["score"], where), reference, cells.get("distortion") or None, degree))
     content = _Content(path.name, rows, images, references)
     return _dataset(path.stem, root, content, higher_is_better=not lower_is_better)
 
@@ -237,9 +230,9 @@ def _csiq(root: Path) -> _Content:
         folder = CSIQ_TYPES.get(cells["dst_type"].lower())
         if folder is None:
             raise DatasetError(f"{label_file} has the unknown distortion {cells['dst_type']!r}")
-        content, degree = cells["image"].lower(), int(_number(cells["dst_lev"], str(label_file)))
+        content, degree = cells["image"].lower(), int(_number(cells["dst_lev"], label_file))
         name = f"{folder}/{content}.{folder}.{degree}.png"
-        rows.append(_Row(name, _number(cells["dmos"], str(label_file)), f"{content}.png", folder, degree))
+        rows.append(_Row(name, _number(cells["dmos"], label_file), f"{content}.png", folder, degree))
     return _Content(label_file.name, rows, _images(root, "dst_imgs"), _images(root, "src_imgs"))
 
 
@@ -280,9 +273,8 @@ def _tid2013(root: Path) -> _Content:
         content, kind, level = _fields(r"(i\d\d)_(\d\d)_(\d)\.bmp", name, label_file)
         if not 1 <= int(kind) <= len(TID2013_TYPES):
             raise DatasetError(f"{label_file} has the unknown distortion {kind} ({name})")
-        rows.append(
-            _Row(name, _number(label, str(label_file)), f"{content}.bmp", TID2013_TYPES[int(kind) - 1], int(level))
-        )
+        distortion = TID2013_TYPES[int(kind) - 1]
+        rows.append(_Row(name, _number(label, label_file), f"{content}.bmp", distortion, int(level)))
     return _Content(label_file.name, rows, _images(root, "distorted_images"), _images(root, "reference_images"))
 
 
@@ -294,7 +286,7 @@ def _kadid10k(root: Path) -> _Content:
         _, kind, level = _fields(r"(i\d\d)_(\d\d)_(\d\d)\.png", name, label_file)
         if int(kind) not in DISTORTIONS:
             raise DatasetError(f"{label_file} has the unknown distortion {kind} ({name})")
-        label = _number(cells["dmos"], str(label_file))  # higher is better, whatever the column is called
+        label = _number(cells["dmos"], label_file)  # higher is better, whatever the column is called
         rows.append(_Row(name, label, reference, DISTORTIONS[int(kind)].name, int(level)))
     images = _images(root, "images")  # references among them
     references = {name: path for name, path in images.items() if "_" not in name}
@@ -321,7 +313,7 @@ def _koniq10k(root: Path) -> _Content:
     # MOS is the mean opinion: 1 to 5 in the first file, 0 to 100 in the second.
     label_file = _first_file(root, "koniq10k_scores_and_distributions.csv", "koniq10k_distributions_sets.csv")
     labels = {row["image_name"].lower(): row["MOS"] for row in _parsed(read_csv, label_file, "image_name", "MOS")}
-    rows = [_Row(name, _number(label, str(label_file))) for name, label in labels.items()]
+    rows = [_Row(name, _number(label, label_file)) for name, label in labels.items()]
     folder = "1024x768" if _find(root, "1024x768") else "512x384"
     return _Content(label_file.name, rows, _images(root, folder), {})
 
@@ -337,7 +329,7 @@ def _pipal(root: Path) -> _Content:
             name, _, label = line.lower().partition(",")
             content, kind, _ = _fields(r"(a\d{4})_(\d\d)_(\d\d)\.bmp", name.strip(), label_file)
             # The last number counts methods and strengths of one kind, it is no level.
-            rows.append(_Row(name.strip(), _number(label, str(label_file)), f"{content}.bmp", kind))
+            rows.append(_Row(name.strip(), _number(label, label_file), f"{content}.bmp", kind))
     images: dict[str, Path] = {}
     for part in range(1, 5):
         images |= {Path(name).name: path for name, path in _images(root, f"Distortion_{part}").items()}
@@ -431,7 +423,7 @@ def _fields(pattern: str, name: str, path: Path) -> tuple[str, ...]:
     return match.groups()
 
 
-def _number(text: str | float, where: str) -> float:
+def _number(text: str, where: str | Path) -> float:
     try:
         number = float(text)
     except ValueError:

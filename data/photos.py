@@ -1,6 +1,7 @@
 """Pristine photographs that anyone can get, from packages of Debian and from any folder, split into parts."""
 
 import hashlib
+import itertools
 import re
 import subprocess
 import tempfile
@@ -83,7 +84,9 @@ def gather(sources: Sequence[Path], folder: Path, *, seed: int) -> tuple[list[Ph
     if folder.exists() and any(folder.iterdir()):
         raise OutputError(f"{folder} is not empty: give a new folder")
     with tempfile.TemporaryDirectory() as temporary:
-        chosen, left = _choose(_all(sources or download(Path(temporary))))
+        given = sources or download(Path(temporary))
+        found = (_of_package(source) if source.suffix == ".deb" else _of_folder(source) for source in given)
+        chosen, left = _choose(itertools.chain.from_iterable(found))
     if len(chosen) < len(DEFAULT_RATIOS):
         raise DatasetError(f"{len(chosen)} usable photographs are too few to split; left out: {'; '.join(left) or '-'}")
     part_of = _dealt(chosen, seed)
@@ -115,11 +118,6 @@ def _dealt(chosen: Sequence[_Found], seed: int) -> dict[str, str]:
         for part, members in shares(names, seed, DEFAULT_RATIOS).items()
         for name in members
     }
-
-
-def _all(sources: Iterable[Path]) -> Iterator[_Found]:
-    for source in sources:
-        yield from _of_package(source) if source.suffix == ".deb" else _of_folder(source)
 
 
 def _choose(found: Iterable[_Found]) -> tuple[list[_Found], list[str]]:

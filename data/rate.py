@@ -22,6 +22,7 @@ from .splits import Split
 
 LABELS, SPLIT, SCALE = "labels.csv", "split.json", "scale.json"
 MOST_PICTURES = 10_000  # of one photograph
+LONGEST_SIDE = 768  # of a photograph, in pixels: larger ones are reduced
 TRIES = 8  # places of which a window takes the one with most detail
 
 
@@ -65,7 +66,6 @@ def rate_photographs(
     amounts: Mapping[str, Amount],
     seed: int,
     side: int = 176,
-    longest_side: int = 768,
     progress: Callable[[int], None] = lambda _done: None,
 ) -> int:
     """Write pictures (PNG), labels.csv, split.json and scale.json; return how many pictures there are.
@@ -81,7 +81,7 @@ def rate_photographs(
         raise DatasetError(f"two photographs are called {twice[0]}, and pictures are named after them: rename one")
     rows: list[_Row] = []
     for part, paths in parts.items():
-        pictures = Pictures(paths, folder / "cache", min_side=side, longest_side=longest_side)
+        pictures = Pictures(paths, folder / "cache", min_side=side, longest_side=LONGEST_SIDE)
         for index, path in enumerate(pictures.paths):
             rows += _of_photograph(pictures[index], path.stem, part, index, folder, amounts[part], seed, side)
             progress(len(rows))

@@ -75,9 +75,8 @@ class Correlation:
 
 def correlate(scores: Values, labels: Values) -> Correlation:
     """Return all figures."""
-    linear, after = plcc(scores, labels), None
-    if len(scores) >= LOGISTIC_MIN:
-        after = fit_logistic(scores, labels)(scores)
+    linear = plcc(scores, labels)
+    after = fit_logistic(scores, labels)(scores) if len(scores) >= LOGISTIC_MIN else None
     return Correlation(
         images=len(scores),
         srcc=srcc(scores, labels),
