@@ -46,7 +46,5 @@ def gmad_pairs(
         worse, better = min(near, key=other.__getitem__), max(near, key=other.__getitem__)
         if other[worse] == other[better]:
             raise DatasetError(f"the other model gives one score to all {size} images around level {level:.2f}")
-        pairs.append(
-            GmadPair(level, better, worse, (fixed[better], fixed[worse]), (other[better], other[worse])),
-        )
+        pairs.append(GmadPair(level, better, worse, (fixed[better], fixed[worse]), (other[better], other[worse])))
     return tuple(pairs)

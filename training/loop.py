@@ -228,13 +228,7 @@ class Result:
     verdict: dict[str, float] | None
 
 
-def train(
-    task: Task,
-    config: RunConfig,
-    folder: Path,
-    machine: Machine,
-    conduct: Conduct = QUIETLY,
-) -> Result:
+def train(task: Task, config: RunConfig, folder: Path, machine: Machine, conduct: Conduct = QUIETLY) -> Result:
     """Take all steps, or those that are left. `conduct.progress` receives each row of the log.
 
     `folder` must not hold a run, unless `conduct.resume`: then that run goes on, or starts again if it was killed
