@@ -301,8 +301,8 @@ class _Run:
                 )
             self._restore(path, read_checkpoint(path))
         if self.machine.leads:
-            self.log.cut(self.step)
-            self.validation.cut(self.step)
+            for log in (self.log, self.validation):
+                log.cut(self.step)
         self.timed = self.step, time.perf_counter()
 
     def _restore(self, path: Path, was: Mapping[str, Any]) -> None:
