@@ -4,7 +4,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable
 from contextlib import closing
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from ..engine.manifest import EngineDirectory
@@ -14,10 +14,12 @@ from ..runtime.plan import make_plan
 from ..runtime.results import Failure
 from .machine import resident_mib
 from .results import Case, DeviceTimes, Soak
-from .running import DeviceCase, DeviceSample, Runtime, Sample
+from .running import DeviceCase, Runtime, Sample
 from .timing import Clock
 from .work import count_work
 from .workload import Workload, with_steps
+
+_COLUMNS = ("upload", "kernels", "download", "computing", "busy", "wall", "enqueue", "plain", "enqueue_plain")
 
 
 class Measurement:
@@ -97,15 +99,14 @@ class Measurement:
             self._watch.glance()
 
     def _device_times(self, runner: DeviceCase) -> DeviceTimes:
-        found = [sample.device for sample in self._samples if sample.device]
-        columns = {f.name: [getattr(sample, f.name) for sample in found] for f in fields(DeviceSample)}
+        rows = [sample.device for sample in self._samples]
         return DeviceTimes(
             joules=tuple(self._joules),
             buffers_mib=runner.layer.peak / 2**20,
             graphs=runner.executor.graphs.captures,
             late_allocations=runner.late_allocations,
             notes=tuple(runner.notes),
-            **{name: tuple(value for value in column if value is not None) for name, column in columns.items()},
+            **{name: tuple(row[name] for row in rows if name in row) for name in _COLUMNS},
         )
 
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..engine.atomic import replacing
-from ..errors import OutputError
+from ..data.outputs import write_file
 from ..runtime.report.frame import page
 from ..runtime.report.markup import Html, tag
 from ..runtime.report.svg import Series, bars, linear, logarithmic, plot
@@ -34,11 +33,7 @@ def to_page(results: Results, path: Path) -> None:
             parts.append(tag("section", tag("h2", name[:1].upper() + name[1:]), _table(text)))
     missing = results.not_measured.items()
     parts.append(tag("ul", *(tag("li", f"{what}: not measured here, {why}") for what, why in missing), class_="said"))
-    try:
-        with replacing(path) as stream:
-            stream.write(page(title, lead, *parts, css=_STYLE).encode())
-    except OSError as exc:
-        raise OutputError(f"cannot write {path}: {exc.strerror or exc}") from exc
+    write_file(path, page(title, lead, *parts, css=_STYLE))
 
 
 def _plots(results: Results) -> list[Html]:
