@@ -28,15 +28,10 @@ class OnGpu:
     stages: "Callable[[int], Mapping[StageName, LoadedStage]]"  # for batches of so many images
     name: str  # what records call it
     precision: Precision
-    can_capture: bool  # a CUDA graph may record its stages
+    form: Form  # what one CUDA graph holds, where graphs are wanted
     build: Build | None = None
     # The command for a build that takes images of a size, and so many at a time, as well.
     rebuild: Callable[[str, int], str] = "iqa-build --sizes {} --batch {}".format
-
-    @property
-    def form(self) -> Form:
-        """What one CUDA graph holds, where graphs are wanted."""
-        return Form.LOOP if self.can_capture else Form.NONE
 
     def executor(self, directory: EngineDirectory, *, cuda_graph: bool = True, batch: int = 1) -> "DeviceExecutor":
         """Return what carries out plans, and closes the layer. If this raises, the layer is closed."""
@@ -81,7 +76,7 @@ def open_tensorrt(directory: EngineDirectory, ordinal: int) -> OnGpu:
     with closed_if_it_fails(layer, directory):
         engines = load_engines(layer, libraries[build.library], directory, build)
     name = f"{build.library} {build.version} {build.precision}: {layer.name}"
-    return OnGpu(layer, lambda _batch: engines, name, build.precision, can_capture=True, build=build, rebuild=rebuild)
+    return OnGpu(layer, lambda _batch: engines, name, build.precision, Form.LOOP, build=build, rebuild=rebuild)
 
 
 def open_onnxruntime(
@@ -104,7 +99,7 @@ def open_onnxruntime(
         return on_device(layer.name, ordinal, directory.manifest, sessions, together=batch)
 
     # ONNX Runtime allocates as it runs, which no capture allows.
-    return OnGpu(layer, stages, f"{settings.name} on {layer.name}", Precision.FP32, can_capture=False)
+    return OnGpu(layer, stages, f"{settings.name} on {layer.name}", Precision.FP32, Form.NONE)
 
 
 @contextlib.contextmanager
