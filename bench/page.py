@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..data.outputs import write_file
 from ..runtime.report.frame import page
-from ..runtime.report.markup import Html, tag
+from ..runtime.report.markup import Html, table, tag
 from ..runtime.report.svg import Series, bars, linear, logarithmic, plot
 from .report import TABLES, WITHOUT_GRAPHS, number
 from .results import Results
@@ -103,6 +103,6 @@ def _table(markdown: str) -> Html:
         [(cell.strip().replace("\\|", "|"), class_) for cell, class_ in zip(line, classes, strict=True)]
         for line in lines
     )
-    titles = tag("tr", *(tag("th", cell, scope="col", class_=class_) for cell, class_ in head))
+    titles = [tag("th", cell, scope="col", class_=class_) for cell, class_ in head]
     body = (tag("tr", *(tag("td", cell, class_=class_) for cell, class_ in row)) for row in rows)
-    return tag("div", tag("table", tag("thead", titles), tag("tbody", *body)), class_="wide")
+    return tag("div", table(titles, body), class_="wide")

@@ -105,7 +105,7 @@ class Graphs:
         if problem := work.problem():
             entry.note = f"ran without a CUDA graph: {problem}"
             return
-        ways = {Form.LOOP: work.enqueue} if wanted is Form.LOOP else {}  # the best first
+        ways: dict[Form, Enqueue] = {Form.LOOP: work.enqueue} if wanted is Form.LOOP else {}  # the best first
         ways[Form.STEP] = work.step
         failures: list[str] = []
         for form, enqueue in ways.items():
