@@ -1,5 +1,6 @@
 """The process of a peer: it makes the contender, then scores one image at a time."""
 
+import contextlib
 import os
 import signal
 import time
@@ -38,30 +39,20 @@ class Answer:
 
 def serve(pipe: "Connection[Ready | Refused | Answer, Ask]", make: Make, ground: Ground, log: Path) -> None:
     """Make the contender and answer until the other end closes. Output of libraries goes into `log`."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # the parent handles Ctrl-C: it writes its results, then closes the pipe
+    # The parent handles Ctrl-C: it writes its results, then closes the pipe.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with log.open("wb") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     try:
         score, version = make(ground)
-    except Missing as exc:
-        pipe.send(Refused(first_line(exc), missing=True))
-        return
-    except Exception as exc:  # a peer may fail in any way: the others go on
-        pipe.send(Refused(f"{type(exc).__name__}: {first_line(exc)}"))
-        return
-    pipe.send(Ready(version))
-    while True:
-        try:
+        pipe.send(Ready(version))
+        while True:
             ask = pipe.recv()
-        except (EOFError, OSError):
-            return
-        start = time.perf_counter()
-        try:
-            value = score(ask)
-        except Exception as exc:
-            pipe.send(Refused(f"{type(exc).__name__}: {first_line(exc)}"))
-            return
-        pipe.send(Answer(value, time.perf_counter() - start, peak_mib()))
+            start = time.perf_counter()
+            pipe.send(Answer(score(ask), time.perf_counter() - start, peak_mib()))
+    except Exception as exc:  # a peer may fail in any way: the others go on
+        missing = isinstance(exc, Missing)
+        reason = first_line(exc) if missing else f"{type(exc).__name__}: {first_line(exc)}"
+        with contextlib.suppress(OSError):  # the other end was closed: that is how a process ends that is asked no more
+            pipe.send(Refused(reason, missing))
