@@ -20,6 +20,7 @@ from .work import count_work
 from .workload import Workload, with_steps
 
 _COLUMNS = ("upload", "kernels", "download", "computing", "busy", "wall", "enqueue", "plain", "enqueue_plain")
+_READINGS = 40  # of memory, over a soak
 
 
 class Measurement:
@@ -113,12 +114,10 @@ class Measurement:
 class SoakRun:
     """Many images in a row, in whole batches: latency and memory must stay what they were."""
 
-    def __init__(
-        self, measurement: Measurement, count: int, *, readings: int = 40, clock: Clock = time.perf_counter
-    ) -> None:
+    def __init__(self, measurement: Measurement, count: int, *, clock: Clock = time.perf_counter) -> None:
         self._measurement, self._clock = measurement, clock
         self._batch = measurement.workload.batch
-        self._count, self._every = -(-count // self._batch) * self._batch, max(1, count // readings)
+        self._count, self._every = -(-count // self._batch) * self._batch, max(1, count // _READINGS)
         self._seconds: list[float] = []
         self._resident: list[float] = []
 

@@ -39,9 +39,7 @@ NOT_ON_GPU = {
 class Run:
     """One benchmark. Call its steps in the order in which they stand here; ask for `results` at any time."""
 
-    def __init__(
-        self, engine: Path, backend: Backend, options: dict[str, str], say: Callable[[str], None] = lambda _text: None
-    ) -> None:
+    def __init__(self, engine: Path, backend: Backend, options: dict[str, str], say: Callable[[str], None]) -> None:
         self._backend, self._options, self._say = backend, options, say
         self._created = datetime.now(UTC).isoformat(timespec="seconds")
         self._threads = getattr(backend, "threads", None) or available_cpus()

@@ -127,15 +127,7 @@ def part_tables(folder: Path) -> dict[str, object]:
     images, level = {"y": rows[0], "condition": rows[1]}, {"noise_level": np.full((1, 1), 0.4, np.float32)}
     base = OnnxStage(path, OnnxRuntime()).bind({**images, **level}, {"noise": rows[2]})
     constant = OnnxStage(folder / "constant.onnx", OnnxRuntime()).bind(images, {"noise": rows[2]})
-    ratios = []
-    for index in range(60):  # in turn, so that drift of the machine hits both
-        times = []
-        for call in (base, constant):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        if index >= 5:
-            ratios.append(times[0] / times[1])
+    ratios = np.divide(*_seconds_in_turn([base, constant], rounds=55, repeats=1)).tolist()
     return {"seconds_per_step_base_over_constant_median": round(float(np.median(ratios)), 4), "ratios": ratios}
 
 

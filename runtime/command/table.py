@@ -5,7 +5,6 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from types import TracebackType
 from typing import IO, Self, TextIO
 
 from rich import box
@@ -133,9 +132,7 @@ class Progress:
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if not self._bar.disable:  # a disabled bar still ends with an empty line
             self._bar.stop()
 
