@@ -2,14 +2,14 @@
 
 import contextlib
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ...engine.manifest import Build, EngineDirectory, Library, Precision
 from ...errors import BackendError
 from ..executor import Opened
 from ..host.onnx_stage import OnnxRuntime, Provider
-from .builds import build_command, newest_build
+from .builds import newest_build, rebuild_command
 from .graphs import Form
 from .tensorrt import gpu_capability, installed_libraries, load_library
 
@@ -63,14 +63,10 @@ def open_tensorrt(directory: EngineDirectory, ordinal: int) -> OnGpu:
     build = newest_build(directory, versions, capability)
 
     def rebuild(size: str, batch: int) -> str:
-        return build_command(
-            directory.path,
-            library=build.library,
-            precision=build.precision,
-            batches=tuple(dict.fromkeys((*build.batches, str(batch)) if batch > 1 else build.batches)),
-            sizes=tuple(dict.fromkeys((*build.sizes, size))),
-            capabilities=build.compute_capabilities if build.library is Library.TENSORRT_RTX else (),
-        )
+        batches = (*build.batches, str(batch)) if batch > 1 else build.batches
+        sizes = (*build.sizes, size)
+        more = replace(build, batches=tuple(dict.fromkeys(batches)), sizes=tuple(dict.fromkeys(sizes)))
+        return rebuild_command(directory.path, more)
 
     layer = CudaLayer(ordinal)
     with closed_if_it_fails(layer, directory):
