@@ -7,10 +7,11 @@ from pathlib import Path
 
 from ..errors import DiffiqaError, UsageError
 from ..runtime.backends import Backend, OnnxRuntime, OpenVino
+from ..runtime.inputs import find_images
 from .contenders import peers_for
 from .results import Results
 from .run import Run
-from .workload import Size, Workload, in_batches
+from .workload import Size, Workload, generate, in_batches, sort_by_size
 
 
 def bench(
@@ -80,10 +81,18 @@ def bench(
     }
     shown = {name: str(value) for name, value in options.items() if value not in (None, (), [])}
     run = Run(Path(engine), backend, shown, say)
-    m = run.directory.manifest
+    m, crop = run.directory.manifest, run.directory.manifest.crop.size
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.closing(run):
-            found = run.find_images(names) if images else run.generate(Path(folder), sizes, count, seed)
+            if images:
+                say("reading images")
+                found = sort_by_size(find_images(names), crop)
+            elif small := next((size for size in sizes if min(size) < crop), None):
+                raise UsageError(
+                    f"images of {small[1]}×{small[0]} are smaller than a crop of this engine, {crop}×{crop}"
+                )
+            else:
+                found = generate(Path(folder), sizes, count, seed)
             workloads = [
                 Workload(
                     images=in_batches(files, batch) if backend.on_gpu else tuple(files),
@@ -101,7 +110,7 @@ def bench(
                 for workers_ in workers
                 for batch in batches
             ]
-            run.prepare(workloads)
+            run.prepare(workloads, found.left_out)
             run.measure_starts(starts)
             run.measure_cases(rounds)
             if soak:

@@ -58,7 +58,7 @@ def counts(maximum: int) -> Several:
     return Several(partial(_whole, most=maximum), f"whole numbers from 1 to {maximum} with commas between")
 
 
-@click.command(cls=BenchCommand)
+@click.command(cls=BenchCommand, context_settings={"show_default": True})
 @click.option("--engine", type=_PATH, required=True, metavar="DIR", help="The engine directory, from iqa-export.")
 @click.argument("images", nargs=-1)
 @click.option(
@@ -73,39 +73,17 @@ def counts(maximum: int) -> Several:
 )
 @click.option("--crops", type=counts(10_000), metavar="N[,…]", help="Crops per image. Default: the engine's.")
 @click.option("--steps", type=counts(4000), metavar="N[,…]", help="Sampling steps. Default: the engine's.")
-@click.option(
-    "--workers",
-    type=counts(64),
-    default="1",
-    show_default=True,
-    metavar="N[,…]",
-    help="Images scored at the same time.",
-)
-@click.option(
-    "--batch", type=counts(1024), default="1", show_default=True, metavar="N[,…]", help="Images per batch; needs a GPU."
-)
-@click.option(
-    "--rounds",
-    type=click.IntRange(1, 100_000),
-    default=10,
-    show_default=True,
-    help="How many samples to take of each case.",
-)
+@click.option("--workers", type=counts(64), default="1", metavar="N[,…]", help="Images scored at the same time.")
+@click.option("--batch", type=counts(1024), default="1", metavar="N[,…]", help="Images per batch; needs a GPU.")
+@click.option("--rounds", type=click.IntRange(1, 100_000), default=10, help="How many samples to take of each case.")
 @click.option(
     "--starts",
     type=click.IntRange(0, 100),
     default=3,
-    show_default=True,
     help="How many fresh processes to start, to time the start-up.",
 )
 @click.option("--soak", type=click.IntRange(0), default=0, metavar="N", help="At the end, score N images in a row.")
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**63),
-    default=0,
-    show_default=True,
-    help="Seed of generated images and of the noise.",
-)
+@click.option("--seed", type=click.IntRange(0, 2**63), default=0, help="Seed of generated images and of the noise.")
 @click.option(
     "--threads", type=click.IntRange(1), metavar="N", help="CPU threads. Default: the CPUs this process may use."
 )
@@ -113,7 +91,6 @@ def counts(maximum: int) -> Several:
     "--backend",
     type=click.Choice(["tensorrt", "onnxruntime-gpu", "onnxruntime", "openvino"]),
     default="onnxruntime",
-    show_default=True,
     help="What runs the networks. The first two need a GPU.",
 )
 @click.option("--device", type=click.IntRange(0), metavar="N", help="Number of the GPU, from 0 on.")
@@ -131,7 +108,6 @@ def counts(maximum: int) -> Several:
     "--peer-timeout",
     type=click.FloatRange(1),
     default=900,
-    show_default=True,
     metavar="S",
     help="Give up on a peer after S seconds without an answer.",
 )

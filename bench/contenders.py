@@ -139,7 +139,7 @@ def onnxruntime_default(ground: Ground) -> tuple[Score, str]:
         stage.name: DefaultStage(directory.file(stage.file), provider, how, threads=ground.threads)
         for stage in directory.manifest.stages
     }
-    return _scored(directory.manifest, stages), f"onnxruntime {onnxruntime.__version__}"
+    return _in_our_loop(directory.manifest, stages), f"onnxruntime {onnxruntime.__version__}"
 
 
 def onnxruntime_bound(ground: Ground) -> tuple[Score, str]:
@@ -232,7 +232,7 @@ def _torch_stages(ground: Ground, precision: str, way: str) -> tuple[Score, str]
 
     manifest = open_engine(ground.engine).manifest
     stages = {plan.name: Stage(plan) for plan in stage_plans(model)}
-    return _scored(manifest, stages), f"torch {torch.__version__}"
+    return _in_our_loop(manifest, stages), f"torch {torch.__version__}"
 
 
 def plain_loop(ground: Ground) -> tuple[Score, str]:
@@ -273,22 +273,30 @@ def plain_loop(ground: Ground) -> tuple[Score, str]:
     return score, f"torch {torch.__version__}"
 
 
-def _scored(manifest: Manifest, stages: Mapping[StageName, StageRunner]) -> Score:
-    """Return a function that scores files with these stages in our loop."""
-    scorers: dict[int, Scorer] = {}
+def _scored(make: Callable[[int], Scorer], first: Scorer) -> Score:
+    """Return a function that scores files with `first`, and with what `make` returns for other numbers of steps."""
+    scorer = first
 
     def score(ask: Ask) -> float:
-        if ask.steps not in scorers:
-            scorers.clear()  # buffers of the case before
-            scorers[ask.steps] = Scorer(with_steps(manifest, ask.steps), stages, backend="peer")
-        return scorers[ask.steps].score(ask.image, Options(crops=ask.crops, seed=ask.seed)).score
+        nonlocal scorer
+        if ask.steps != scorer.info.steps:
+            scorer.close()  # its buffers, before there are others
+            scorer = make(ask.steps)
+        return scorer.score(ask.image, Options(crops=ask.crops, seed=ask.seed)).score
 
     return score
 
 
+def _in_our_loop(manifest: Manifest, stages: Mapping[StageName, StageRunner]) -> Score:
+    def loop(steps: int) -> Scorer:
+        return Scorer(with_steps(manifest, steps), stages, backend="peer")
+
+    return _scored(loop, loop(manifest.schedule.steps))
+
+
 def _on_host(ground: Ground, backend: HostBackend) -> tuple[Score, str]:
     directory = open_engine(ground.engine)
-    return _scored(directory.manifest, load_stages(directory, backend)), backend.name.partition(":")[0]
+    return _in_our_loop(directory.manifest, load_stages(directory, backend)), backend.name.partition(":")[0]
 
 
 def _on_gpu(ground: Ground, backend: GpuBackend) -> tuple[Score, str]:
@@ -296,19 +304,10 @@ def _on_gpu(ground: Ground, backend: GpuBackend) -> tuple[Score, str]:
     directory = open_engine(ground.engine)
 
     def loaded(steps: int) -> Scorer:
-        engine = replace(directory, manifest=with_steps(directory.manifest, steps))
-        return load(engine, backend)
+        return load(replace(directory, manifest=with_steps(directory.manifest, steps)), backend)
 
-    scorer = loaded(directory.manifest.schedule.steps)
-
-    def score(ask: Ask) -> float:
-        nonlocal scorer
-        if ask.steps != scorer.info.steps:
-            scorer.close()
-            scorer = loaded(ask.steps)
-        return scorer.score(ask.image, Options(crops=ask.crops, seed=ask.seed)).score
-
-    return score, scorer.info.backend.partition(":")[0]
+    first = loaded(directory.manifest.schedule.steps)
+    return _scored(loaded, first), first.info.backend.partition(":")[0]
 
 
 @contextlib.contextmanager

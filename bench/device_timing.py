@@ -81,7 +81,8 @@ class TimedLayer:
     def end_capture(self) -> Graph:
         """Return a graph whose launches are timed."""
         self._capturing = False
-        return cast(Graph, _TimedGraph(self._layer.end_capture(), self))
+        graph = self._layer.end_capture()
+        return cast(Graph, Replaced(graph, launch=lambda: self.timed(GRAPH, graph.launch)))
 
     def abandon_capture(self) -> None:
         """Time again."""
@@ -118,15 +119,15 @@ class TimedLayer:
         return found
 
 
-class _TimedGraph:
-    def __init__(self, graph: Graph, layer: TimedLayer) -> None:
-        self._graph, self._layer = graph, layer
+class Replaced:
+    """An object with other functions in the place of some of its own."""
+
+    def __init__(self, whole: object, **others: Callable[..., object]) -> None:
+        self._whole = whole
+        vars(self).update(others)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._graph, name)
-
-    def launch(self) -> None:
-        self._layer.timed(GRAPH, self._graph.launch)
+        return getattr(self._whole, name)
 
 
 class _TimedStage:
@@ -141,22 +142,11 @@ class _TimedStage:
 
     def bind(self, profile: int, shapes: Shapes, addresses: Mapping[str, int]) -> BoundStage:
         assert self._stage is not None  # noqa: S101 — closed by the executor that binds
-        bound = self._stage.bind(profile, shapes, addresses)
-        return cast(BoundStage, _TimedBound(bound, self._stage.built.name, self._layer))
+        bound, name = self._stage.bind(profile, shapes, addresses), self._stage.built.name
+        return cast(BoundStage, Replaced(bound, enqueue=lambda: self._layer.timed(name, bound.enqueue)))
 
     def close(self) -> None:
         self._stage = None  # drop the reference, so that the session can end
-
-
-class _TimedBound:
-    def __init__(self, bound: BoundStage, name: StageName, layer: TimedLayer) -> None:
-        self._bound, self._name, self._layer = bound, name, layer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._bound, name)
-
-    def enqueue(self) -> None:
-        self._layer.timed(self._name, self._bound.enqueue)
 
 
 def timed_stages(stages: Mapping[StageName, LoadedStage], layer: TimedLayer) -> dict[StageName, LoadedStage]:

@@ -4,7 +4,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable
 from contextlib import closing
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from ..engine.manifest import EngineDirectory
@@ -14,10 +14,13 @@ from ..runtime.plan import make_plan
 from ..runtime.results import Failure
 from .machine import resident_mib
 from .results import Case, DeviceTimes, Soak
-from .running import DeviceCase, DeviceSample, Runtime, Sample
+from .running import DeviceCase, Runtime, Sample
 from .timing import Clock
 from .work import count_work
 from .workload import Workload, with_steps
+
+_COLUMNS = ("upload", "kernels", "download", "computing", "busy", "wall", "enqueue", "plain", "enqueue_plain")
+_READINGS = 40  # of memory, over a soak
 
 
 class Measurement:
@@ -97,27 +100,24 @@ class Measurement:
             self._watch.glance()
 
     def _device_times(self, runner: DeviceCase) -> DeviceTimes:
-        found = [sample.device for sample in self._samples if sample.device]
-        columns = {f.name: [getattr(sample, f.name) for sample in found] for f in fields(DeviceSample)}
+        rows = [sample.device for sample in self._samples]
         return DeviceTimes(
             joules=tuple(self._joules),
             buffers_mib=runner.layer.peak / 2**20,
             graphs=runner.executor.graphs.captures,
             late_allocations=runner.late_allocations,
             notes=tuple(runner.notes),
-            **{name: tuple(value for value in column if value is not None) for name, column in columns.items()},
+            **{name: tuple(row[name] for row in rows if name in row) for name in _COLUMNS},
         )
 
 
 class SoakRun:
     """Many images in a row, in whole batches: latency and memory must stay what they were."""
 
-    def __init__(
-        self, measurement: Measurement, count: int, *, readings: int = 40, clock: Clock = time.perf_counter
-    ) -> None:
+    def __init__(self, measurement: Measurement, count: int, *, clock: Clock = time.perf_counter) -> None:
         self._measurement, self._clock = measurement, clock
         self._batch = measurement.workload.batch
-        self._count, self._every = -(-count // self._batch) * self._batch, max(1, count // readings)
+        self._count, self._every = -(-count // self._batch) * self._batch, max(1, count // _READINGS)
         self._seconds: list[float] = []
         self._resident: list[float] = []
 

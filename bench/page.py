@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..engine.atomic import replacing
-from ..errors import OutputError
+from ..data.outputs import write_file
 from ..runtime.report.frame import page
-from ..runtime.report.markup import Html, tag
+from ..runtime.report.markup import Html, table, tag
 from ..runtime.report.svg import Series, bars, linear, logarithmic, plot
 from .report import TABLES, WITHOUT_GRAPHS, number
 from .results import Results
@@ -34,11 +33,7 @@ def to_page(results: Results, path: Path) -> None:
             parts.append(tag("section", tag("h2", name[:1].upper() + name[1:]), _table(text)))
     missing = results.not_measured.items()
     parts.append(tag("ul", *(tag("li", f"{what}: not measured here, {why}") for what, why in missing), class_="said"))
-    try:
-        with replacing(path) as stream:
-            stream.write(page(title, lead, *parts, css=_STYLE).encode())
-    except OSError as exc:
-        raise OutputError(f"cannot write {path}: {exc.strerror or exc}") from exc
+    write_file(path, page(title, lead, *parts, css=_STYLE))
 
 
 def _plots(results: Results) -> list[Html]:
@@ -108,6 +103,6 @@ def _table(markdown: str) -> Html:
         [(cell.strip().replace("\\|", "|"), class_) for cell, class_ in zip(line, classes, strict=True)]
         for line in lines
     )
-    titles = tag("tr", *(tag("th", cell, scope="col", class_=class_) for cell, class_ in head))
+    titles = [tag("th", cell, scope="col", class_=class_) for cell, class_ in head]
     body = (tag("tr", *(tag("td", cell, class_=class_) for cell, class_ in row)) for row in rows)
-    return tag("div", tag("table", tag("thead", titles), tag("tbody", *body)), class_="wide")
+    return tag("div", table(titles, body), class_="wide")

@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import statistics
 import tempfile
@@ -14,11 +15,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from ..engine.manifest import read_manifest
-from ..errors import BackendError
+from ..errors import BackendError, first_line
 from ..runtime.plan import make_plan
 from ..runtime.results import Mode
-from .contenders import Ask, Contender, Ground, place_of
-from .peer_process import Answer, Ready, Refused, serve
+from .contenders import Ask, Contender, Ground, Make, Missing, place_of
+from .machine import peak_mib
 from .results import Peer, PeerCase
 from .timing import SETTLE
 from .workload import Workload
@@ -28,7 +29,50 @@ SEEDS = 3  # of ours: reduced precision may change a score by no more than their
 
 _UNTILED = "it cannot restore images in tiles"
 
-Progress = Callable[[str], None]
+
+@dataclass(frozen=True)
+class Ready:
+    """The contender can be asked."""
+
+    version: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The contender cannot start, or could not answer."""
+
+    reason: str
+    missing: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A score, and how long it took from file to score."""
+
+    score: float
+    seconds: float
+    peak_mib: float | None
+
+
+def serve(pipe: "Connection[Ready | Refused | Answer, Ask]", make: Make, ground: Ground, log: Path) -> None:
+    """Make the contender and answer until the other end closes. Output of libraries goes into `log`."""
+    # The parent handles Ctrl-C: it writes its results, then closes the pipe.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with log.open("wb") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    try:
+        score, version = make(ground)
+        pipe.send(Ready(version))
+        while True:
+            ask = pipe.recv()
+            start = time.perf_counter()
+            pipe.send(Answer(score(ask), time.perf_counter() - start, peak_mib()))
+    except Exception as exc:  # a peer may fail in any way: the others go on
+        missing = isinstance(exc, Missing)
+        reason = first_line(exc) if missing else f"{type(exc).__name__}: {first_line(exc)}"
+        with contextlib.suppress(OSError):  # the other end was closed: that is how a process ends that is asked no more
+            pipe.send(Refused(reason, missing))
 
 
 class Out(Exception):  # noqa: N818 — not an error: the results say that the contender is out
@@ -144,7 +188,7 @@ class Contest:
         *,
         rounds: int,
         timeout: float,
-        progress: Progress = lambda _text: None,
+        progress: Callable[[str], None] = lambda _text: None,
     ) -> None:
         self._contenders, self._ground, self._settings = contenders, ground, workloads
         self._rounds, self._timeout, self._progress = rounds, timeout, progress

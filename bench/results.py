@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..engine.atomic import replacing
+from ..data.outputs import write_file
 from ..engine.codec import decode, encode
-from ..errors import OutputError, UsageError, first_line
+from ..errors import UsageError, first_line
 from .stats import CV_LIMIT, DEVICE_CV_LIMIT, Stability, Summary, judge, summarise
 
 SCHEMA = 1
@@ -349,12 +349,8 @@ class Results:
 
 def write(results: Results, path: Path) -> None:
     """Write the JSON file, whole or not at all, with a digest of the figures on top. Raises OutputError."""
-    text = json.dumps({"summary": _digest(results), **encode(results)}, indent=1, ensure_ascii=False) + "\n"
-    try:
-        with replacing(path) as stream:
-            stream.write(text.encode())
-    except OSError as exc:
-        raise OutputError(f"cannot write {path}: {exc.strerror or exc}") from exc
+    found = {"summary": _digest(results), **encode(results)}
+    write_file(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
 def read(path: Path) -> Results:

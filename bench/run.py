@@ -10,10 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ..engine.manifest import open_engine
-from ..errors import UsageError
 from ..runtime.backends import Backend, GpuBackend
 from ..runtime.host.onnx_stage import available_cpus
-from ..runtime.inputs import find_images
 from .ceilings import Probe, probe_cpu, probe_gpu
 from .contenders import OURS, Contender, Ground
 from .fresh import measure_start
@@ -23,7 +21,7 @@ from .peers import Contest
 from .results import SCHEMA, Case, Ceilings, Engine, Results, Start
 from .running import DeviceRuntime, open_runtime
 from .timing import SETTLE, clock_cost
-from .workload import Images, Size, Workload, generate, sort_by_size
+from .workload import Workload
 
 NOT_ON_CPU = {
     "GPU (transfers, enqueue, idle share, energy, capture)": "this was a run on the CPU; give --backend tensorrt or "
@@ -39,9 +37,7 @@ NOT_ON_GPU = {
 class Run:
     """One benchmark. Call its steps in the order in which they stand here; ask for `results` at any time."""
 
-    def __init__(
-        self, engine: Path, backend: Backend, options: dict[str, str], say: Callable[[str], None] = lambda _text: None
-    ) -> None:
+    def __init__(self, engine: Path, backend: Backend, options: dict[str, str], say: Callable[[str], None]) -> None:
         self._backend, self._options, self._say = backend, options, say
         self._created = datetime.now(UTC).isoformat(timespec="seconds")
         self._threads = getattr(backend, "threads", None) or available_cpus()
@@ -62,24 +58,10 @@ class Run:
         """Free the engine and all cases; what was measured stays."""
         self._open.close()
 
-    def find_images(self, names: Sequence[str]) -> Images:
-        """Read the images that were named. Raises UsageError if there are none."""
-        self._say("reading images")
-        images = sort_by_size(find_images(names), self.directory.manifest.crop.size)
-        self._left_out = images.left_out
-        return images
-
-    def generate(self, folder: Path, sizes: Sequence[Size], count: int, seed: int) -> Images:
-        """Write pictures into the folder. Raises UsageError for sizes that the engine cannot score."""
-        size = self.directory.manifest.crop.size
-        for height, width in sizes:
-            if min(height, width) < size:
-                raise UsageError(f"images of {width}×{height} are smaller than a crop of this engine, {size}×{size}")
-        return generate(folder, sizes, count, seed)
-
-    def prepare(self, workloads: Sequence[Workload]) -> None:
-        """Make a case of each workload, with buffers of its own."""
+    def prepare(self, workloads: Sequence[Workload], left_out: tuple[str, ...]) -> None:
+        """Make a case of each workload, with buffers of its own; `left_out` are images that could not be read."""
         self._say("preparing the cases")
+        self._left_out = left_out
         for workload in workloads:
             measurement = Measurement(self.directory, self._runtime, workload)
             self._open.callback(measurement.runner.close)

@@ -1,46 +1,30 @@
 """The engine under the clock, on the host or on a GPU: it scores, and tells where the time went."""
 
 import contextlib
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from ..engine.manifest import EngineDirectory, Manifest, StageName
 from ..runtime.backends import Backend, GpuBackend, HostBackend, OnnxRuntime, TensorRt
-from ..runtime.executor import Executor, Outcome, StageRunner, Task
+from ..runtime.executor import Executor, StageRunner
 from ..runtime.gpu.door import closed_if_it_fails
 from ..runtime.gpu.graphs import Form
 from ..runtime.gpu.tensorrt import gpu_capability, installed_libraries, load_library
 from ..runtime.host.stages import load_stages
-from ..runtime.plan import Plan
 from ..runtime.results import Options
 from ..runtime.scorer import Scorer
 from .gpu import GpuWatch
 from .timing import Clock, timed_stages
 
 if TYPE_CHECKING:
-    from ..runtime.gpu.executor import DeviceExecutor
     from ..runtime.gpu.layer import Layer
 
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class DeviceSample:
-    """One row of `results.DeviceTimes`. `plain` and `enqueue_plain` are None if no graphs are wanted."""
-
-    upload: float
-    kernels: float
-    download: float
-    computing: float
-    busy: float
-    wall: float
-    enqueue: float
-    plain: float | None
-    enqueue_plain: float | None
 
 
 @dataclass(frozen=True)
@@ -50,7 +34,7 @@ class Sample:
     seconds: float
     stages: dict[StageName, float]
     steps: list[float]  # one U-Net call per step, in the order run; a call may serve a whole batch
-    device: DeviceSample | None = None
+    device: dict[str, float] = field(default_factory=dict)  # what `results.DeviceTimes` has a column of
 
 
 class HostRuntime:
@@ -141,7 +125,7 @@ class DeviceCase:
 
     def __init__(self, runtime: DeviceRuntime, manifest: Manifest, batch: int, clock: Clock) -> None:
         from ..runtime.gpu.executor import DeviceExecutor
-        from .device_timing import TimedLayer, timed_stages
+        from .device_timing import Replaced, TimedLayer, timed_stages
 
         self._runtime, self._clock, self._steps = runtime, clock, manifest.schedule.steps
         self.layer = TimedLayer(runtime.layer, clock)
@@ -154,7 +138,8 @@ class DeviceCase:
             rebuild=runtime.opened.rebuild,
         )
         self.scorer = Scorer(manifest, self.executor, backend="bench")
-        self.plain_scorer = Scorer(manifest, cast(Executor, _WithoutGraphs(self.executor)), backend="bench")
+        plain = Replaced(self.executor, run_together=partial(self.executor.run_together, form=Form.NONE))
+        self.plain_scorer = Scorer(manifest, cast(Executor, plain), backend="bench")
         self.timed_calls = 0
         self.calls: dict[StageName, int] = {}
         self.notes: dict[str, None] = {}
@@ -182,33 +167,21 @@ class DeviceCase:
             wall = self._score(pixels, options)
         spans, brought = layer.spans(), layer.brought
         up, down, busy = sum(spans[UPLOAD]), sum(spans[DOWNLOAD]), sum(map(sum, spans.values()))
-        plain = enqueue_plain = None
+        times = {"upload": up + brought, "download": down, "computing": busy - up - down, "busy": busy}
+        times |= {"wall": wall, "enqueue": enqueue}
         if self._runtime.form is not Form.NONE:
-            plain, enqueue_plain = self._score(pixels, options, self.plain_scorer), layer.enqueue
+            times |= {"plain": self._score(pixels, options, self.plain_scorer), "enqueue_plain": layer.enqueue}
             with self._marking():
                 self._score(pixels, options, self.plain_scorer)
             spans = layer.spans()
+        times["kernels"] = sum(spans[KERNELS])
         stages = {name: spans[name] for name in StageName if name in spans}
         self.calls = {name: len(calls) for name, calls in stages.items()}
-
-        def each(value: float) -> float:
-            return value / count
-
         return Sample(
-            each(seconds),
-            {name: each(sum(calls)) for name, calls in stages.items()},
+            seconds / count,
+            {name: sum(calls) / count for name, calls in stages.items()},
             _by_step(stages, self._steps),
-            DeviceSample(
-                upload=each(up + brought),
-                kernels=each(sum(spans[KERNELS])),
-                download=each(down),
-                computing=each(busy - up - down),
-                busy=each(busy),
-                wall=each(wall),
-                enqueue=each(enqueue),
-                plain=None if plain is None else each(plain),
-                enqueue_plain=None if enqueue_plain is None else each(enqueue_plain),
-            ),
+            {name: value / count for name, value in times.items()},
         )
 
     def close(self) -> None:
@@ -233,21 +206,6 @@ class DeviceCase:
             yield
         finally:
             self.layer.marking = False
-
-
-class _WithoutGraphs:
-    """An executor that launches plainly and leaves its graphs as they are."""
-
-    def __init__(self, executor: "DeviceExecutor") -> None:
-        self._executor = executor
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._executor, name)
-
-    def run_together(
-        self, tasks: Sequence[Task], plan: Plan, cancelled: Callable[[], bool], *, pictures: bool = True
-    ) -> list[Outcome]:
-        return self._executor.run_together(tasks, plan, cancelled, pictures=pictures, form=Form.NONE)
 
 
 Runtime = HostRuntime | DeviceRuntime

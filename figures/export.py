@@ -1,13 +1,11 @@
 """Full-size export: seconds, peak memory, agreement with PyTorch, parameters. Writes results/export.json."""
 
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from record import write
+from record import run_apart, write
 
 CHILD = """
 import resource, sys
@@ -15,7 +13,7 @@ from diffiqa.cli import export
 try:
     export(sys.argv[1:])
 finally:
-    print("peak_kib", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
@@ -26,14 +24,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "engine"
             start = time.perf_counter()
-            command = [sys.executable, "-c", CHILD, "--preset", preset, "--seed", "0", "-o", str(target), "-q"]
-            process = subprocess.run(command, capture_output=True, text=True, check=True)
+            printed = run_apart(CHILD, "--preset", preset, "--seed", "0", "-o", target, "-q")
             seconds = time.perf_counter() - start
             manifest = json.loads((target / "manifest.json").read_text(encoding="utf-8"))
-        peak = int(process.stderr.split("peak_kib")[1].split()[0])
         presets[preset] = {
             "seconds": round(seconds, 1),
-            "peak_memory_gib": round(peak / 2**20, 2),
+            "peak_memory_gib": round(int(printed[-1]) / 2**20, 2),
             "stages": {
                 stage["name"]: {
                     "parameters": stage["parameters"],

@@ -6,7 +6,6 @@ Each named part writes results/score-PART.json. Engines are exported as needed: 
 """
 
 import dataclasses
-import resource
 import subprocess
 import sys
 import tempfile
@@ -17,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 from PIL import Image
-from record import write
+from record import run_apart, write
 
+from diffiqa.bench.machine import resident_mib
 from diffiqa.bench.timing import timed_stages
 from diffiqa.engine.manifest import open_engine
 from diffiqa.engine.schedule import Schedule, Taps
@@ -42,23 +42,14 @@ with diffiqa.load(sys.argv[1]) as scorer:
 """
 
 # Exporting would leave its own, higher peak behind: what is measured runs in a process that only scores.
-LARGE = """
-import re, sys, diffiqa, numpy as np
-# Not getrusage: a process inherits the peak of the one that started it.
-peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
-options = diffiqa.Options(crops=4)
+PEAKS = """
+import sys, diffiqa, numpy as np
+from diffiqa.bench.machine import peak_mib
+options = diffiqa.Options(crops=int(sys.argv[2]) or None)
 with diffiqa.load(sys.argv[1]) as scorer:
-    scorer.score(np.zeros((224, 224, 3), np.uint8), options)
-    small = peak()
-    result = scorer.score(sys.argv[2], options)
-    print(small, peak(), result.mode, result.seconds)
-"""
-
-FULL = """
-import re, sys, diffiqa, numpy as np
-with diffiqa.load(sys.argv[1]) as scorer:
-    result = scorer.score(np.random.default_rng(1).integers(0, 256, (224, 224, 3)).astype(np.uint8))
-    print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1], result.seconds)
+    for image in sys.argv[3:]:
+        result = scorer.score(np.load(image) if image.endswith(".npy") else image, options)
+        print(peak_mib(), result.mode, result.seconds)
 """
 
 
@@ -101,8 +92,7 @@ def part_startup(folder: Path) -> dict[str, object]:
     runs = []
     for _ in range(5):
         start = time.perf_counter()
-        command = [sys.executable, "-c", STARTUP, str(engine), str(array)]
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        out = run_apart(STARTUP, engine, array)
         runs.append({"loaded": float(out[0]), "first_score": float(out[1]), "process": time.perf_counter() - start})
     return {"first_score_seconds_median": round(float(np.median([r["first_score"] for r in runs])), 2), "runs": runs}
 
@@ -121,7 +111,7 @@ def part_memory(folder: Path) -> dict[str, object]:
         for index, result in enumerate(scorer.stream(stream, Options(crops=4))):
             assert isinstance(result, Score)
             if index >= 100 and index % 50 == 49:
-                resident.append(_resident_mib())
+                resident.append(resident_mib() or 0.0)
     drift = 100 * (max(resident) / resident[0] - 1)
     return {"images": 1000, "resident_mib": resident, "growth_percent_after_image_150": round(drift, 2)}
 
@@ -137,15 +127,7 @@ def part_tables(folder: Path) -> dict[str, object]:
     images, level = {"y": rows[0], "condition": rows[1]}, {"noise_level": np.full((1, 1), 0.4, np.float32)}
     base = OnnxStage(path, OnnxRuntime()).bind({**images, **level}, {"noise": rows[2]})
     constant = OnnxStage(folder / "constant.onnx", OnnxRuntime()).bind(images, {"noise": rows[2]})
-    ratios = []
-    for index in range(60):  # in turn, so that drift of the machine hits both
-        times = []
-        for call in (base, constant):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        if index >= 5:
-            ratios.append(times[0] / times[1])
+    ratios = np.divide(*_seconds_in_turn([base, constant], rounds=55, repeats=1)).tolist()
     return {"seconds_per_step_base_over_constant_median": round(float(np.median(ratios)), 4), "ratios": ratios}
 
 
@@ -182,18 +164,17 @@ def _seconds_in_turn(calls: list[Call], rounds: int = 25, repeats: int = 5) -> l
 
 def part_large(folder: Path) -> dict[str, object]:
     """A 24-megapixel JPEG, four crops, in a process that scored a 224×224 image before: peaks of both."""
-    engine, photograph = export("mini", folder), folder / "large.jpg"
+    photograph, small = folder / "large.jpg", folder / "small.npy"
     Image.fromarray(photo(3, 4000, 6000)).save(photograph, "JPEG", quality=90)
-    command = [sys.executable, "-c", LARGE, str(engine), str(photograph)]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    small, large = int(out[0]) / 1024, int(out[1]) / 1024
+    np.save(small, np.zeros((224, 224, 3), np.uint8))
+    before, _, _, peak, mode, seconds = run_apart(PEAKS, export("mini", folder), "4", small, photograph)
     return {
         "pixels": [6000, 4000],
-        "mode": out[2],
+        "mode": mode,
         "crops": 4,
-        "seconds": round(float(out[3]), 1),
-        "peak_mib_small": round(small),
-        "peak_mib_above_a_small_image": round(large - small),
+        "seconds": round(float(seconds), 1),
+        "peak_mib_small": round(float(before)),
+        "peak_mib_above_a_small_image": round(float(peak) - float(before)),
     }
 
 
@@ -204,20 +185,11 @@ def part_full(folder: Path) -> dict[str, object]:
 
 def part_full_memory(folder: Path) -> dict[str, object]:
     """Peak memory of a process that scores one 224×224 image with the full-size engine."""
-    return full_memory(export("paper", folder))
-
-
-def full_memory(engine: Path) -> dict[str, object]:
-    """Return the peak of a scoring process beside the size of its engine's networks."""
-    command = [sys.executable, "-c", FULL, str(engine)]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    engine, array = export("paper", folder), folder / "image.npy"
+    np.save(array, np.random.default_rng(1).integers(0, 256, (224, 224, 3)).astype(np.uint8))
+    peak, _, seconds = run_apart(PEAKS, engine, "0", array)
     size = sum(file.stat().st_size for file in engine.rglob("*.onnx")) / 2**20
-    return {"peak_mib": round(int(out[0]) / 1024), "engine_mib": round(size), "seconds": round(float(out[1]), 1)}
-
-
-def _resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return round(pages * resource.getpagesize() / 2**20, 1)
+    return {"peak_mib": round(float(peak)), "engine_mib": round(size), "seconds": round(float(seconds), 1)}
 
 
 PARTS: dict[str, Callable[[Path], dict[str, object]]] = {

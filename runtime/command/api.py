@@ -242,7 +242,5 @@ def _report(path: Path | None, scorer: Scorer, expected: int) -> Iterator[Report
     except OutputError:
         writer.abort()
         raise
-    except BaseException:
+    finally:
         writer.close()
-        raise
-    writer.close()

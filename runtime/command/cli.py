@@ -34,7 +34,7 @@ def provider(text: str) -> str | tuple[str, dict[str, str]]:
     return (name, dict(pair.split("=", 1) for pair in pairs)) if pairs else name
 
 
-@click.command(cls=RunCommand)
+@click.command(cls=RunCommand, context_settings={"show_default": True})
 @click.option("--engine", type=_PATH, required=True, metavar="DIR", help="The engine directory, from iqa-export.")
 @click.argument("images", nargs=-1, required=True)
 @click.option("-o", "--output", "file", type=_PATH, metavar="FILE", help="Write the results here, not to stdout.")
@@ -60,14 +60,11 @@ def provider(text: str) -> str | tuple[str, dict[str, str]]:
 @click.option(
     "--crops", type=click.IntRange(1, 10_000), metavar="N", help="Crops in each image. Default: the engine's."
 )
-@click.option(
-    "--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, metavar="N", help="Seed of the noise."
-)
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, metavar="N", help="Seed of the noise.")
 @click.option(
     "--seeds",
     type=click.IntRange(1, 1000),
     default=1,
-    show_default=True,
     metavar="N",
     help="Average the scores of N seeds; shows their spread.",
 )
@@ -75,7 +72,6 @@ def provider(text: str) -> str | tuple[str, dict[str, str]]:
     "--mode",
     type=click.Choice(["whole", "tile", "crop"]),
     default="whole",
-    show_default=True,
     help="Restore each image whole, in overlapping tiles, or crop by crop.",
 )
 @click.option(
@@ -99,7 +95,6 @@ def provider(text: str) -> str | tuple[str, dict[str, str]]:
     "--backend",
     type=click.Choice(["auto", "tensorrt", "onnxruntime-gpu", "onnxruntime", "openvino"]),
     default="auto",
-    show_default=True,
     help="What runs the networks. auto takes the first that works here: TensorRT with a build for this GPU, ONNX "
     "Runtime on the GPU, ONNX Runtime on the CPU. It never takes OpenVINO: installing it must not change a score.",
 )
@@ -116,7 +111,6 @@ def provider(text: str) -> str | tuple[str, dict[str, str]]:
     "--batch",
     type=click.IntRange(1, 1024),
     default=1,
-    show_default=True,
     metavar="N",
     help="On a GPU, restore N images of one size, or N seeds of one image, at a time. A half-full batch costs as much "
     "as a full one. Scores depend on N in their last bits, but never on what shares a batch.",
@@ -133,9 +127,7 @@ def provider(text: str) -> str | tuple[str, dict[str, str]]:
     help="Let idle threads of ONNX Runtime wait busily. Scores stay the same. They come sooner if nothing else runs on "
     "this CPU, and later if something does.",
 )
-@click.option(
-    "--workers", type=click.IntRange(1, 64), default=1, show_default=True, metavar="N", help="Score N images at a time."
-)
+@click.option("--workers", type=click.IntRange(1, 64), default=1, metavar="N", help="Score N images at a time.")
 @click.option(
     "--provider",
     "providers",

@@ -25,16 +25,12 @@ class Display:
         # Records that stream to a terminal and a bar would write over each other.
         self.progress = Progress(total, quiet=quiet or (self._streaming and sys.stdout.isatty()))
         self._records: list[Record] = []
-        self._kept = 0
-        self._start = time.monotonic()
 
     def add(self, record: Record, kept: bool) -> None:
         """Show one more record; `kept` ones are of an earlier run."""
         self._records.append(record)
-        if kept:
-            self._kept, self._start = self._kept + 1, time.monotonic()
         if self._streaming:
-            _print(self._header + to_line(record, self._form))
+            emit(sys.stdout.buffer, self._header + to_line(record, self._form))
             self._header = b""
         self.progress.advance(record, kept=kept)
 
@@ -45,10 +41,11 @@ class Display:
 
     def close(self) -> None:
         """Show what waited for the end of the run."""
-        summary = summary_line(self._records, seconds=time.monotonic() - self._start, kept=self._kept)
+        seconds = time.monotonic() - self.progress.start
+        summary = summary_line(self._records, seconds=seconds, kept=self.progress.kept)
         meaning, wanted = self._info.score, self._outputs
         if self._streaming:
-            _print(self._header)
+            emit(sys.stdout.buffer, self._header)
         elif not wanted.file:
             shown = arrange(
                 self._records, wanted.sort, descending=wanted.descending, top=self._top, bottom=self._bottom
@@ -57,7 +54,7 @@ class Display:
                 show_table(shown, meaning, summary, sys.stdout)
                 return
             for piece in document(shown, self._form):
-                _print(piece)
+                emit(sys.stdout.buffer, piece)
         self.say(summary)
         if not meaning.trained:
             self.say(f"UNTRAINED ENGINE: {meaning.meaning}")
@@ -82,7 +79,3 @@ def run_shown(
     finally:
         if not isinstance(sys.exception(), BrokenPipeError):  # nobody reads any more
             display.close()
-
-
-def _print(data: bytes) -> None:
-    emit(sys.stdout.buffer, data)

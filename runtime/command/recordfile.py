@@ -14,7 +14,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from ...engine.atomic import replacing
@@ -80,13 +79,11 @@ class RecordFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Write out what was scored, if the run ended before `finish`."""
         try:
             # The first error says more than a second one: that the full disk has no room for this either.
-            with contextlib.suppress(OutputError) if error else contextlib.nullcontext():
+            with contextlib.suppress(OutputError) if kind else contextlib.nullcontext():
                 if self._fd >= 0:
                     self.finish()
         finally:

@@ -5,7 +5,6 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from types import TracebackType
 from typing import IO, Self, TextIO
 
 from rich import box
@@ -111,31 +110,29 @@ class Progress:
         )
         self._task = self._bar.add_task("", total=total, pace="", failures="")
         self._total = total
-        self._kept = self._count = self._failures = 0
-        self._start = time.monotonic()
+        self.kept = self._count = self._failures = 0
+        self.start = time.monotonic()  # of scoring: after those that were kept
 
     def advance(self, record: Record, *, kept: bool = False) -> None:
         """Count one more image; `kept` ones, of an earlier run, say nothing about the speed."""
         if kept:
-            self._kept, self._start = self._kept + 1, time.monotonic()
+            self.kept, self.start = self.kept + 1, time.monotonic()
             self._bar.update(self._task, advance=1)
             return
         self._count += 1
         self._failures += record.score is None
         # Over the whole run: rich's own estimate forgets images after 30 s, and one may take minutes.
-        rate = self._count / max(time.monotonic() - self._start, 1e-9)
-        pace = f"{rate_text(rate)}, {_duration((self._total - self._kept - self._count) / rate)} left"
+        rate = self._count / max(time.monotonic() - self.start, 1e-9)
+        pace = f"{rate_text(rate)}, {_duration((self._total - self.kept - self._count) / rate)} left"
         failures = f"{self._failures} failed" if self._failures else ""
         self._bar.update(self._task, advance=1, pace=pace, failures=failures)
 
     def __enter__(self) -> Self:
-        self._start = time.monotonic()
+        self.start = time.monotonic()
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if not self._bar.disable:  # a disabled bar still ends with an empty line
             self._bar.stop()
 
@@ -149,13 +146,11 @@ def _console(stream: TextIO) -> Console:
 
 def _table(records: Sequence[Record], width: int) -> Table:
     numbers = {
-        "score": [_decimals(record.score) for record in records],
-        "VCG": [_decimals(record.vcg) for record in records],
-        "VDA": [_decimals(record.vda) for record in records],
-        "spread": [_decimals(record.spread) for record in records],
-        "size": [f"{record.width}×{record.height}" if record.width else "" for record in records],
-        "time": [f"{record.seconds:.2f} s" if record.seconds is not None else "" for record in records],
+        name: ["" if (value := getattr(record, name.lower())) is None else f"{value:.4f}" for record in records]
+        for name in ("score", "VCG", "VDA", "spread")
     }
+    numbers["size"] = [f"{record.width}×{record.height}" if record.width else "" for record in records]
+    numbers["time"] = [f"{record.seconds:.2f} s" if record.seconds is not None else "" for record in records]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, SPACING, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("image", overflow="fold")
     left = width - NAME_WIDTH - SPACING
@@ -178,10 +173,6 @@ def _error(record: Record) -> str:
     """Return an error with the name of its image, which most messages have in them."""
     error = record.error or "no score"
     return error if record.image in error else f"{record.image}: {error}"
-
-
-def _decimals(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
 
 
 def _duration(seconds: float) -> str:

@@ -197,12 +197,10 @@ class _CudaGraph:
         self._layer, self._executable = layer, executable
 
     def launch(self) -> None:
-        """Run it on the layer's stream."""
         with self._layer.translate_errors("does not launch a graph"):
             result_of(self._layer._driver.cuGraphLaunch(self._executable, self._layer._stream.handle))
 
     def close(self) -> None:
-        """Free it."""
         self._layer._driver.cuGraphExecDestroy(self._executable)
 
 

@@ -2,14 +2,14 @@
 
 import contextlib
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ...engine.manifest import Build, EngineDirectory, Library, Precision
 from ...errors import BackendError
 from ..executor import Opened
 from ..host.onnx_stage import OnnxRuntime, Provider
-from .builds import build_command, newest_build
+from .builds import newest_build, rebuild_command
 from .graphs import Form
 from .tensorrt import gpu_capability, installed_libraries, load_library
 
@@ -28,15 +28,10 @@ class OnGpu:
     stages: "Callable[[int], Mapping[StageName, LoadedStage]]"  # for batches of so many images
     name: str  # what records call it
     precision: Precision
-    can_capture: bool  # a CUDA graph may record its stages
+    form: Form  # what one CUDA graph holds, where graphs are wanted
     build: Build | None = None
     # The command for a build that takes images of a size, and so many at a time, as well.
     rebuild: Callable[[str, int], str] = "iqa-build --sizes {} --batch {}".format
-
-    @property
-    def form(self) -> Form:
-        """What one CUDA graph holds, where graphs are wanted."""
-        return Form.LOOP if self.can_capture else Form.NONE
 
     def executor(self, directory: EngineDirectory, *, cuda_graph: bool = True, batch: int = 1) -> "DeviceExecutor":
         """Return what carries out plans, and closes the layer. If this raises, the layer is closed."""
@@ -68,20 +63,16 @@ def open_tensorrt(directory: EngineDirectory, ordinal: int) -> OnGpu:
     build = newest_build(directory, versions, capability)
 
     def rebuild(size: str, batch: int) -> str:
-        return build_command(
-            directory.path,
-            library=build.library,
-            precision=build.precision,
-            batches=tuple(dict.fromkeys((*build.batches, str(batch)) if batch > 1 else build.batches)),
-            sizes=tuple(dict.fromkeys((*build.sizes, size))),
-            capabilities=build.compute_capabilities if build.library is Library.TENSORRT_RTX else (),
-        )
+        batches = (*build.batches, str(batch)) if batch > 1 else build.batches
+        sizes = (*build.sizes, size)
+        more = replace(build, batches=tuple(dict.fromkeys(batches)), sizes=tuple(dict.fromkeys(sizes)))
+        return rebuild_command(directory.path, more)
 
     layer = CudaLayer(ordinal)
     with closed_if_it_fails(layer, directory):
         engines = load_engines(layer, libraries[build.library], directory, build)
     name = f"{build.library} {build.version} {build.precision}: {layer.name}"
-    return OnGpu(layer, lambda _batch: engines, name, build.precision, can_capture=True, build=build, rebuild=rebuild)
+    return OnGpu(layer, lambda _batch: engines, name, build.precision, Form.LOOP, build=build, rebuild=rebuild)
 
 
 def open_onnxruntime(
@@ -104,7 +95,7 @@ def open_onnxruntime(
         return on_device(layer.name, ordinal, directory.manifest, sessions, together=batch)
 
     # ONNX Runtime allocates as it runs, which no capture allows.
-    return OnGpu(layer, stages, f"{settings.name} on {layer.name}", Precision.FP32, can_capture=False)
+    return OnGpu(layer, stages, f"{settings.name} on {layer.name}", Precision.FP32, Form.NONE)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -102,45 +102,45 @@ class DeviceExecutor:
         form: Form | None = None,
     ) -> list[Outcome]:
         """Restore and score images of the plan's size, each with a seed, in batches. No result depends on another."""
-        wanted = _Wanted(tasks, plan, cancelled, pictures, form)
+        job = _Job(tasks, plan, cancelled, pictures, form)
         first, second = self._docks
         free = second if first.lock.locked() and not second.lock.locked() else first
         try:
             with free.lock:
-                return self._attempt(free, wanted)
+                return self._attempt(free, job)
         except DeviceMemoryError:
             # Another caller's image may be what fills the memory. With both locks held there is none.
             with second.lock, first.lock:
                 second.release()
-                return self._fewer(first, wanted)
+                return self._fewer(first, job)
 
-    def _fewer(self, dock: Dock, wanted: "_Wanted") -> list[Outcome]:
+    def _fewer(self, dock: Dock, job: "_Job") -> list[Outcome]:
         """Carry it out with fewer images at a time; then with smaller batches, which change the last bits."""
         try:
-            return self._attempt(dock, wanted)
+            return self._attempt(dock, job)
         except DeviceMemoryError:
-            half = len(wanted.tasks) // 2
+            half = len(job.tasks) // 2
             if half == 0 and not self._shrink():
                 raise
-        parts = (wanted.tasks[:half], wanted.tasks[half:]) if half else (wanted.tasks,)
-        return [outcome for tasks in parts for outcome in self._fewer(dock, replace(wanted, tasks=tasks))]
+        parts = (job.tasks[:half], job.tasks[half:]) if half else (job.tasks,)
+        return [outcome for tasks in parts for outcome in self._fewer(dock, replace(job, tasks=tasks))]
 
-    def _attempt(self, dock: Dock, wanted: "_Wanted") -> list[Outcome]:
+    def _attempt(self, dock: Dock, job: "_Job") -> list[Outcome]:
         """Carry it out with a dock that the caller has locked. Where memory runs out, give all of it up and raise."""
-        images, size = [image for image, _ in wanted.tasks], _plane_size(wanted.plan)
+        images = [image for image, _ in job.tasks]
         self._refuse_if_closed()
         self._layer.enter()
         try:
-            dock.bring(images, size)
+            dock.bring(images, job.size)
         except DeviceMemoryError:
             with self._lock:
                 self._refuse_if_closed()
                 self._give_up_memory(dock)  # larger images have left it behind
-            dock.bring(images, size)
+            dock.bring(images, job.size)
         with self._lock:
             self._refuse_if_closed()
             try:
-                return self._run(dock, wanted)
+                return self._run(dock, job)
             except DeviceMemoryError:
                 self._give_up_memory(dock)
                 raise
@@ -173,35 +173,29 @@ class DeviceExecutor:
         if self._closed:
             raise UsageError("this executor is closed")
 
-    def _run(self, dock: Dock, wanted: "_Wanted") -> list[Outcome]:
+    def _run(self, dock: Dock, job: "_Job") -> list[Outcome]:
         start = time.perf_counter()
-        plan, seeds, pictures = wanted.plan, [seed for _, seed in wanted.tasks], wanted.pictures
-        kinds, size, count = len(self._manifest.kinds), plan.crop_size, len(seeds) * len(plan.crops)
-        padded = _plane_size(plan)
+        images, each = len(job.tasks), len(job.plan.crops)
+        kinds, size, count = len(self._manifest.kinds), job.plan.crop_size, images * each
         self._batch_in_use = 1
-        job = _Job(
-            plan,
-            seeds,
-            wanted.cancelled,
-            wanted.form,
-            self._planes_of(dock, padded),
-            padded,
-            self._images.get("crops", count * self._crop_bytes(plan)),
-            [self._memory_note] if self._memory_note else [],
+        job = replace(
+            job,
+            plane=self._planes_of(dock, job.size),
+            crops=self._images.get("crops", count * self._crop_bytes(job.plan)),
+            notes=[self._memory_note] if self._memory_note else [],
         )
-        planes: list[dict[Kind, FloatArray]] = [{} for _ in seeds]
+        planes: list[dict[Kind, FloatArray]] = [{} for _ in job.tasks]
         if self._bindings.restores:
-            self._restore(job, planes if pictures else None)
+            self._restore(job, planes if job.pictures else None)
         else:
-            self._gather([job.plane], padded, job.places, len(seeds), job.crops, size)
+            self._gather([job.plane], job.size, job.places, images, job.crops, size)
         verdicts = self._assess(job)
         crops = np.empty((0, kinds, 3, size, size), np.float32)
-        if pictures:
+        if job.pictures:
             crops = self._pinned.get("crops", (count, kinds, 3, size, size), np.dtype(np.float32))
             self._layer.download(crops, job.crops)
         self._layer.synchronise()
-        found, each = verdicts(), len(plan.crops)
-        seconds = (time.perf_counter() - start) / len(seeds)
+        found, seconds = verdicts(), (time.perf_counter() - start) / images
         return [
             Outcome(
                 found[i * each : (i + 1) * each],
@@ -210,7 +204,7 @@ class DeviceExecutor:
                 tuple(dict.fromkeys(job.notes)),
                 seconds,
             )
-            for i in range(len(seeds))
+            for i in range(images)
         ]
 
     def _planes_of(self, dock: Dock, padded: tuple[int, int]) -> int:
@@ -231,7 +225,7 @@ class DeviceExecutor:
         height, width, size = first.height, first.width, plan.crop_size
         alone = height * width == math.prod(plan.padded)
         blend = (
-            _Blend(plan, len(job.seeds), len(self._manifest.kinds))
+            _Blend(plan, len(job.tasks), len(self._manifest.kinds))
             if plan.mode is not Mode.CROP and not alone
             else None
         )
@@ -240,7 +234,7 @@ class DeviceExecutor:
                 f"this build's U-Net takes no images of {width}×{height}; use tile or crop mode, or build again with: "
                 f"{self._rebuild(f'{height}x{width}', self._asked)}"
             )
-        windows = [(i, window) for i in range(len(job.seeds)) for window in plan.windows]
+        windows = [(i, window) for i in range(len(job.tasks)) for window in plan.windows]
         batches = self._batches(
             len(windows), len(plan.windows), lambda n: self._bindings.takes_windows(n, height, width)
         )
@@ -254,10 +248,10 @@ class DeviceExecutor:
             loop = self._bindings.loop(batch.size, height, width)
             corners = [(i, window.top, window.left) for i, window in members]
             self._gather(
-                [job.plane], job.size, corners, len(job.seeds), loop.condition, (height, width), loop.buffers.storage
+                [job.plane], job.size, corners, len(job.tasks), loop.condition, (height, width), loop.buffers.storage
             )
             noise = [
-                Window(job.seeds[i], plan.noise_size, *plan.noise_origin(window), lane=window.lane)
+                Window(job.tasks[i][1], plan.noise_size, *plan.noise_origin(window), lane=window.lane)
                 for i, window in members
             ]
             self._layer.upload(loop.buffers.windows, window_table(noise, (height, width)))
@@ -273,7 +267,7 @@ class DeviceExecutor:
                     self._take_planes(job, loop, planes[batch.start : batch.start + batch.used])
             else:
                 dis = self._images.get("dis", batch.size * 3 * size**2 * _FLOAT)
-                self._gather([job.plane], job.size, corners[: batch.used], len(job.seeds), dis, size)
+                self._gather([job.plane], job.size, corners[: batch.used], len(job.tasks), dis, size)
                 self._collect(job, dis, loop.taps, batch)
         if blend:
             self._take_blended(job, blend.finish())
@@ -299,7 +293,7 @@ class DeviceExecutor:
         address = self._images.get("pieces", pieces.nbytes)
         self._layer.upload(address, pieces)
         dis = self._images.get("dis", count * 3 * size**2 * _FLOAT)
-        self._gather([job.plane], job.size, job.places, len(job.seeds), dis, size)
+        self._gather([job.plane], job.size, job.places, len(job.tasks), dis, size)
         addresses = [address + kind * pieces[0].nbytes for kind in range(len(pieces))]
         self._collect(job, dis, addresses, _Batch(0, count, count))
 
@@ -316,7 +310,7 @@ class DeviceExecutor:
     def _assess(self, job: "_Job") -> Callable[[], tuple[Verdict, ...]]:
         """Score all crops; the verdicts can be asked for after `synchronise`."""
         kinds, size, each = len(self._manifest.kinds), job.plan.crop_size, len(job.plan.crops)
-        count = len(job.seeds) * each
+        count = len(job.tasks) * each
         landed: dict[tuple[StageName, str], Array] = {}
         for batch in self._batches(count, each, self._bindings.takes_crops):
             heads = self._bindings.heads(batch.size)
@@ -331,10 +325,10 @@ class DeviceExecutor:
                 self._layer.download(all_[batch.start : batch.start + batch.used], address)
                 landed[stage, spec.name] = all_
 
-        def verdict(index: int) -> Verdict:
-            return Verdict(*(_branch(landed, name, index) for name in (StageName.VCG, StageName.VDA)))
-
-        return lambda: tuple(verdict(index) for index in range(count))
+        return lambda: tuple(
+            Verdict(*(_branch(landed, name, index) for name in (StageName.VCG, StageName.VDA)))
+            for index in range(count)
+        )
 
     def _launch(self, job: "_Job", work: Work) -> None:
         note = self.graphs.run(work, job.cancelled, job.form)
@@ -414,17 +408,6 @@ class DeviceExecutor:
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """What `run_together` is asked for."""
-
-    tasks: Sequence[Task]
-    plan: Plan
-    cancelled: Callable[[], bool]
-    pictures: bool
-    form: Form | None
-
-
-@dataclass(frozen=True)
 class _Batch:
     """`size` places for the `used` items from `start` on; the places left over repeat the last item."""
 
@@ -439,23 +422,27 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Job:
-    """Images on their way, one for each seed, float32 on the device: `plane` (images, 3, *size), `crops` of all of them
-    (crops, kinds, 3, crop, crop).
+    """What `run_together` is asked for and, once its images are on the device, where: float32, `plane` (images, 3,
+    *size), and `crops` of all of them (crops, kinds, 3, crop, crop).
     """
 
+    tasks: Sequence[Task]
     plan: Plan
-    seeds: Sequence[int]
     cancelled: Callable[[], bool]
+    pictures: bool
     form: Form | None
-    plane: int
-    size: tuple[int, int]
-    crops: int
-    notes: list[str]
+    plane: int = 0
+    crops: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.plan.padded[0], round_up(self.plan.padded[1], 4)  # crop mode, models without a U-Net pad nothing
 
     @property
     def places(self) -> list[tuple[int, int, int]]:
         """The places (image, top, left) of all crops."""
-        return [(i, crop.top, crop.left) for i in range(len(self.seeds)) for crop in self.plan.crops]
+        return [(i, crop.top, crop.left) for i in range(len(self.tasks)) for crop in self.plan.crops]
 
 
 class _Blend:
@@ -479,10 +466,6 @@ class _Blend:
         """Return the restored kinds of all crops (kinds - 1, crops, 3, size, size)."""
         np.divide(self._crops[:, 1:], self._shares[:, None, None], out=self._crops[:, 1:])
         return np.moveaxis(self._crops[:, 1:], 1, 0)
-
-
-def _plane_size(plan: Plan) -> tuple[int, int]:
-    return plan.padded[0], round_up(plan.padded[1], 4)  # crop mode and models without a U-Net pad nothing
 
 
 def _branch(landed: Mapping[tuple[StageName, str], Array], name: StageName, index: int) -> Branch | None:

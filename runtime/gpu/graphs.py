@@ -25,9 +25,6 @@ class Form(enum.StrEnum):
     LOOP = "loop"  # the beginning and all steps
 
 
-_HOLDS = {Form.STEP: "one step", Form.LOOP: "all steps"}
-
-
 @dataclass(frozen=True)
 class Work:
     """Work that is launched often: `begin`, if there is one, then `steps` times `step`.
@@ -55,14 +52,10 @@ class Work:
 class _Entry:
     """What is known of a key once its work has run."""
 
-    whole: Graph | None = None
-    step: Graph | None = None
+    graph: Graph | None = None
+    form: Form = Form.NONE  # of the graph
     note: str | None = None
     tried: bool = False
-
-    @property
-    def graphs(self) -> list[Graph]:
-        return [graph for graph in (self.whole, self.step) if graph]
 
 
 @dataclass
@@ -89,17 +82,17 @@ class Graphs:
         if not entry.tried:
             self._capture(entry, work, form)
             entry.tried = True  # only now: a capture that was interrupted has not failed
-        if entry.whole:
-            entry.whole.launch()
-        elif entry.step:
-            Work(work.key, entry.step.launch, work.steps, work.begin).enqueue(cancelled)
-        else:
+        if entry.graph is None:
             work.enqueue(cancelled)
+        elif entry.form is Form.LOOP:
+            entry.graph.launch()
+        else:
+            Work(work.key, entry.graph.launch, work.steps, work.begin).enqueue(cancelled)
         return entry.note
 
     def forget(self, key: Hashable) -> None:
         """Free the graphs of a key; call it before its context goes."""
-        for graph in self._entries.pop(key, _Entry()).graphs:
+        if graph := self._entries.pop(key, _Entry()).graph:
             graph.close()
 
     def clear(self) -> None:
@@ -112,24 +105,19 @@ class Graphs:
         if problem := work.problem():
             entry.note = f"ran without a CUDA graph: {problem}"
             return
-        ways = {Form.LOOP: work.enqueue, Form.STEP: work.step}  # the best first
-        if wanted is Form.STEP:
-            del ways[Form.LOOP]
+        ways: dict[Form, Enqueue] = {Form.LOOP: work.enqueue} if wanted is Form.LOOP else {}  # the best first
+        ways[Form.STEP] = work.step
         failures: list[str] = []
         for form, enqueue in ways.items():
             try:
-                graph = self._captured(enqueue)
+                entry.graph, entry.form = self._captured(enqueue), form
             except (BackendError, MemoryError) as exc:
                 failures.append(first_line(exc))
                 continue
-            if form is Form.STEP:
-                entry.step = graph
-            else:
-                entry.whole = graph
             if failures:
-                entry.note = f"ran with a CUDA graph of {_HOLDS[form]}, not of {_HOLDS[Form.LOOP]}: {_once(failures)}"
+                entry.note = f"ran with a CUDA graph of one step, not of all steps: {failures[0]}"
             return
-        entry.note = f"ran without a CUDA graph: {_once(failures)}"
+        entry.note = f"ran without a CUDA graph: {'; '.join(dict.fromkeys(failures))}"
 
     def _captured(self, enqueue: Enqueue) -> Graph:
         self.layer.synchronise()
@@ -142,7 +130,3 @@ class Graphs:
             raise
         self.captures += 1
         return graph
-
-
-def _once(reasons: list[str]) -> str:
-    return "; ".join(dict.fromkeys(reasons))

@@ -100,7 +100,7 @@ class _Binding:
             raise _failure(f"onnxruntime cannot bind the {self._name} stage to {dict(shapes)}", exc) from exc
 
     def use_activation(self, address: int, size: int) -> None:
-        """Do nothing: none was asked for."""
+        pass  # none was asked for
 
     def enqueue(self) -> None:
         """Run on the session's stream; on a GPU this returns before it is done."""
@@ -114,7 +114,6 @@ class _Binding:
         return "ONNX Runtime's own allocations cannot be captured"
 
     def close(self) -> None:
-        """Let go of the binding."""
         self._binding = None
 
 

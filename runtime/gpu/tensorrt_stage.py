@@ -126,7 +126,6 @@ class _Context:
         self.activation_bytes = int(stage.engine.get_device_memory_size_for_profile_v2(profile))
 
     def use_activation(self, address: int, size: int) -> None:
-        """Set the scratch memory."""
         self._context.set_device_memory(address, size)
 
     def enqueue(self) -> None:
@@ -142,8 +141,7 @@ class _Context:
         return None
 
     def close(self) -> None:
-        """Let go of the context; its last reference frees it."""
-        self._context = None
+        self._context = None  # its last reference frees it
 
 
 def _way_out(diagnostics: list[str], rebuild: str) -> str:

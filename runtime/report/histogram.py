@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .markup import Html, join, tag
+from .markup import Html, table, tag
 from .svg import across, digits_of, drawing, label, percent, round_step, upright
 
 _MOST_BINS = 24
@@ -110,8 +110,7 @@ def to_table(histogram: Histogram) -> Html:
         tag("tr", tag("th", f"{low:.{digits}f} – {high:.{digits}f}", scope="row"), tag("td", str(count)))
         for (low, high), count in zip(itertools.pairwise(edges), histogram.counts, strict=True)
     ]
-    head = tag("thead", tag("tr", tag("th", "Score", scope="col"), tag("th", "Images", scope="col")))
-    return tag("table", head, tag("tbody", join(*rows)))
+    return table(["Score", "Images"], rows)
 
 
 def _images(count: int) -> str:

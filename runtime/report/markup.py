@@ -1,6 +1,7 @@
 """HTML that is escaped by construction: `tag` escapes every text and attribute that is not already `Html`."""
 
 import html
+from collections.abc import Iterable, Sequence
 
 _VOID = {"img", "input"}  # elements without a closing tag, as far as we use them
 # Characters that would be invisible, reorder their neighbours, or have no place in HTML: shown as \x1b or \u202e.
@@ -42,3 +43,10 @@ def tag(name: str, *children: str | None, **attributes: Attribute) -> Html:
 def join(*children: str | None) -> Html:
     """Return children one after the other, escaping those that are plain text."""
     return Html("".join(child if isinstance(child, Html) else escape(child) for child in children if child))
+
+
+def table(head: Sequence[str], rows: Iterable[Html], caption: str | None = None, **attributes: Attribute) -> Html:
+    """Return a table: the titles of its columns, of `th` where they are plain text, and its rows."""
+    titles = (title if isinstance(title, Html) else tag("th", title, scope="col") for title in head)
+    parts = tag("thead", tag("tr", *titles)), tag("tbody", *rows)
+    return tag("table", tag("caption", caption) if caption else None, *parts, **attributes)

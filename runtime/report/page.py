@@ -15,35 +15,15 @@ from ...engine.manifest import Manifest, StageName
 from ...engine.schedule import Kind
 from ..results import CropScore, Failure, Mode, Score
 from .frame import asset, policy
-from .heatmap import COLOURS
+from .heatmap import COLOURS, Heatmap, palette, to_png
 from .histogram import Histogram, make_histogram, strip, to_svg, to_table
 from .labels import make_labels
-from .markup import Html, join, tag, visible
+from .markup import Html, join, table, tag, visible
 
 _MAX_CROP_ROWS = 64
 _IMAGES_HERE = "<!-- images -->"  # where the template is cut
 _SPACE = Html(" ")
 _MODES = {Mode.WHOLE: "as a whole", Mode.TILE: "in overlapping tiles", Mode.CROP: "crop by crop"}
-
-
-@dataclass(frozen=True)
-class Photo:
-    """A picture ready to be shown."""
-
-    kind: Kind
-    webp: bytes
-    width: int
-    height: int
-
-
-@dataclass(frozen=True)
-class MapPicture:
-    """A map ready to be shown, and the range of its values."""
-
-    name: str
-    png: bytes
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -117,45 +97,26 @@ class Page:
         # The card of an untrained engine says so by itself: it may be cut out of the page.
         place = f"rank {rank} of {len(collected.sorted_scores)}" if ranked else None
         place = place if self.manifest.score.trained else "untrained: meaningless"
-        header = tag(
-            "header",
-            tag(
-                "div",
-                tag("h3", tag("bdi", name)),
-                tag("p", tag("bdi", folder), class_="folder") if folder else None,
-                class_="name",
-            ),
-            tag(
-                "div",
-                tag(
-                    "p",
-                    tag("span", "Score ", class_="unseen"),
-                    tag("b", number_text(score.score)),
-                    _SPACE,
-                    tag("small", place) if place else None,
-                    class_="score",
-                ),
-                strip(collected.histogram, score.score) if ranked and collected.histogram else None,
-                class_="verdict",
-            ),
-        )
+        path = tag("p", tag("bdi", folder), class_="folder") if folder else None
+        number_ = tag("span", "Score ", class_="unseen"), tag("b", number_text(score.score)), _SPACE
+        shown = tag("p", *number_, tag("small", place) if place else None, class_="score")
+        among = strip(collected.histogram, score.score) if ranked and collected.histogram else None
+        none = tag("p", "No pictures: this score is from an earlier run.", class_="quiet")
         return tag(
             "article",
-            header,
+            tag(
+                "header",
+                tag("div", tag("h3", tag("bdi", name)), path, class_="name"),
+                tag("div", shown, among, class_="verdict"),
+            ),
             facts,
-            tag("div", pictures, class_="pictures")
-            if pictures
-            else tag("p", "No pictures: this score is from an earlier run.", class_="quiet"),
+            tag("div", pictures, class_="pictures") if pictures else none,
             details,
             class_="card",
             id=f"image-{number}",
             data_order=number,
             data_name=visible(score.source),
-            data_score=_sortable(score.score),
-            data_vcg=_sortable(score.vcg),
-            data_vda=_sortable(score.vda),
-            data_spread=_sortable(score.spread),
-            data_seconds=_sortable(score.seconds),
+            **{f"data_{key}": _sortable(getattr(score, key)) for key in ("score", "vcg", "vda", "spread", "seconds")},
             data_width=score.width,
             data_height=score.height,
         )
@@ -173,37 +134,31 @@ class Page:
         notes = tag("ul", *(tag("li", note) for note in score.notes), class_="notes") if score.notes else None
         return join(_definitions(facts, "facts"), notes)
 
-    def photos(self, source: str, photos: Sequence[Photo]) -> Html:
-        """Return the figures of an image and its restorations."""
-        figures = []
-        for photo in photos:
-            label = self.labels[photo.kind]
-            image = _image("webp", photo.webp, photo.width, photo.height, f"{label.plain}, {label.short}, of {source}")
-            caption = tag("figcaption", tag("b", label.title), _SPACE, tag("span", label.short))
-            figures.append(tag("figure", image, caption, data_kind=photo.kind))
-        return join(*figures)
+    def photo(self, source: str, kind: Kind, webp: bytes, width: int, height: int) -> Html:
+        """Return the figure of an image or of a restoration."""
+        label = self.labels[kind]
+        image = _image("webp", webp, width, height, f"{label.plain}, {label.short}, of {source}")
+        caption = tag("figcaption", tag("b", label.title), _SPACE, tag("span", label.short))
+        return tag("figure", image, caption, data_kind=kind)
 
-    def maps(self, source: str, maps: Sequence[MapPicture], collected: Collected, width: int, height: int) -> Html:
-        """Return the figures of an image's maps with their legends, as large as its photographs."""
-        figures = []
-        for picture in maps:
-            label = self.labels[picture.name]
-            low, high = collected.scales[picture.name]
-            span = f"from {short(picture.low)} to {short(picture.high)}"
-            image = _image("png", picture.png, width, height, f"{label.plain} of {source}, {span}, {label.short}")
-            legend = tag(
-                "span",
-                tag("span", short(low), class_="low"),
-                tag("span", class_="ramp", aria_hidden="true"),
-                tag("span", short(high), class_="high"),
-                class_="legend",
-            )
-            caption = tag("figcaption", tag("b", label.title), _SPACE, tag("span", label.short), legend)
-            ends = {"data_low": f"{picture.low:.9g}", "data_high": f"{picture.high:.9g}"}
-            figures.append(
-                tag("figure", tag("span", image, class_="base"), caption, class_="map", data_kind=picture.name, **ends)
-            )
-        return join(*figures)
+    def heatmap(
+        self, source: str, name: str, heatmap: Heatmap, scale: tuple[float, float], width: int, height: int
+    ) -> Html:
+        """Return the figure of a map with its legend, in colours that run over `scale`, as large as a photograph."""
+        label, (low, high) = self.labels[name], scale
+        span = f"from {short(heatmap.low)} to {short(heatmap.high)}"
+        png = to_png(heatmap, palette(heatmap, low, high))
+        image = _image("png", png, width, height, f"{label.plain} of {source}, {span}, {label.short}")
+        legend = tag(
+            "span",
+            tag("span", short(low), class_="low"),
+            tag("span", class_="ramp", aria_hidden="true"),
+            tag("span", short(high), class_="high"),
+            class_="legend",
+        )
+        caption = tag("figcaption", tag("b", label.title), _SPACE, tag("span", label.short), legend)
+        ends = {"data_low": f"{heatmap.low:.9g}", "data_high": f"{heatmap.high:.9g}"}
+        return tag("figure", tag("span", image, class_="base"), caption, class_="map", data_kind=name, **ends)
 
     def details(self, score: Score) -> Html:
         """Return how one image was scored, folded away."""
@@ -215,47 +170,33 @@ class Page:
             ("Pixels", f"SHA-256 {score.digest}"),
         ]
         columns = ["Top", "Left", "Score", *(name for name, _ in _branch_scores(score))]
-        rows = [
+        rows = (
             [f"{crop.top}", f"{crop.left}", number_text(crop.score), *(number_text(v) for _, v in _branch_scores(crop))]
             for crop in score.crops[:_MAX_CROP_ROWS]
-        ]
+        )
         size = self.manifest.crop.size
         count = f"{len(score.crops)} {'crop' if len(score.crops) == 1 else 'crops'} of {size} × {size} pixels"
         more = len(score.crops) - _MAX_CROP_ROWS
+        count += f"; the last {more} are not listed" if more > 0 else ""
         return tag(
             "details",
             tag("summary", "How it was scored"),
             _definitions(facts, "small"),
-            tag(
-                "table",
-                tag("caption", count + (f"; the last {more} are not listed" if more > 0 else "")),
-                tag("thead", tag("tr", *(tag("th", column, scope="col") for column in columns))),
-                tag("tbody", *(tag("tr", *(tag("td", cell) for cell in row)) for row in rows)),
-            )
+            table(columns, (tag("tr", *(tag("td", cell) for cell in row)) for row in rows), count)
             if score.crops
             else None,
         )
 
     def _warnings(self, collected: Collected) -> Html:
-        warnings = []
+        warnings = {}
         if not self.manifest.score.trained:
-            warnings.append(
-                tag(
-                    "p",
-                    tag("strong", "This engine is untrained: its numbers mean nothing."),
-                    " Some of its weights are random. Scores and maps only show that the pipeline runs.",
-                )
-            )
+            text = " Some of its weights are random. Scores and maps only show that the pipeline runs."
+            warnings["This engine is untrained: its numbers mean nothing."] = text
         engines = sorted({score.engine for score in collected.scores})
         if len(engines) > 1:
-            warnings.append(
-                tag(
-                    "p",
-                    tag("strong", "Results of different engines."),
-                    f" Their scores cannot be compared: {', '.join(engines)}.",
-                )
-            )
-        return tag("div", *warnings, class_="warning", role="note") if warnings else Html()
+            warnings["Results of different engines."] = f" Their scores cannot be compared: {', '.join(engines)}."
+        parts = (tag("p", tag("strong", head), text) for head, text in warnings.items())
+        return tag("div", *parts, class_="warning", role="note") if warnings else Html()
 
     def _facts(self, collected: Collected) -> Html:
         """The numbers at the top: first what came out, then how."""
@@ -340,14 +281,8 @@ class Page:
         columns += [("spread", "Spread"), ("size", "Size"), ("seconds", "Time")]
         rows = []
         for number, score in enumerate(collected.scores, start=1):
-            texts = {
-                "score": number_text(score.score),
-                "vcg": number_text(score.vcg),
-                "vda": number_text(score.vda),
-                "spread": number_text(score.spread),
-                "size": f"{score.width} × {score.height}",
-                "seconds": seconds_text(score.seconds),
-            }
+            texts = {key: number_text(getattr(score, key)) for key in ("score", "vcg", "vda", "spread")}
+            texts |= {"size": f"{score.width} × {score.height}", "seconds": seconds_text(score.seconds)}
             link = tag("a", tag("bdi", score.source), href=f"#image-{number}")
             cells = [tag("td", texts[key], class_=key) for key, _ in columns[1:]]
             rows.append(tag("tr", tag("th", link, scope="row"), *cells, data_order=number))
@@ -357,7 +292,7 @@ class Page:
             tag("summary", "Table of all scores"),
             tag(
                 "div",
-                tag("table", tag("thead", tag("tr", *head)), tag("tbody", *rows), id="table"),
+                table(head, rows, id="table"),
                 class_="scroll",
                 tabindex=0,
                 role="region",
@@ -426,11 +361,10 @@ def _failures(collected: Collected) -> Html:
         tag("tr", tag("th", tag("bdi", f.source), scope="row"), tag("td", f.error), data_name=visible(f.source))
         for f in collected.failures
     ]
-    head = tag("thead", tag("tr", tag("th", "File", scope="col"), tag("th", "Error", scope="col")))
     return tag(
         "section",
         tag("h2", "Could not be scored", id="failures-title"),
-        tag("table", head, tag("tbody", *rows)),
+        table(["File", "Error"], rows),
         id="failures",
         aria_labelledby="failures-title",
     )

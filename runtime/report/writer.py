@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -17,14 +16,13 @@ from PIL import Image, features
 
 from ...engine.atomic import check_folder_of, replacing
 from ...engine.manifest import Manifest
-from ...engine.schedule import Kind
 from ...errors import OutputError, UsageError
 from ..results import Failure, Picture, Pictures, Score
-from .heatmap import FloatMap, Heatmap, block_mean, palette, to_heatmap, to_png
+from .heatmap import FloatMap, Heatmap, block_mean, to_heatmap
 from .intermediates import difference, save_intermediates
 from .labels import DIFFERENCE, PRODUCT, SCORE_MAP, WEIGHT_MAP
-from .markup import Html
-from .page import Collected, MapPicture, Page, Photo
+from .markup import Html, join
+from .page import Collected, Page
 
 __all__ = ["ReportWriter", "save_intermediates"]
 
@@ -76,9 +74,9 @@ class ReportWriter:
             "maps": [],
         }
         if result.pictures is not None:
-            photos = [_photo(kind, plane, self._side) for kind, plane in result.pictures.planes.items()]
-            card["photos"] = self._page.photos(result.source, photos)
-            card["size"] = photos[0].width, photos[0].height
+            for kind, plane in result.pictures.planes.items():
+                webp, *card["size"] = _photo(plane, self._side)
+                card["photos"] += self._page.photo(result.source, kind, webp, *card["size"])
             for name, values in _maps(result.pictures, self._side // _PIXELS_PER_BLOCK).items():
                 card["maps"].append(_pack(name, to_heatmap(values)))
                 self._ranges.setdefault(name, []).append(_usual_range(name, values))
@@ -113,9 +111,7 @@ class ReportWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
         else:
@@ -126,11 +122,12 @@ class ReportWriter:
         self._cards.seek(0)
         for number, (score, line) in enumerate(zip(collected.scores, self._cards, strict=True), start=1):
             card = json.loads(line)
-            pictures = Html(card["photos"])
-            if card["maps"]:
-                maps = [_coloured(packed, collected) for packed in card["maps"]]
-                pictures = Html(pictures + self._page.maps(score.source, maps, collected, *card["size"]))
-            yield self._page.card(number, score, collected, Html(card["facts"]), pictures, Html(card["details"]))
+            maps = [
+                self._page.heatmap(score.source, name, _unpack(*packed), collected.scales[name], *card["size"])
+                for name, *packed in card["maps"]
+            ]
+            facts, photos, details = (Html(card[part]) for part in ("facts", "photos", "details"))
+            yield self._page.card(number, score, collected, facts, join(photos, *maps), details)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -140,7 +137,7 @@ class ReportWriter:
             raise OutputError(f"cannot write the report {self._path}: {exc.strerror or exc}") from exc
 
 
-def _photo(kind: Kind, plane: Picture, side: int) -> Photo:
+def _photo(plane: Picture, side: int) -> tuple[bytes, int, int]:
     """Reduce a plane to `side` and compress it, more strongly where noise would make it large."""
     image = Image.fromarray(plane)
     image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=3)
@@ -151,7 +148,7 @@ def _photo(kind: Kind, plane: Picture, side: int) -> Photo:
         data = stream.getvalue()
         if len(data) <= side * side // _PIXELS_PER_BYTE:
             break
-    return Photo(kind, data, *image.size)
+    return data, *image.size
 
 
 def _maps(pictures: Pictures, most: int) -> dict[str, FloatMap]:
@@ -192,8 +189,5 @@ def _pack(name: str, heatmap: Heatmap) -> list[Any]:
     return [name, heatmap.low, heatmap.high, *heatmap.index.shape, index]
 
 
-def _coloured(packed: list[Any], collected: Collected) -> MapPicture:
-    name, low, high, height, width, index = packed
-    pixels = np.frombuffer(base64.b64decode(index), np.uint8).reshape(height, width)
-    heatmap = Heatmap(pixels, low, high)
-    return MapPicture(name, to_png(heatmap, palette(heatmap, *collected.scales[name])), low, high)
+def _unpack(low: float, high: float, height: int, width: int, index: str) -> Heatmap:
+    return Heatmap(np.frombuffer(base64.b64decode(index), np.uint8).reshape(height, width), low, high)
