@@ -13,6 +13,11 @@ DiffiqaError
 └── TrainingError     (training/loop.py) a training run that cannot go on
 """
 
+import enum
+from typing import TypeVar
+
+E = TypeVar("E", bound=enum.StrEnum)
+
 
 class DiffiqaError(Exception):
     """Base of all errors meant for the user: the message says what, where, and what to do."""
@@ -56,6 +61,14 @@ class UsageError(DiffiqaError):
 
 class DatasetError(DiffiqaError):
     """A data set, a split or a table of scores that cannot be used."""
+
+
+def member(kind: type[E], word: str) -> E:
+    """Return the member of an enumeration of texts that a word names. Raises UsageError with those there are."""
+    try:
+        return kind(word)
+    except ValueError:
+        raise UsageError(f"{word!r} is none of {', '.join(kind)}") from None
 
 
 def first_line(exc: BaseException) -> str:

@@ -1,13 +1,14 @@
 """`diffiqa.bench`: what `iqa-bench` does, as one function."""
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import DiffiqaError, UsageError
 from ..runtime.backends import Backend, OnnxRuntime, OpenVino
-from ..runtime.inputs import find_images
+from ..runtime.inputs import Images, find_images
 from .contenders import peers_for
 from .results import Results
 from .run import Run
@@ -16,7 +17,7 @@ from .workload import Size, Workload, generate, in_batches, sort_by_size
 
 def bench(
     engine: str | Path,
-    images: Sequence[str | Path] = (),
+    images: Images = (),
     backend: Backend | None = None,
     *,
     sizes: Sequence[Size] = (),
@@ -30,7 +31,7 @@ def bench(
     soak: int = 0,
     seed: int = 0,
     peers: bool | Sequence[str] = False,
-    ckpt: Path | None = None,
+    ckpt: str | Path | None = None,
     peer_timeout: float = 900.0,
     say: Callable[[str], None] = lambda _text: None,
     keep: Callable[[Results], object] = lambda _results: None,
@@ -39,18 +40,21 @@ def bench(
 
         results = diffiqa.bench("engine/", backend=diffiqa.OnnxRuntime(threads=2), crops=[1, 9], rounds=5)
 
-    Without `images` it makes `count` seeded pictures (2) of each of `sizes` (height and width; 224×224). Every
+    Without `images` it makes seeded pictures: `count` of each of `sizes`, which are pairs of height and width. The
+    default is two pictures of 224×224. Every
     combination of size, `crops`, `steps`, `workers` and `batches` is a case; empty `crops` and `steps` are the engine's
     own. After the cases it scores `soak` images in a row. `peers` adds other ways to score the same images: True for
     all of them, or their names. Those in PyTorch need `ckpt`, the weights that the engine was exported from.
 
-    `say` is told what is being done. `keep` receives the results once, also where an error or Ctrl-C ends the run
-    early: then it is called before the exception goes on, with what was measured until then.
+    `say` is told what is being done. `keep` receives the results once. If Ctrl-C or one of our errors ends the run
+    after something was measured, `keep` receives that much before the exception goes on.
     """
     backend = backend or OnnxRuntime()
     if images and (sizes or count):
         raise UsageError("sizes and count are of generated images; leave them out, or the images")
-    if not all(str(image) for image in images):
+    names = [str(image) for image in ([images] if isinstance(images, str | os.PathLike) else images)]
+    ckpt = Path(ckpt) if ckpt else None
+    if not all(names):
         raise UsageError("an image name is empty: an unset variable?")
     if ckpt and not ckpt.is_file():
         raise UsageError(f"the checkpoint {ckpt} is not a file")
@@ -60,7 +64,7 @@ def bench(
     if contenders and isinstance(backend, OpenVino) and backend.precision != "fp32":
         raise UsageError("peers are compared with float32 scores: measure OpenVINO in fp32, or leave out the peers")
 
-    names, sizes, count = [str(image) for image in images], tuple(sizes) or ((224, 224),), count or 2
+    sizes, count = tuple(sizes) or ((224, 224),), count or 2
     options = {
         "engine": Path(engine),
         "images": tuple(names),

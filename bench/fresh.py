@@ -51,7 +51,10 @@ def main(asked: str) -> None:
     from .running import import_libraries
 
     given = json.loads(asked)
-    backend = BACKENDS[given["backend"]](**given["settings"])
+    settings = given["settings"]
+    if "providers" in settings:  # JSON has no tuples, and ONNX Runtime takes nothing else
+        settings["providers"] = [tuple(p) if isinstance(p, list) else p for p in settings["providers"]]
+    backend = BACKENDS[given["backend"]](**settings)
     import_libraries(backend)
     done("imports")
     directory = open_engine(Path(given["engine"]))

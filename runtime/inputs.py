@@ -6,8 +6,10 @@ from pathlib import Path
 
 from .images import readable_suffixes
 
+Images = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]  # names, folders, patterns; one alone will do
 
-def find_images(args: Iterable[str]) -> list[Path]:
+
+def find_images(images: Images) -> list[Path]:
     """Return the files that names, folders and patterns stand for, each once, in the order given.
 
     A pattern means its matches, as if the shell had expanded it; `**` goes through folders. A name that stands for
@@ -15,9 +17,9 @@ def find_images(args: Iterable[str]) -> list[Path]:
     it, because reading it fails.
     """
     found: dict[str, Path] = {}
-    for arg in args:
-        images = [image for path in _matches(arg) for image in _images_in(path)]
-        for image in images or [Path(arg)]:
+    for arg in map(os.fspath, [images] if isinstance(images, str | os.PathLike) else images):
+        meant = [image for path in _matches(arg) for image in _images_in(path)]
+        for image in meant or [Path(arg)]:
             found.setdefault(os.path.realpath(image) if os.path.lexists(image) else str(image), image)
     return list(found.values())
 

@@ -6,7 +6,6 @@
 """
 
 import contextlib
-import enum
 import itertools
 import os
 import time
@@ -14,12 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-from ...errors import ImageError, OutputError, UsageError
+from ...errors import ImageError, OutputError, UsageError, member
 from ..backends import Backend
 from ..images import DEFAULT_MAX_PIXELS
-from ..inputs import find_images
+from ..inputs import Images, find_images
 from ..report.intermediates import prepare_folder, save_intermediates
 from ..report.writer import ReportWriter
 from ..results import Options, Score
@@ -28,7 +26,6 @@ from .order import Sort, arrange
 from .recordfile import RecordFile
 from .records import Format, Record, RunSettings, Status, choose_format
 
-E = TypeVar("E", bound=enum.StrEnum)
 Watch = Callable[[Record, bool], None]
 _COMPARED_AT_A_TIME = 64
 
@@ -94,7 +91,7 @@ class Scored:
 
 def score(
     engine: str | Path | Scorer,
-    images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    images: Images,
     backend: Backend | Sequence[Backend] | None = None,
     *,
     options: Options | None = None,
@@ -120,9 +117,10 @@ def score(
     `sort` take the words of `iqa-run --help`. Raises DiffiqaError if nothing can be scored or a result cannot be
     written.
     """
-    names = find_names([images] if isinstance(images, str | os.PathLike) else images)
+    names = find_names(images)
     file, page, folder = (Path(path) if path else None for path in (output, report, intermediates))
-    outputs = Outputs(file, _word(Format, form), resume, force, _word(Sort, sort), descending, page, folder)
+    written, order = (member(Format, form) if form else None), (member(Sort, sort) if sort else None)
+    outputs = Outputs(file, written, resume, force, order, descending, page, folder)
     outputs.refuse_collisions(names)
     with (
         contextlib.nullcontext(engine)
@@ -132,16 +130,9 @@ def score(
         return score_names(scorer, names, options or Options(), outputs, workers=workers, say=say)
 
 
-def _word(kind: type[E], text: str | None) -> E | None:
-    try:
-        return kind(text) if text else None
-    except ValueError:
-        raise UsageError(f"{text!r} is none of {', '.join(kind)}") from None
-
-
-def find_names(images: Iterable[str | os.PathLike[str]]) -> list[str]:
+def find_names(images: Images) -> list[str]:
     """Return the files that names, folders and patterns stand for. Raises UsageError if there is none."""
-    given = [os.fspath(name) for name in images]
+    given = [os.fspath(name) for name in ([images] if isinstance(images, str | os.PathLike) else images)]
     if not all(given):
         raise UsageError("an image name is empty: an unset variable?")
     names = [str(path) for path in find_images(given)]
@@ -169,9 +160,13 @@ def score_names(
     form = choose_format(outputs.form, outputs.file, terminal=False) if outputs.file else Format.JSONL
     pictures = outputs.report is not None or outputs.intermediates is not None
     records: list[Record] = []
+    place = {name: number for number, name in enumerate(names)}
+
+    def in_order(some: list[Record]) -> list[Record]:
+        return outputs.order(some) if outputs.sort else sorted(some, key=lambda record: place.get(record.image, -1))
 
     with contextlib.ExitStack() as stack:
-        # What may fail comes before the file: with --force, opening that gives up the results it held.
+        # Open the file last: with --force, opening it deletes the old results.
         if outputs.intermediates:
             prepare_folder(outputs.intermediates)
         report = stack.enter_context(_report(outputs.report, scorer, len(names)))
@@ -194,6 +189,8 @@ def score_names(
         if changed:
             what = "1 picture has" if len(changed) == 1 else f"{len(changed)} pictures have"
             say(f"{what} changed since the earlier run: scored again")
+        if others := sorted({record.backend or "" for record in records} - {scorer.info.backend, ""}):
+            say(f"the scores of the earlier run are by {'; '.join(others)}, those of this run by {scorer.info.backend}")
         todo = [Path(name) for name in names if name not in done or name in changed]
         results = stack.enter_context(
             contextlib.closing(scorer.stream(todo, options, pictures=pictures, workers=workers))
@@ -211,8 +208,8 @@ def score_names(
             watch(record, False)
         seconds = time.monotonic() - start
         if file:
-            file.finish(outputs.order if outputs.sort else None)
-    return Scored(tuple(outputs.order(records)), kept, len(changed), seconds, outputs)
+            file.finish(in_order if outputs.sort or kept else None)
+    return Scored(tuple(in_order(records)), kept, len(changed), seconds, outputs)
 
 
 def _compare(scorer: Scorer, done: Mapping[str, Record]) -> Iterator[tuple[str, bool]]:

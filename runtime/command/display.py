@@ -3,6 +3,7 @@
 import sys
 import time
 
+from ...errors import DiffiqaError
 from ..results import Options
 from ..scorer import Info, Scorer
 from .api import Outputs, Scored, score_names
@@ -24,11 +25,11 @@ class Display:
         self._header = CSV_HEADER if self._form is Format.CSV else b""
         # Records that stream to a terminal and a bar would write over each other.
         self.progress = Progress(total, quiet=quiet or (self._streaming and sys.stdout.isatty()))
-        self._records: list[Record] = []
+        self.records: list[Record] = []
 
     def add(self, record: Record, kept: bool) -> None:
         """Show one more record; `kept` ones are of an earlier run."""
-        self._records.append(record)
+        self.records.append(record)
         if self._streaming:
             emit(sys.stdout.buffer, self._header + to_line(record, self._form))
             self._header = b""
@@ -42,14 +43,12 @@ class Display:
     def close(self) -> None:
         """Show what waited for the end of the run."""
         seconds = time.monotonic() - self.progress.start
-        summary = summary_line(self._records, seconds=seconds, kept=self.progress.kept)
+        summary = summary_line(self.records, seconds=seconds, kept=self.progress.kept)
         meaning, wanted = self._info.score, self._outputs
         if self._streaming:
             emit(sys.stdout.buffer, self._header)
         elif not wanted.file:
-            shown = arrange(
-                self._records, wanted.sort, descending=wanted.descending, top=self._top, bottom=self._bottom
-            )
+            shown = arrange(self.records, wanted.sort, descending=wanted.descending, top=self._top, bottom=self._bottom)
             if self._form is Format.TABLE:
                 show_table(shown, meaning, summary, sys.stdout)
                 return
@@ -77,5 +76,7 @@ def run_shown(
         with display.progress:
             return score_names(scorer, names, options, outputs, workers=workers, watch=display.add, say=display.say)
     finally:
-        if not isinstance(sys.exception(), BrokenPipeError):  # nobody reads any more
+        ended = sys.exception()
+        refused = isinstance(ended, DiffiqaError) and not display.records  # the run never began
+        if not refused and not isinstance(ended, BrokenPipeError):  # with a broken pipe nobody reads any more
             display.close()

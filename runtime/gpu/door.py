@@ -11,7 +11,7 @@ from ..executor import Opened
 from ..host.onnx_stage import OnnxRuntime, Provider
 from .builds import newest_build, rebuild_command
 from .graphs import Form
-from .tensorrt import gpu_capability, installed_libraries, load_library
+from .tensorrt import TensorRT, gpu_capability, installed_libraries, load_library
 
 if TYPE_CHECKING:
     from ...engine.manifest import StageName
@@ -58,7 +58,7 @@ def open_tensorrt(directory: EngineDirectory, ordinal: int) -> OnGpu:
 
     # Without any library, the message names the one that the newest build is for.
     missed = directory.manifest.builds[-1].library if directory.manifest.builds else Library.TENSORRT
-    libraries = {name: load_library(name) for name in installed_libraries() or [missed]}
+    libraries = _loaded(installed_libraries() or [missed])
     versions = {name: library.version for name, library in libraries.items()}
     build = newest_build(directory, versions, capability)
 
@@ -73,6 +73,19 @@ def open_tensorrt(directory: EngineDirectory, ordinal: int) -> OnGpu:
         engines = load_engines(layer, libraries[build.library], directory, build)
     name = f"{build.library} {build.version} {build.precision}: {layer.name}"
     return OnGpu(layer, lambda _batch: engines, name, build.precision, Form.LOOP, build=build, rebuild=rebuild)
+
+
+def _loaded(names: Sequence[Library]) -> dict[Library, TensorRT]:
+    """Load the libraries that can be loaded. Raises BackendError if none can."""
+    loaded, problems = {}, []
+    for name in names:
+        try:
+            loaded[name] = load_library(name)
+        except BackendError as exc:
+            problems.append(exc)
+    if not loaded:
+        raise problems[0]
+    return loaded
 
 
 def open_onnxruntime(

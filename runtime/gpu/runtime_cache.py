@@ -13,6 +13,7 @@ from typing import Any
 
 from ...engine.atomic import replacing
 from ...engine.manifest import Build
+from ...errors import first_line
 from ...kernels.compile import KernelError, cache_folder
 
 MAX_BYTES = 512 * 2**20  # each size of image has kernels of its own; a thousand sizes stop here
@@ -48,7 +49,11 @@ class RuntimeCache:
         cache, self._cache = self._cache, None
         if cache is None:
             return
-        data = bytes(cache.serialize() or b"")
+        try:
+            data = bytes(cache.serialize() or b"")
+        except Exception as exc:  # the library's: it must not keep a GPU from being freed
+            _log.warning("compiled kernels cannot be kept: %s", first_line(exc))
+            return
         if not data or data == self._stored:
             return
         if len(data) > MAX_BYTES:

@@ -19,7 +19,7 @@ class HostStage(StageRunner, Protocol):
         """Return the shapes of inputs and outputs by name. A free size is its name, or None if that is unknown."""
 
 
-class HostBackend(Protocol):
+class StageLoader(Protocol):
     """A backend that loads stages on the host: `OnnxRuntime` or `OpenVino`."""
 
     @property
@@ -30,13 +30,13 @@ class HostBackend(Protocol):
         """Load one stage."""
 
 
-def open_on_host(directory: EngineDirectory, backend: HostBackend) -> Opened:
+def open_on_host(directory: EngineDirectory, backend: StageLoader) -> Opened:
     """Load an engine on the host, ready to carry out plans."""
     name = backend.name
     return Opened(HostExecutor(directory.manifest, load_stages(directory, backend)), name)
 
 
-def load_stages(directory: EngineDirectory, backend: HostBackend) -> dict[StageName, StageRunner]:
+def load_stages(directory: EngineDirectory, backend: StageLoader) -> dict[StageName, StageRunner]:
     """Load every stage of an engine. Shapes decide what is allocated: file, manifest and model must agree on them."""
     wanted = _expected_inputs(directory.manifest)
     stages: dict[StageName, StageRunner] = {}

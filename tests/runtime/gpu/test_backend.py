@@ -21,9 +21,8 @@ from diffiqa.errors import BackendError, DiffiqaError, EngineError, ImageError
 from diffiqa.export.profiles import stage_profiles
 from diffiqa.runtime.backends import Backend, OnnxRuntime, TensorRt, best
 from diffiqa.runtime.gpu import door, tensorrt, tensorrt_stage
-from diffiqa.runtime.gpu import layer as device_layer
 from diffiqa.runtime.gpu.graphs import Form
-from diffiqa.runtime.gpu.layer import choose_profile
+from diffiqa.runtime.gpu.layer import DeviceMemoryError, choose_profile
 from diffiqa.runtime.gpu.tensorrt import gpu_capability, installed_libraries, load_library
 from diffiqa.runtime.scorer import load
 
@@ -93,7 +92,7 @@ def test_engines_that_do_not_fit_memory_leave_nothing_behind(
     tiny_build: Path, fake_gpu: FakeLayer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def short(*_: object) -> object:
-        raise device_layer.DeviceMemoryError("fake GPU has no 9 MiB left")
+        raise DeviceMemoryError("fake GPU has no 9 MiB left")
 
     monkeypatch.setattr(tensorrt_stage, "load_engines", short)
     assert refused(tiny_build, BackendError, "not enough GPU memory to load", "9 MiB", backend=TensorRt())
