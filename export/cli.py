@@ -42,6 +42,10 @@ _WEIGHTS = [
 ]
 
 
+def _split(_ctx: click.Context, _param: click.Parameter, text: str) -> list[str]:
+    return text.replace(",", " ").split()
+
+
 def weight_options(command: F) -> F:
     """Add the options that say which weights to read; the command gets them as keywords for `read_weights`."""
     for option in reversed(_WEIGHTS):
@@ -83,34 +87,27 @@ def read_weights(console: "Console", **given: Any) -> "Loaded":
     "batches",
     metavar="N,…",
     default="",
+    callback=_split,
     help="Crops at a time: exactly N, which suits CUDA graphs, or MIN:OPT:MAX. Default: 1,8.",
 )
 @click.option(
     "--sizes",
     metavar="HxW,…",
     default="",
+    callback=_split,
     help="Image sizes of the U-Net: HxW, or MIN:OPT:MAX for one image at a time. Default: a crop, and up to 1024x1024.",
 )
 @click.option(
     "--compute-capability",
-    "capabilities",
+    "compute_capabilities",
     metavar="X.Y,…",
     default="",
+    callback=_split,
     help="tensorrt-rtx: build for these GPUs, such as 8.9. Default: portable, for 8.0 and later.",
 )
 @click.option("--force", is_flag=True, help="Build again what is there already.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
-def build(
-    engine: Path,
-    target: str | None,
-    precision: str | None,
-    plan: Path | None,
-    batches: str,
-    sizes: str,
-    capabilities: str,
-    force: bool,
-    quiet: bool,
-) -> None:
+def build(engine: Path, quiet: bool, **options: Any) -> None:
     """Build TensorRT or TensorRT-RTX engines from the ONNX stages of an engine directory.
 
     TensorRT builds on the GPU that will run the engine. TensorRT-RTX needs no GPU to build. A plan casts every stage to
@@ -130,17 +127,7 @@ def build(
     from . import api
 
     with Console(stderr=True, quiet=quiet).status("") as status:
-        built = api.build(
-            engine,
-            target=target,
-            precision=precision,
-            plan=plan,
-            batches=_split(batches),
-            sizes=_split(sizes),
-            compute_capabilities=_split(capabilities),
-            force=force,
-            say=status.update,
-        )
+        built = api.build(engine, **options, say=status.update)
     if not quiet:
         print_build(engine, built)
 
@@ -249,10 +236,6 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], caption: s
     for row in rows:
         table.add_row(*row)
     Console().print(table)
-
-
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(part for part in text.replace(",", " ").split() if part)
 
 
 def _size(count: float) -> str:
