@@ -23,7 +23,7 @@ from ..runtime.gpu.graphs import Form
 from ..runtime.gpu.layer import ITEM_BYTES, BoundStage, Layer, LoadedStage, choose_profile
 from ..runtime.plan import Plan
 from .figures import total_score
-from .sides import Party, Side, Whole, onnx_precision
+from .sides import Party, Side, onnx_precision
 from .trace import NotForShapesError, branch_scores
 
 _DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -139,13 +139,15 @@ class _Bound:
     stage: BoundStage | None = None
 
 
-def score_whole(manifest: Manifest, executor: DeviceExecutor, image: FloatArray, plan: Plan, seed: int) -> Whole:
-    """Score an image as `iqa-run` does: without a graph, then captured, then replayed."""
+def score_whole(
+    manifest: Manifest, executor: DeviceExecutor, image: FloatArray, plan: Plan, seed: int
+) -> tuple[float, bool | None, str]:
+    """Score an image as `iqa-run` does: without a graph, then captured, then replayed. Returns what a `Whole` does."""
     first = executor.run(image, plan, seed, form=Form.NONE)
     captured, replayed = (executor.run(image, plan, seed, form=Form.LOOP) for _ in range(2))
     note = next((text for text in (*captured.notes, *replayed.notes) if "without a CUDA graph" in text), "")
     same = None if note else _equal(first, captured) and _equal(first, replayed)
-    return Whole(total_score(manifest, *branch_scores(first)), same, note)
+    return total_score(manifest, *branch_scores(first)), same, note
 
 
 def _equal(mine: Outcome, other: Outcome) -> bool:

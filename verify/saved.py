@@ -18,7 +18,7 @@ from ..engine.atomic import replacing
 from ..engine.codec import decode, encode
 from ..engine.manifest import Manifest
 from ..errors import OutputError, UsageError, first_line
-from .compare import Kept
+from .compare import Subject
 from .figures import Findings, RunFigures, image_figures
 from .sides import Party
 from .trace import Answers, Trace
@@ -60,17 +60,17 @@ class Store:
         except OSError as exc:
             raise OutputError(f"cannot write {folder}: {exc.strerror or exc}; choose another --save DIR") from exc
 
-    def add(self, kept: Kept) -> None:
+    def add(self, subject: Subject, reference: Trace, candidate: Trace, answers: Answers | None) -> None:
         """Write all that was computed for one image."""
         name = f"{len(self._images) + 1:04d}.npz"
-        parts = {"reference": kept.reference, "candidate": kept.candidate, "answers": kept.answers}
-        arrays: dict[str, Any] = {"image": kept.subject.plane}
+        parts = {"reference": reference, "candidate": candidate, "answers": answers}
+        arrays: dict[str, Any] = {"image": subject.plane}
         arrays |= {
             f"{part}.{f.name}": getattr(data, f.name) for part, data in parts.items() if data for f in fields(data)
         }
         with _writing(self._folder / name) as stream:
             np.savez(stream, **arrays)
-        self._images.append(_Entry(kept.subject.name, kept.subject.digest))
+        self._images.append(_Entry(subject.name, subject.digest))
 
     def finish(self, findings: Findings, manifest: Manifest) -> None:
         """Write the index. It comes last: a folder without one is unfinished."""
