@@ -83,7 +83,11 @@ def export_engine(
     if absent := [name for name in wanted if name not in plan_names(model.config)]:
         raise ExportError(f"model {model.config.name!r} has no stage {', '.join(absent)}")
     with writing(target, force=force) as work:
-        check_space(work, model)
+        # Said now, and not after the first stages.
+        needed = int(4.2 * sum(parameters_by_stage(model).values()))
+        free = shutil.disk_usage(work.parent).free
+        if free < needed:
+            raise ExportError(f"{work.parent} has {free / 1e6:.0f} MB free, the engine needs {needed / 1e6:.0f} MB")
         plans = (plan for plan in stage_plans(model) if plan.name in wanted)
         costs = [_export_stage(model, plan, work, say) for plan in plans]
         manifest = _manifest(loaded, tuple(cost.stage for cost in costs))
@@ -157,14 +161,6 @@ def check_target(target: Path, *, force: bool) -> None:
             raise EngineError(f"{target} already holds an engine; give --force to replace it")
     except OSError as exc:
         raise EngineError(f"cannot use {target}: {exc.strerror or exc}") from exc
-
-
-def check_space(target: Path, model: DiffV2IQA) -> None:
-    """Raise ExportError early if the disk cannot hold the engine."""
-    needed = int(4.2 * sum(parameters_by_stage(model).values()))
-    free = shutil.disk_usage(target.parent).free
-    if free < needed:
-        raise ExportError(f"{target.parent} has {free / 1e6:.0f} MB free, the engine needs {needed / 1e6:.0f} MB")
 
 
 def _export_stage(model: DiffV2IQA, plan: StagePlan, work: Path, say: Callable[[str], None]) -> StageCost:
