@@ -106,13 +106,6 @@ class StageStatistics:
         weights = ranges.balanced(self.histogram[row])
         return (weights, low, high) if low <= high else (weights, 0.0, 0.0)
 
-    def share_flushed(self, row: int) -> float:
-        """Return the share of a tensor's values, zeros apart, that fp16 rounds to zero."""
-        counts = self.histogram[row].sum(axis=0)
-        counts[ranges.ZERO] = 0
-        flushed = counts[ranges.LOWER < ranges.FP16_FLUSH].sum()
-        return float(flushed / max(1, counts.sum()))
-
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
@@ -237,7 +230,10 @@ def summary(statistics: Statistics) -> dict[str, Any]:
         stages[name] = {}
         for row, tensor in enumerate(stage.tensors):
             weights, low, high = stage.distribution(tensor)
-            count = max(1, int(stage.histogram[row].sum()))
+            counts = stage.histogram[row].sum(axis=0)
+            nonzero = np.delete(counts, ranges.ZERO)
+            flushed = nonzero[np.delete(ranges.LOWER, ranges.ZERO) < ranges.FP16_FLUSH]
+            count = max(1, int(counts.sum()))
             stages[name][tensor] = {
                 "low": low,
                 "high": high,
@@ -247,7 +243,7 @@ def summary(statistics: Statistics) -> dict[str, Any]:
                     for low, high in zip(stage.low[row], stage.high[row], strict=True)
                 ],
                 "fp16_overflow_share": int(stage.overflow[row].sum()) / count,
-                "fp16_flush_share": stage.share_flushed(row),
+                "fp16_flush_share": float(flushed.sum() / max(1, nonzero.sum())),
                 "nonfinite": int(stage.nonfinite[row].sum()),
             }
     return {
