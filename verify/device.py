@@ -95,16 +95,9 @@ class DeviceStage:
                 self._layer.free(address)
 
     def _bound_to(self, shapes: dict[str, tuple[int, ...]]) -> "_Bound":
-        if self._bound is None or self._bound.shapes != shapes:
-            self.close()
-            try:
-                self._bind(shapes)
-            except MemoryError as exc:
-                raise BackendError(f"{exc}; verify smaller images, or with --mode crop") from exc
-        assert self._bound is not None  # noqa: S101 — bound above
-        return self._bound
-
-    def _bind(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        if self._bound is not None and self._bound.shapes == shapes:
+            return self._bound
+        self.close()
         built = self._stage.built
         profile = choose_profile(built.profiles, shapes)
         if profile is None:
@@ -116,12 +109,16 @@ class DeviceStage:
         specs = (*built.inputs, *built.outputs)
         # Set first, so that `close` frees what was allocated even if the rest fails.
         bound = self._bound = _Bound(shapes, {spec.name: np.dtype(_DTYPES[spec.dtype]) for spec in specs})
-        for spec in specs:
-            needed = math.prod(spec.at(sizes)) * ITEM_BYTES[spec.dtype]
-            bound.addresses[spec.name] = self._allocated(bound, needed)
-        bound.stage = self._stage.bind(profile, shapes, bound.addresses)
-        if needed := bound.stage.activation_bytes:
-            bound.stage.use_activation(self._allocated(bound, needed), needed)
+        try:
+            for spec in specs:
+                needed = math.prod(spec.at(sizes)) * ITEM_BYTES[spec.dtype]
+                bound.addresses[spec.name] = self._allocated(bound, needed)
+            bound.stage = self._stage.bind(profile, shapes, bound.addresses)
+            if needed := bound.stage.activation_bytes:
+                bound.stage.use_activation(self._allocated(bound, needed), needed)
+        except MemoryError as exc:
+            raise BackendError(f"{exc}; verify smaller images, or with --mode crop") from exc
+        return bound
 
     def _allocated(self, bound: "_Bound", size: int) -> int:
         bound.owned.append(self._layer.allocate(size))
