@@ -108,25 +108,13 @@ def _taps(findings: Findings) -> Html:
             groups.setdefault("ViT maps", []).append(figures.maps)
         for stage, answer in figures.heads.items():
             groups.setdefault(f"{stage}, given the reference’s inputs", []).append(answer)
-    rows = [
-        tag(
-            "tr",
-            tag("th", name, scope="row"),
-            *(
-                tag("td", number(value))
-                for value in (
-                    max(d.max for d in found),
-                    max(d.quantile for d in found),
-                    max(d.mean for d in found),
-                    max(d.median for d in found),
-                    min(d.cosine for d in found),
-                    min(d.psnr for d in found),
-                )
-            ),
-            tag("td", str(sum(d.not_finite for d in found))),
-        )
-        for name, found in groups.items()
-    ]
+    errors, likenesses = ("max", "quantile", "mean", "median"), ("cosine", "psnr")
+    rows = []
+    for name, found in groups.items():
+        worst = [max(getattr(each, part) for each in found) for part in errors]
+        worst += [min(getattr(each, part) for each in found) for part in likenesses]
+        cells = [*map(number, worst), str(sum(each.not_finite for each in found))]
+        rows.append(tag("tr", tag("th", name, scope="row"), *(tag("td", cell) for cell in cells)))
     titles = ("Tensor", "Largest", f"{findings.quantile:.0%}", "Mean", "Median", "Cosine", "PSNR, dB", "NaN, Inf")
     return _section("Taps and stages, worst image", _table(titles, rows)) if rows else Html()
 
