@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..engine.atomic import check_folder_of, replacing
+from ..engine.atomic import check_folder_of, writing
 from ..engine.manifest import Manifest, StageName, open_engine, read_manifest
 from ..errors import UsageError
 from ..export.engine import check_target, export_engine
@@ -79,7 +79,7 @@ def calibrate(
         statistics, skipped = collect(engine, found, folder, seed=seed, crops=crops, say=say)
     if fp16_plan:
         plan = make_fp16_plan(open_engine(engine), statistics)
-        with replacing(Path(fp16_plan)) as stream:
+        with writing(Path(fp16_plan)) as stream:
             stream.write(plan.to_json().encode())
     if plot:
         from ..evaluation.charts import save

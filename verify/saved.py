@@ -4,17 +4,16 @@ verify.json     which engines were compared, the seed, the images, and the figur
 0001.npz …      one for each image: its pixels, both traces, and the candidate's answers to the reference's inputs
 """
 
-import contextlib
 import json
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from ..engine.atomic import replacing
+from ..engine.atomic import writing
 from ..engine.codec import decode, encode
 from ..engine.manifest import Manifest
 from ..errors import OutputError, UsageError, first_line
@@ -25,6 +24,7 @@ from .trace import Answers, Trace
 
 SCHEMA = 1
 INDEX = "verify.json"
+_ADVICE = "; make room, or save elsewhere"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Store:
         arrays |= {
             f"{part}.{f.name}": getattr(data, f.name) for part, data in parts.items() if data for f in fields(data)
         }
-        with _writing(self._folder / name) as stream:
+        with writing(self._folder / name, _ADVICE) as stream:
             np.savez(stream, **arrays)
         self._images.append(_Entry(subject.name, subject.digest))
 
@@ -86,18 +86,8 @@ class Store:
             tuple(self._images),
             findings.loop,
         )
-        with _writing(self._folder / INDEX) as stream:
+        with writing(self._folder / INDEX, _ADVICE) as stream:
             stream.write(json.dumps(encode(index), indent=2, ensure_ascii=False).encode() + b"\n")
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[BinaryIO]:
-    """`replacing`, with an OutputError that says what to do."""
-    try:
-        with replacing(path) as stream:
-            yield stream
-    except OSError as exc:
-        raise OutputError(f"cannot write {path}: {exc.strerror or exc}; make room, or save elsewhere") from exc
 
 
 def read_saved(folder: Path, quantile: float | None = None) -> tuple[Findings, str]:
