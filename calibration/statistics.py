@@ -316,7 +316,6 @@ class Recorder:
 
     def bind(self, inputs: Mapping[str, FloatArray], outputs: Mapping[str, FloatArray]) -> Call:
         """Return a call that runs the stage from and into these arrays, and records."""
-        rows = {tensor: row for row, tensor in enumerate(self._statistics.tensors)}
 
         def call() -> None:
             step = 0
@@ -327,7 +326,7 @@ class Recorder:
             except Exception as exc:
                 raise BackendError(f"onnxruntime failed in stage {self._name}: {first_line(exc)}") from exc
             seen = {**inputs, **dict(zip(self._outputs, values, strict=True))}
-            for tensor, row in rows.items():
+            for row, tensor in enumerate(self._statistics.tensors):
                 self._statistics.observe(row, step, seen[tensor])
             for name, array in outputs.items():
                 np.copyto(array, seen[name])

@@ -245,16 +245,14 @@ class EmulatedStages:
         manifest = self._directory.manifest
         loaded = {name: self._stage(name, groups) for name in self.models}
         runner = Pipeline(manifest, loaded)
-        if StageName.UNET not in loaded or len(subject.plan.windows) > 1:
-            return runner.trace(subject.plane, subject.plan, seed), runner
         key = place, frozenset(group for group in groups if group.stage is StageName.UNET)
-        if (noise := self._loops.get(key)) is not None:
-            replayed = Pipeline(manifest, {**loaded, StageName.UNET: _Replay(noise)})
-            return replayed.trace(subject.plane, subject.plan, seed), runner
-        trace = runner.trace(subject.plane, subject.plan, seed)
-        while len(self._loops) >= _REMEMBERED:
-            del self._loops[next(iter(self._loops))]
-        self._loops[key] = trace.noise
+        noise = self._loops.get(key)
+        scored = runner if noise is None else Pipeline(manifest, {**loaded, StageName.UNET: _Replay(noise)})
+        trace = scored.trace(subject.plane, subject.plan, seed)
+        if noise is None and StageName.UNET in loaded and len(subject.plan.windows) == 1:
+            while len(self._loops) >= _REMEMBERED:
+                del self._loops[next(iter(self._loops))]
+            self._loops[key] = trace.noise
         return trace, runner
 
     def _stage(self, name: StageName, groups: Sequence[Group]) -> StageRunner:
