@@ -42,7 +42,7 @@ _WEIGHTS = [
 ]
 
 
-def _split(_ctx: click.Context, _param: click.Parameter, text: str) -> list[str]:
+def _split(text: str) -> list[str]:
     return text.replace(",", " ").split()
 
 
@@ -87,27 +87,24 @@ def read_weights(console: "Console", **given: Any) -> "Loaded":
     "batches",
     metavar="N,…",
     default="",
-    callback=_split,
     help="Crops at a time: exactly N, which suits CUDA graphs, or MIN:OPT:MAX. Default: 1,8.",
 )
 @click.option(
     "--sizes",
     metavar="HxW,…",
     default="",
-    callback=_split,
     help="Image sizes of the U-Net: HxW, or MIN:OPT:MAX for one image at a time. Default: a crop, and up to 1024x1024.",
 )
 @click.option(
     "--compute-capability",
-    "compute_capabilities",
+    "capabilities",
     metavar="X.Y,…",
     default="",
-    callback=_split,
     help="tensorrt-rtx: build for these GPUs, such as 8.9. Default: portable, for 8.0 and later.",
 )
 @click.option("--force", is_flag=True, help="Build again what is there already.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
-def build(engine: Path, quiet: bool, **options: Any) -> None:
+def build(engine: Path, batches: str, sizes: str, capabilities: str, quiet: bool, **options: Any) -> None:
     """Build TensorRT or TensorRT-RTX engines from the ONNX stages of an engine directory.
 
     TensorRT builds on the GPU that will run the engine. TensorRT-RTX needs no GPU to build. A plan casts every stage to
@@ -127,6 +124,7 @@ def build(engine: Path, quiet: bool, **options: Any) -> None:
     from . import api
 
     with Console(stderr=True, quiet=quiet).status("") as status:
+        options |= {"batches": _split(batches), "sizes": _split(sizes), "compute_capabilities": _split(capabilities)}
         built = api.build(engine, **options, say=status.update)
     if not quiet:
         print_build(engine, built)
