@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..engine.atomic import check_folder_of, replacing
+from ..engine.atomic import check_folder_of, writing
 from ..engine.manifest import Manifest, StageName, open_engine, read_manifest
 from ..errors import UsageError
 from ..export.engine import check_target, export_engine
@@ -76,17 +76,17 @@ def calibrate(
             check_folder_of(Path(file))
     with contextlib.ExitStack() as while_running:
         found = _find(images or while_running.enter_context(_made_up(engine, folder)))
-        done = _collect(engine, found, folder, seed=seed, crops=crops, say=say)
+        statistics, skipped = collect(engine, found, folder, seed=seed, crops=crops, say=say)
     if fp16_plan:
-        plan = make_fp16_plan(open_engine(engine), done.statistics)
-        with replacing(Path(fp16_plan)) as stream:
+        plan = make_fp16_plan(open_engine(engine), statistics)
+        with writing(Path(fp16_plan)) as stream:
             stream.write(plan.to_json().encode())
     if plot:
         from ..evaluation.charts import save
         from .plot import draw_ranges
 
-        save(draw_ranges(done.statistics), Path(plot))
-    return done
+        save(draw_ranges(statistics), Path(plot))
+    return Calibrated(folder, statistics, skipped)
 
 
 def quantise(
@@ -125,15 +125,18 @@ def quantise(
     skipped: tuple[Skipped, ...] = ()
     found = _find(images)
     if found:
-        skipped = _collect(engine, found, folder, say=say).skipped
-    trials: tuple[Trial, ...] = ()
+        _, skipped = collect(engine, found, folder, say=say)
+    trials: list[Trial] = []
+    only = tuple(StageName)
     if mixed:
         unreadable = {image.name for image in skipped}
         usable = [image for image in found if str(image) not in unreadable]
-        trials = _choose(engine, folder, usable, recipe, LIMIT if limit is None else limit, say)
-    only = tuple(trial.stage for trial in trials if trial.taken) if mixed else tuple(StageName)
+        trials = choose_stages(engine, folder, usable, recipe, limit=LIMIT if limit is None else limit, say=say)
+        only = tuple(trial.stage for trial in trials if trial.taken)
+        if not only:
+            raise _none_taken(trials)
     manifest, stages = quantise_engine(engine, output, folder, recipe, only=only, force=force, say=say)
-    return Quantised(manifest, tuple(stages), trials, skipped)
+    return Quantised(manifest, tuple(stages), tuple(trials), skipped)
 
 
 def export_quantised(
@@ -171,26 +174,13 @@ def _made_up(engine: Path, folder: Path) -> Generator[str]:
         yield made
 
 
-def _collect(
-    engine: Path, images: Sequence[Path], folder: Path, *, say: Callable[[str], None], seed: int = 0, crops: int = 1
-) -> Calibrated:
-    statistics, skipped = collect(engine, images, folder, seed=seed, crops=crops, say=say)
-    return Calibrated(folder, statistics, skipped)
-
-
-def _choose(
-    engine: Path, folder: Path, images: list[Path], recipe: Recipe, limit: float, say: Callable[[str], None]
-) -> tuple[Trial, ...]:
-    """Return the trials of `mixed`. Raises UsageError if no stage can be taken."""
-    trials = choose_stages(engine, folder, images, recipe, limit=limit, say=say)
-    if any(trial.taken for trial in trials):
-        return tuple(trials)
+def _none_taken(trials: Sequence[Trial]) -> UsageError:
     least = min(trial.change for trial in trials)
     if math.isinf(least):
-        raise UsageError(
+        return UsageError(
             f"no stage can be quantised; calibrate with more images, or stay with float32 ({trials[0].why})"
         )
-    raise UsageError(
+    return UsageError(
         f"no stage keeps the score within the limit, the best changes it by {least:.1e}; give iqa-quantise a larger "
         f"--drift, or stay with float32"
     )

@@ -1,7 +1,7 @@
 """`iqa-calibrate` and `iqa-quantise`: options in, one library call, a table out."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -38,16 +38,7 @@ _CALIB = click.option(
 @click.option("--fp16-plan", type=PATH, metavar="FILE", help="Write the fp16 plan they lead to, for iqa-build --plan.")
 @click.option("--plot", type=PATH, metavar="FILE.png", help="Draw the U-Net's ranges over the steps.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
-def calibrate(
-    engine: Path,
-    images: tuple[str, ...],
-    output: Path | None,
-    seed: int,
-    crops: int,
-    fp16_plan: Path | None,
-    plot: Path | None,
-    quiet: bool,
-) -> None:
+def calibrate(engine: Path, images: tuple[str, ...], quiet: bool, **options: Any) -> None:
     """Record the tensors of an engine over the real loop: ranges and histograms, per tensor and step.
 
     FOLDER receives statistics.npz and, for people, statistics.json. Images that it holds already do not run again: an
@@ -72,16 +63,7 @@ def calibrate(
             soft_wrap=True,
         )
     with console.status("reading calibration images") as status:
-        done = api.calibrate(
-            engine,
-            images,
-            output=output,
-            seed=seed,
-            crops=crops,
-            fp16_plan=fp16_plan,
-            plot=plot,
-            say=status.update,
-        )
+        done = api.calibrate(engine, images, **options, say=status.update)
     _print_skipped(console, done.skipped)
     if not quiet:
         click.echo(f"{done.folder}: {len(done.statistics.samples)} images, statistics {done.statistics.digest}")
@@ -103,6 +85,7 @@ def calibrate(
 )
 @click.option(
     "--drift",
+    "limit",
     type=click.FloatRange(0),
     metavar="X",
     help="The mean change of score that mixed may cause. Default: 0.01.",
@@ -122,19 +105,7 @@ def calibrate(
 @click.option("--percentile", type=float, default=99.999, show_default=True, help="For --ranges percentile.")
 @click.option("--force", is_flag=True, help="Replace an engine that is already there.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
-def quantise(
-    engine: Path,
-    images: tuple[str, ...],
-    statistics: Path | None,
-    output: Path,
-    precision: str,
-    drift: float | None,
-    target: str | None,
-    ranges: str,
-    percentile: float,
-    force: bool,
-    quiet: bool,
-) -> None:
+def quantise(engine: Path, output: Path, quiet: bool, **options: Any) -> None:
     """Write an engine directory whose stages compute in 8 bits, from a float32 one and calibration images.
 
     iqa-run runs it like any other. Weights get a scale per channel. Activations get one each, from measured ranges in
@@ -157,19 +128,7 @@ def quantise(
 
     console = Console(stderr=True, quiet=quiet)
     with console.status("") as status:
-        done = api.quantise(
-            engine,
-            output,
-            images=images,
-            statistics=statistics,
-            precision=precision,
-            limit=drift,
-            target=target,
-            ranges=ranges,
-            percentile=percentile,
-            force=force,
-            say=status.update,
-        )
+        done = api.quantise(engine, output, **options, say=status.update)
     print_quantised(console, output, done, quiet=quiet)
     if done.skipped:
         click.get_current_context().exit(1)

@@ -35,7 +35,7 @@ from ..engine.manifest import (
 from ..errors import EngineError, ExportError, UsageError, first_line
 from ..export.compare import compare_with_original
 from ..export.engine import writing
-from ..export.precision import Kept
+from ..export.precision import Kept, noise_embedding, replace_nodes
 from .ranges import Method, choose_range
 from .statistics import NAME, StageStatistics, Statistics, check_engine, read
 
@@ -137,7 +137,9 @@ def quantise_engine(
     if not any(stage.name in only for stage in directory.manifest.stages):
         raise UsageError(f"no stage of {path} is to be quantised: name one")
     statistics = read_fitting(calibration, directory)
-    source = _source(calibration, statistics)
+    file = calibration / f"{NAME}.npz"
+    digest = f"diffiqa {NAME} {statistics.digest}"
+    source = Source(NAME, file.name, file.stat().st_size, file_sha256(file), digest)
     done = []
     with writing(target, force=force) as work:
         stages = []
@@ -211,8 +213,8 @@ def quantise_stage(
 def _kept(graph: onnx.GraphProto, statistics: StageStatistics) -> tuple[Kept, ...]:
     """Return the weight layers that stay float32, and why."""
     layers = _weight_layers(graph)
-    level = _reached(graph, {"noise_level"}, through_all=True)
-    before = _reached(graph, _IMAGES, stop=layers)
+    embedding = set(noise_embedding(graph))
+    before = _before(graph, layers)
     after = _passed_on(graph, {n.output[0] for n in graph.node if n.op_type == "Conv" and n.input[0] in before})
     unwell = {t for row, t in enumerate(statistics.tensors) if statistics.nonfinite[row].any()}
     followed = _followed(graph, layers)
@@ -221,7 +223,7 @@ def _kept(graph: onnx.GraphProto, statistics: StageStatistics) -> tuple[Kept, ..
         if node.name not in layers:
             continue
         why = None
-        if node.input[0] in level:
+        if node.name in embedding:
             why = "noise embedding: it must tell levels near 1 apart"
         elif node.op_type == "Conv" and node.input[0] in before:
             why = "first convolution: it reads the image"
@@ -250,17 +252,11 @@ def _weight_layers(graph: onnx.GraphProto) -> set[str]:
     }
 
 
-def _reached(
-    graph: onnx.GraphProto, start: set[str], *, stop: set[str] | None = None, through_all: bool = False
-) -> set[str]:
-    """Return the tensors that depend on `start`, not counting paths through `stop`. `through_all`: on nothing else."""
-    constants = {tensor.name for tensor in graph.initializer} | {""}
-    known = set(start)
+def _before(graph: onnx.GraphProto, layers: set[str]) -> set[str]:
+    """Return the tensors that depend on an image by a path through none of `layers`. Its size is no value."""
+    known = set(_IMAGES)
     for node in graph.node:
-        if node.op_type == "Shape":
-            continue  # sizes are no values
-        read = set(node.input) - constants
-        if node.name not in (stop or ()) and (read and read <= known if through_all else read & known):
+        if node.op_type != "Shape" and node.name not in layers and known.intersection(node.input):
             known |= set(node.output)
     return known
 
@@ -319,11 +315,8 @@ class _Quantiser:
                 self.nodes.append(node)
             if self.recipe.target is Target.ONNXRUNTIME:
                 self._round_result(node)
-        used = {name for node in self.nodes for name in node.input}
-        constants = [tensor for tensor in self.graph.initializer if tensor.name in used]
-        del self.graph.node[:], self.graph.initializer[:], self.graph.value_info[:]
-        self.graph.node.extend(self.nodes)
-        self.graph.initializer.extend([*constants, *self.constants])
+        self.graph.initializer.extend(self.constants)
+        replace_nodes(self.graph, self.nodes)
 
     def _layer(self, node: onnx.NodeProto) -> None:
         """Write a convolution or product on rounded input and weights."""
@@ -408,7 +401,7 @@ class _Quantiser:
         ]
         if name not in self.grids:
             self.grids[name] = common
-            whole, scale, zero = f"{name}.joined", *self._grid_names(name, common)
+            whole, scale, zero = f"{name}.joined", *self._grid_names(common)
             self.nodes += [
                 helper.make_node("Concat", [f"{p}.quantised" for p in parts], [whole], f"{whole}.concat", axis=1),
                 helper.make_node("DequantizeLinear", [whole, scale, zero], [f"{whole}.back"], f"{whole}.dequantise"),
@@ -424,7 +417,7 @@ class _Quantiser:
     def _pair(self, source: str, target: str, grid: Grid) -> None:
         base = grid.tensor
         self.rounded[base] = target
-        scale, zero = self._grid_names(base, grid)
+        scale, zero = self._grid_names(grid)
         self.nodes += [
             helper.make_node("QuantizeLinear", [source, scale, zero], [f"{base}.quantised"], f"{base}.quantise"),
             helper.make_node("DequantizeLinear", [f"{base}.quantised", scale, zero], [target], f"{base}.dequantise"),
@@ -447,11 +440,12 @@ class _Quantiser:
         self.grids[name] = Grid(name, scale, zero)
         return self.grids[name]
 
-    def _grid_names(self, name: str, grid: Grid) -> tuple[str, str]:
+    def _grid_names(self, grid: Grid) -> tuple[str, str]:
+        """Store a grid, and return the names of its scale and zero point."""
         dtype = _FP8
         if self.recipe.number is Number.INT8:
             dtype = np.int8 if self.recipe.target is Target.TENSORRT else np.uint8
-        names = f"{name}.scale", f"{name}.zero_point"
+        names = f"{grid.tensor}.scale", f"{grid.tensor}.zero_point"
         values = np.float32(grid.scale), np.asarray(grid.zero_point).astype(dtype)
         self.constants += [numpy_helper.from_array(np.asarray(v), n) for n, v in zip(names, values, strict=True)]
         return names
@@ -490,11 +484,6 @@ def _compare(directory: EngineDirectory, stage: Stage, file: Path) -> tuple[Chec
     )
 
 
-def _source(calibration: Path, statistics: Statistics) -> Source:
-    file = calibration / f"{NAME}.npz"
-    return Source(NAME, file.name, file.stat().st_size, file_sha256(file), f"diffiqa {NAME} {statistics.digest}")
-
-
 def _manifest(
     m: Manifest,
     statistics: Statistics,
@@ -510,9 +499,6 @@ def _manifest(
         f"{recipe.number} for {recipe.target}{which}: engine {m.engine_id} quantised with {how} ranges of "
         f"{len(statistics.samples)} images over all steps; checks compare with its float32 stages"
     )
-    provenance = dataclasses.replace(
-        m.provenance,
-        sources=(*m.provenance.sources, source),
-        notes=(*m.provenance.notes, note),
-    )
+    old = m.provenance
+    provenance = dataclasses.replace(old, sources=(*old.sources, source), notes=(*old.notes, note))
     return dataclasses.replace(m, stages=stages, provenance=provenance, builds=())

@@ -16,18 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
-from onnx import TensorProto, helper, shape_inference
+from onnx import TensorProto, helper
 
 from ..engine.atomic import replacing
 from ..engine.codec import decode, encode
 from ..engine.manifest import EngineDirectory, Precision, StageName, open_engine
 from ..errors import BackendError, EngineError, ImageError, OutputError, UsageError, first_line
-from ..export.precision import PLAN_SCHEMA, Kept, PrecisionPlan, plan_stage
+from ..export.precision import PLAN_SCHEMA, Kept, PrecisionPlan, element_types, plan_stage
 from ..runtime.executor import Call
 from ..runtime.host.onnx_stage import OnnxRuntime, make_session
-from ..runtime.images import Image, read_image
+from ..runtime.images import read_image
 from ..runtime.results import Options
 from ..runtime.scorer import Scorer
 from . import ranges
@@ -107,13 +106,6 @@ class StageStatistics:
         weights = ranges.balanced(self.histogram[row])
         return (weights, low, high) if low <= high else (weights, 0.0, 0.0)
 
-    def share_flushed(self, row: int) -> float:
-        """Return the share of a tensor's values, zeros apart, that fp16 rounds to zero."""
-        counts = self.histogram[row].sum(axis=0)
-        counts[ranges.ZERO] = 0
-        flushed = counts[ranges.LOWER < ranges.FP16_FLUSH].sum()
-        return float(flushed / max(1, counts.sum()))
-
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
@@ -162,7 +154,9 @@ def collect(
         say(f"calibrating: {done + 1} of {len(todo)}, {name}")
         image = read_image(name, min_side=directory.manifest.crop.size)
         scorer.score(image.pixels, Options(seed=seed, crops=crops))  # the recorders add to the statistics in place
-        samples = sorted((*statistics.samples, CalibrationImage(name, digest, seed)), key=_by_digest)
+        samples = sorted(
+            (*statistics.samples, CalibrationImage(name, digest, seed)), key=lambda seen: (seen.digest, seen.seed)
+        )
         statistics = dataclasses.replace(statistics, samples=tuple(samples))
         if time.monotonic() - saved > SAVE_SECONDS:
             write(statistics, output)
@@ -236,7 +230,10 @@ def summary(statistics: Statistics) -> dict[str, Any]:
         stages[name] = {}
         for row, tensor in enumerate(stage.tensors):
             weights, low, high = stage.distribution(tensor)
-            count = max(1, int(stage.histogram[row].sum()))
+            counts = stage.histogram[row].sum(axis=0)
+            nonzero = np.delete(counts, ranges.ZERO)
+            flushed = nonzero[np.delete(ranges.LOWER, ranges.ZERO) < ranges.FP16_FLUSH]
+            count = max(1, int(counts.sum()))
             stages[name][tensor] = {
                 "low": low,
                 "high": high,
@@ -246,7 +243,7 @@ def summary(statistics: Statistics) -> dict[str, Any]:
                     for low, high in zip(stage.low[row], stage.high[row], strict=True)
                 ],
                 "fp16_overflow_share": int(stage.overflow[row].sum()) / count,
-                "fp16_flush_share": stage.share_flushed(row),
+                "fp16_flush_share": float(flushed.sum() / max(1, nonzero.sum())),
                 "nonfinite": int(stage.nonfinite[row].sum()),
             }
     return {
@@ -304,24 +301,21 @@ class Recorder:
     """Runs a stage through ONNX Runtime and adds its tensors to `statistics`, at the step of the noise level."""
 
     def __init__(self, directory: EngineDirectory, name: StageName, statistics: StageStatistics) -> None:
-        schedule = directory.manifest.schedule
         self._statistics = statistics
-        self._levels = schedule.coefficients.noise_level
+        self._levels = directory.manifest.schedule.coefficients.noise_level
         stage = directory.manifest.stage(name)
         if stage is None:
             raise EngineError(f"{directory.path} has no stage {name}")
         self._name = name
-        self._fed = [spec.name for spec in stage.inputs]
-        self._results = [spec.name for spec in stage.outputs]
+        fed, results = ([spec.name for spec in specs] for specs in (stage.inputs, stage.outputs))
         model = onnx.load(directory.file(stage.file))
-        inside = [name for name in statistics.tensors if name not in {*self._fed, *self._results}]
+        inside = [name for name in statistics.tensors if name not in {*fed, *results}]
         model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in inside)
-        self._outputs = [*self._results, *inside]
+        self._outputs = [*results, *inside]
         self._session = make_session(model.SerializeToString(), OnnxRuntime(), f"stage {name}")
 
     def bind(self, inputs: Mapping[str, FloatArray], outputs: Mapping[str, FloatArray]) -> Call:
         """Return a call that runs the stage from and into these arrays, and records."""
-        rows = {tensor: row for row, tensor in enumerate(self._statistics.tensors)}
 
         def call() -> None:
             step = 0
@@ -332,7 +326,7 @@ class Recorder:
             except Exception as exc:
                 raise BackendError(f"onnxruntime failed in stage {self._name}: {first_line(exc)}") from exc
             seen = {**inputs, **dict(zip(self._outputs, values, strict=True))}
-            for tensor, row in rows.items():
+            for row, tensor in enumerate(self._statistics.tensors):
                 self._statistics.observe(row, step, seen[tensor])
             for name, array in outputs.items():
                 np.copyto(array, seen[name])
@@ -345,9 +339,7 @@ def watched(model: onnx.ModelProto) -> tuple[str, ...]:
 
     Shapes (whole numbers) and constants are not among them.
     """
-    inferred = shape_inference.infer_shapes(model, strict_mode=True).graph
-    values = [*inferred.input, *inferred.value_info, *inferred.output]
-    floats = {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT}
+    floats = {name for name, kind in element_types(model).items() if kind == TensorProto.FLOAT}
     floats -= {tensor.name for tensor in model.graph.initializer}
     nodes = [node for node in model.graph.node if node.op_type in _WATCHED]
     return tuple(dict.fromkeys(name for node in nodes for name in (*node.input, *node.output) if name in floats))
@@ -389,7 +381,7 @@ def _read(images: Sequence[Path], side: int, minimum: int) -> tuple[dict[str, st
         except ImageError as exc:
             skipped.append(Skipped(str(path), str(exc)))
             continue
-        flat += image.digest not in usable and _is_flat(image)
+        flat += image.digest not in usable and bool((image.pixels == image.pixels[0, 0]).all())
         usable.setdefault(image.digest, str(path))
     broken = f"; {len(skipped)} could not be read, the first: {skipped[0].why}" if skipped else ""
     if len(usable) == 1 and len(images) - len(skipped) > 1:
@@ -401,12 +393,3 @@ def _read(images: Sequence[Path], side: int, minimum: int) -> tuple[dict[str, st
             f"calibration needs at least {minimum} different images, {len(usable)} can be used{broken}; give more"
         )
     return usable, tuple(skipped)
-
-
-def _by_digest(sample: CalibrationImage) -> tuple[str, int]:
-    return sample.digest, sample.seed
-
-
-def _is_flat(image: Image) -> bool:
-    pixels: npt.NDArray[Any] = image.pixels
-    return bool((pixels == pixels[0, 0]).all())

@@ -41,6 +41,16 @@ def replacing(path: Path, *, by_way_of: Path | None = None) -> Iterator[BinaryIO
 
 
 @contextlib.contextmanager
+def writing(path: Path, advice: str = "") -> Iterator[BinaryIO]:
+    """Do as `replacing`, for a file that the user named. Raises OutputError, which ends with `advice`."""
+    try:
+        with replacing(path) as stream:
+            yield stream
+    except OSError as exc:
+        raise OutputError(f"cannot write {path}: {exc.strerror or exc}{advice}") from exc
+
+
+@contextlib.contextmanager
 def locked(folder: Path) -> Iterator[bool]:
     """Hold the lock on `folder`; yield False if another process has it, or moved the folder away meanwhile."""
     try:

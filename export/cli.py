@@ -42,6 +42,10 @@ _WEIGHTS = [
 ]
 
 
+def _split(text: str) -> list[str]:
+    return text.replace(",", " ").split()
+
+
 def weight_options(command: F) -> F:
     """Add the options that say which weights to read; the command gets them as keywords for `read_weights`."""
     for option in reversed(_WEIGHTS):
@@ -100,17 +104,7 @@ def read_weights(console: "Console", **given: Any) -> "Loaded":
 )
 @click.option("--force", is_flag=True, help="Build again what is there already.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
-def build(
-    engine: Path,
-    target: str | None,
-    precision: str | None,
-    plan: Path | None,
-    batches: str,
-    sizes: str,
-    capabilities: str,
-    force: bool,
-    quiet: bool,
-) -> None:
+def build(engine: Path, batches: str, sizes: str, capabilities: str, quiet: bool, **options: Any) -> None:
     """Build TensorRT or TensorRT-RTX engines from the ONNX stages of an engine directory.
 
     TensorRT builds on the GPU that will run the engine. TensorRT-RTX needs no GPU to build. A plan casts every stage to
@@ -130,17 +124,8 @@ def build(
     from . import api
 
     with Console(stderr=True, quiet=quiet).status("") as status:
-        built = api.build(
-            engine,
-            target=target,
-            precision=precision,
-            plan=plan,
-            batches=_split(batches),
-            sizes=_split(sizes),
-            compute_capabilities=_split(capabilities),
-            force=force,
-            say=status.update,
-        )
+        options |= {"batches": _split(batches), "sizes": _split(sizes), "compute_capabilities": _split(capabilities)}
+        built = api.build(engine, **options, say=status.update)
     if not quiet:
         print_build(engine, built)
 
@@ -249,10 +234,6 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], caption: s
     for row in rows:
         table.add_row(*row)
     Console().print(table)
-
-
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(part for part in text.replace(",", " ").split() if part)
 
 
 def _size(count: float) -> str:

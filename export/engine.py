@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,16 +27,17 @@ from ..engine.manifest import (
     ScoreMeaning,
     Stage,
     StageName,
+    TensorSpec,
     file_sha256,
 )
 from ..errors import EngineError, ExportError
 from ..model.checkpoint import Loaded
 from ..model.config import ModelConfig
 from ..model.network import DiffV2IQA, count_parameters
-from .graph import OPSET, export_graph, tensor_specs
+from .graph import OPSET, export_graph
 from .macs import count_macs
 from .pytorch import compare_with_pytorch
-from .stages import Shape, StagePlan, stage_plans
+from .stages import StagePlan, stage_plans
 
 CROPS = 9  # per image unless the user says otherwise: a 3×3 grid on a square image
 SEED = 20240222  # of the verification inputs
@@ -82,11 +83,16 @@ def export_engine(
     if absent := [name for name in wanted if name not in plan_names(model.config)]:
         raise ExportError(f"model {model.config.name!r} has no stage {', '.join(absent)}")
     with writing(target, force=force) as work:
-        check_space(work, model)
+        # Said now, and not after the first stages.
+        needed = int(4.2 * sum(parameters_by_stage(model).values()))
+        free = shutil.disk_usage(work.parent).free
+        if free < needed:
+            raise ExportError(f"{work.parent} has {free / 1e6:.0f} MB free, the engine needs {needed / 1e6:.0f} MB")
         plans = (plan for plan in stage_plans(model) if plan.name in wanted)
         costs = [_export_stage(model, plan, work, say) for plan in plans]
         manifest = _manifest(loaded, tuple(cost.stage for cost in costs))
-        _write(work / MANIFEST, manifest.to_json())
+        (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        sync(work / MANIFEST)
     return manifest, costs
 
 
@@ -111,9 +117,26 @@ def writing(target: Path, *, force: bool) -> Iterator[Path]:
     """
     target = Path(os.path.abspath(target))  # noqa: PTH100 — `resolve` would follow a link in the target's place
     check_target(target, force=force)
-    with _beside(target) as work:
-        yield work
-        _replace(work, target, force=force)
+    work, previous = (target.with_name(f".{target.name}.{form}") for form in ("partial", "previous"))
+    try:
+        work.mkdir(exist_ok=True)
+        with locked(work) as ours:
+            if not ours:
+                raise EngineError(f"another export is writing {target}; wait for it, or choose another -o")
+            # A killed export may have left files in `work`, or the old directory moved away.
+            if previous.exists() and not target.exists():
+                previous.rename(target)
+            shutil.rmtree(previous, ignore_errors=True)
+            for left in work.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            try:
+                yield work
+                check_target(target, force=force)  # again: others may have written there since
+                _replace(work, target, previous)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    except OSError as exc:
+        raise ExportError(f"cannot write {target}: {exc.strerror or exc}; nothing was changed") from exc
 
 
 def check_target(target: Path, *, force: bool) -> None:
@@ -140,25 +163,23 @@ def check_target(target: Path, *, force: bool) -> None:
         raise EngineError(f"cannot use {target}: {exc.strerror or exc}") from exc
 
 
-def check_space(target: Path, model: DiffV2IQA) -> None:
-    """Raise ExportError early if the disk cannot hold the engine."""
-    needed = int(4.2 * sum(parameters_by_stage(model).values()))
-    free = shutil.disk_usage(target.parent).free
-    if free < needed:
-        raise ExportError(f"{target.parent} has {free / 1e6:.0f} MB free, the engine needs {needed / 1e6:.0f} MB")
-
-
 def _export_stage(model: DiffV2IQA, plan: StagePlan, work: Path, say: Callable[[str], None]) -> StageCost:
     relative = f"onnx/{plan.name}.onnx"
     path = work / relative
     path.parent.mkdir(exist_ok=True)
     start = time.perf_counter()
     say(f"{plan.name}: exporting to ONNX")
+    inputs, outputs = (
+        tuple(TensorSpec(name, "float32", shape) for name, shape in signature.items())
+        for signature in (plan.inputs, plan.outputs)
+    )
     try:
         graph = export_graph(plan, path, model.config.unet.alignment if model.config.unet else 16)
-        macs = count_macs(graph, one_image(plan.inputs, model.config.crop))
-        parameters = _parameters(graph)
-        del graph
+        macs = count_macs(graph, one_image(inputs, model.config.crop))
+        # Weights, and constants such as Swin's masks.
+        floats = [t for t in graph.graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
+        parameters = sum(math.prod(tensor.dims) for tensor in floats)
+        del graph, floats
         exported = time.perf_counter()
         say(f"{plan.name}: comparing with PyTorch")
         checks = compare_with_pytorch(model, plan, path, seed=SEED)
@@ -166,20 +187,13 @@ def _export_stage(model: DiffV2IQA, plan: StagePlan, work: Path, say: Callable[[
         entry = FileEntry(relative, path.stat().st_size, file_sha256(path))
     except OSError as exc:
         raise ExportError(f"stage {plan.name}: cannot write {path.name}: {exc.strerror or exc}") from exc
-    specs = tensor_specs(plan.inputs), tensor_specs(plan.outputs)
-    stage = Stage(plan.name, entry, OPSET, *specs, parameters, macs, checks)
+    stage = Stage(plan.name, entry, OPSET, inputs, outputs, parameters, macs, checks)
     return StageCost(stage, exported - start, time.perf_counter() - exported)
 
 
-def one_image(inputs: Mapping[str, Shape], crop: int) -> dict[str, tuple[int, ...]]:
+def one_image(inputs: Sequence[TensorSpec], crop: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a stage's inputs for one image of the size of a crop."""
-    sizes = {"B": 1, "N": 1, "H": crop, "W": crop}
-    return {name: tuple(sizes[d] if isinstance(d, str) else d for d in shape) for name, shape in inputs.items()}
-
-
-def _parameters(graph: onnx.ModelProto) -> int:
-    """Count the floating-point numbers stored in the graph: weights, and constants such as Swin's masks."""
-    return sum(math.prod(t.dims) for t in graph.graph.initializer if t.data_type == onnx.TensorProto.FLOAT)
+    return {spec.name: spec.at({"B": 1, "N": 1, "H": crop, "W": crop}) for spec in inputs}
 
 
 def _manifest(loaded: Loaded, stages: tuple[Stage, ...]) -> Manifest:
@@ -207,40 +221,10 @@ def _manifest(loaded: Loaded, stages: tuple[Stage, ...]) -> Manifest:
     )
 
 
-@contextlib.contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """Yield an empty directory next to `target`, locked for us, and remove it at the end unless it was moved."""
-    work = target.with_name(f".{target.name}.partial")
-    try:
-        work.mkdir(exist_ok=True)
-        with locked(work) as ours:
-            if not ours:
-                raise EngineError(f"another export is writing {target}; wait for it, or choose another -o")
-            _clear_leftovers(work, target)
-            try:
-                yield work
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-    except OSError as exc:
-        raise ExportError(f"cannot write {target}: {exc.strerror or exc}; nothing was changed") from exc
-
-
-def _clear_leftovers(work: Path, target: Path) -> None:
-    """Clear what a killed export left behind, and bring back a directory that it had moved away."""
-    previous = _previous(target)
-    if previous.exists() and not target.exists():
-        previous.rename(target)
-    shutil.rmtree(previous, ignore_errors=True)
-    for left in work.iterdir():
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
-
-
-def _replace(work: Path, target: Path, *, force: bool) -> None:
+def _replace(work: Path, target: Path, previous: Path) -> None:
     """Put `work` in the place of `target`. The old directory is deleted only after the new one is there."""
-    check_target(target, force=force)  # again: others may have written there since
     for folder in (work / "onnx", work):
         sync(folder)
-    previous = _previous(target)
     if target.exists():
         target.rename(previous)
     try:
@@ -253,18 +237,9 @@ def _replace(work: Path, target: Path, *, force: bool) -> None:
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def _previous(target: Path) -> Path:
-    return target.with_name(f".{target.name}.previous")
-
-
 def _is_ours(directory: Path) -> bool:
     try:
         data = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(data, dict) and {"schema", "stages", "provenance"} <= set(data)
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    sync(path)

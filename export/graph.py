@@ -12,9 +12,9 @@ import torch
 from onnx import TensorProto, checker, helper, shape_inference
 from torch.export import Dim
 
-from ..engine.manifest import TensorSpec
 from ..errors import ExportError
-from .stages import Shape, StagePlan
+from .precision import element_types
+from .stages import StagePlan
 
 OPSET = 20
 MAX_FREE = {"B": 1024, "N": 8192, "H": 1024, "W": 1024}  # upper bounds told to the exporter; H and W in units of 16
@@ -53,11 +53,6 @@ def export_graph(plan: StagePlan, path: Path, alignment: int) -> onnx.ModelProto
     return model
 
 
-def tensor_specs(shapes: dict[str, Shape]) -> tuple[TensorSpec, ...]:
-    """Return the manifest's form of a signature."""
-    return tuple(TensorSpec(name, "float32", shape) for name, shape in shapes.items())
-
-
 def _clean(model: onnx.ModelProto, plan: StagePlan) -> None:
     """Give the free dimensions our names, and drop the exporter's notes, which quote paths of this machine."""
     graph = model.graph
@@ -94,15 +89,11 @@ def _check(model: onnx.ModelProto, plan: StagePlan) -> None:
         raise refuse(f"is opset {opset}, below {OPSET}")
     try:
         checker.check_model(model, full_check=True)
-        inferred = shape_inference.infer_shapes(model, strict_mode=True)
+        types = element_types(model)
     except (checker.ValidationError, shape_inference.InferenceError) as exc:
         raise refuse(f"is not valid ONNX: {exc}") from exc
-    doubles = [
-        value.name
-        for value in [*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output]
-        if value.type.tensor_type.elem_type == TensorProto.DOUBLE
-    ] + [tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.DOUBLE]
-    if doubles:
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    if doubles := [name for name, kind in types.items() if kind == TensorProto.DOUBLE]:
         raise refuse(f"still computes in float64: {', '.join(doubles[:5])}")
     if any(tensor.data_location == TensorProto.EXTERNAL for tensor in graph.initializer):
         raise refuse("keeps weights in another file")

@@ -141,10 +141,8 @@ def plan_stage(model: onnx.ModelProto, stage: Stage, precision: Precision) -> St
                 reasons[node.name] = "a sum of many values"
             elif node.op_type in {"InstanceNormalization", "GroupNormalization"} or _low_statistics(node):
                 reasons[node.name] = "norm statistics: sums of squares"
-        reasons |= dict.fromkeys(
-            _downstream_of(graph, "noise_level"), "noise embedding: it must tell levels near 1 apart"
-        )
-        reasons |= dict.fromkeys(_reduction(graph, "score"), "score reduction")
+        reasons |= dict.fromkeys(noise_embedding(graph), "noise embedding: it must tell levels near 1 apart")
+        reasons |= dict.fromkeys(_score_reduction(graph), "score reduction")
     kept = tuple(Kept(node.name, node.op_type, reasons[node.name]) for node in graph.node if node.name in reasons)
     low = _NAMES[_LOW.get(precision, TensorProto.FLOAT)]
     images = "float16" if precision is Precision.FP16 else "float32"
@@ -159,10 +157,10 @@ def _low_statistics(node: onnx.NodeProto) -> bool:
     return node.op_type == "LayerNormalization" and stash != TensorProto.FLOAT
 
 
-def _downstream_of(graph: onnx.GraphProto, name: str) -> list[str]:
-    """Return the nodes that depend on this input and on constants alone."""
+def noise_embedding(graph: onnx.GraphProto) -> list[str]:
+    """Return the nodes that depend on the noise level and on constants alone."""
     constants = {tensor.name for tensor in graph.initializer} | {""}
-    known, nodes = {name}, []
+    known, nodes = {"noise_level"}, []
     for node in graph.node:
         read = set(node.input) - constants
         if read and read <= known:
@@ -171,17 +169,17 @@ def _downstream_of(graph: onnx.GraphProto, name: str) -> list[str]:
     return nodes
 
 
-def _reduction(graph: onnx.GraphProto, name: str) -> list[str]:
-    """Return the nodes whose results reach only this output."""
-    readers: dict[str, set[str]] = {value.name: {"(output)"} for value in graph.output if value.name != name}
+def _score_reduction(graph: onnx.GraphProto) -> list[str]:
+    """Return the nodes whose results reach only the score."""
+    readers: dict[str, set[str]] = {value.name: {"(output)"} for value in graph.output if value.name != "score"}
     for node in graph.node:
         for value in node.input:
             readers.setdefault(value, set()).add(node.name)
     nodes: list[str] = []
     for node in reversed(graph.node):
-        if name in node.output or all(readers.get(value) and readers[value] <= set(nodes) for value in node.output):
+        if "score" in node.output or all(readers.get(value) and readers[value] <= set(nodes) for value in node.output):
             nodes.append(node.name)
-    return nodes if any(value.name == name for value in graph.output) else []
+    return nodes if any(value.name == "score" for value in graph.output) else []
 
 
 def cast(model: onnx.ModelProto, plan: StagePrecision, precision: Precision) -> onnx.ModelProto:
@@ -203,7 +201,10 @@ def cast(model: onnx.ModelProto, plan: StagePrecision, precision: Precision) -> 
     if precision is Precision.BF16:
         _raise_opset(typed, plan)
     _Caster(typed, plan, kept, _LOW[precision]).run()
-    _validate(typed, plan)
+    try:
+        checker.check_model(typed, full_check=True)
+    except (checker.ValidationError, shape_inference.InferenceError) as exc:
+        raise ExportError(f"stage {plan.name}: the typed graph is not valid ONNX: {first_line(exc)}") from exc
     return typed
 
 
@@ -212,9 +213,7 @@ class _Caster:
 
     def __init__(self, model: onnx.ModelProto, plan: StagePrecision, kept: set[str], low: int) -> None:
         self.graph, self.plan, self.kept, self.low = model.graph, plan, kept, low
-        inferred = shape_inference.infer_shapes(model, strict_mode=True).graph
-        values = [*inferred.input, *inferred.value_info, *inferred.output]
-        self.floats = {v.name for v in values if v.type.tensor_type.elem_type == TensorProto.FLOAT}
+        self.floats = {name for name, kind in element_types(model).items() if kind == TensorProto.FLOAT}
         self.constants = {t.name: t for t in self.graph.initializer if t.data_type == TensorProto.FLOAT}
         self.types = {v.name: self._planned(v.name) for v in self.graph.input if v.name in self.floats}
         self.converted: set[str] = set()
@@ -236,11 +235,7 @@ class _Caster:
                     if name in outputs and kind != self._planned(name):
                         node.output[i] = f"{name}.{_NAMES[kind]}"
                         self._cast(node.output[i], name, self._planned(name))
-        used = {name for node in self.nodes for name in node.input}
-        constants = [tensor for tensor in self.graph.initializer if tensor.name in used]
-        del self.graph.node[:], self.graph.initializer[:], self.graph.value_info[:]
-        self.graph.node.extend(self.nodes)
-        self.graph.initializer.extend(constants)
+        replace_nodes(self.graph, self.nodes)
         for value in [*self.graph.input, *self.graph.output]:
             if value.name in self.floats:
                 value.type.tensor_type.elem_type = self._planned(value.name)
@@ -301,8 +296,7 @@ def _lower_batch_norms(graph: onnx.GraphProto, kept: set[str]) -> None:
             helper.make_node("Mul", [x, f"{y}.scale"], [f"{y}.scaled"], name=f"{node.name}.scale"),
             helper.make_node("Add", [f"{y}.scaled", f"{y}.offset"], [y], name=f"{node.name}.offset"),
         ]
-    del graph.node[:]
-    graph.node.extend(nodes)
+    replace_nodes(graph, nodes)
 
 
 def _raise_opset(model: onnx.ModelProto, plan: StagePrecision) -> None:
@@ -310,14 +304,6 @@ def _raise_opset(model: onnx.ModelProto, plan: StagePrecision) -> None:
     if any(node.op_type == "GroupNormalization" for node in model.graph.node):
         raise ExportError(f"stage {plan.name}: GroupNormalization means something else in opset {_BF16_OPSET}")
     model.opset_import[0].version = max(model.opset_import[0].version, _BF16_OPSET)
-
-
-def _validate(model: onnx.ModelProto, plan: StagePrecision) -> None:
-    try:
-        checker.check_model(model, full_check=True)
-        shape_inference.infer_shapes(model, strict_mode=True)
-    except (checker.ValidationError, shape_inference.InferenceError) as exc:
-        raise ExportError(f"stage {plan.name}: the typed graph is not valid ONNX: {first_line(exc)}") from exc
 
 
 def rounded(typed: onnx.ModelProto) -> onnx.ModelProto:
@@ -329,9 +315,7 @@ def rounded(typed: onnx.ModelProto) -> onnx.ModelProto:
     model = onnx.ModelProto()
     model.CopyFrom(typed)
     graph = model.graph
-    inferred = shape_inference.infer_shapes(typed, strict_mode=True).graph
-    values = [*inferred.input, *inferred.value_info, *inferred.output]
-    low = {v.name: kind for v in values if (kind := v.type.tensor_type.elem_type) in _LOW.values()}
+    low = {name: kind for name, kind in element_types(typed).items() if kind in _LOW.values()}
     constants = [t for t in graph.initializer if t.data_type in _LOW.values()]
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
@@ -350,9 +334,24 @@ def rounded(typed: onnx.ModelProto) -> onnx.ModelProto:
     for value in [*graph.input, *graph.output]:
         if value.name in low:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
-    del graph.node[:]
-    graph.node.extend(nodes)
+    replace_nodes(graph, nodes)
     return model
+
+
+def element_types(model: onnx.ModelProto) -> dict[str, int]:
+    """Return the element type of every value of a graph. Raises InferenceError if they contradict each other."""
+    graph = shape_inference.infer_shapes(model, strict_mode=True).graph
+    values = [*graph.input, *graph.value_info, *graph.output]
+    return {value.name: value.type.tensor_type.elem_type for value in values}
+
+
+def replace_nodes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
+    """Give a graph these nodes, and keep only those constants that they read."""
+    used = {name for node in nodes for name in node.input}
+    constants = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.node[:], graph.initializer[:], graph.value_info[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(constants)
 
 
 def in_8_bits(model: onnx.ModelProto) -> bool:

@@ -40,13 +40,8 @@ def stage_profiles(
             {"B": batch, "N": batch * len(manifest.kinds), "H": height, "W": width}
             for (batch,), (height, width) in zip(span, area, strict=True)
         ]
-        profiles.append({spec.name: _range(spec.shape, dims) for spec in stage.inputs})
+        profiles.append({spec.name: ShapeRange(*map(spec.at, dims)) for spec in stage.inputs})
     return tuple(profiles)
-
-
-def _range(shape: tuple[int | str, ...], dims: list[dict[str, int]]) -> ShapeRange:
-    low, best, high = (tuple(at[d] if isinstance(d, str) else d for d in shape) for at in dims)
-    return ShapeRange(low, best, high)
 
 
 def _family(text: str, what: str, length: int, multiple: int) -> tuple[tuple[int, ...], ...]:

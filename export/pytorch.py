@@ -26,14 +26,15 @@ def compare_with_pytorch(model: DiffV2IQA, plan: StagePlan, path: Path, *, seed:
     """Compare at two batch sizes, and at two image sizes where they are free. Raises ExportError on disagreement."""
     crop = model.config.crop
     other = (crop // 32 * 16, crop + 32) if plan.name is StageName.UNET else (crop, crop)  # aligned for every U-Net
-    outputs = list(plan.outputs)
     checks: list[Check] = []
     for batch, size in zip((1, 2), ((crop, crop), other), strict=True):
         inputs = plan.draw(batch, size, torch.Generator().manual_seed(seed + batch))
         feed = {name: value.numpy() for name, value in zip(plan.inputs, inputs, strict=True)}
         want = [value.numpy() for value in reference(model, plan.name, inputs)]
-        have = run_onnx(path, outputs, feed)
-        checks += compare(plan.name, outputs, feed, seed + batch, ("PyTorch", want), ("ONNX Runtime", have), _tolerance)
+        have = run_onnx(path, feed)
+        checks += compare(
+            plan.name, plan.outputs, feed, seed + batch, ("PyTorch", want), ("ONNX Runtime", have), _tolerance
+        )
     return tuple(checks)
 
 

@@ -22,6 +22,7 @@ from ..model.unet import Stage as UNetStage
 from ..model.vit import ViT
 
 Shape = tuple[int | str, ...]
+Draw = Callable[[int, tuple[int, int], torch.Generator], tuple[Tensor, ...]]  # (batch, (H, W), generator)
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class StagePlan:
     module: nn.Module
     inputs: dict[str, Shape]  # free dimensions by name
     outputs: dict[str, Shape]
-    draw: Callable[[int, tuple[int, int], torch.Generator], tuple[Tensor, ...]]  # (batch, (H, W), generator)
+    draw: Draw
 
 
 class VitStage(nn.Module):
@@ -65,11 +66,7 @@ def stage_plans(model: DiffV2IQA) -> list[StagePlan]:
     """Return the stages of a model in the order they run."""
     c = model.config
     kinds, size, grid = len(c.kinds), c.crop, c.grid
-    verdict: dict[str, Shape] = {
-        "score": ("B",),
-        "score_map": ("B", grid, grid),
-        "weight_map": ("B", grid, grid),
-    }
+    verdict: dict[str, Shape] = {"score": ("B",), "score_map": ("B", grid, grid), "weight_map": ("B", grid, grid)}
     plans = []
     if model.unet:
         image: Shape = ("B", 3, "H", "W")
@@ -80,13 +77,13 @@ def stage_plans(model: DiffV2IQA) -> list[StagePlan]:
         vit = VitStage(model.vcg.vit, c.vcg.layers)
         head = HeadStage(merge_squeeze(model.vcg), model.tabs)
         plans += [
-            StagePlan(StageName.VIT, vit, {"image": ("N", 3, size, size)}, {"maps": ("N", *maps)}, _draw_images(c, ())),
-            StagePlan(StageName.VCG, head, {"maps": ("B", kinds, *maps)}, verdict, _draw_maps(c, model.vcg.vit)),
+            StagePlan(StageName.VIT, vit, {"image": ("N", 3, size, size)}, {"maps": ("N", *maps)}, _draw_images(c)),
+            StagePlan(StageName.VCG, head, {"maps": ("B", kinds, *maps)}, verdict, _draw_maps(c, vit)),
         ]
     if model.vda:
         shape: Shape = ("B", kinds, 3, size, size)
         head = HeadStage(fold_vda(model.vda), model.tabs)
-        plans.append(StagePlan(StageName.VDA, head, {"images": shape}, verdict, _draw_images(c, (kinds,))))
+        plans.append(StagePlan(StageName.VDA, head, {"images": shape}, verdict, _draw_images(c, kinds)))
     return plans
 
 
@@ -185,22 +182,18 @@ def _draw_unet(batch: int, size: tuple[int, int], generator: torch.Generator) ->
     return y, condition, level
 
 
-def _draw_images(
-    c: ModelConfig, inner: tuple[int, ...]
-) -> Callable[[int, tuple[int, int], torch.Generator], tuple[Tensor, ...]]:
+def _draw_images(c: ModelConfig, *inner: int) -> Draw:
     def draw(batch: int, _size: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, ...]:
         return (torch.rand(batch, *inner, 3, c.crop, c.crop, generator=generator) * 2 - 1,)
 
     return draw
 
 
-def _draw_maps(c: ModelConfig, vit: ViT) -> Callable[[int, tuple[int, int], torch.Generator], tuple[Tensor, ...]]:
-    layers = c.vcg.layers if c.vcg else ()
-
+def _draw_maps(c: ModelConfig, vit: "VitStage") -> Draw:
     @torch.no_grad()
     def draw(batch: int, _size: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, ...]:
         images = torch.rand(batch * len(c.kinds), 3, c.crop, c.crop, generator=generator) * 2 - 1
-        maps = vit(images, layers)  # real maps: their range is what the head must cope with
+        maps = vit(images)  # real maps: their range is what the head must cope with
         return (maps.reshape(batch, len(c.kinds), *maps.shape[1:]),)
 
     return draw

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -127,10 +127,15 @@ def build_engines(
         with locked(path) as ours:
             if not ours:
                 raise EngineError(f"another process is writing {path}; wait for it")
-            with _beside(path / FOLDER / job.key) as work:
+            work = path / FOLDER / f".{job.key}.partial"
+            shutil.rmtree(work, ignore_errors=True)  # of a killed build: we hold the lock
+            work.mkdir(parents=True)
+            try:
                 done = _build_stages(job, work, say)
                 build = _record(job, work, done)
                 _publish(directory, build, work)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
     except OSError as exc:
         raise ExportError(f"cannot write into {path}: {exc.strerror or exc}; no build was added") from exc
     return build, done
@@ -313,15 +318,3 @@ def _publish(directory: EngineDirectory, build: Build, work: Path) -> None:
     updated = dataclasses.replace(manifest, builds=(*others, build))
     with replacing(directory.path / MANIFEST) as stream:
         stream.write(updated.to_json().encode())
-
-
-@contextlib.contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """Yield an empty folder next to `target`, removed at the end unless it was moved away."""
-    work = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)  # of a killed build: we hold the lock
-    work.mkdir(parents=True)
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)

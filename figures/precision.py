@@ -302,7 +302,7 @@ def share_of_macs(directory: EngineDirectory, kept: Mapping[StageName, Collectio
     """Return which share of each stage's MACs, for one crop, is done by these nodes."""
     crop, shares = directory.manifest.crop.size, {}
     for stage in directory.manifest.stages:
-        shapes = one_image({spec.name: spec.shape for spec in stage.inputs}, crop)
+        shapes = one_image(stage.inputs, crop)
         model = onnx.load(directory.file(stage.file))
         macs = macs_by_node(model, shapes)
         heavy = {node.name for node in model.graph.node if node.op_type in {"Conv", "MatMul", "Gemm"}}

@@ -28,7 +28,7 @@ from .sides import (
     chosen_plan,
     default_limits,
     emulated_side,
-    open_sides,
+    engine_side,
     open_verified,
     plan_id,
     reference_side,
@@ -96,14 +96,15 @@ def verify(
         make_limits("fp32", changes, len(paths))
         _refuse_too_few(paths, changes)
         subjects = read_subjects(paths, read_manifest(given.engine), options)
-        if gpu is None:
-            reference, candidate = open_sides(given, settings)
-        else:
+        directory = open_verified(given.engine)
+        low = chosen_plan(given, directory) if gpu is None else None
+        reference = reference_side(given, directory, settings)
+        if gpu is not None:
             from .device import open_device_side
 
-            directory = open_verified(given.engine)
-            reference = reference_side(given, directory, settings)
             candidate = opened.enter_context(open_device_side(directory, gpu))
+        else:
+            candidate = emulated_side(directory, low, settings) if low else engine_side(directory, settings)
         name = limits_of or default_limits(reference.party, candidate.party)
         allowed = make_limits(name, changes, len(subjects))
         span = candidate.manifest.score.nominal_maximum - candidate.manifest.score.minimum
@@ -114,7 +115,7 @@ def verify(
             subjects,
             choices,
             goes_on=lambda image: not fail_fast or is_within(check_image(image, allowed, span)),
-            keep=store.add if store else lambda kept: None,
+            keep=store.add if store else None,
             say=say,
         )
         if store:
@@ -122,8 +123,6 @@ def verify(
         result = Verification(findings, judge(findings, allowed))
         if not bisect or result.within:
             return result
-        directory = open_verified(given.engine)
-        low = chosen_plan(given, directory)
         assert low is not None  # noqa: S101 — refused above
         search = Bisection(directory, low, reference, subjects, findings, allowed, choices, settings, trials, say)
         return Verification(findings, result.checks, search.culprits())

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
-from onnx import TensorProto, shape_inference
+from onnx import TensorProto
 
 from ..engine.manifest import EngineDirectory, StageName
 from ..errors import UsageError
-from ..export.precision import MOVES, Kept, PrecisionPlan, StagePrecision
+from ..export.precision import MOVES, Kept, PrecisionPlan, StagePrecision, element_types
 from ..runtime.executor import Call, StageRunner
 from ..runtime.host.onnx_stage import OnnxRuntime
 from .compare import Choices, Say, Subject, compare_sides
@@ -52,14 +52,12 @@ class Culprits:
 
 def node_groups(model: onnx.ModelProto, plan: StagePrecision) -> list[Group]:
     """Return the nodes that a plan computes in the low type, in groups and in the order of the graph."""
-    graph = shape_inference.infer_shapes(model, strict_mode=True).graph
-    values = [*graph.input, *graph.value_info, *graph.output]
-    floats = {v.name for v in values if v.type.tensor_type.elem_type == TensorProto.FLOAT}
-    floats |= {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
+    types = element_types(model) | {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    floats = {name for name, kind in types.items() if kind == TensorProto.FLOAT}
     kept = {entry.node for entry in plan.float32}
     groups: list[list[tuple[str, str]]] = []
     owner: dict[str, int] = {}  # value → the group that makes it
-    for node in graph.node:
+    for node in model.graph.node:
         makes = floats.intersection(node.output)
         if not makes or not floats.intersection(node.input) or node.name in kept:
             continue
@@ -247,16 +245,14 @@ class EmulatedStages:
         manifest = self._directory.manifest
         loaded = {name: self._stage(name, groups) for name in self.models}
         runner = Pipeline(manifest, loaded)
-        if StageName.UNET not in loaded or len(subject.plan.windows) > 1:
-            return runner.trace(subject.plane, subject.plan, seed), runner
         key = place, frozenset(group for group in groups if group.stage is StageName.UNET)
-        if (noise := self._loops.get(key)) is not None:
-            replayed = Pipeline(manifest, {**loaded, StageName.UNET: _Replay(noise)})
-            return replayed.trace(subject.plane, subject.plan, seed), runner
-        trace = runner.trace(subject.plane, subject.plan, seed)
-        while len(self._loops) >= _REMEMBERED:
-            del self._loops[next(iter(self._loops))]
-        self._loops[key] = trace.noise
+        noise = self._loops.get(key)
+        scored = runner if noise is None else Pipeline(manifest, {**loaded, StageName.UNET: _Replay(noise)})
+        trace = scored.trace(subject.plane, subject.plan, seed)
+        if noise is None and StageName.UNET in loaded and len(subject.plan.windows) == 1:
+            while len(self._loops) >= _REMEMBERED:
+                del self._loops[next(iter(self._loops))]
+            self._loops[key] = trace.noise
         return trace, runner
 
     def _stage(self, name: StageName, groups: Sequence[Group]) -> StageRunner:

@@ -12,7 +12,7 @@ the first image as `iqa-run` does: all on the device, with a CUDA graph and with
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,16 +49,6 @@ class Subject:
     plan: Plan
 
 
-@dataclass(frozen=True, eq=False)
-class Kept:
-    """All inputs and outputs of one image."""
-
-    subject: Subject
-    reference: Trace
-    candidate: Trace
-    answers: Answers | None
-
-
 def read_subjects(paths: Sequence[Path], manifest: Manifest, options: Options) -> list[Subject]:
     """Read all images. Raises UsageError for one that cannot be scored, and for a set that cannot show a difference."""
     subjects = []
@@ -85,12 +75,12 @@ def compare_sides(
     choices: Choices,
     *,
     goes_on: Callable[[ImageFigures], bool] = lambda figures: True,
-    keep: Callable[[Kept], None] = lambda kept: None,
+    keep: Callable[[Subject, Trace, Trace, Answers | None], None] | None = None,
     say: Say = lambda doing: None,
 ) -> Findings:
     """Run both sides over all images; end early at the first image for which `goes_on` is false.
 
-    `keep` is given all that was computed for an image.
+    `keep` is given all that was computed for an image: both traces, and the answers to the reference's inputs.
     """
     manifest, options = candidate.manifest, choices.options
     span = manifest.score.nominal_maximum - manifest.score.minimum
@@ -113,14 +103,17 @@ def compare_sides(
         if first is None:
             first = have
             loop = _invariance(candidate, ours, subject, first, options.seed, span, say)
-        keep(Kept(subject, want, have, answers))
+        if keep:
+            keep(subject, want, have, answers)
         images.append(image_figures(manifest, subject.name, want, have, answers, choices.quantile))
         ended = not goes_on(images[-1])
         if ended:
             break
         if number < SPREAD_IMAGES and options.seeds > 1:
             say(f"{place}: reference with other seeds")
-            scores = [images[-1].scores["score"][0], *_other_seeds(theirs, subject, options)]
+            seeds = range(options.seed + 1, options.seed + options.seeds)
+            others = [theirs.scores(subject.plane, subject.plan, seed) for seed in seeds]
+            scores = [images[-1].scores["score"][0], *(total_score(reference.manifest, *each) for each in others)]
             variances.append(statistics.variance(scores))
     if variances:
         spread = statistics.fmean(variances) ** 0.5
@@ -153,15 +146,10 @@ def _invariance(
     if candidate.whole is None:
         return found
     say("the first image, all on the GPU")
-    whole = candidate.whole(subject.plane, subject.plan, seed)
-    error = abs(whole.score - total_score(candidate.manifest, first.vcg, first.vda)) / span
+    score, same, note = candidate.whole(subject.plane, subject.plan, seed)
+    error = abs(score - total_score(candidate.manifest, first.vcg, first.vda)) / span
     device = error if math.isfinite(error) else BROKEN
-    return dataclasses.replace(found, graph=whole.graph_same, graph_note=whole.note, device=device)
-
-
-def _other_seeds(pipeline: Pipeline, subject: Subject, options: Options) -> Iterator[float]:
-    for seed in range(options.seed + 1, options.seed + options.seeds):
-        yield total_score(pipeline.manifest, *pipeline.scores(subject.plane, subject.plan, seed))
+    return dataclasses.replace(found, graph=same, graph_note=note, device=device)
 
 
 def _all(subjects: Sequence[Subject]) -> str:

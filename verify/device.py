@@ -23,7 +23,7 @@ from ..runtime.gpu.graphs import Form
 from ..runtime.gpu.layer import ITEM_BYTES, BoundStage, Layer, LoadedStage, choose_profile
 from ..runtime.plan import Plan
 from .figures import total_score
-from .sides import Party, Side, Whole, onnx_precision
+from .sides import Party, Side, onnx_precision
 from .trace import NotForShapesError, branch_scores
 
 _DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -95,16 +95,9 @@ class DeviceStage:
                 self._layer.free(address)
 
     def _bound_to(self, shapes: dict[str, tuple[int, ...]]) -> "_Bound":
-        if self._bound is None or self._bound.shapes != shapes:
-            self.close()
-            try:
-                self._bind(shapes)
-            except MemoryError as exc:
-                raise BackendError(f"{exc}; verify smaller images, or with --mode crop") from exc
-        assert self._bound is not None  # noqa: S101 — bound above
-        return self._bound
-
-    def _bind(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        if self._bound is not None and self._bound.shapes == shapes:
+            return self._bound
+        self.close()
         built = self._stage.built
         profile = choose_profile(built.profiles, shapes)
         if profile is None:
@@ -116,12 +109,16 @@ class DeviceStage:
         specs = (*built.inputs, *built.outputs)
         # Set first, so that `close` frees what was allocated even if the rest fails.
         bound = self._bound = _Bound(shapes, {spec.name: np.dtype(_DTYPES[spec.dtype]) for spec in specs})
-        for spec in specs:
-            needed = math.prod(spec.at(sizes)) * ITEM_BYTES[spec.dtype]
-            bound.addresses[spec.name] = self._allocated(bound, needed)
-        bound.stage = self._stage.bind(profile, shapes, bound.addresses)
-        if needed := bound.stage.activation_bytes:
-            bound.stage.use_activation(self._allocated(bound, needed), needed)
+        try:
+            for spec in specs:
+                needed = math.prod(spec.at(sizes)) * ITEM_BYTES[spec.dtype]
+                bound.addresses[spec.name] = self._allocated(bound, needed)
+            bound.stage = self._stage.bind(profile, shapes, bound.addresses)
+            if needed := bound.stage.activation_bytes:
+                bound.stage.use_activation(self._allocated(bound, needed), needed)
+        except MemoryError as exc:
+            raise BackendError(f"{exc}; verify smaller images, or with --mode crop") from exc
+        return bound
 
     def _allocated(self, bound: "_Bound", size: int) -> int:
         bound.owned.append(self._layer.allocate(size))
@@ -139,13 +136,15 @@ class _Bound:
     stage: BoundStage | None = None
 
 
-def score_whole(manifest: Manifest, executor: DeviceExecutor, image: FloatArray, plan: Plan, seed: int) -> Whole:
-    """Score an image as `iqa-run` does: without a graph, then captured, then replayed."""
+def score_whole(
+    manifest: Manifest, executor: DeviceExecutor, image: FloatArray, plan: Plan, seed: int
+) -> tuple[float, bool | None, str]:
+    """Score an image as `iqa-run` does: without a graph, then captured, then replayed. Returns what a `Whole` does."""
     first = executor.run(image, plan, seed, form=Form.NONE)
     captured, replayed = (executor.run(image, plan, seed, form=Form.LOOP) for _ in range(2))
     note = next((text for text in (*captured.notes, *replayed.notes) if "without a CUDA graph" in text), "")
     same = None if note else _equal(first, captured) and _equal(first, replayed)
-    return Whole(total_score(manifest, *branch_scores(first)), same, note)
+    return total_score(manifest, *branch_scores(first)), same, note
 
 
 def _equal(mine: Outcome, other: Outcome) -> bool:

@@ -83,8 +83,6 @@ class LimitCheck:
 def parse_limit(text: str) -> tuple[str, float | None]:
     """Read one `--limit`, such as `score=0.01` or `srcc=none`. Raises UsageError."""
     name, _, value = text.partition("=")
-    if name not in RULES:
-        raise _no_limit(name)
     try:
         return name, None if value == "none" else float(value)
     except ValueError:
@@ -108,15 +106,11 @@ def make_limits(precision: str, changes: Limits, images: int) -> dict[str, float
         limits["srcc"] = min(default, 1 - 12 * swaps / (images * (images**2 - 1)))
     for name, value in changes.items():
         if name not in RULES:
-            raise _no_limit(name)
+            raise UsageError(f"there is no limit {name!r}; there are {', '.join(RULES)}")
         if math.isnan(value or 0.0):
             raise UsageError(f"the limit {name} must be a number or none, not NaN")
         limits[name] = value
     return limits
-
-
-def _no_limit(name: str) -> UsageError:
-    return UsageError(f"there is no limit {name!r}; there are {', '.join(RULES)}")
 
 
 def check_image(figures: ImageFigures, limits: Limits, span: float) -> list[LimitCheck]:

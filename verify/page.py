@@ -25,9 +25,8 @@ def render(findings: Findings, checks: Sequence[LimitCheck]) -> str:
     now = datetime.datetime.now(datetime.UTC).isoformat(" ", "minutes").removesuffix("+00:00")
     count = f"{len(findings.images)} of {findings.asked} images"
     lead = f"{findings.model}, {count}. Written {now} UTC, diffiqa {__version__}."
-    above, below = (_warning, _parties), (_loop, _taps, _scores)
-    parts = [*(part(findings) for part in above), _verdict(checks), *(part(findings) for part in below)]
-    return page(title, lead, *parts, css=_STYLE)
+    above = _warning(findings), _parties(findings), _verdict(checks)
+    return page(title, lead, *above, _loop(findings), _taps(findings), _scores(findings), css=_STYLE)
 
 
 def _warning(findings: Findings) -> Html:
@@ -71,18 +70,16 @@ def _loop(findings: Findings) -> Html:
         return Html()
     high = f"{findings.quantile:.0%} quantile"
     errors = [
-        *([_worst("one step: largest", forced, lambda d: d.max)] if forced else []),
-        *([_worst(f"one step: {high}", forced, lambda d: d.quantile)] if forced else []),
-        *([_mean("one step: mean", forced, lambda d: d.mean)] if forced else []),
-        *([_mean("one step: median", forced, lambda d: d.median)] if forced else []),
+        _worst("one step: largest", forced, lambda d: d.max),
+        _worst(f"one step: {high}", forced, lambda d: d.quantile),
+        _mean("one step: mean", forced, lambda d: d.mean),
+        _mean("one step: median", forced, lambda d: d.median),
         _worst("whole run: largest", noise, lambda d: d.max),
         _mean("whole run: mean", noise, lambda d: d.mean),
     ]
-    cosines = [_worst("whole run", noise, lambda d: 1 - d.cosine)]
-    psnr = [_mean("whole run", noise, lambda d: d.psnr)]
-    if forced:
-        cosines.insert(0, _worst("one step", forced, lambda d: 1 - d.cosine))
-        psnr.insert(0, _mean("one step", forced, lambda d: d.psnr))
+    both = (("one step", forced), ("whole run", noise))
+    cosines = [_worst(what, runs, lambda d: 1 - d.cosine) for what, runs in both]
+    psnr = [_mean(what, runs, lambda d: d.psnr) for what, runs in both]
     states = [
         _worst("largest", state, lambda d: d.max),
         _worst(high, state, lambda d: d.quantile),
@@ -111,25 +108,13 @@ def _taps(findings: Findings) -> Html:
             groups.setdefault("ViT maps", []).append(figures.maps)
         for stage, answer in figures.heads.items():
             groups.setdefault(f"{stage}, given the reference’s inputs", []).append(answer)
-    rows = [
-        tag(
-            "tr",
-            tag("th", name, scope="row"),
-            *(
-                tag("td", number(value))
-                for value in (
-                    max(d.max for d in found),
-                    max(d.quantile for d in found),
-                    max(d.mean for d in found),
-                    max(d.median for d in found),
-                    min(d.cosine for d in found),
-                    min(d.psnr for d in found),
-                )
-            ),
-            tag("td", str(sum(d.not_finite for d in found))),
-        )
-        for name, found in groups.items()
-    ]
+    errors, likenesses = ("max", "quantile", "mean", "median"), ("cosine", "psnr")
+    rows = []
+    for name, found in groups.items():
+        worst = [max(getattr(each, part) for each in found) for part in errors]
+        worst += [min(getattr(each, part) for each in found) for part in likenesses]
+        cells = [*map(number, worst), str(sum(each.not_finite for each in found))]
+        rows.append(tag("tr", tag("th", name, scope="row"), *(tag("td", cell) for cell in cells)))
     titles = ("Tensor", "Largest", f"{findings.quantile:.0%}", "Mean", "Median", "Cosine", "PSNR, dB", "NaN, Inf")
     return _section("Taps and stages, worst image", _table(titles, rows)) if rows else Html()
 
@@ -177,6 +162,7 @@ def _chart(title: str, lines: Sequence[Series], *, on_powers: bool = True) -> Ht
     def drawable(value: float) -> bool:
         return math.isfinite(value) and (value > 0 or not on_powers)
 
+    lines = [line for line in lines if line.points]  # without points: not measured
     drawn = [line for line in lines if any(drawable(value) for _, value in line.points)]
     shown = [value for line in drawn for _, value in line.points if drawable(value)]
     if not shown:

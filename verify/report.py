@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..engine.atomic import replacing
+from ..engine.atomic import writing
 from ..engine.codec import encode
-from ..errors import OutputError
 from ..runtime.command.table import printable
 from .bisect import Culprits
 from .figures import Findings
@@ -31,11 +30,8 @@ def to_json(findings: Findings, checks: Sequence[LimitCheck]) -> str:
 
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all. Raises OutputError."""
-    try:
-        with replacing(path) as stream:
-            stream.write(text.encode("utf-8", "backslashreplace"))
-    except OSError as exc:
-        raise OutputError(f"cannot write {path}: {exc.strerror or exc}; choose another name") from exc
+    with writing(path, "; choose another name") as stream:
+        stream.write(text.encode("utf-8", "backslashreplace"))
 
 
 def show(findings: Findings, checks: Sequence[LimitCheck], stream: TextIO) -> None:

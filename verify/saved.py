@@ -4,27 +4,27 @@ verify.json     which engines were compared, the seed, the images, and the figur
 0001.npz …      one for each image: its pixels, both traces, and the candidate's answers to the reference's inputs
 """
 
-import contextlib
 import json
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from ..engine.atomic import replacing
+from ..engine.atomic import writing
 from ..engine.codec import decode, encode
 from ..engine.manifest import Manifest
 from ..errors import OutputError, UsageError, first_line
-from .compare import Kept
+from .compare import Subject
 from .figures import Findings, RunFigures, image_figures
 from .sides import Party
 from .trace import Answers, Trace
 
 SCHEMA = 1
 INDEX = "verify.json"
+_ADVICE = "; make room, or save elsewhere"
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,17 @@ class Store:
         except OSError as exc:
             raise OutputError(f"cannot write {folder}: {exc.strerror or exc}; choose another --save DIR") from exc
 
-    def add(self, kept: Kept) -> None:
+    def add(self, subject: Subject, reference: Trace, candidate: Trace, answers: Answers | None) -> None:
         """Write all that was computed for one image."""
         name = f"{len(self._images) + 1:04d}.npz"
-        parts = {"reference": kept.reference, "candidate": kept.candidate, "answers": kept.answers}
-        arrays: dict[str, Any] = {"image": kept.subject.plane}
+        parts = {"reference": reference, "candidate": candidate, "answers": answers}
+        arrays: dict[str, Any] = {"image": subject.plane}
         arrays |= {
             f"{part}.{f.name}": getattr(data, f.name) for part, data in parts.items() if data for f in fields(data)
         }
-        with _writing(self._folder / name) as stream:
+        with writing(self._folder / name, _ADVICE) as stream:
             np.savez(stream, **arrays)
-        self._images.append(_Entry(kept.subject.name, kept.subject.digest))
+        self._images.append(_Entry(subject.name, subject.digest))
 
     def finish(self, findings: Findings, manifest: Manifest) -> None:
         """Write the index. It comes last: a folder without one is unfinished."""
@@ -86,18 +86,8 @@ class Store:
             tuple(self._images),
             findings.loop,
         )
-        with _writing(self._folder / INDEX) as stream:
+        with writing(self._folder / INDEX, _ADVICE) as stream:
             stream.write(json.dumps(encode(index), indent=2, ensure_ascii=False).encode() + b"\n")
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[BinaryIO]:
-    """`replacing`, with an OutputError that says what to do."""
-    try:
-        with replacing(path) as stream:
-            yield stream
-    except OSError as exc:
-        raise OutputError(f"cannot write {path}: {exc.strerror or exc}; make room, or save elsewhere") from exc
 
 
 def read_saved(folder: Path, quantile: float | None = None) -> tuple[Findings, str]:

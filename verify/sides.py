@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..calibration.statistics import NAME as STATISTICS
 from ..engine.codec import encode
 from ..engine.manifest import EngineDirectory, Manifest, Precision, Source, Stage, StageName, open_engine, read_manifest
 from ..errors import EngineError, UsageError
-from ..export.precision import PrecisionPlan, StagePrecision, cast, in_8_bits, resolve_plan, rounded
+from ..export.precision import PrecisionPlan, StagePrecision, cast, in_8_bits, replace_nodes, resolve_plan, rounded
 from ..runtime.executor import Call, FloatArray, StageRunner
 from ..runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from ..runtime.host.stages import load_stages
@@ -40,13 +40,8 @@ class Party:
     cast: str = ""  # the precision that a plan or a build casts the rest to, if there is one
 
 
-@dataclass(frozen=True)
-class Whole:
-    """The score of an image, computed all on a GPU."""
-
-    score: float
-    graph_same: bool | None  # a CUDA graph gave the same bits; None: there was no graph
-    note: str = ""  # why there was no graph
+# Scores an image all on a GPU. Returns the score, whether a CUDA graph gave the same bits, and why there was no graph.
+Whole = Callable[[FloatArray, Plan, int], tuple[float, bool | None, str]]
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,7 @@ class Side:
     party: Party
     manifest: Manifest
     stages: Mapping[StageName, StageRunner]
-    whole: Callable[[FloatArray, Plan, int], Whole] | None = None  # scores all on a GPU
+    whole: Whole | None = None
 
 
 @dataclass(frozen=True)
@@ -81,21 +76,14 @@ def open_verified(path: Path) -> EngineDirectory:
     return open_engine(path)
 
 
-def open_sides(given: Given, settings: OnnxRuntime) -> tuple[Side, Side]:
-    """Return reference and candidate. Raises UsageError if they are not two forms of one model."""
-    directory = open_verified(given.engine)
-    plan = chosen_plan(given, directory)
-    reference = reference_side(given, directory, settings)
-    if plan is None:
-        return reference, _engine_side(directory, settings)
-    return reference, emulated_side(directory, plan, settings)
-
-
 def emulated_side(directory: EngineDirectory, plan: PrecisionPlan, settings: OnnxRuntime) -> Side:
     """Return an engine under a plan."""
     manifest = directory.manifest
     stages = {s.name: emulate(directory, s, plan.stage(s.name), plan.precision, settings) for s in manifest.stages}
-    return Side(plan_party(directory, plan), manifest, stages)
+    lowest = onnx_precision(directory)
+    form = f"in {plan.precision}" if lowest == "fp32" else f"in {lowest}, the rest in {plan.precision}"
+    party = Party(f"{directory.path} {form}, emulated", plan_id(manifest, plan), lowest, plan.precision)
+    return Side(party, manifest, stages)
 
 
 def chosen_plan(given: Given, directory: EngineDirectory) -> PrecisionPlan | None:
@@ -108,13 +96,6 @@ def chosen_plan(given: Given, directory: EngineDirectory) -> PrecisionPlan | Non
             )
         return None
     return resolve_plan(directory, given.precision, given.plan)
-
-
-def plan_party(directory: EngineDirectory, plan: PrecisionPlan) -> Party:
-    """Return the name and id of an engine under a plan."""
-    lowest = onnx_precision(directory)
-    form = f"in {plan.precision}" if lowest == "fp32" else f"in {lowest}, the rest in {plan.precision}"
-    return Party(f"{directory.path} {form}, emulated", plan_id(directory.manifest, plan), lowest, plan.precision)
 
 
 def plan_id(manifest: Manifest, plan: PrecisionPlan) -> str:
@@ -155,24 +136,23 @@ def emulated(model: onnx.ModelProto, plan: StagePrecision, precision: Precision)
             helper.make_node("Cast", [name], [f"{name}.low"], to=kind),
             helper.make_node("Cast", [f"{name}.low"], [f"{name}.stored"], to=TensorProto.FLOAT),
         ]
-    nodes = [*casts, *graph.node]
-    del graph.node[:]
-    graph.node.extend(nodes)
+    replace_nodes(graph, [*casts, *graph.node])
     return result
 
 
 def reference_side(given: Given, directory: EngineDirectory, settings: OnnxRuntime) -> Side:
-    """Return the reference."""
+    """Return the reference. Raises UsageError if it is not another form of the engine's model."""
     if given.against is None:
-        return _engine_side(directory, settings)
+        return engine_side(directory, settings)
     if given.against.is_file():
         return _checkpoint(given, given.against, directory.manifest)
     other = open_verified(given.against)
     _require_same_model(given, directory.manifest, other.manifest)
-    return _engine_side(other, settings)
+    return engine_side(other, settings)
 
 
-def _engine_side(directory: EngineDirectory, settings: OnnxRuntime) -> Side:
+def engine_side(directory: EngineDirectory, settings: OnnxRuntime) -> Side:
+    """Return an engine as it is."""
     precision = onnx_precision(directory)
     stages = load_stages(directory, dataclasses.replace(settings, as_written=precision == "fp8"))
     return Side(Party(str(directory.path), directory.manifest.engine_id, precision), directory.manifest, stages)
@@ -220,9 +200,7 @@ class _TorchStage:
 def _require_same_model(given: Given, mine: Manifest, other: Manifest) -> None:
     """Raise UsageError unless both engines should give the same scores."""
     alike = ("model", "schedule", "taps", "kinds", "alignment")
-    different = [
-        f.name for f in fields(Manifest) if f.name in alike and getattr(mine, f.name) != getattr(other, f.name)
-    ]
+    different = [name for name in alike if getattr(mine, name) != getattr(other, name)]
     if mine.crop.size != other.crop.size:
         different.append("crop size")
     if (mine.score.vcg_weight, mine.score.vda_weight) != (other.score.vcg_weight, other.score.vda_weight):

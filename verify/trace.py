@@ -94,12 +94,9 @@ class Pipeline:
             recorder.start(0)
         return branch_scores(self._executor.run(image, plan, seed))
 
+    @np.errstate(all="ignore")  # as in `trace`
     def answer(self, trace: Trace) -> Answers:
         """Run every stage on the inputs that a trace has for it."""
-        with np.errstate(all="ignore"):  # as in `trace`
-            return self._answer(trace)
-
-    def _answer(self, trace: Trace) -> Answers:
         noise = np.empty_like(trace.noise)
         if len(noise):
             denoiser = BoundDenoiser(self._stages[StageName.UNET], *noise.shape[2:])
