@@ -4,8 +4,9 @@
     >>> with diffiqa.load("engine/") as scorer:
     ...     result = scorer.score("photo.jpg")
 
-Every command is a function too: `diffiqa.export(...)` does what `iqa-export` does, and so on; those of `iqa-train` are
-in `diffiqa.training.api`.
+Every command is a function too: `diffiqa.export(...)` for `iqa-export`, `diffiqa.score(...)` for `iqa-run`, and so on.
+Those of `iqa-train` are in `diffiqa.training.api`; `iqa-export --precision int8` is
+`diffiqa.calibration.api.export_quantised`.
 """
 
 import importlib

@@ -1,8 +1,8 @@
 """Calibrate and quantise as functions: the commands of the same names parse, call one of these and print.
 
->>> from diffiqa.calibration.api import calibrate, quantise
->>> calibrate("engine/", "photos/").statistics.digest
->>> quantise("engine/", "engine-int8/").manifest.engine_id
+>>> import diffiqa
+>>> diffiqa.calibrate("engine/", "photos/").statistics.digest
+>>> diffiqa.quantise("engine/", "engine-int8/").manifest.engine_id
 """
 
 import contextlib
@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 from ..engine.atomic import check_folder_of, writing
 from ..engine.manifest import Manifest, StageName, open_engine, read_manifest
-from ..errors import UsageError
+from ..errors import UsageError, member
+from ..evaluation.charts import require_matplotlib
 from ..export.engine import check_target, export_engine
-from ..runtime.inputs import find_images
+from ..runtime.inputs import Images, find_images
 from .mixed import LIMIT, Trial, choose_stages
 from .pictures import draw
 from .quantise import QuantisedStage, Recipe, quantise_engine
@@ -27,8 +28,6 @@ from .statistics import fp16_plan as make_fp16_plan
 
 if TYPE_CHECKING:
     from ..model.checkpoint import Loaded
-
-Images = str | Path | Sequence[str | Path]  # files, folders and patterns
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,10 @@ def calibrate(
     for file in (fp16_plan, plot):
         if file:
             check_folder_of(Path(file))
+    if plot:
+        require_matplotlib()
     with contextlib.ExitStack() as while_running:
-        found = _find(images or while_running.enter_context(_made_up(engine, folder)))
+        found = find_images(images or while_running.enter_context(_made_up(engine, folder)))
         statistics, skipped = collect(engine, found, folder, seed=seed, crops=crops, say=say)
     if fp16_plan:
         plan = make_fp16_plan(open_engine(engine), statistics)
@@ -119,11 +120,11 @@ def quantise(
         raise UsageError("--precision mixed tries stages on images: give --calib, even with --statistics")
     if limit is not None and not mixed:
         raise UsageError(f"--drift chooses stages for --precision mixed; {precision} takes all")
-    recipe = Recipe.of(precision, target, method=Method(ranges), percentile=percentile)
+    recipe = Recipe.of(precision, target, method=member(Method, ranges), percentile=percentile)
     check_target(output, force=force)
     folder = Path(statistics) if statistics else engine / "calibration"
     skipped: tuple[Skipped, ...] = ()
-    found = _find(images)
+    found = find_images(images)
     if found:
         _, skipped = collect(engine, found, folder, say=say)
     trials: list[Trial] = []
@@ -155,10 +156,6 @@ def export_quantised(
         engine = Path(folder, "engine")
         export_engine(weights, engine, say=say)
         return quantise(engine, output, images=images, precision=precision, force=force, say=say)
-
-
-def _find(images: Images) -> list[Path]:
-    return find_images([str(images)] if isinstance(images, str | Path) else map(str, images))
 
 
 @contextlib.contextmanager

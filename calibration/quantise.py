@@ -32,7 +32,7 @@ from ..engine.manifest import (
     file_sha256,
     open_engine,
 )
-from ..errors import EngineError, ExportError, UsageError, first_line
+from ..errors import EngineError, ExportError, UsageError, first_line, member
 from ..export.compare import compare_with_original
 from ..export.engine import writing
 from ..export.precision import Kept, noise_embedding, replace_nodes
@@ -75,9 +75,9 @@ class Recipe:
     @staticmethod
     def of(number: str, target: str | None = None, **choices: Any) -> "Recipe":
         """Return the recipe for int8, fp8 or mixed. Without a `target`, its form is one that something can run."""
-        eight = Number.INT8 if number == "mixed" else Number(number)
+        eight = Number.INT8 if number == "mixed" else member(Number, number)
         default = Target.ONNXRUNTIME if eight is Number.INT8 else Target.TENSORRT
-        return Recipe(eight, Target(target) if target else default, **choices)
+        return Recipe(eight, member(Target, target) if target else default, **choices)
 
     def __post_init__(self) -> None:
         """Refuse what cannot run."""

@@ -99,7 +99,8 @@ def compete(
 
     As in the paper's Figs. 5 and 6. `output` is a folder for gmad.csv. Raises DatasetError.
 
-    print(diffiqa.evaluation.api.compete("ours.jsonl", "theirs.csv", levels=6))
+    from diffiqa.evaluation.api import compete
+    print(compete("ours.jsonl", "theirs.csv", levels=6))
     """
     first, second = Path(first), Path(second)
     a, b = read_scores(first), read_scores(second)

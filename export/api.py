@@ -1,8 +1,8 @@
 """Export, build and convert as functions: the commands of the same names parse, call one of these and print.
 
->>> from diffiqa.export.api import build, export
->>> export("models/mini/model.safetensors", "engine/").manifest.engine_id
->>> build("engine/", target="tensorrt-rtx", precision="fp16").build.key
+>>> import diffiqa
+>>> diffiqa.export("models/mini/model.safetensors", "engine/").manifest.engine_id
+>>> diffiqa.build("engine/", target="tensorrt-rtx", precision="fp16").build.key
 
 Imports stand inside functions: building needs no PyTorch, and runs where PyTorch is not installed.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.manifest import Build, Library, Manifest, Precision, StageName
-from ..errors import DiffiqaError, ExportError, OutputError, UsageError
+from ..errors import DiffiqaError, ExportError, OutputError, UsageError, member
 
 if TYPE_CHECKING:
     from ..model.checkpoint import Loaded
@@ -52,13 +52,14 @@ def export(
 
     `weights` is a file, or the result of `diffiqa.model.checkpoint.load`. `stages`: export only these, to look at them.
     `target` builds fp16 engines too: with this library, with none ("none"), or (None) with an installed one if there is
-    a GPU. `force` replaces an engine. Until everything is done, `output` stays as it is.
+    a GPU. `force` replaces an engine. Until all stages are done, `output` stays as
+    it is; a build that fails then leaves them there.
 
     Raises EngineError if `output` must not be replaced, ExportError if a stage or a build fails.
     """
     from .engine import check_target, export_engine
 
-    output, chosen = Path(output), tuple(StageName(name) for name in stages)
+    output, chosen = Path(output), tuple(member(StageName, name) for name in stages)
     check_target(output, force=force)
     library = _library(target, chosen)
     manifest, costs = export_engine(_loaded(weights), output, stages=chosen, force=force, say=say)
@@ -98,8 +99,8 @@ def build(
     if isinstance(plan, str | Path):
         plan = read_plan(Path(plan))
     options = BuildOptions(
-        Library(target) if target else usable_library() or Library.TENSORRT_RTX,
-        Precision(precision) if precision else plan.precision if plan else Precision.FP16,
+        member(Library, target) if target else usable_library() or Library.TENSORRT_RTX,
+        member(Precision, precision) if precision else plan.precision if plan else Precision.FP16,
         batches=tuple(batches),
         sizes=tuple(sizes),
         compute_capabilities=tuple(compute_capabilities),
@@ -138,7 +139,4 @@ def _library(target: Library | str | None, stages: tuple[StageName, ...]) -> Lib
         return None
     if stages:
         raise UsageError("engines are built of whole models; give --target or --stage, not both")
-    library = Library(target) if target else usable_library()
-    if library:
-        load_library(library)
-    return library
+    return load_library(member(Library, target)).library if target else usable_library()

@@ -17,7 +17,8 @@ def find_images(images: Images) -> list[Path]:
     it, because reading it fails.
     """
     found: dict[str, Path] = {}
-    for arg in map(os.fspath, [images] if isinstance(images, str | os.PathLike) else images):
+    names = [images] if isinstance(images, str | os.PathLike) else images
+    for arg in [os.fspath(name) for name in names]:
         meant = [image for path in _matches(arg) for image in _images_in(path)]
         for image in meant or [Path(arg)]:
             found.setdefault(os.path.realpath(image) if os.path.lexists(image) else str(image), image)

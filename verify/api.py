@@ -1,8 +1,8 @@
 """Verify an engine from Python: everything that `iqa-verify` does, as functions that return values.
 
-from diffiqa.verify.api import verify
+import diffiqa
 
-result = verify("engine/", ["photos/"], precision="fp16", limits={"score-mean": 0.005})
+result = diffiqa.verify("engine/", ["photos/"], precision="fp16", limits={"score-mean": 0.005})
 print(result.within, [check.name for check in result.checks if not check.within])
 """
 
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..engine.manifest import Precision, read_manifest
-from ..errors import UsageError
+from ..errors import UsageError, member
 from ..export.precision import PrecisionPlan
 from ..runtime.host.onnx_stage import OnnxRuntime
-from ..runtime.inputs import find_images
+from ..runtime.inputs import Images, find_images
 from ..runtime.results import Options
 from ..runtime.scorer import Scorer
 from .bisect import TRIALS, Bisection, Culprits
@@ -51,7 +51,7 @@ class Verification:
 
 def verify(
     engine: str | Path,
-    images: Sequence[str | Path],
+    images: Images,
     *,
     against: str | Path | None = None,
     precision: Precision | str | None = None,
@@ -92,10 +92,11 @@ def verify(
     choices = Choices(options, forced, quantile)
     with contextlib.ExitStack() as opened:
         # Loading networks takes long: bad images and limits are refused before.
-        paths = find_images(map(str, images))
+        paths = find_images(images)
         make_limits("fp32", changes, len(paths))
         _refuse_too_few(paths, changes)
         subjects = read_subjects(paths, read_manifest(given.engine), options)
+        store = Store(Path(save)) if save else None
         directory = open_verified(given.engine)
         low = chosen_plan(given, directory) if gpu is None else None
         reference = reference_side(given, directory, settings)
@@ -108,7 +109,6 @@ def verify(
         name = limits_of or default_limits(reference.party, candidate.party)
         allowed = make_limits(name, changes, len(subjects))
         span = candidate.manifest.score.nominal_maximum - candidate.manifest.score.minimum
-        store = Store(Path(save)) if save else None
         findings = compare_sides(
             reference,
             candidate,
@@ -184,10 +184,7 @@ def load_emulated(
 
 
 def _precision(name: Precision | str | None) -> Precision | None:
-    try:
-        return Precision(name) if name else None
-    except ValueError:
-        raise UsageError(f"there is no precision {name!r}; there are {', '.join(Precision)}") from None
+    return member(Precision, name) if name else None
 
 
 def _refuse_contradictions(given: Given, gpu: int | None, *, fail_fast: bool, bisect: bool) -> None:

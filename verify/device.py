@@ -140,8 +140,11 @@ def score_whole(
     manifest: Manifest, executor: DeviceExecutor, image: FloatArray, plan: Plan, seed: int
 ) -> tuple[float, bool | None, str]:
     """Score an image as `iqa-run` does: without a graph, then captured, then replayed. Returns what a `Whole` does."""
-    first = executor.run(image, plan, seed, form=Form.NONE)
-    captured, replayed = (executor.run(image, plan, seed, form=Form.LOOP) for _ in range(2))
+    try:
+        first = executor.run(image, plan, seed, form=Form.NONE)
+        captured, replayed = (executor.run(image, plan, seed, form=Form.LOOP) for _ in range(2))
+    except MemoryError as exc:
+        raise BackendError(f"not enough GPU memory for a whole score: {exc}") from exc
     note = next((text for text in (*captured.notes, *replayed.notes) if "without a CUDA graph" in text), "")
     same = None if note else _equal(first, captured) and _equal(first, replayed)
     return total_score(manifest, *branch_scores(first)), same, note

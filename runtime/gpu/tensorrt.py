@@ -1,5 +1,6 @@
 """TensorRT and TensorRT-RTX as one library: which is here, its messages, and every point in which the two differ."""
 
+import contextlib
 import ctypes
 import functools
 import importlib
@@ -157,10 +158,13 @@ def supported_capabilities(library: Library) -> tuple[str, ...]:
 
 
 def usable_library() -> Library | None:
-    """Return the library whose engines this machine can run, or None: no GPU, or none is installed."""
+    """Return the library whose engines this machine can run, or None: no GPU, or no library that loads."""
     if device_capability() is None:
         return None
-    return next(iter(installed_libraries()), None)
+    for library in installed_libraries():
+        with contextlib.suppress(BackendError):
+            return load_library(library).library
+    return None
 
 
 def installed_libraries() -> list[Library]:
