@@ -103,7 +103,8 @@ class RecordFile:
 
     def _read_back(self, holding: Path, settings: RunSettings) -> None:
         """Take over the scores of an earlier run, and leave only those in the journal."""
-        self._open()  # before reading: another run may still be writing
+        if holding == self._journal:
+            self._open()  # before reading: another run may still be writing
         records = read_records(holding, Format.JSONL if holding == self._journal else self._form)
         self._records = {record.image: record for record in records if record.status is Status.OK}
         if different := next(filter(None, map(settings.difference, self._records.values())), None):
