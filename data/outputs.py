@@ -1,13 +1,11 @@
 """Results of commands: files that appear whole or not at all, and rows as CSV."""
 
-import contextlib
 import csv
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
-from ..engine.atomic import replacing
+from ..engine.atomic import writing
 from ..errors import OutputError
 
 
@@ -17,16 +15,6 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise OutputError(f"cannot make the folder {path}: {exc.strerror or exc}") from exc
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[BinaryIO]:
-    """Yield a stream whose file appears whole or not at all. Raises OutputError."""
-    try:
-        with replacing(path) as stream:
-            yield stream
-    except OSError as exc:
-        raise OutputError(f"cannot write {path}: {exc.strerror or exc}") from exc
 
 
 def write_file(path: Path, data: bytes | str) -> None:

@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
+from ..engine.atomic import writing
 from ..errors import DatasetError, ImageError
 from ..runtime.images import read_image
-from .outputs import make_folder, writing
+from .outputs import make_folder
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3), RGB
 

@@ -12,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
+from ..engine.atomic import writing
 from ..errors import ConfigError, DatasetError, OutputError
 from .distortions import DISTORTIONS, LEVELS, distort
 from .draws import Purpose, generator
 from .fullref import METRICS, MS_SSIM_SIDE, fit_pseudo_scale, measure
-from .outputs import make_folder, to_csv, write_file, writing
+from .outputs import make_folder, to_csv, write_file
 from .pictures import Pictures, Pixels, detailed
 from .splits import Split
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data.extra import load_extra
-from ..data.outputs import writing
+from ..engine.atomic import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
 from ..data.draws import Purpose, generator
-from ..data.outputs import writing
 from ..data.pictures import Pictures, Pixels
 from ..engine.agreement import plcc, srcc
+from ..engine.atomic import writing
 from ..engine.codec import encode
 from ..engine.crops import Crop, crop_grid, padded_size
 from ..engine.manifest import StageName
