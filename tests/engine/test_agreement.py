@@ -41,3 +41,11 @@ def test_says_what_cannot_be_correlated(scores: list[float], labels: list[float]
     for figure in (srcc, plcc):
         with pytest.raises(DatasetError, match=message):
             figure(scores, labels)
+
+
+def test_rounding_takes_no_correlation_beyond_one() -> None:
+    rng = np.random.default_rng(4)
+    for _ in range(300):
+        values = rng.normal(size=7)
+        assert plcc(values, 3 * values + 1) <= 1
+        assert plcc(values, -3 * values) >= -1
