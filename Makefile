@@ -17,7 +17,7 @@ run: $(VENV)/ready
 
 test: $(VENV)/ready
 	@echo "== running the tests (a few minutes; 'make slow' adds the full-size ones)"
-	@$(BIN)/python -m pytest -q -n auto --dist loadfile
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
 # Full-size networks: about ten minutes, 8 GB of memory.
 slow: $(VENV)/ready
