@@ -30,5 +30,6 @@ def test_every_byte_comes_back() -> None:
 )
 def test_a_plane_is_rounded_to_the_nearest_byte_and_clipped(value: float, byte: int) -> None:
     pixels = to_pixels(np.full((3, 2, 4), value, np.float32))
-    assert (pixels.shape, pixels.dtype) == ((2, 4, 3), np.uint8)
+    assert pixels.shape == (2, 4, 3)
+    assert pixels.dtype == np.uint8
     assert (pixels == byte).all()
