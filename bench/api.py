@@ -1,14 +1,13 @@
 """`diffiqa.bench`: what `iqa-bench` does, as one function."""
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import DiffiqaError, UsageError
 from ..runtime.backends import Backend, OnnxRuntime, OpenVino
-from ..runtime.inputs import Images, find_images
+from ..runtime.inputs import Images, find_images, names_of
 from .contenders import peers_for
 from .results import Results
 from .run import Run
@@ -41,10 +40,10 @@ def bench(
         results = diffiqa.bench("engine/", backend=diffiqa.OnnxRuntime(threads=2), crops=[1, 9], rounds=5)
 
     Without `images` it makes seeded pictures: `count` of each of `sizes`, which are pairs of height and width. The
-    default is two pictures of 224×224. Every
-    combination of size, `crops`, `steps`, `workers` and `batches` is a case; empty `crops` and `steps` are the engine's
-    own. After the cases it scores `soak` images in a row. `peers` adds other ways to score the same images: True for
-    all of them, or their names. Those in PyTorch need `ckpt`, the weights that the engine was exported from.
+    default is two pictures of 224×224. Every combination of size, `crops`, `steps`, `workers` and `batches` is a case;
+    empty `crops` and `steps` are the engine's own. After the cases it scores `soak` images in a row. `peers` adds other
+    ways to score the same images: True for all of them, or their names. Those in PyTorch need `ckpt`, the weights that
+    the engine was exported from.
 
     `say` is told what is being done. `keep` receives the results once. If Ctrl-C or one of our errors ends the run
     after something was measured, `keep` receives that much before the exception goes on.
@@ -52,7 +51,7 @@ def bench(
     backend = backend or OnnxRuntime()
     if images and (sizes or count):
         raise UsageError("sizes and count are of generated images; leave them out, or the images")
-    names = [str(image) for image in ([images] if isinstance(images, str | os.PathLike) else images)]
+    names = names_of(images)
     ckpt = Path(ckpt) if ckpt else None
     if not all(names):
         raise UsageError("an image name is empty: an unset variable?")

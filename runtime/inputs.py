@@ -9,6 +9,11 @@ from .images import readable_suffixes
 Images = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]  # names, folders, patterns; one alone will do
 
 
+def names_of(images: Images) -> list[str]:
+    """Return names, folders and patterns as a list of texts; one alone is a list of one."""
+    return [os.fspath(name) for name in ([images] if isinstance(images, str | os.PathLike) else images)]
+
+
 def find_images(images: Images) -> list[Path]:
     """Return the files that names, folders and patterns stand for, each once, in the order given.
 
@@ -17,8 +22,7 @@ def find_images(images: Images) -> list[Path]:
     it, because reading it fails.
     """
     found: dict[str, Path] = {}
-    names = [images] if isinstance(images, str | os.PathLike) else images
-    for arg in [os.fspath(name) for name in names]:
+    for arg in names_of(images):
         meant = [image for path in _matches(arg) for image in _images_in(path)]
         for image in meant or [Path(arg)]:
             found.setdefault(os.path.realpath(image) if os.path.lexists(image) else str(image), image)

@@ -17,7 +17,7 @@ from pathlib import Path
 from ...errors import ImageError, OutputError, UsageError, member
 from ..backends import Backend
 from ..images import DEFAULT_MAX_PIXELS
-from ..inputs import Images, find_images
+from ..inputs import Images, find_images, names_of
 from ..report.intermediates import prepare_folder, save_intermediates
 from ..report.writer import ReportWriter
 from ..results import Options, Score
@@ -132,7 +132,7 @@ def score(
 
 def find_names(images: Images) -> list[str]:
     """Return the files that names, folders and patterns stand for. Raises UsageError if there is none."""
-    given = [os.fspath(name) for name in ([images] if isinstance(images, str | os.PathLike) else images)]
+    given = names_of(images)
     if not all(given):
         raise UsageError("an image name is empty: an unset variable?")
     names = [str(path) for path in find_images(given)]
