@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +35,13 @@ from .tiny import TINY, perturbed
 # A process that a shell started in the background ignores Ctrl-C, and so would the children that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the models are tiny: more threads would only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Undo what a test of iqa-bench sets: another number of threads gives a later test other last bits."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
