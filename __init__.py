@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     )
     from .evaluation.api import evaluate
     from .export.api import build, convert, export
-    from .runtime.backends import OnnxOnGpu, OnnxRuntime, OpenVino, TensorRt, best
+    from .runtime.backends import Inductor, InductorOnGpu, OnnxOnGpu, OnnxRuntime, OpenVino, TensorRt, best
     from .runtime.command.api import score
     from .runtime.results import CropScore, Failure, Mode, Options, Pictures, Score
     from .runtime.scorer import Info, Scorer, load
@@ -48,6 +48,8 @@ __all__ = [
     "ExportError",
     "Failure",
     "ImageError",
+    "Inductor",
+    "InductorOnGpu",
     "Info",
     "Mode",
     "OnnxOnGpu",
@@ -79,7 +81,9 @@ _HOMES = {
     **dict.fromkeys(["calibrate", "quantise"], "calibration.api"),
     **dict.fromkeys(["evaluate"], "evaluation.api"),
     **dict.fromkeys(["build", "convert", "export"], "export.api"),
-    **dict.fromkeys(["OnnxOnGpu", "OnnxRuntime", "OpenVino", "TensorRt", "best"], "runtime.backends"),
+    **dict.fromkeys(
+        ["Inductor", "InductorOnGpu", "OnnxOnGpu", "OnnxRuntime", "OpenVino", "TensorRt", "best"], "runtime.backends"
+    ),
     **dict.fromkeys(["score"], "runtime.command.api"),
     **dict.fromkeys(["CropScore", "Failure", "Mode", "Options", "Pictures", "Score"], "runtime.results"),
     **dict.fromkeys(["Info", "Scorer", "load"], "runtime.scorer"),

@@ -26,7 +26,6 @@ from ..runtime.executor import Call, StageRunner
 from ..runtime.gpu.onnx_stage import CUDA, prepare
 from ..runtime.gpu.tensorrt import load_library
 from ..runtime.host.onnx_stage import Provider, available_cpus
-from ..runtime.host.stages import load_stages
 from ..runtime.images import read_image
 from ..runtime.results import Mode, Options
 from ..runtime.scorer import Scorer, load
@@ -296,7 +295,8 @@ def _in_our_loop(manifest: Manifest, stages: Mapping[StageName, StageRunner]) ->
 
 def _on_host(ground: Ground, backend: HostBackend) -> tuple[Score, str]:
     directory = open_engine(ground.engine)
-    return _in_our_loop(directory.manifest, load_stages(directory, backend)), backend.name.partition(":")[0]
+    loaded = backend.load(directory)
+    return _in_our_loop(directory.manifest, loaded.stages), loaded.name.partition(":")[0]
 
 
 def _on_gpu(ground: Ground, backend: GpuBackend) -> tuple[Score, str]:

@@ -10,12 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine.manifest import EngineDirectory, Manifest, StageName
-from ..runtime.backends import Backend, GpuBackend, HostBackend, OnnxRuntime, TensorRt
+from ..runtime.backends import Backend, GpuBackend, HostBackend, InductorOnGpu, OnnxRuntime, TensorRt
 from ..runtime.executor import Executor, StageRunner
 from ..runtime.gpu.door import closed_if_it_fails
 from ..runtime.gpu.graphs import Form
 from ..runtime.gpu.tensorrt import gpu_capability, installed_libraries, load_library
-from ..runtime.host.stages import load_stages
 from ..runtime.results import Options
 from ..runtime.scorer import Scorer
 from .gpu import GpuWatch
@@ -40,14 +39,15 @@ class Sample:
 class HostRuntime:
     """Networks on the CPU."""
 
-    precision = "fp32"  # of the engine's files
     item_bytes = 4
     watch = None  # the energy of CPUs is for the system's administrator to read
 
     def __init__(self, directory: EngineDirectory, backend: HostBackend) -> None:
         spinning = isinstance(backend, OnnxRuntime) and backend.spinning
-        self.name = backend.name + (", idle threads wait busily" if spinning else "")
-        self._stages = load_stages(directory, backend)
+        loaded = backend.load(directory)
+        self.name = loaded.name + (", idle threads wait busily" if spinning else "")
+        self.precision = loaded.precision.value
+        self._stages = loaded.stages
 
     def case(self, manifest: Manifest, batch: int, clock: Clock) -> "HostCase":
         """Return a case on buffers of its own."""
@@ -96,7 +96,7 @@ class DeviceRuntime:
         self.opened = backend.load(directory)
         self.watch.opened()
         self.layer, self.name, self.precision = self.opened.layer, self.opened.name, self.opened.precision.value
-        self.form = self.opened.form if isinstance(backend, TensorRt) and backend.cuda_graph else Form.NONE
+        self.form = self.opened.form if backend.cuda_graph else Form.NONE
         with closed_if_it_fails(self.layer, directory):
             self._loaded = self.opened.stages(1)
 
@@ -225,6 +225,10 @@ def import_libraries(backend: Backend) -> None:
     if isinstance(backend, TensorRt):
         for library in installed_libraries():
             load_library(library)
+    elif isinstance(backend, InductorOnGpu):
+        from ..runtime.inductor import torch_on_gpu
+
+        torch_on_gpu(backend.device)
     else:
         _ = OnnxRuntime().name
 

@@ -3,12 +3,15 @@
     manifest.json                     everything below, and size and SHA-256 of every file
     onnx/{unet,vit,vcg,vda}.onnx      float32, portable, self-contained
     tensorrt/BUILD/STAGE.engine       optional: engines built from them for one library version, GPU and precision
-    tensorrt/BUILD/plan.json          which nodes stayed float32, and why
-    tensorrt/BUILD/build.log          the messages of parser and builder
+    onnxruntime/BUILD/STAGE.onnx      optional: the stages in another precision, for ONNX Runtime on a GPU
+    inductor/BUILD/STAGE.pt2          optional: machine code by PyTorch's compiler, for the machine that made it
+    …/BUILD/plan.json                 which nodes stayed float32, and why
+    …/BUILD/build.log                 the messages of parser and builder
     tensorrt/BUILD/timing.cache       the measurements of the builder, if the library keeps any
+    inductor/BUILD/seal               proves that this account made the build: see `seal.py`
 
-Nothing in it is pickled or executed. ONNX files and engines are loaded only if the manifest has their hash.
-`export/engine.py` writes the directory; `export/tensorrt.py` writes `builds` and `tensorrt/`.
+Nothing in it is pickled. Files are loaded only if the manifest has their hash. Machine code is loaded only if this
+account made it. `export/engine.py` writes the directory; `export/builds.py` writes `builds` and what lies below them.
 """
 
 import enum
@@ -93,10 +96,12 @@ class Stage:
 
 
 class Library(enum.StrEnum):
-    """The two libraries that build and run engines."""
+    """The libraries that a build can be for."""
 
     TENSORRT = "tensorrt"
     TENSORRT_RTX = "tensorrt-rtx"
+    INDUCTOR = "inductor"  # PyTorch's compiler
+    ONNXRUNTIME = "onnxruntime"
 
 
 class Precision(enum.StrEnum):
@@ -135,14 +140,14 @@ class BuiltStage:
 
 @dataclass(frozen=True)
 class Build:
-    """Engines of all stages for one library version, GPU and precision."""
+    """All stages for one library version, machine and precision."""
 
     key: str  # the name of its folder; it ends in a digest of everything that the engines depend on
     library: Library
     version: str
-    compute_capabilities: tuple[str, ...]  # such as "8.9"; empty: portable
+    compute_capabilities: tuple[str, ...]  # such as "8.9", or "cpu-" and a digest of a CPU's features; empty: portable
     precision: Precision
-    batches: tuple[str, ...]  # as given to iqa-build: messages say how to build again
+    batches: tuple[str, ...]  # as given to iqa-build: messages say how to build again; empty: any
     sizes: tuple[str, ...]
     stages: tuple[BuiltStage, ...]
     plan: FileEntry

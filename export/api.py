@@ -17,9 +17,9 @@ from ..errors import DiffiqaError, ExportError, OutputError, UsageError, member
 
 if TYPE_CHECKING:
     from ..model.checkpoint import Loaded
+    from .builds import StageBuild
     from .engine import StageCost
     from .precision import PrecisionPlan
-    from .tensorrt import StageBuild
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ def export(
     """Write the engine directory `output`: every stage as float32 ONNX, compared with PyTorch, with a manifest.
 
     `weights` is a file, or the result of `diffiqa.model.checkpoint.load`. `stages`: export only these, to look at them.
-    `target` builds fp16 engines too: with this library, with none ("none"), or (None) with an installed one if there is
-    a GPU. `force` replaces an engine. Until all stages are done, `output` stays as
-    it is; a build that fails then leaves them there.
+    `target` builds too: for this library, for none ("none"), or (None) for the one that this machine's GPU takes, if
+    there is a GPU. `force` replaces an engine. Until all stages are done, `output` stays as it is; a build that fails
+    then leaves them there.
 
     Raises EngineError if `output` must not be replaced, ExportError if a stage or a build fails.
     """
@@ -84,23 +84,22 @@ def build(
     force: bool = False,
     say: Callable[[str], None] = lambda _text: None,
 ) -> Built:
-    """Build TensorRT or TensorRT-RTX engines from the ONNX stages of an engine directory, and add them to it.
+    """Build the ONNX stages of an engine directory for a library, and add the build to it.
 
-    `target`: the library; None is tensorrt where it is installed and there is a GPU, else tensorrt-rtx. `precision`:
-    None is the plan's, else fp16. `plan`: a precision plan or its file, instead of the one made from the graphs.
-    `batches` ("1", "1:4:16") and `sizes` ("224x224") become optimization profiles. `force` builds again.
+    `target`: the library; None is the one for this machine's GPU, without a GPU tensorrt-rtx. `precision`: None is the
+    plan's, else fp16 (inductor on a CPU: fp32). `plan`: a precision plan or its file, instead of the one made from the
+    graphs. `batches` ("1", "1:4:16") and `sizes` ("224x224") become optimization profiles. `force` builds again.
 
     Raises BackendError if the library cannot build that here, ExportError with the builder's words if it fails.
     """
-    from ..runtime.gpu.tensorrt import usable_library
+    from .builds import BuildOptions, build_engines, default_target
     from .precision import read_plan
-    from .tensorrt import BuildOptions, build_engines
 
     if isinstance(plan, str | Path):
         plan = read_plan(Path(plan))
     options = BuildOptions(
-        member(Library, target) if target else usable_library() or Library.TENSORRT_RTX,
-        member(Precision, precision) if precision else plan.precision if plan else Precision.FP16,
+        member(Library, target) if target else default_target(),
+        member(Precision, precision) if precision else None,
         batches=tuple(batches),
         sizes=tuple(sizes),
         compute_capabilities=tuple(compute_capabilities),
@@ -133,10 +132,10 @@ def _loaded(weights: "Loaded | Path | str") -> "Loaded":
 
 def _library(target: Library | str | None, stages: tuple[StageName, ...]) -> Library | None:
     """Return the library to build with after the export. Refuses early what could not work at the end."""
-    from ..runtime.gpu.tensorrt import load_library, usable_library
+    from .builds import BuildOptions, make_maker, target_here
 
     if target == "none" or (stages and target is None):
         return None
     if stages:
         raise UsageError("engines are built of whole models; give --target or --stage, not both")
-    return load_library(member(Library, target)).library if target else usable_library()
+    return make_maker(BuildOptions(member(Library, target))).library if target else target_here()

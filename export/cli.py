@@ -69,12 +69,14 @@ def read_weights(console: "Console", **given: Any) -> "Loaded":
 @click.option(
     "--target",
     type=click.Choice(LIBRARIES),
-    help="The library. Default: tensorrt where it is installed and there is a GPU, else tensorrt-rtx.",
+    help="The library. Default: the fastest that is installed and takes this machine's GPU: tensorrt, tensorrt-rtx, "
+    "inductor, onnxruntime. Without a GPU: tensorrt-rtx.",
 )
 @click.option(
     "--precision",
     type=click.Choice([precision.value for precision in Precision]),
-    help="What most nodes compute in; the plan says which stay in float32. Default: the --plan's, else fp16.",
+    help="What most nodes compute in; the plan says which stay in float32. Default: the --plan's, else fp16; for "
+    "inductor on a CPU fp32.",
 )
 @click.option(
     "--plan",
@@ -87,7 +89,7 @@ def read_weights(console: "Console", **given: Any) -> "Loaded":
     "batches",
     metavar="N,…",
     default="",
-    help="Crops at a time: exactly N, which suits CUDA graphs, or MIN:OPT:MAX. Default: 1,8.",
+    help="Crops at a time: exactly N, which suits CUDA graphs, or MIN:OPT:MAX. Default: 1,8; on a CPU 1.",
 )
 @click.option(
     "--sizes",
@@ -100,21 +102,29 @@ def read_weights(console: "Console", **given: Any) -> "Loaded":
     "capabilities",
     metavar="X.Y,…",
     default="",
-    help="tensorrt-rtx: build for these GPUs, such as 8.9. Default: portable, for 8.0 and later.",
+    help="tensorrt-rtx: build for these GPUs, such as 8.9. Default: portable, for 8.0 and later. inductor: cpu builds "
+    "for the CPU of a machine that has a GPU.",
 )
 @click.option("--force", is_flag=True, help="Build again what is there already.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 def build(engine: Path, batches: str, sizes: str, capabilities: str, quiet: bool, **options: Any) -> None:
-    """Build TensorRT or TensorRT-RTX engines from the ONNX stages of an engine directory.
+    """Build the ONNX stages of an engine directory for a library that runs them faster.
 
-    TensorRT builds on the GPU that will run the engine. TensorRT-RTX needs no GPU to build. A plan casts every stage to
-    the precision. The cast stage is compared with its original on random inputs, and built. When all stages are
-    done, DIR/manifest.json records the build; if one fails, nothing is added. The ONNX stages stay as they are.
+    A plan casts every stage to the precision. The cast stage is compared with its original on random inputs, and built.
+    When all stages are done, DIR/manifest.json records the build; if one fails, nothing is added. The ONNX stages stay
+    as they are.
+
+    \b
+    tensorrt      for the GPU of this machine
+    tensorrt-rtx  for chosen or all later GPUs; needs no GPU to build
+    inductor      PyTorch's compiler, for the GPU of this machine, or its CPU
+    onnxruntime   fp16 or bf16 for ONNX Runtime on any GPU; takes all batches and sizes
 
     \b
     Examples:
       iqa-build --engine engine/                                           fp16, for this machine
       iqa-build --engine engine/ --target tensorrt-rtx --compute-capability 8.9
+      iqa-build --engine engine/ --target inductor --batch 1,8
       iqa-build --engine engine/ --batch 1,4,16 --sizes 512x384,224x224:512x512:1024x1024
 
     Exit codes: 0 built, or already there; 2 nothing was added.

@@ -67,19 +67,23 @@ def compare(
 def compare_with_original(
     directory: EngineDirectory,
     stage: Stage,
-    candidate: Path | bytes,
+    candidate: Path | bytes | Sequence[FloatArray],
     *,
     called: str,
     seed: int,
     allowed: float,
     advice: str,
     as_written: bool = False,
+    feed: Feed | None = None,
 ) -> tuple[Check, ...]:
-    """Compare another form of a stage with the engine's own. It may differ by `allowed` of the largest value."""
-    feed = draw_inputs(directory, stage, seed)
+    """Compare another form of a stage with the engine's own. It may differ by `allowed` of the largest value.
+
+    `candidate` is the other form, or what it has made of `feed`.
+    """
+    feed = feed or draw_inputs(directory, stage, seed)
     outputs = [spec.name for spec in stage.outputs]
     want = run_onnx(directory.file(stage.file), feed, as_written=as_written)
-    have = run_onnx(candidate, feed, as_written=as_written)
+    have = run_onnx(candidate, feed, as_written=as_written) if isinstance(candidate, Path | bytes) else candidate
 
     def tolerance(_output: str, largest: float) -> float:
         return allowed * max(largest, SMALLEST)

@@ -1,153 +1,69 @@
-"""ONNX stages → TensorRT or TensorRT-RTX engines inside the engine directory, recorded in its manifest.
-
-A build is written beside its place and then moved there. Replacing the manifest comes last: until then the engine
-directory is what it was. The ONNX stages never change.
-"""
+"""Builds stages with TensorRT or TensorRT-RTX."""
 
 import contextlib
 import dataclasses
-import hashlib
-import json
-import shutil
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from ..engine.atomic import locked, replacing, sync
-from ..engine.codec import encode
-from ..engine.manifest import (
-    MANIFEST,
-    Build,
-    BuiltStage,
-    EngineDirectory,
-    FileEntry,
-    Library,
-    Precision,
-    ShapeRange,
-    Stage,
-    StageName,
-    TensorSpec,
-    check_file,
-    file_sha256,
-    open_engine,
-    read_manifest,
-)
-from ..errors import BackendError, EngineError, ExportError, UsageError
+from ..engine.manifest import EngineDirectory, Library, Precision, Stage, TensorSpec
+from ..errors import BackendError, ExportError, UsageError
 from ..runtime.gpu.tensorrt import TensorRT, device_capability, load_library
-from .compare import compare_cast
-from .precision import PrecisionPlan, cast, resolve_plan
-from .profiles import BATCHES, default_sizes, stage_profiles
+from .maker import Made, Profiles
+from .profiles import BATCHES
 
-FOLDER = "tensorrt"
-KEY_SCHEMA = 1  # of what a build's key is a digest of
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 
-Profiles = tuple[dict[str, ShapeRange], ...]
 
+class TensorRtMaker:
+    """TensorRT or TensorRT-RTX. Raises BackendError if it is missing or cannot build for what is asked."""
 
-@dataclass(frozen=True)
-class BuildOptions:
-    """What to build. Empty batches and sizes: the defaults for the engine. No compute capability: portable."""
-
-    library: Library
+    suffix, folder, machine_code = ".engine", "tensorrt", False
     precision: Precision = Precision.FP16
-    batches: tuple[str, ...] = ()
-    sizes: tuple[str, ...] = ()
-    compute_capabilities: tuple[str, ...] = ()
-    plan: PrecisionPlan | None = None  # instead of the one made from the graphs
+    batches: tuple[str, ...] = BATCHES
+
+    def __init__(self, library: Library, compute_capabilities: tuple[str, ...]) -> None:
+        self._tool = load_library(library)
+        self.library, self.version = library, self._tool.version
+        self.capabilities = _capabilities(self._tool, compute_capabilities)
+        self._log_start = 0
+        self._builder: _Builder | None = None
+
+    @contextlib.contextmanager
+    def building(self, _directory: EngineDirectory, known_timings: bytes) -> Iterator[None]:
+        """Start the library's builder."""
+        self._log_start = self._tool.log.count
+        self._builder = _Builder(self._tool, self.capabilities, known_timings)
+        yield
+
+    def make(
+        self, stage: Stage, typed: onnx.ModelProto, dtypes: dict[str, str], profiles: Profiles, file: Path
+    ) -> Made:
+        """Write a serialised engine."""
+        assert self._builder is not None  # noqa: S101 — `building` came first
+        self._tool.log.add("INFO", f"diffiqa: stage {stage.name}")
+        engine, inputs, outputs = self._builder.build(stage, typed.SerializeToString(), profiles, dtypes)
+        file.write_bytes(engine)
+        return Made(inputs, outputs)
+
+    def log(self) -> str:
+        """Return the messages of parser and builder."""
+        return self._tool.log.text(self._log_start)
+
+    def timings(self) -> bytes | None:
+        """Return the builder's timing cache, where the library has one."""
+        return self._builder.timings if self._builder and self._tool.traits.timing_cache else None
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Everything that decides what a build contains."""
-
-    directory: EngineDirectory
-    library: TensorRT
-    options: BuildOptions
-    plan: PrecisionPlan
-    profiles: dict[StageName, Profiles]
-
-    @cached_property
-    def key(self) -> str:
-        """The build's folder name: library, version, target, precision, and a digest of all that engines depend on."""
-        library, options = self.library, self.options
-        identity = {
-            "schema": KEY_SCHEMA,
-            "library": library.library,
-            "version": library.version,
-            "compute_capabilities": options.compute_capabilities,
-            "plan": self.plan,  # which has the hashes of the ONNX stages
-            "profiles": self.profiles,
-        }
-        digest = hashlib.sha256(json.dumps(encode(identity), sort_keys=True).encode()).hexdigest()[:12]
-        target = "+".join(f"sm{name.replace('.', '')}" for name in options.compute_capabilities) or "portable"
-        return f"{library.library}-{library.version}-{target}-{options.precision}-{digest}"
-
-    def entry(self, work: Path, name: str) -> FileEntry:
-        """Return the manifest's entry for a file in `work`, under the path it will have."""
-        file = work / name
-        sync(file)
-        return FileEntry(f"{FOLDER}/{self.key}/{name}", file.stat().st_size, file_sha256(file))
-
-
-@dataclass(frozen=True)
-class StageBuild:
-    """A finished stage and how long it took."""
-
-    stage: BuiltStage
-    cast_seconds: float  # with the comparison
-    build_seconds: float
-
-
-def build_engines(
-    path: Path, options: BuildOptions, *, force: bool = False, say: Callable[[str], None] = lambda _text: None
-) -> tuple[Build, list[StageBuild]]:
-    """Build every stage of the engine directory `path`, or return the same build with no stages if it is there.
-
-    Raises EngineError if the directory is damaged or in use, BackendError if the library is missing or cannot build
-    for what is asked, UsageError for options that do not fit, ExportError with the builder's own words if it fails.
-    """
-    library = load_library(options.library)
-    options = dataclasses.replace(options, compute_capabilities=_capabilities(library, options))
-    directory = open_engine(path)
-    options = dataclasses.replace(
-        options, batches=options.batches or BATCHES, sizes=options.sizes or default_sizes(directory.manifest)
-    )
-    stages = directory.manifest.stages
-    profiles = {s.name: stage_profiles(directory.manifest, s, options.batches, options.sizes) for s in stages}
-    job = _Job(directory, library, options, resolve_plan(directory, options.precision, options.plan), profiles)
-    if not force and (build := _existing(job)):
-        return build, []
-    try:
-        with locked(path) as ours:
-            if not ours:
-                raise EngineError(f"another process is writing {path}; wait for it")
-            work = path / FOLDER / f".{job.key}.partial"
-            shutil.rmtree(work, ignore_errors=True)  # of a killed build: we hold the lock
-            work.mkdir(parents=True)
-            try:
-                done = _build_stages(job, work, say)
-                build = _record(job, work, done)
-                _publish(directory, build, work)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-    except OSError as exc:
-        raise ExportError(f"cannot write into {path}: {exc.strerror or exc}; no build was added") from exc
-    return build, done
-
-
-def _capabilities(library: TensorRT, options: BuildOptions) -> tuple[str, ...]:
+def _capabilities(library: TensorRT, asked: tuple[str, ...]) -> tuple[str, ...]:
     """Return the compute capabilities to build for; none: portable. Raises if this machine or library cannot."""
     if library.traits.ahead_of_time:
-        for name in options.compute_capabilities:
+        for name in asked:
             library.capability(name)
-        return tuple(sorted(set(options.compute_capabilities)))
-    if options.compute_capabilities:
+        return tuple(sorted(set(asked)))
+    if asked:
         raise UsageError(f"{library.library} builds for the GPU it runs on; leave --compute-capability out")
     capability = device_capability()
     if capability is None:
@@ -156,51 +72,6 @@ def _capabilities(library: TensorRT, options: BuildOptions) -> tuple[str, ...]:
             f"use --target {Library.TENSORRT_RTX}"
         )
     return (capability,)
-
-
-def _existing(job: _Job) -> Build | None:
-    """Return the same build if the engine directory holds it undamaged."""
-    for build in job.directory.manifest.builds:
-        if build.key == job.key:
-            with contextlib.suppress(EngineError):
-                for entry in build.files:
-                    check_file(job.directory.path, entry)
-                return build
-    return None
-
-
-def _build_stages(job: _Job, work: Path, say: Callable[[str], None]) -> list[StageBuild]:
-    """Write engines, plan, log and timing cache into `work`. A failed build leaves its log in the engine directory."""
-    options, log = job.options, job.library.log
-    start_of_log = log.count
-    failed = work.parent / "failed.log"
-    builder = _Builder(job.library, options.compute_capabilities, _known_timings(job))
-    done = []
-    for stage in job.directory.manifest.stages:
-        start = time.perf_counter()
-        say(f"{stage.name}: casting to {options.precision}")
-        plan, profiles = job.plan.stage(stage.name), job.profiles[stage.name]
-        typed = cast(onnx.load(job.directory.file(stage.file)), plan, options.precision)
-        low = options.precision is not Precision.FP32
-        checks = compare_cast(job.directory, stage, typed, options.precision) if low else ()
-        middle = time.perf_counter()
-        say(f"{stage.name}: building with {options.library}")
-        log.add("INFO", f"diffiqa: stage {stage.name}")
-        try:
-            engine, inputs, outputs = builder.build(stage, typed.SerializeToString(), profiles, plan.tensors)
-        except ExportError as exc:
-            failed.write_text(log.text(start_of_log), encoding="utf-8")
-            raise ExportError(f"{exc}; the whole log is in {failed}") from exc
-        (work / f"{stage.name}.engine").write_bytes(engine)
-        file = job.entry(work, f"{stage.name}.engine")
-        built = BuiltStage(stage.name, stage.file.sha256, file, inputs, outputs, profiles, checks)
-        done.append(StageBuild(built, middle - start, time.perf_counter() - middle))
-    (work / "plan.json").write_text(job.plan.to_json(), encoding="utf-8")
-    (work / "build.log").write_text(log.text(start_of_log), encoding="utf-8")
-    if job.library.traits.timing_cache:
-        (work / "timing.cache").write_bytes(builder.timings)
-    failed.unlink(missing_ok=True)
-    return done
 
 
 class _Builder:
@@ -274,47 +145,3 @@ def _signature(stage: Stage, planned: tuple[TensorSpec, ...], tensors: list[Any]
         raise ExportError(f"stage {stage.name}: the network has tensors {found}, the stage {expected}")
     dtypes = {tensor.name: _DTYPES.get(tensor.dtype.name, tensor.dtype.name) for tensor in tensors}
     return tuple(dataclasses.replace(spec, dtype=dtypes[spec.name]) for spec in planned)
-
-
-def _known_timings(job: _Job) -> bytes:
-    """Return what an earlier build of this library and GPU measured, or nothing."""
-    for build in reversed(job.directory.manifest.builds):
-        same = (build.library, build.version) == (job.library.library, job.library.version)
-        if same and build.compute_capabilities == job.options.compute_capabilities and build.timing_cache:
-            with contextlib.suppress(EngineError):
-                check_file(job.directory.path, build.timing_cache)
-                return (job.directory.path / build.timing_cache.path).read_bytes()
-    return b""
-
-
-def _record(job: _Job, work: Path, done: list[StageBuild]) -> Build:
-    options = job.options
-    return Build(
-        key=job.key,
-        library=options.library,
-        version=job.library.version,
-        compute_capabilities=options.compute_capabilities,
-        precision=options.precision,
-        batches=options.batches,
-        sizes=options.sizes,
-        stages=tuple(stage.stage for stage in done),
-        plan=job.entry(work, "plan.json"),
-        log=job.entry(work, "build.log"),
-        timing_cache=job.entry(work, "timing.cache") if job.library.traits.timing_cache else None,
-    )
-
-
-def _publish(directory: EngineDirectory, build: Build, work: Path) -> None:
-    """Move a finished build to its place, then name it in the manifest."""
-    manifest = read_manifest(directory.path)  # again: other builds may have come since, or another export
-    if manifest.stages != directory.manifest.stages:
-        raise EngineError(f"{directory.path} was exported anew meanwhile; run iqa-build again")
-    others = tuple(other for other in manifest.builds if other.key != build.key)
-    target = directory.path / FOLDER / build.key
-    sync(work)
-    shutil.rmtree(target, ignore_errors=True)  # damaged, unfinished, or to be made again
-    work.rename(target)
-    sync(target.parent)
-    updated = dataclasses.replace(manifest, builds=(*others, build))
-    with replacing(directory.path / MANIFEST) as stream:
-        stream.write(updated.to_json().encode())

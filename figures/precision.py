@@ -43,9 +43,9 @@ from diffiqa.data.splits import Split
 from diffiqa.engine.agreement import plcc, srcc
 from diffiqa.engine.manifest import EngineDirectory, Library, Precision, StageName, open_engine
 from diffiqa.errors import DiffiqaError
+from diffiqa.export.builds import BuildOptions, build_engines
 from diffiqa.export.engine import export_engine, one_image
 from diffiqa.export.macs import macs_by_node
-from diffiqa.export.tensorrt import BuildOptions, build_engines
 from diffiqa.model.checkpoint import load as load_checkpoint
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from diffiqa.runtime.host.openvino_stage import OpenVino, OpenVinoStage

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..engine.manifest import EngineDirectory
 from ..errors import UsageError
 from .executor import Opened
+from .host.inductor_stage import Inductor
 from .host.onnx_stage import OnnxRuntime, Provider
 from .host.openvino_stage import OpenVino
 
@@ -26,6 +27,8 @@ __all__ = [
     "Backend",
     "GpuBackend",
     "HostBackend",
+    "Inductor",
+    "InductorOnGpu",
     "OnnxOnGpu",
     "OnnxRuntime",
     "OpenVino",
@@ -64,11 +67,39 @@ class TensorRt:
 
 
 @dataclass(frozen=True)
-class OnnxOnGpu:
-    """ONNX Runtime on a GPU: the float32 stages as they were exported, bound to the addresses of our images."""
+class InductorOnGpu:
+    """PyTorch's compiler on a GPU: the newest build in the engine directory that was made on this machine."""
 
     device: int = 0
     batch: int = 1  # images of one size, or seeds of one image, that are restored at a time
+    cuda_graph: bool = True  # False: every kernel is launched by itself; scores are the same, it takes more CPU time
+
+    key: ClassVar[str] = "inductor-gpu"
+    title: ClassVar[str] = "PyTorch Inductor on a GPU"
+    on_gpu: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Refuse what is no number of images or GPU."""
+        _check_gpu(self.device, self.batch)
+
+    def load(self, directory: EngineDirectory) -> "OnGpu":
+        """Load the build; an executor then owns it."""
+        from .gpu.door import open_inductor
+
+        return open_inductor(directory, self.device)
+
+    def open(self, directory: EngineDirectory) -> Opened:
+        """Load an engine, ready to carry out plans."""
+        return self.load(directory).ready(directory, cuda_graph=self.cuda_graph, batch=self.batch)
+
+
+@dataclass(frozen=True)
+class OnnxOnGpu:
+    """ONNX Runtime on a GPU: the newest build for it in the engine directory, else the float32 stages as exported."""
+
+    device: int = 0
+    batch: int = 1  # images of one size, or seeds of one image, that are restored at a time
+    cuda_graph: bool = True  # of a build: ONNX Runtime captures each step in a graph of its own
     providers: Sequence[Provider] = ("CUDAExecutionProvider",)
     session_config: Mapping[str, str] = field(default_factory=dict)  # any entry ONNX Runtime documents
 
@@ -84,20 +115,22 @@ class OnnxOnGpu:
         """Load the stages; an executor then owns them."""
         from .gpu.door import open_onnxruntime
 
-        return open_onnxruntime(directory, self.device, self.providers, self.session_config)
+        return open_onnxruntime(directory, self.device, self.providers, self.session_config, cuda_graph=self.cuda_graph)
 
     def open(self, directory: EngineDirectory) -> Opened:
         """Load an engine, ready to carry out plans."""
         return self.load(directory).ready(directory, cuda_graph=False, batch=self.batch)
 
 
-GpuBackend = TensorRt | OnnxOnGpu
-HostBackend = OnnxRuntime | OpenVino
+GpuBackend = TensorRt | InductorOnGpu | OnnxOnGpu
+HostBackend = OnnxRuntime | OpenVino | Inductor
 Backend = GpuBackend | HostBackend
 
-# By their names in commands. `auto` tries them in this order, except OpenVINO: installing a package must not change
-# scores.
-BACKENDS: dict[str, type[Backend]] = {kind.key: kind for kind in (TensorRt, OnnxOnGpu, OnnxRuntime, OpenVino)}
+# By their names in commands. `auto` tries them in this order, up to ONNX Runtime on the CPU. Users ask for the others
+# by name: installing a package must not change scores.
+BACKENDS: dict[str, type[Backend]] = {
+    kind.key: kind for kind in (TensorRt, InductorOnGpu, OnnxOnGpu, OnnxRuntime, OpenVino, Inductor)
+}
 
 # The option behind each field that a command can set.
 OPTIONS = {
@@ -112,8 +145,8 @@ OPTIONS = {
 
 
 def best(*, device: int = 0, batch: int = 1, cuda_graph: bool = True) -> tuple[Backend, ...]:
-    """Return what `auto` tries: TensorRT and ONNX Runtime on the GPU; for a batch of 1, then the CPU."""
-    on_gpu = TensorRt(device, batch, cuda_graph), OnnxOnGpu(device, batch)
+    """Return what `auto` tries: a GPU's backends, the fastest first; for a batch of 1, then the CPU."""
+    on_gpu = tuple(kind(device, batch, cuda_graph) for kind in (TensorRt, InductorOnGpu, OnnxOnGpu))
     return on_gpu if batch > 1 else (*on_gpu, OnnxRuntime())
 
 

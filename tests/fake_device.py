@@ -23,7 +23,8 @@ from diffiqa.engine.manifest import BuiltStage, EngineDirectory, FileEntry, Mani
 from diffiqa.errors import BackendError
 from diffiqa.export.profiles import stage_profiles
 from diffiqa.kernels.launch import SOURCE, Launch
-from diffiqa.runtime.gpu.layer import Array, Bytes, DeviceMemoryError, LoadedStage, Shapes, choose_profile
+from diffiqa.runtime.builds import choose_profile
+from diffiqa.runtime.gpu.layer import Array, Bytes, DeviceMemoryError, LoadedStage, Shapes
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 
 from .kernels.devices import Host

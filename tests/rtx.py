@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from diffiqa.engine.manifest import Build, Library, StageName, read_manifest
-from diffiqa.export.tensorrt import BuildOptions
+from diffiqa.export.builds import BuildOptions
 
 RTX = Library.TENSORRT_RTX
 SMALL = BuildOptions(RTX, batches=("1", "1:2:4"), sizes=("32x32", "32x32:64x64:96x96"))

@@ -16,11 +16,12 @@ import numpy as np
 
 from ..engine.manifest import EngineDirectory, Manifest
 from ..errors import BackendError
+from ..runtime.builds import choose_profile
 from ..runtime.executor import Call, FloatArray, Outcome
 from ..runtime.gpu.door import open_tensorrt
 from ..runtime.gpu.executor import DeviceExecutor
 from ..runtime.gpu.graphs import Form
-from ..runtime.gpu.layer import ITEM_BYTES, BoundStage, Layer, LoadedStage, choose_profile
+from ..runtime.gpu.layer import ITEM_BYTES, BoundStage, Layer, LoadedStage
 from ..runtime.plan import Plan
 from .figures import total_score
 from .sides import Party, Side, onnx_precision

@@ -93,10 +93,11 @@ def provider(text: str) -> str | tuple[str, dict[str, str]]:
 )
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "tensorrt", "onnxruntime-gpu", "onnxruntime", "openvino"]),
+    type=click.Choice(["auto", "tensorrt", "inductor-gpu", "onnxruntime-gpu", "onnxruntime", "openvino", "inductor"]),
     default="auto",
-    help="What runs the networks. auto takes the first that works here: TensorRT with a build for this GPU, ONNX "
-    "Runtime on the GPU, ONNX Runtime on the CPU. It never takes OpenVINO: installing it must not change a score.",
+    help="What runs the networks. auto takes the first that works here: on a GPU TensorRT, then PyTorch's compiler, if "
+    "iqa-build has made a build that fits, then ONNX Runtime; else ONNX Runtime on the CPU. It never takes openvino or "
+    "inductor: installing a package must not change a score.",
 )
 @click.option(
     "--cpu-precision",

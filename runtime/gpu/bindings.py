@@ -14,8 +14,9 @@ from ...engine.manifest import Manifest, StageName, TensorSpec
 from ...engine.schedule import Kind
 from ...errors import EngineError
 from ...kernels.launch import PROGRESS, STEP, WINDOW, SamplerBuffers, Storage, step_table
+from ..builds import choose_profile
 from .graphs import Graphs, Work
-from .layer import ITEM_BYTES, BoundStage, Layer, LoadedStage, Shapes, choose_profile
+from .layer import ITEM_BYTES, BoundStage, Layer, LoadedStage, Shapes
 from .memory import Pool
 
 HEADS = (StageName.VIT, StageName.VCG, StageName.VDA)  # in the order they run

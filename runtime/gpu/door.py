@@ -2,14 +2,14 @@
 
 import contextlib
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...engine.manifest import Build, EngineDirectory, Library, Precision
 from ...errors import BackendError
+from ..builds import Machine, newest_build, open_build, rebuild_command
 from ..executor import Opened
 from ..host.onnx_stage import OnnxRuntime, Provider
-from .builds import newest_build, rebuild_command
 from .graphs import Form
 from .tensorrt import TensorRT, gpu_capability, installed_libraries, load_library
 
@@ -59,20 +59,44 @@ def open_tensorrt(directory: EngineDirectory, ordinal: int) -> OnGpu:
     # Without any library, the message names the one that the newest build is for.
     missed = directory.manifest.builds[-1].library if directory.manifest.builds else Library.TENSORRT
     libraries = _loaded(installed_libraries() or [missed])
-    versions = {name: library.version for name, library in libraries.items()}
-    build = newest_build(directory, versions, capability)
-
-    def rebuild(size: str, batch: int) -> str:
-        batches = (*build.batches, str(batch)) if batch > 1 else build.batches
-        sizes = (*build.sizes, size)
-        more = replace(build, batches=tuple(dict.fromkeys(batches)), sizes=tuple(dict.fromkeys(sizes)))
-        return rebuild_command(directory.path, more)
-
+    machines = [
+        Machine(name, library.version, capability, tuple(library.capabilities)) for name, library in libraries.items()
+    ]
+    build = newest_build(directory, machines)
     layer = CudaLayer(ordinal)
     with closed_if_it_fails(layer, directory):
         engines = load_engines(layer, libraries[build.library], directory, build)
     name = f"{build.library} {build.version} {build.precision}: {layer.name}"
+    rebuild = _rebuild(directory, build)
     return OnGpu(layer, lambda _batch: engines, name, build.precision, Form.LOOP, build=build, rebuild=rebuild)
+
+
+def _rebuild(directory: EngineDirectory, build: Build) -> Callable[[str, int], str]:
+    """Return what gives the command for the same build with a size and a batch more."""
+
+    def command(size: str, batch: int) -> str:
+        batches = (str(batch),) if batch > 1 else ()
+        return rebuild_command(directory.path, build, more_batches=batches, more_sizes=(size,))
+
+    return command
+
+
+def open_inductor(directory: EngineDirectory, ordinal: int) -> OnGpu:
+    """Load the build of PyTorch's compiler that fits a GPU onto it. Raises BackendError or EngineError."""
+    from ..inductor import fitting_build, packages, torch_on_gpu
+
+    capability = gpu_capability(ordinal)
+    torch_on_gpu(ordinal)
+    build = fitting_build(directory, capability)
+    from .cuda import CudaLayer
+    from .inductor_stage import on_stream
+
+    layer = CudaLayer(ordinal)
+    with closed_if_it_fails(layer, directory):
+        stages = on_stream(layer, ordinal, build, packages(directory, build, ordinal))
+    name = f"inductor {build.version} {build.precision}: {layer.name}"
+    rebuild = _rebuild(directory, build)
+    return OnGpu(layer, lambda _batch: stages, name, build.precision, Form.LOOP, build=build, rebuild=rebuild)
 
 
 def _loaded(names: Sequence[Library]) -> dict[Library, TensorRT]:
@@ -89,19 +113,36 @@ def _loaded(names: Sequence[Library]) -> dict[Library, TensorRT]:
 
 
 def open_onnxruntime(
-    directory: EngineDirectory, ordinal: int, providers: Sequence[Provider], session_config: Mapping[str, str]
+    directory: EngineDirectory,
+    ordinal: int,
+    providers: Sequence[Provider],
+    session_config: Mapping[str, str],
+    *,
+    cuda_graph: bool = True,
 ) -> OnGpu:
-    """Load the ONNX stages onto a GPU. Raises BackendError or EngineError with the way out."""
-    gpu_capability(ordinal)
+    """Load onto a GPU the newest build for ONNX Runtime, or the float32 stages where there is none.
+
+    Raises BackendError or EngineError with the way out.
+    """
+    capability = gpu_capability(ordinal)
+    from ..host.onnx_stage import version
     from ..host.stages import load_stages
     from .cuda import CudaLayer
-    from .onnx_stage import gpu_settings, on_device, prepare
+    from .onnx_stage import build_on_device, gpu_settings, on_device, prepare
 
     asked = OnnxRuntime(providers=providers, session_config=session_config)
     prepare(asked)
+    build = None
+    if any(made.library is Library.ONNXRUNTIME for made in directory.manifest.builds):
+        build = open_build(directory, Machine(Library.ONNXRUNTIME, None, capability))
     layer = CudaLayer(ordinal)
     with closed_if_it_fails(layer, directory):
         settings = gpu_settings(asked, ordinal, layer.stream)
+        if build:
+            made = build_on_device(layer.name, ordinal, directory, build, settings, cuda_graph=cuda_graph)
+            name = f"onnxruntime {version()} {build.precision}: {', '.join(settings.provider_names)} on {layer.name}"
+            # ONNX Runtime captures a step in a graph of its own; ours cannot hold it.
+            return OnGpu(layer, made, name, build.precision, Form.NONE, build=build)
         sessions = load_stages(directory, settings)
 
     def stages(batch: int) -> "Mapping[StageName, LoadedStage]":

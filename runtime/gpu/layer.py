@@ -4,14 +4,13 @@
 Runtime for engines. `cuda.py` has the real one.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ...engine.manifest import BuiltStage, ShapeRange
+from ...engine.manifest import BuiltStage
 from ...kernels.launch import Launch
 
 Array = npt.NDArray[Any]
@@ -132,23 +131,3 @@ class Layer(Protocol):
 
     def close(self) -> None:
         """Free the device's stream and all memory; never raises."""
-
-
-def choose_profile(profiles: tuple[dict[str, ShapeRange], ...], shapes: Shapes) -> int | None:
-    """Return the profile that takes these input shapes and spans least, so a static one if there is one; or None."""
-
-    def takes(profile: Mapping[str, ShapeRange]) -> bool:
-        return all(
-            len(shape) == len(profile[name].minimum)
-            and all(
-                low <= n <= high
-                for low, n, high in zip(profile[name].minimum, shape, profile[name].maximum, strict=True)
-            )
-            for name, shape in shapes.items()
-        )
-
-    def largest(index: int) -> int:
-        return sum(math.prod(span.maximum) for span in profiles[index].values())
-
-    fitting = [index for index, profile in enumerate(profiles) if takes(profile)]
-    return min(fitting, key=largest, default=None)

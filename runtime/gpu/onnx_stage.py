@@ -2,17 +2,25 @@
 
 For machines with a GPU and without a TensorRT build that fits. All around the networks is as with engines; the scratch
 memory of the sessions is ONNX Runtime's own, and we do not count it. This file has not run on a GPU yet.
+
+The float32 stages as exported take any size. A stage of a build has a session for each size: all that depends on sizes
+alone is gone from it, so ONNX Runtime can capture its run in a graph of its own.
 """
 
 import contextlib
+import importlib.util
 import io
-from collections.abc import Mapping
+import itertools
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...engine.manifest import BuiltStage, Manifest, ShapeRange, Stage, StageName
+from ...engine.manifest import Build, BuiltStage, EngineDirectory, Manifest, ShapeRange, Stage, StageName
 from ...errors import BackendError, UsageError, first_line
 from ..executor import StageRunner
 from ..host.onnx_stage import OnnxRuntime, OnnxStage, Provider, providers_here
@@ -32,6 +40,7 @@ OURS = {
 }
 BATCH = 8  # crops that go through a network at once: as many as iqa-build takes unless told otherwise
 LARGEST = 65_536  # of an image's sides: what is too large for the memory says so itself
+SESSIONS = 4  # of one stage of a build, for the sizes used last; each holds weights
 
 _DEFAULTS = {
     CUDA: {
@@ -43,8 +52,14 @@ _DEFAULTS = {
 # Nodes that need a GPU. The small rest (shapes, mostly) ONNX Runtime keeps on the CPU by design.
 _HEAVY = {"Attention", "Conv", "ConvInteger", "Einsum", "Gemm", "MatMul", "MatMulInteger", "QLinearConv", "Softmax"}
 
+# As ONNX Runtime's bindings take them: NumPy's types, or, as NumPy has no bfloat16, ONNX's number.
+_ELEMENTS = {"float32": np.float32, "float16": np.float16, "bfloat16": 16}
+
 # How arena, driver and cuDNN say that memory is missing: onnxruntime has no exception of its own for it.
 _NO_MEMORY = ("allocate memory", "available memory", "out of memory", "alloc_failed")
+
+
+_log = logging.getLogger(__name__)
 
 
 class OnnxDeviceStage:
@@ -66,11 +81,41 @@ class OnnxDeviceStage:
 
     def bind(self, profile: int, shapes: Shapes, addresses: Mapping[str, int]) -> "_Binding":
         """Return a binding of its own to these addresses."""
-        return _Binding(self, shapes, addresses)
+        assert self.loaded is not None  # noqa: S101 — closed by the executor that binds
+        return _Binding(self.built, self.loaded.session, self.place, shapes, addresses)
 
     def close(self) -> None:
         """Let go of the session; the bindings free it with its last reference."""
         self.loaded = None
+
+
+class OnnxBuildStage:
+    """A stage of a build: `load` makes its session for one size of every free dimension."""
+
+    open_ended = True
+    _graph_ids = itertools.count(1)  # ONNX Runtime's names for graphs; 0 is the one that it takes unasked
+
+    def __init__(
+        self, built: BuiltStage, load: Callable[[Mapping[str, int]], OnnxStage], place: tuple[str, int], *, graph: bool
+    ) -> None:
+        self.built, self._load, self._place, self._graph = built, load, place, graph
+        self._loaded: OrderedDict[tuple[tuple[str, int], ...], OnnxStage] = OrderedDict()
+
+    def bind(self, profile: int, shapes: Shapes, addresses: Mapping[str, int]) -> "_Binding":
+        """Return a binding to these addresses, with a graph of its own."""
+        sizes = self.built.sizes(shapes)
+        key = tuple(sorted(sizes.items()))
+        if key not in self._loaded:
+            self._loaded[key] = self._load(sizes)
+            while len(self._loaded) > SESSIONS:
+                self._loaded.popitem(last=False)
+        self._loaded.move_to_end(key)
+        graph_id = next(self._graph_ids) if self._graph else None
+        return _Binding(self.built, self._loaded[key].session, self._place, shapes, addresses, graph_id)
+
+    def close(self) -> None:
+        """Let go of the sessions; the bindings free them with their last references."""
+        self._loaded.clear()
 
 
 class _Binding:
@@ -78,15 +123,23 @@ class _Binding:
 
     activation_bytes = 0  # ONNX Runtime allocates its own
 
-    def __init__(self, stage: OnnxDeviceStage, shapes: Shapes, addresses: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        built: BuiltStage,
+        session: Any,
+        place: tuple[str, int],
+        shapes: Shapes,
+        addresses: Mapping[str, int],
+        graph_id: int | None = None,
+    ) -> None:
         import onnxruntime
 
-        built = stage.built
-        assert stage.loaded is not None  # noqa: S101 — closed by the executor that binds
-        self._name, self._session = built.name, stage.loaded.session
+        self._name, self._session = built.name, session
         self._options = onnxruntime.RunOptions()
         # The stream keeps the order, and the executor waits before it reads.
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        if graph_id is not None:
+            self._options.add_run_config_entry("gpu_graph_id", str(graph_id))
         sizes = built.sizes(shapes)
         try:
             self._binding: Any = self._session.io_binding()
@@ -95,7 +148,7 @@ class _Binding:
                 (self._binding.bind_output, built.outputs),
             ):
                 for spec in specs:
-                    bind(spec.name, *stage.place, np.dtype(spec.dtype).type, spec.at(sizes), addresses[spec.name])
+                    bind(spec.name, *place, _ELEMENTS[spec.dtype], spec.at(sizes), addresses[spec.name])
         except Exception as exc:  # onnxruntime's exceptions share no base class
             raise _failure(f"onnxruntime cannot bind the {self._name} stage to {dict(shapes)}", exc) from exc
 
@@ -146,10 +199,20 @@ def prepare(settings: OnnxRuntime | None) -> None:
         )
     import onnxruntime
 
-    # CUDA's libraries where pip installs them: since 1.21 onnxruntime looks there only when it is told to.
+    # CUDA's libraries where pip installs them: since 1.21 onnxruntime looks there only when it is told to, and only
+    # beside itself. NVIDIA's wheels may lie in another folder of the path, such as that of a base environment.
     if preload := getattr(onnxruntime, "preload_dlls", None):
         with contextlib.redirect_stdout(io.StringIO()):  # it prints, and stdout is for results
             preload()
+            for folder in nvidia_folders(Path(onnxruntime.__file__).parent.parent):
+                preload(directory=str(folder))
+
+
+def nvidia_folders(but_in: Path) -> list[Path]:
+    """Return the folders of libraries in NVIDIA's wheels on the path, but for those in one folder of packages."""
+    spec = importlib.util.find_spec("nvidia")
+    places = [Path(place) for place in (spec.submodule_search_locations if spec else None) or ()]
+    return sorted(folder for place in places if place.parent != but_in for folder in place.glob("*/lib"))
 
 
 def on_device(
@@ -160,13 +223,61 @@ def on_device(
     for stage in manifest.stages:
         session = loaded[stage.name]
         assert isinstance(session, OnnxStage)  # noqa: S101 — set up by `gpu_settings`
-        if heavy := stranded(session):
-            raise BackendError(
-                f"onnxruntime would run nodes of the {stage.name} stage on the CPU, not on {device}: "
-                f"{', '.join(heavy[:3])}{', …' if len(heavy) > 3 else ''}; use the backend onnxruntime for this engine"
-            )
+        _refuse_stranded(session, stage.name, device, "use the backend onnxruntime for this engine")
         stages[stage.name] = OnnxDeviceStage(session, stage, manifest, (DEVICE, ordinal), together)
     return stages
+
+
+def build_on_device(
+    device: str, ordinal: int, directory: EngineDirectory, build: Build, settings: OnnxRuntime, *, cuda_graph: bool
+) -> Callable[[int], dict[StageName, LoadedStage]]:
+    """Return what makes the stages of a build for so many images at a time."""
+    manifest = directory.manifest
+
+    def stage_of(made: BuiltStage, stage: Stage, together: int) -> LoadedStage:
+        path = directory.path / made.file.path
+
+        def load(sizes: Mapping[str, int], *, graph: bool = cuda_graph) -> OnnxStage:
+            chosen = _with_options(settings, {"prefer_nhwc": "1", "enable_cuda_graph": "1" if graph else "0"})
+            try:
+                session = OnnxStage(path, chosen, sizes=sizes)
+            except BackendError as exc:
+                if not graph or "graph" not in str(exc).lower():
+                    raise
+                # It refuses a graph if a node is left to the CPU.
+                _log.warning("%s: runs without a CUDA graph: %s", made.name, exc)
+                return load(sizes, graph=False)
+            _refuse_stranded(session, made.name, device, f"build it with another --precision than {build.precision}")
+            return session
+
+        profiled = replace(made, profiles=_profiles(stage, manifest, together))
+        return OnnxBuildStage(profiled, load, (DEVICE, ordinal), graph=cuda_graph)
+
+    def stages(together: int) -> dict[StageName, LoadedStage]:
+        return {
+            made.name: stage_of(made, stage, together)
+            for made, stage in zip(build.stages, manifest.stages, strict=True)
+        }
+
+    return stages
+
+
+def _with_options(settings: OnnxRuntime, options: Mapping[str, str]) -> OnnxRuntime:
+    """Return settings whose CUDA provider has these options, where the user has not set them."""
+    providers = [
+        (name, {**options, **given}) if name == CUDA else (name, given)
+        for name, given in (p if isinstance(p, tuple) else (p, {}) for p in settings.providers)
+    ]
+    return replace(settings, providers=providers)
+
+
+def _refuse_stranded(session: OnnxStage, name: StageName, device: str, remedy: str) -> None:
+    """Raise BackendError if a session would run much of a stage on the CPU."""
+    if heavy := stranded(session):
+        raise BackendError(
+            f"onnxruntime would run nodes of the {name} stage on the CPU, not on {device}: "
+            f"{', '.join(heavy[:3])}{', …' if len(heavy) > 3 else ''}; {remedy}"
+        )
 
 
 def stranded(loaded: OnnxStage) -> list[str]:

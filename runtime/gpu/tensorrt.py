@@ -149,27 +149,19 @@ def load_library(library: Library) -> TensorRT:
     return TensorRT(library, api, str(api.__version__))
 
 
-def supported_capabilities(library: Library) -> tuple[str, ...]:
-    """Return the compute capabilities that a library has kernels for; none if it is not here or does not say."""
-    try:
-        return tuple(load_library(library).capabilities)
-    except BackendError:
-        return ()
-
-
-def usable_library() -> Library | None:
-    """Return the library whose engines this machine can run, or None: no GPU, or no library that loads."""
-    if device_capability() is None:
-        return None
-    for library in installed_libraries():
+def usable_library(capability: str) -> Library | None:
+    """Return the library that loads here and has kernels for a GPU, TensorRT first; None if there is none."""
+    for name in installed_libraries():
         with contextlib.suppress(BackendError):
-            return load_library(library).library
+            library = load_library(name)
+            if not library.capabilities or capability in library.capabilities:
+                return name
     return None
 
 
 def installed_libraries() -> list[Library]:
     """Return the libraries that are installed, TensorRT first; `load_library` finds out whether they load."""
-    return [library for library in Library if importlib.util.find_spec(TRAITS[library].module)]
+    return [library for library, traits in TRAITS.items() if importlib.util.find_spec(traits.module)]
 
 
 def device_capability() -> str | None:

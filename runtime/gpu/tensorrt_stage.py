@@ -5,7 +5,7 @@ from typing import Any
 
 from ...engine.manifest import Build, BuiltStage, EngineDirectory, StageName, TensorSpec
 from ...errors import BackendError, EngineError
-from .builds import rebuild_command
+from ..builds import rebuild_command
 from .cuda import CudaLayer
 from .layer import ITEM_BYTES, DeviceMemoryError, LoadedStage, Shapes
 from .runtime_cache import RuntimeCache, cache_of

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ...engine.manifest import EngineDirectory, StageName
 from ...errors import BackendError, UsageError, first_line
 from ..executor import Call, Opened
-from .stages import open_on_host
+from .stages import OnHost, load_files
 
 FloatArray = npt.NDArray[np.float32]
 Provider = str | tuple[str, dict[str, Any]]
@@ -50,17 +50,26 @@ class OnnxRuntime:
         """What records call it. Raises BackendError where it is not installed."""
         return f"onnxruntime {version()}: {', '.join(self.provider_names)}"
 
-    def load(self, path: Path, _stage: StageName) -> "OnnxStage":
+    def load_stage(self, path: Path, _stage: StageName) -> "OnnxStage":
         """Load one stage; ONNX Runtime computes as the engine's files say."""
         return OnnxStage(path, self)
 
+    def load(self, directory: EngineDirectory) -> OnHost:
+        """Load the stages; an executor then owns them."""
+        return load_files(directory, self)
+
     def open(self, directory: EngineDirectory) -> Opened:
         """Load an engine, ready to carry out plans."""
-        return open_on_host(directory, self)
+        return self.load(directory).ready(directory)
 
 
-def make_session(model: Path | bytes, settings: OnnxRuntime, name: str = "") -> Any:
-    """Return a session of a file or of a model in memory. Messages call it `name`, or by its path."""
+def make_session(
+    model: Path | bytes, settings: OnnxRuntime, name: str = "", *, sizes: Mapping[str, int] | None = None
+) -> Any:
+    """Return a session of a file or of a model in memory. Messages call it `name`, or by its path.
+
+    `sizes` fixes free dimensions: all that depends on sizes alone is then computed when the session is made.
+    """
     ort = _onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = settings.threads or available_cpus()
@@ -77,6 +86,8 @@ def make_session(model: Path | bytes, settings: OnnxRuntime, name: str = "") -> 
     # more time.
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.spinning else "0")
+    for dimension, size in (sizes or {}).items():
+        options.add_free_dimension_override_by_name(dimension, size)
     available = ort.get_available_providers()
     if missing := set(settings.provider_names) - set(available):
         raise BackendError(f"this onnxruntime has no {', '.join(sorted(missing))}; it has {', '.join(available)}")
@@ -97,8 +108,8 @@ def make_session(model: Path | bytes, settings: OnnxRuntime, name: str = "") -> 
 class OnnxStage:
     """One loaded ONNX file. Several threads may use `bind` and its calls: they share the session, but no buffers."""
 
-    def __init__(self, path: Path, settings: OnnxRuntime) -> None:
-        self.session = make_session(path, settings)
+    def __init__(self, path: Path, settings: OnnxRuntime, *, sizes: Mapping[str, int] | None = None) -> None:
+        self.session = make_session(path, settings, sizes=sizes)
         self._path = path
 
     def signature(self) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:

@@ -16,7 +16,7 @@ from ...engine.manifest import EngineDirectory, StageName
 from ...errors import BackendError, UsageError
 from ..executor import Call, Opened
 from .onnx_stage import available_cpus
-from .stages import open_on_host
+from .stages import OnHost, load_files
 
 FloatArray = npt.NDArray[np.float32]
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}  # and OpenVINO's word for each
@@ -53,7 +53,7 @@ class OpenVino:
         version = str(_openvino().__version__).partition("-")[0]
         return f"openvino {version}: CPU, {'fp32' if self.precision == 'fp32' else f'U-Net in {self.precision}'}"
 
-    def load(self, path: Path, stage: StageName) -> "OpenVinoStage":
+    def load_stage(self, path: Path, stage: StageName) -> "OpenVinoStage":
         """Load one stage: the U-Net in the precision asked for, the heads in float32.
 
         The U-Net takes nearly all the time. Heads in bf16 would change scores much more than the U-Net does, and save
@@ -61,9 +61,13 @@ class OpenVino:
         """
         return OpenVinoStage(path, self if stage is StageName.UNET else replace(self, precision="fp32"))
 
+    def load(self, directory: EngineDirectory) -> OnHost:
+        """Load the stages; an executor then owns them."""
+        return load_files(directory, self)
+
     def open(self, directory: EngineDirectory) -> Opened:
         """Load an engine, ready to carry out plans."""
-        return open_on_host(directory, self)
+        return self.load(directory).ready(directory)
 
 
 class OpenVinoStage:

@@ -1,10 +1,11 @@
 """Loads the stages of an engine on the host. It refuses a file that differs from its manifest."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ...engine.manifest import EngineDirectory, Manifest, StageName
+from ...engine.manifest import EngineDirectory, Manifest, Precision, StageName
 from ...errors import EngineError
 from ..executor import Opened, StageRunner
 from .executor import HostExecutor
@@ -20,20 +21,33 @@ class HostStage(StageRunner, Protocol):
 
 
 class StageLoader(Protocol):
-    """A backend that loads stages on the host: `OnnxRuntime` or `OpenVino`."""
+    """A backend that runs the ONNX files themselves: `OnnxRuntime` or `OpenVino`."""
 
     @property
     def name(self) -> str:
         """Its name in records. Raises BackendError if this machine does not have it."""
 
-    def load(self, path: Path, stage: StageName) -> HostStage:
+    def load_stage(self, path: Path, stage: StageName) -> HostStage:
         """Load one stage."""
 
 
-def open_on_host(directory: EngineDirectory, backend: StageLoader) -> Opened:
-    """Load an engine on the host, ready to carry out plans."""
+@dataclass(frozen=True)
+class OnHost:
+    """An engine on the host, for an executor to take over."""
+
+    stages: Mapping[StageName, StageRunner]
+    name: str  # what records call it
+    precision: Precision = Precision.FP32  # of the files
+
+    def ready(self, directory: EngineDirectory) -> Opened:
+        """Return it as `load` takes it."""
+        return Opened(HostExecutor(directory.manifest, self.stages), self.name)
+
+
+def load_files(directory: EngineDirectory, backend: StageLoader) -> OnHost:
+    """Load the ONNX files of an engine with a backend that runs them."""
     name = backend.name
-    return Opened(HostExecutor(directory.manifest, load_stages(directory, backend)), name)
+    return OnHost(load_stages(directory, backend), name)
 
 
 def load_stages(directory: EngineDirectory, backend: StageLoader) -> dict[StageName, StageRunner]:
@@ -43,7 +57,7 @@ def load_stages(directory: EngineDirectory, backend: StageLoader) -> dict[StageN
     for stage in directory.manifest.stages:
         path = directory.file(stage.file)
         listed = tuple({spec.name: list(spec.shape) for spec in specs} for specs in (stage.inputs, stage.outputs))
-        loaded = backend.load(path, stage.name)
+        loaded = backend.load_stage(path, stage.name)
         if not all(map(_agree, loaded.signature(), listed)) or listed[0] != wanted[stage.name]:
             raise EngineError(
                 f"{path} is not the {stage.name} stage that the manifest describes; export the engine again"

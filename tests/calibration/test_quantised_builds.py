@@ -10,9 +10,9 @@ from diffiqa.calibration.quantise import Number, Recipe, Target, quantise_engine
 from diffiqa.calibration.statistics import Statistics, collect
 from diffiqa.engine.manifest import Build, FileEntry, Precision, StageName, open_engine, read_manifest
 from diffiqa.errors import UsageError
+from diffiqa.export.builds import BuildOptions, build_engines
 from diffiqa.export.compare import CAST_TOLERANCE_8_BITS, compare_cast
 from diffiqa.export.precision import cast, plan_stage
-from diffiqa.export.tensorrt import BuildOptions, build_engines
 
 from ..rtx import RTX, SMALL, check_profiles_of_small, check_signatures, needs_rtx
 

@@ -9,8 +9,8 @@ from diffiqa.engine.manifest import Library, Precision, open_engine, read_manife
 from diffiqa.errors import OutputError, UsageError
 from diffiqa.export import tensorrt
 from diffiqa.export.api import build, convert, export
+from diffiqa.export.builds import BuildOptions
 from diffiqa.export.precision import resolve_plan
-from diffiqa.export.tensorrt import BuildOptions
 from diffiqa.model.checkpoint import Loaded, load
 
 

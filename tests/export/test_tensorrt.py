@@ -28,10 +28,10 @@ from diffiqa.engine.manifest import (
     read_manifest,
 )
 from diffiqa.errors import BackendError, EngineError, ExportError, UsageError
-from diffiqa.export import tensorrt as tensorrt_module
+from diffiqa.export import builds as builds_module
+from diffiqa.export.builds import BuildOptions, build_engines
 from diffiqa.export.precision import read_plan
-from diffiqa.export.tensorrt import BuildOptions, build_engines
-from diffiqa.runtime.gpu.builds import open_build
+from diffiqa.runtime.builds import Machine, open_build
 
 from ..rtx import RTX, SMALL, check_profiles_of_small, check_signatures, needs_rtx
 
@@ -125,11 +125,11 @@ def test_the_build_opens_where_it_fits_and_the_onnx_stages_as_before(
 ) -> None:
     path, build = built
     directory = open_engine(path)
-    assert open_build(directory, library=RTX, version=build.version, compute_capability="8.9") == build
+    assert open_build(directory, Machine(RTX, build.version, "8.9")) == build
     assert snapshot(path / "onnx") == snapshot(tiny_engine / "onnx")
     assert directory.manifest.engine_id == read_manifest(tiny_engine).engine_id
     with pytest.raises(EngineError, match="iqa-build"):
-        open_build(directory, library=RTX, version="0.1", compute_capability="8.9")
+        open_build(directory, Machine(RTX, "0.1", "8.9"))
 
 
 @needs_rtx
@@ -194,7 +194,7 @@ def test_the_builders_own_words_reach_the_user_and_the_log_is_kept(
 ) -> None:
     before = snapshot(engine)
     wrong = ({"images": ShapeRange(*[(1, 32)] * 3)},)
-    monkeypatch.setattr(tensorrt_module, "stage_profiles", lambda *_: wrong)
+    monkeypatch.setattr(builds_module, "stage_profiles", lambda *_: wrong)
     with pytest.raises(ExportError, match=r"stage vda: the builder failed: .*has 5 dimensions but profile 0 has 2"):
         build_engines(engine, ONE)
     after = snapshot(engine)
@@ -208,8 +208,8 @@ def test_the_parsers_own_words_reach_the_user(engine: Path, monkeypatch: pytest.
         def SerializeToString(self) -> bytes:  # noqa: N802 — as protobuf has it
             return b"no model"
 
-    monkeypatch.setattr(tensorrt_module, "cast", lambda *_: Nonsense())
-    monkeypatch.setattr(tensorrt_module, "compare_cast", lambda *_: ())
+    monkeypatch.setattr(builds_module, "cast", lambda *_: Nonsense())
+    monkeypatch.setattr(builds_module, "compare_cast", lambda *_: ())
     with pytest.raises(ExportError, match=r"stage vda: the ONNX parser refuses it: .*parse"):
         build_engines(engine, ONE)
 
@@ -220,7 +220,7 @@ def test_an_interrupted_build_leaves_the_directory_as_it_was(engine: Path, monke
         raise KeyboardInterrupt
 
     before = snapshot(engine)
-    monkeypatch.setattr(tensorrt_module, "_record", interrupted)
+    monkeypatch.setattr(builds_module, "_record", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_engines(engine, ONE)
     assert snapshot(engine) == before
@@ -272,7 +272,7 @@ def test_an_onnx_stage_that_was_changed_is_not_built(engine: Path) -> None:
 @pytest.fixture
 def tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", pytest.importorskip("tensorrt_rtx"))
-    monkeypatch.setattr(tensorrt_module, "device_capability", lambda: "8.6")
+    monkeypatch.setattr(builds_module, "device_capability", lambda: "8.6")
 
 
 @pytest.mark.usefixtures("tensorrt")
@@ -292,7 +292,7 @@ def test_tensorrt_takes_no_compute_capability_and_needs_a_gpu(engine: Path, monk
     options = dataclasses.replace(ONE, library=Library.TENSORRT)
     with pytest.raises(UsageError, match="leave --compute-capability out"):
         build_engines(engine, dataclasses.replace(options, compute_capabilities=("8.9",)))
-    monkeypatch.setattr(tensorrt_module, "device_capability", lambda: None)
+    monkeypatch.setattr(builds_module, "device_capability", lambda: None)
     with pytest.raises(BackendError, match=r"none is here.*--target tensorrt-rtx"):
         build_engines(engine, options)
 
@@ -343,7 +343,7 @@ def asked(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> list[BuildOptio
         return SimpleNamespace(key="made"), []
 
     monkeypatch.setattr("diffiqa.export.engine.export_engine", export)
-    monkeypatch.setattr(tensorrt_module, "build_engines", build)
+    monkeypatch.setattr(builds_module, "build_engines", build)
     return notes
 
 
@@ -378,7 +378,7 @@ def test_an_export_whose_engines_fail_keeps_the_onnx_stages_and_says_so(
     def failing(*_: object, **__: object) -> None:
         raise ExportError("stage unet: the builder failed")
 
-    monkeypatch.setattr(tensorrt_module, "build_engines", failing)
+    monkeypatch.setattr(builds_module, "build_engines", failing)
     result = call(
         "export", "--preset", "mini", "--seed", "0", "-o", tmp_path / "engine", "--target", "tensorrt-rtx", "-q"
     )

@@ -20,9 +20,10 @@ from diffiqa.engine.manifest import Library, StageName
 from diffiqa.errors import BackendError, DiffiqaError, EngineError, ImageError
 from diffiqa.export.profiles import stage_profiles
 from diffiqa.runtime.backends import Backend, OnnxRuntime, TensorRt, best
+from diffiqa.runtime.builds import choose_profile
 from diffiqa.runtime.gpu import door, tensorrt, tensorrt_stage
 from diffiqa.runtime.gpu.graphs import Form
-from diffiqa.runtime.gpu.layer import DeviceMemoryError, choose_profile
+from diffiqa.runtime.gpu.layer import DeviceMemoryError
 from diffiqa.runtime.gpu.tensorrt import gpu_capability, installed_libraries, load_library
 from diffiqa.runtime.scorer import load
 

@@ -27,11 +27,12 @@ from diffiqa.export.engine import export_engine
 from diffiqa.model.checkpoint import Loaded
 from diffiqa.model.network import build
 from diffiqa.runtime import plan as plan_module
+from diffiqa.runtime.builds import choose_profile
 from diffiqa.runtime.executor import Cancelled, Outcome
 from diffiqa.runtime.gpu import bindings as bindings_module
 from diffiqa.runtime.gpu.executor import DeviceExecutor
 from diffiqa.runtime.gpu.graphs import Form
-from diffiqa.runtime.gpu.layer import DeviceMemoryError, choose_profile
+from diffiqa.runtime.gpu.layer import DeviceMemoryError
 from diffiqa.runtime.host.executor import HostExecutor
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime
 from diffiqa.runtime.host.stages import load_stages

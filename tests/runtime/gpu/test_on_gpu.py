@@ -31,7 +31,7 @@ from diffiqa.engine.manifest import EngineDirectory, Library, Precision, StageNa
 from diffiqa.engine.pixels import to_plane
 from diffiqa.engine.schedule import Kind, Schedule, Taps
 from diffiqa.errors import BackendError
-from diffiqa.export.tensorrt import BuildOptions, build_engines
+from diffiqa.export.builds import BuildOptions, build_engines
 from diffiqa.kernels.launch import (
     PROGRESS,
     STEP,
@@ -44,13 +44,13 @@ from diffiqa.kernels.launch import (
     window_table,
 )
 from diffiqa.runtime.backends import TensorRt
+from diffiqa.runtime.builds import Machine, choose_profile, newest_build
 from diffiqa.runtime.executor import Outcome
-from diffiqa.runtime.gpu.builds import newest_build
 from diffiqa.runtime.gpu.cuda import CudaLayer
 from diffiqa.runtime.gpu.executor import DeviceExecutor
 from diffiqa.runtime.gpu.graphs import Form
-from diffiqa.runtime.gpu.layer import DeviceMemoryError, LoadedStage, choose_profile
-from diffiqa.runtime.gpu.tensorrt import gpu_capability, load_library, supported_capabilities, usable_library
+from diffiqa.runtime.gpu.layer import DeviceMemoryError, LoadedStage
+from diffiqa.runtime.gpu.tensorrt import gpu_capability, load_library, usable_library
 from diffiqa.runtime.gpu.tensorrt_stage import load_engines
 from diffiqa.runtime.host.executor import HostExecutor
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
@@ -85,12 +85,9 @@ def capability() -> str:
 
 @pytest.fixture(scope="module")
 def library(capability: str) -> Library:
-    found = usable_library()
+    found = usable_library(capability)
     if found is None:
-        pytest.skip("neither tensorrt nor tensorrt-rtx is installed")
-    supported = supported_capabilities(found)
-    if supported and capability not in supported:
-        pytest.skip(f"{found} has no kernels for compute capability {capability}, only for {', '.join(supported)}")
+        pytest.skip(f"no installed TensorRT has kernels for compute capability {capability}")
     return found
 
 
@@ -122,7 +119,7 @@ Stages = Callable[[CudaLayer, Precision], dict[StageName, LoadedStage]]
 
 def engines_of(directory: EngineDirectory, layer: CudaLayer) -> dict[StageName, LoadedStage]:
     library = load_library(directory.manifest.builds[-1].library)
-    build = newest_build(directory, {library.library: library.version}, gpu_capability(0))
+    build = newest_build(directory, [Machine(library.library, library.version, gpu_capability(0))])
     return load_engines(layer, library, directory, build)
 
 

@@ -21,8 +21,7 @@ from diffiqa.engine.manifest import (
     read_manifest,
 )
 from diffiqa.errors import EngineError
-from diffiqa.runtime.gpu import builds
-from diffiqa.runtime.gpu.builds import open_build, rebuild_command
+from diffiqa.runtime.builds import Machine, open_build, rebuild_command
 
 RTX = Library.TENSORRT_RTX
 ONE = ShapeRange((1, 1), (1, 1), (1, 1))
@@ -56,8 +55,7 @@ def holding(directory: EngineDirectory, *builds: Build) -> EngineDirectory:
 
 
 def opened(directory: EngineDirectory, **changes: object) -> Build:
-    asked = {"library": RTX, "version": "1.7", "compute_capability": "8.9", **changes}
-    return open_build(directory, **asked)  # type: ignore[arg-type]
+    return open_build(directory, dataclasses.replace(Machine(RTX, "1.7", "8.9"), **changes))  # type: ignore[arg-type]
 
 
 def advised(message: str) -> dict[str, object]:
@@ -80,7 +78,7 @@ def test_the_newest_build_that_fits_is_taken(directory: EngineDirectory) -> None
     elsewhere = build_of(directory, "elsewhere", compute_capabilities=("12.0",))
     holder = holding(directory, old, new, elsewhere)
     assert opened(holder) is new
-    assert opened(holder, precision=Precision.FP16) is old
+    assert opened(holding(directory, new, old)) is old
 
 
 def test_builds_do_not_change_the_identity_of_an_engine(directory: EngineDirectory) -> None:
@@ -88,20 +86,18 @@ def test_builds_do_not_change_the_identity_of_an_engine(directory: EngineDirecto
 
 
 def test_without_a_build_the_message_says_how_to_make_one(directory: EngineDirectory) -> None:
-    with pytest.raises(EngineError, match="holds no tensorrt-rtx bf16 engines") as caught:
-        opened(holding(directory, build_of(directory, "a")), precision=Precision.BF16)
+    with pytest.raises(EngineError, match="holds no tensorrt-rtx build") as caught:
+        opened(holding(directory, build_of(directory, "a", library=Library.TENSORRT)))
     asked = advised(str(caught.value))
-    assert (asked["engine"], asked["target"], asked["precision"]) == (directory.path, "tensorrt-rtx", "bf16")
+    assert (asked["engine"], asked["target"]) == (directory.path, "tensorrt-rtx")
 
 
 @pytest.mark.parametrize(
     ("change", "machine", "says", "capability"),
     [
         pytest.param({}, {"version": "1.8"}, "made by tensorrt-rtx 1.7, and 1.8 is installed", "8.9", id="version"),
-        pytest.param({}, {"compute_capability": "12.0"}, "for compute capability 8.9", "12.0", id="other GPU"),
-        pytest.param(
-            {"compute_capabilities": ()}, {"compute_capability": "7.5"}, "portable from", "7.5", id="portable, old GPU"
-        ),
+        pytest.param({}, {"target": "12.0"}, "for compute capability 8.9", "12.0", id="other GPU"),
+        pytest.param({"compute_capabilities": ()}, {"target": "7.5"}, "portable from", "7.5", id="portable, old GPU"),
         pytest.param({"compute_capabilities": ()}, {"version": "1.8"}, "1.8 is installed", "", id="portable, version"),
     ],
 )
@@ -116,18 +112,16 @@ def test_a_foreign_build_is_refused_with_the_command_for_this_machine(
     assert (asked["batches"], asked["sizes"], asked["capabilities"]) == ("1,1:2:4", "32x32", capability)
 
 
-def test_a_gpu_that_the_library_has_no_kernels_for_is_told_of_another_backend(
-    directory: EngineDirectory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_that_the_library_has_no_kernels_for_is_told_of_another_backend(directory: EngineDirectory) -> None:
     """Hopper with TensorRT-RTX: no command would build anything that runs there."""
-    monkeypatch.setattr(builds, "supported_capabilities", lambda library: ("7.5", "8.9", "12.0"))
+    supported = ("7.5", "8.9", "12.0")
     holder = holding(directory, build_of(directory, "a", compute_capabilities=()))
     with pytest.raises(
         EngineError, match=r"no kernels .* 9\.0 .* only for 7\.5, 8\.9, 12\.0; use .* onnxruntime-gpu"
     ) as caught:
-        opened(holder, compute_capability="9.0")
+        opened(holder, target="9.0", supported=supported)
     assert "iqa-build" not in str(caught.value)
-    assert opened(holder) in holder.manifest.builds
+    assert opened(holder, supported=supported) in holder.manifest.builds
 
 
 def test_a_stale_build_is_refused_when_its_onnx_stages_have_changed(directory: EngineDirectory) -> None:

@@ -1,0 +1,97 @@
+"""Stages that PyTorch's compiler made for this CPU."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ...engine.manifest import Build, BuiltStage, EngineDirectory
+from ...errors import BackendError, UsageError, first_line
+from ..builds import choose_profile, rebuild_command
+from ..executor import Call, Opened
+from ..inductor import Package, cpu_target, fitting_build, packages, torch
+from .onnx_stage import available_cpus
+from .stages import OnHost
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Inductor:
+    """PyTorch's compiler on the CPU: the newest build in the engine directory that was made on this machine."""
+
+    key: ClassVar[str] = "inductor"
+    title: ClassVar[str] = "PyTorch Inductor"
+    on_gpu: ClassVar[bool] = False
+
+    threads: int | None = None  # None: as many as the CPUs this process may use
+
+    def __post_init__(self) -> None:
+        """Refuse what is no number of threads."""
+        if self.threads is not None and (not isinstance(self.threads, int) or self.threads < 1):
+            raise UsageError(f"threads must be a whole number above 0, not {self.threads!r}")
+
+    @property
+    def name(self) -> str:
+        """Its name, but for the precision of a build. Raises BackendError if PyTorch is not installed."""
+        return f"inductor {torch().__version__}: CPU"
+
+    def load(self, directory: EngineDirectory) -> OnHost:
+        """Load the build; an executor then owns it. Raises BackendError or EngineError with the way out."""
+        build = fitting_build(directory, cpu_target())
+        loaded = packages(directory, build, None)
+        threads = self.threads or available_cpus()
+        stages = {made.name: InductorStage(directory, build, made, loaded[made.name], threads) for made in build.stages}
+        return OnHost(stages, f"inductor {build.version} {build.precision}: CPU", build.precision)
+
+    def open(self, directory: EngineDirectory) -> Opened:
+        """Load an engine, ready to carry out plans."""
+        return self.load(directory).ready(directory)
+
+
+class InductorStage:
+    """One compiled stage. Several threads may use `bind` and its calls: they share its code, but no buffers."""
+
+    def __init__(
+        self, directory: EngineDirectory, build: Build, built: BuiltStage, package: Package, threads: int
+    ) -> None:
+        self._directory, self._build, self._built = directory, build, built
+        self._package, self._threads = package, threads
+
+    def bind(self, inputs: Mapping[str, FloatArray], outputs: Mapping[str, FloatArray]) -> Call:
+        """Return a call that runs the stage from and into these very arrays; the call keeps them alive."""
+        profile = choose_profile(self._built.profiles, {name: array.shape for name, array in inputs.items()})
+        if profile is None:
+            raise BackendError(self._no_profile(inputs))
+        form, module = self._package.form(profile), torch()
+        dtypes = {spec.name: getattr(module, spec.dtype) for spec in (*self._built.inputs, *self._built.outputs)}
+        given = [(module.from_numpy(inputs[spec.name]), dtypes[spec.name]) for spec in self._built.inputs]
+        wanted = [module.from_numpy(outputs[spec.name]) for spec in self._built.outputs]
+
+        def call() -> None:
+            module.set_num_threads(self._threads)  # of this thread: OpenMP keeps the number thread by thread
+            try:
+                results: list[Tensor] = list(form([tensor.to(dtype) for tensor, dtype in given]))
+            except Exception as exc:  # whatever compiled code raises
+                raise BackendError(f"torch failed in the {self._built.name} stage: {first_line(exc)}") from exc
+            for tensor, result in zip(wanted, results, strict=True):
+                tensor.copy_(result)
+
+        return call
+
+    def _no_profile(self, inputs: Mapping[str, FloatArray]) -> str:
+        shape = next(iter(inputs.values())).shape
+        if (image := inputs.get("y")) is None:
+            command = rebuild_command(self._directory.path, self._build)
+            return f"this build's {self._built.name} takes no inputs of shape {shape}; build it again with: {command}"
+        height, width = image.shape[2:]
+        command = rebuild_command(self._directory.path, self._build, more_sizes=(f"{height}x{width}",))
+        return (
+            f"this build's U-Net takes no images of {width}×{height}; use tile or crop mode, or build again with: "
+            f"{command}"
+        )
