@@ -153,6 +153,7 @@ class Build:
     plan: FileEntry
     log: FileEntry
     timing_cache: FileEntry | None
+    tabulated: bool = False  # what depends on the step alone is a table
 
     @property
     def files(self) -> tuple[FileEntry, ...]:

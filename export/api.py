@@ -81,6 +81,7 @@ def build(
     batches: Sequence[str] = (),
     sizes: Sequence[str] = (),
     compute_capabilities: Sequence[str] = (),
+    tabulate: bool = False,
     force: bool = False,
     say: Callable[[str], None] = lambda _text: None,
 ) -> Built:
@@ -88,7 +89,8 @@ def build(
 
     `target`: the library; None is the one for this machine's GPU, without a GPU tensorrt-rtx. `precision`: None is the
     plan's, else fp16 (inductor on a CPU: fp32). `plan`: a precision plan or its file, instead of the one made from the
-    graphs. `batches` ("1", "1:4:16") and `sizes` ("224x224") become optimization profiles. `force` builds again.
+    graphs. `batches` ("1", "1:4:16") and `sizes` ("224x224") become optimization profiles. `tabulate` puts a table
+    in the place of what depends on the step alone. `force` builds again.
 
     Raises BackendError if the library cannot build that here, ExportError with the builder's words if it fails.
     """
@@ -104,6 +106,7 @@ def build(
         sizes=tuple(sizes),
         compute_capabilities=tuple(compute_capabilities),
         plan=plan,
+        tabulate=tabulate,
     )
     made, stages = build_engines(Path(engine), options, force=force, say=say)
     return Built(made, tuple(stages))

@@ -43,6 +43,7 @@ from .compare import compare_cast
 from .maker import Maker, Profiles
 from .precision import PrecisionPlan, cast, in_8_bits, resolve_plan
 from .profiles import default_sizes, stage_profiles
+from .tabulate import tabulate
 
 KEY_SCHEMA = 1  # of what a build's key is a digest of
 
@@ -60,6 +61,7 @@ class BuildOptions:
     sizes: tuple[str, ...] = ()
     compute_capabilities: tuple[str, ...] = ()
     plan: PrecisionPlan | None = None  # instead of the one made from the graphs
+    tabulate: bool = False  # put a table in the place of what depends on the step alone
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class _Job:
             "compute_capabilities": maker.capabilities,
             "plan": self.plan,  # which has the hashes of the ONNX stages
             "profiles": self.profiles,
+            **({"tabulated": True} if self.options.tabulate else {}),
         }
         digest = hashlib.sha256(json.dumps(encode(identity), sort_keys=True).encode()).hexdigest()[:12]
         names = (f"sm{name.replace('.', '')}" if name[0].isdigit() else name for name in maker.capabilities)
@@ -220,7 +223,10 @@ def _build_stages(job: _Job, work: Path, say: Callable[[str], None]) -> list[Sta
             start = time.perf_counter()
             say(f"{stage.name}: casting to {precision}")
             plan, profiles = job.plan.stage(stage.name), job.profiles[stage.name]
-            typed = cast(onnx.load(job.directory.file(stage.file)), plan, precision)
+            model = onnx.load(job.directory.file(stage.file))
+            if job.options.tabulate:
+                model, plan = tabulate(model, plan, job.directory.manifest.schedule)
+            typed = cast(model, plan, precision)
             low = precision is not Precision.FP32
             drift = compare_cast(job.directory, stage, typed, precision) if low else ()
             middle = time.perf_counter()
@@ -280,6 +286,7 @@ def _record(job: _Job, work: Path, done: list[StageBuild]) -> Build:
         plan=job.entry(work, "plan.json"),
         log=job.entry(work, "build.log"),
         timing_cache=job.entry(work, "timing.cache") if (work / "timing.cache").exists() else None,
+        tabulated=job.options.tabulate,
     )
 
 

@@ -105,6 +105,12 @@ def read_weights(console: "Console", **given: Any) -> "Loaded":
     help="tensorrt-rtx: build for these GPUs, such as 8.9. Default: portable, for 8.0 and later. inductor: cpu builds "
     "for the CPU of a machine that has a GPU.",
 )
+@click.option(
+    "--tabulate",
+    is_flag=True,
+    help="Compute what depends on the step alone once, for every step, and look it up: the same results. Whether it is "
+    "faster on a GPU has not been measured.",
+)
 @click.option("--force", is_flag=True, help="Build again what is there already.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 def build(engine: Path, batches: str, sizes: str, capabilities: str, quiet: bool, **options: Any) -> None:

@@ -6,6 +6,9 @@ the manifest is that of the code which will run.
 
 import contextlib
 import operator
+import os
+import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -41,6 +44,7 @@ class InductorMaker:
                 f"CPU of a machine with a GPU"
             )
         self.version = str(torch().__version__)
+        _check_compiler()
         capability = None if compute_capabilities else device_capability()
         self._device = None if capability is None else 0
         if capability is None:
@@ -75,7 +79,8 @@ class InductorMaker:
             try:
                 files[form_name(number)] = self._compile(module, stage, dtypes, profile)
             except Exception as exc:  # whatever PyTorch or the C++ compiler raise
-                raise _failure(stage, exc) from exc
+                text = f"stage {stage.name}: torch cannot compile it: {type(exc).__name__}: {first_line(exc)}"
+                raise ExportError(text) from exc
             spans = "; ".join(_span(name, span) for name, span in profile.items())
             self._lines.append(
                 f"{stage.name}: {form_name(number)} ({spans}) took {time.perf_counter() - start:.0f} s\n"
@@ -178,7 +183,9 @@ def _fitted(value: FloatArray, shape: tuple[int, ...]) -> FloatArray:
     return np.ascontiguousarray(np.tile(value, repeats)[tuple(slice(wanted) for wanted in shape)])
 
 
-def _failure(stage: Stage, exc: Exception) -> Exception:
-    if type(exc).__name__ == "InvalidCxxCompiler":
-        return BackendError("inductor needs a C++ compiler, and none is here; install g++, or name yours in CXX")
-    return ExportError(f"stage {stage.name}: torch cannot compile it: {type(exc).__name__}: {first_line(exc)}")
+def _check_compiler() -> None:
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if not shutil.which(compiler):
+        raise BackendError(
+            f"inductor needs a C++ compiler, and {compiler} is not here; install g++, or name yours in CXX"
+        )

@@ -230,6 +230,7 @@ def _expect(known: bool, op: str, given: dict[str, Any]) -> None:
 _OPERATORS: dict[str, Callable[..., Value]] = {
     "Abs": torch.abs,
     "Add": _binary(operator.add, operator.add),
+    "ArgMin": lambda x, axis=0, keepdims=1: x.argmin(axis, keepdim=bool(keepdims)),
     "BatchNormalization": _batch_norm,
     "Cast": _cast,
     "Concat": _concat,

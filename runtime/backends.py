@@ -193,8 +193,9 @@ def _refuse_strangers(asked: Mapping[str, Any], own: set[str], name: str) -> Non
     for option in asked:
         if option not in own:
             owners = [key for key, kind in BACKENDS.items() if option in _options(kind)]
-            whose = f"{'s' if len(owners) > 1 else ''} {' and '.join(owners)}"
-            raise UsageError(f"{OPTIONS[option]} is an option of the backend{whose}, not of {name}")
+            *others, last = owners
+            whose = f"backends {', '.join(others)} and {last}" if others else f"backend {last}"
+            raise UsageError(f"{OPTIONS[option]} is an option of the {whose}, not of {name}")
 
 
 def _check_gpu(device: Any, batch: Any) -> None:

@@ -117,6 +117,7 @@ def rebuild_command(
         sizes=tuple(dict.fromkeys((*build.sizes, *more_sizes))),
         # The others build for the machine they run on: a GPU where there is one.
         capabilities=capabilities if build.library is Library.TENSORRT_RTX else ("cpu",) if is_for_cpu(build) else (),
+        tabulate=build.tabulated,
         force=force,
     )
 
@@ -129,6 +130,7 @@ def build_command(
     batches: tuple[str, ...] = (),
     sizes: tuple[str, ...] = (),
     capabilities: tuple[str, ...] = (),
+    tabulate: bool = False,
     force: bool = False,
 ) -> str:
     """Return the `iqa-build` command with these options, quoted for a shell."""
@@ -140,7 +142,8 @@ def build_command(
         ("--compute-capability", capabilities),
     ):
         words += [option, ",".join(values)] if values else []
-    return shlex.join([*words, "--force"] if force else words)
+    words += [option for option, given in (("--tabulate", tabulate), ("--force", force)) if given]
+    return shlex.join(words)
 
 
 def choose_profile(profiles: tuple[dict[str, ShapeRange], ...], shapes: Mapping[str, tuple[int, ...]]) -> int | None:

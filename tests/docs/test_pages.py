@@ -30,7 +30,7 @@ OTHERS = [ROOT / name for name in ("CONTRIBUTING.md", "models/mini/README.md", "
 CHEAP = {"run", "verify", "calibrate", "quantise", "convert", "bench"}
 # What the tests have no part of: GPUs, other people's weights, a network of another size, minutes of measuring.
 ABSENT = re.compile(
-    r"tensorrt|onnxruntime-gpu|CUDAExecution|bf16|iqa_net|maniqa|--preset|--peers|\.deb|--bisect|--spin|mixed"
+    r"tensorrt|onnxruntime-gpu|inductor|CUDAExecution|bf16|iqa_net|maniqa|--preset|--peers|\.deb|--bisect|--spin|mixed"
 )
 Line = list[str]  # the words of one command line
 

@@ -7,7 +7,7 @@ import pytest
 
 from diffiqa.engine.manifest import Library, Precision, open_engine, read_manifest
 from diffiqa.errors import OutputError, UsageError
-from diffiqa.export import tensorrt
+from diffiqa.export import builds
 from diffiqa.export.api import build, convert, export
 from diffiqa.export.builds import BuildOptions
 from diffiqa.export.precision import resolve_plan
@@ -33,11 +33,11 @@ def test_an_export_says_what_it_does(tiny_loaded: Loaded, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("given", "meant"),
-    [({}, Precision.BF16), ({"precision": "bf16"}, Precision.BF16), ({"precision": "fp16", "plan": None}, "fp16")],
+    [({}, None), ({"precision": "bf16"}, Precision.BF16), ({"precision": "fp16", "plan": None}, Precision.FP16)],
     ids=["the plan's", "alike", "no plan"],
 )
 def test_a_build_takes_the_precision_of_its_plan(
-    tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], meant: str
+    tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], meant: Precision | None
 ) -> None:
     plan = resolve_plan(open_engine(tiny_engine), Precision.BF16)
     (tmp_path / "plan.json").write_text(plan.to_json())
@@ -47,10 +47,10 @@ def test_a_build_takes_the_precision_of_its_plan(
         asked.append(options)
         return None, []
 
-    monkeypatch.setattr(tensorrt, "build_engines", note)
+    monkeypatch.setattr(builds, "build_engines", note)
     build(str(tiny_engine), **({"target": "tensorrt-rtx", "plan": str(tmp_path / "plan.json")} | given))
     wanted = None if "plan" in given else plan
-    assert asked == [BuildOptions(Library.TENSORRT_RTX, Precision(meant), plan=wanted)]
+    assert asked == [BuildOptions(Library.TENSORRT_RTX, meant, plan=wanted)]
 
 
 def test_a_plan_of_another_precision_is_refused(tiny_engine: Path) -> None:

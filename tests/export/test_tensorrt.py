@@ -29,6 +29,7 @@ from diffiqa.engine.manifest import (
 )
 from diffiqa.errors import BackendError, EngineError, ExportError, UsageError
 from diffiqa.export import builds as builds_module
+from diffiqa.export import tensorrt as tensorrt_module
 from diffiqa.export.builds import BuildOptions, build_engines
 from diffiqa.export.precision import read_plan
 from diffiqa.runtime.builds import Machine, open_build
@@ -272,7 +273,7 @@ def test_an_onnx_stage_that_was_changed_is_not_built(engine: Path) -> None:
 @pytest.fixture
 def tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", pytest.importorskip("tensorrt_rtx"))
-    monkeypatch.setattr(builds_module, "device_capability", lambda: "8.6")
+    monkeypatch.setattr(tensorrt_module, "device_capability", lambda: "8.6")
 
 
 @pytest.mark.usefixtures("tensorrt")
@@ -292,7 +293,7 @@ def test_tensorrt_takes_no_compute_capability_and_needs_a_gpu(engine: Path, monk
     options = dataclasses.replace(ONE, library=Library.TENSORRT)
     with pytest.raises(UsageError, match="leave --compute-capability out"):
         build_engines(engine, dataclasses.replace(options, compute_capabilities=("8.9",)))
-    monkeypatch.setattr(builds_module, "device_capability", lambda: None)
+    monkeypatch.setattr(tensorrt_module, "device_capability", lambda: None)
     with pytest.raises(BackendError, match=r"none is here.*--target tensorrt-rtx"):
         build_engines(engine, options)
 
@@ -353,6 +354,7 @@ def asked(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> list[BuildOptio
     [
         pytest.param((), None, None, id="no GPU here"),
         pytest.param((), "8.9", RTX, id="a GPU here"),
+        pytest.param((), "9.0", None, id="a GPU that nothing here is for"),
         pytest.param(("--target", "none"), "8.9", None, id="none"),
         pytest.param(("--target", "tensorrt-rtx"), None, RTX, id="for elsewhere"),
     ],
@@ -365,7 +367,7 @@ def test_iqa_export_builds_where_it_is_asked_to_or_engines_could_run(
     gpu: str | None,
     library: Library | None,
 ) -> None:
-    monkeypatch.setattr("diffiqa.runtime.gpu.tensorrt.device_capability", lambda: gpu)
+    monkeypatch.setattr(builds_module, "device_capability", lambda: gpu)
     result = call("export", "--preset", "mini", "--seed", "0", "-o", tmp_path / "engine", *target)
     assert result.exit_code == 0, result.output
     assert asked == ([BuildOptions(library)] if library else [])
@@ -407,7 +409,9 @@ def test_iqa_export_refuses_a_target_before_it_exports(
 
 
 def test_building_needs_no_torch() -> None:
-    code = "import sys, diffiqa.export.api, diffiqa.export.tensorrt; print('torch' in sys.modules)"
+    code = (
+        "import sys, diffiqa.export.api, diffiqa.export.builds, diffiqa.export.tensorrt; print('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
