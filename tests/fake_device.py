@@ -9,6 +9,7 @@ import ctypes
 import dataclasses
 import functools
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class FakeLayer(CudaLayer):
         self.log: list[str] = []
         self.captured = 0  # launches of the capture under way
         self.graphs: list[FakeGraph] = []
-        self.contexts = 0
+        self._contexts: weakref.WeakSet[FakeContext] = weakref.WeakSet()
         self.beside: set[int] = set()  # addresses of the second stream
         self.brought = 0  # copies on it
         self.left = 0  # alive when it was closed: `close` frees that too, but nothing should have to
@@ -69,6 +70,11 @@ class FakeLayer(CudaLayer):
         """Memory, graphs, and contexts of engines that were not given back, by any layer."""
         self._let_go()
         return self.driver.alive + self.contexts
+
+    @property
+    def contexts(self) -> int:
+        """Contexts of engines that are open; the last reference frees one, as TensorRT's."""
+        return sum(not context._closed for context in self._contexts)
 
     @property
     def held(self) -> int:
@@ -123,7 +129,7 @@ class FakeLayer(CudaLayer):
         """Put a network on the stream."""
         self._launched(name)
         if status := self.driver.stage(self.stream, run, memory):
-            raise BackendError(f"{self.name}: stage {name} failed: {status}")
+            raise BackendError(f"{self.name}: stage {name} failed: {self._driver.CUresult(status)!s}")
 
     def begin_capture(self) -> None:
         assert not self.driver.pending(self.stream), "an engine's first launch may allocate: wait for it"
@@ -150,13 +156,13 @@ class FakeLayer(CudaLayer):
 
     def _launched(self, name: str) -> None:
         self.watch(len(self.log))
-        if self._capturing:
+        if self.driver.capturing:
             self.captured += 1
         else:
             self.log.append(name)
 
     def _if_eager(self) -> None:
-        if self._eager and not self._capturing:
+        if self._eager and not self.driver.capturing:
             self._stream.sync()
 
 
@@ -201,7 +207,6 @@ class FakeContext:
 
     def __init__(self, stage: FakeStage, profile: int, shapes: Shapes, addresses: Mapping[str, int]) -> None:
         self._layer, built = stage.layer, stage.built
-        self._layer.contexts += 1
         sizes = built.sizes(shapes)
         assert set(addresses) == {spec.name for spec in (*built.inputs, *built.outputs)}
         assert all(address % 256 == 0 for address in addresses.values())
@@ -220,6 +225,7 @@ class FakeContext:
         self.activation_bytes = 64 * math.prod(next(iter(built.profiles[profile].values())).maximum)
         self._activation: tuple[int, int] | None = None
         self._closed = False
+        self._layer._contexts.add(self)
         self.problem: str | None = None
 
     def use_activation(self, address: int, size: int) -> None:
@@ -237,7 +243,6 @@ class FakeContext:
     def close(self) -> None:
         assert not self._closed
         self._closed = True
-        self._layer.contexts -= 1
         _gone.append(self._run_on_stream)
 
     def _run(self) -> int:

@@ -55,7 +55,7 @@ class Watched(FakeLayer):
         self.launches.append([])
 
     def launch(self, launch: Launch) -> None:
-        if self._capturing:
+        if self.driver.capturing:
             self.launches[-1].append(launch)
             if launch.kernel.startswith("gather_crops"):
                 self.crops.append(device_memory(int(launch.arguments[1]), 2 * CROP.itemsize).tobytes())

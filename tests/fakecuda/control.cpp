@@ -11,8 +11,8 @@
 static bool plugged_in = std::getenv("FAKE_CUDA_GPU");
 static std::map<std::string, long> counts;
 static std::vector<std::string> problems;
-static std::string failing;  // what is to fail when it is asked for the `left`-th time from now
-static long left;
+static std::string failing;  // what is to fail, from the `left`-th time on that it is asked for, so many `times`
+static long left, times;
 static Result failure;
 static long calls_to_live = -1;  // of the context; none left at 0, no limit below
 
@@ -27,7 +27,9 @@ Result counted(const char* what)
     if (call && !plugged_in) return std::strstr(what, "Free") || std::strstr(what, "Destroy") ? SUCCESS : NO_DEVICE;
     if (call && context_is_lost()) return ILLEGAL_ADDRESS;
     if (call && calls_to_live > 0) --calls_to_live;
-    return failing == what && left > 0 && --left == 0 ? failure : SUCCESS;
+    if (failing != what || --left > 0 || times <= 0) return SUCCESS;
+    --times;
+    return failure;
 }
 
 static std::string formatted(const char* format, va_list values)
@@ -102,12 +104,13 @@ long fake_count(const char* what)
     LOCK;
     return counts[what];
 }
-// The `nth` call of a function from now on fails, or allocation of "device memory" or "pinned memory".
-void fake_fail(const char* what, long nth, int result)
+// The `nth` call of a function from now on fails, or allocation of "device memory" or "pinned memory"; so many in a row.
+void fake_fail(const char* what, long nth, long in_a_row, int result)
 {
     LOCK;
     failing = what;
     left = nth;
+    times = in_a_row;
     failure = static_cast<Result>(result);
 }
 // After so many more calls the context is lost; with -1 it lives on.
@@ -123,6 +126,13 @@ long fake_alive(void)
     long open = 0;
     for (const Stream* stream : streams) open += stream->open;
     return open + graphs_alive() + pieces_alive();
+}
+int fake_capturing(void)
+{
+    LOCK;
+    bool open = false;
+    for (const Stream* stream : streams) open = open || stream->capture;
+    return open;
 }
 // How much work a stream has that has not run.
 long fake_pending(void* handle)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..kernels.devices import Missing
 
-OUT_OF_MEMORY, ILLEGAL_ADDRESS, NOT_SUPPORTED, NO_MORE = 2, 700, 801, -1
+OUT_OF_MEMORY, ILLEGAL_ADDRESS, NOT_SUPPORTED = 2, 700, 801
 Run = ctypes.CFUNCTYPE(ctypes.c_int)
 
 
@@ -22,13 +22,22 @@ class Driver:
         library.fake_count.restype = library.fake_alive.restype = library.fake_pending.restype = ctypes.c_long
         library.fake_bytes.restype = ctypes.c_size_t
         library.fake_problem.restype = ctypes.c_char_p
-        library.fake_reset(1)
         self.layers: list[Any] = []  # that are open, each with two streams
+        self.plug_in()
+
+    def plug_in(self) -> None:
+        """Put in a GPU that is as new."""
+        self._library.fake_reset(1)
 
     @property
     def alive(self) -> int:
         """Graphs, pieces of memory, and streams that no open layer has."""
         return int(self._library.fake_alive()) - 2 * len(self.layers)
+
+    @property
+    def capturing(self) -> bool:
+        """Whether a capture is open."""
+        return bool(self._library.fake_capturing())
 
     @property
     def held(self) -> int:
@@ -61,12 +70,12 @@ class Driver:
     def capacity(self, size: int) -> None:
         self._library.fake_set_capacity(ctypes.c_size_t(size))
 
-    def fail(self, what: str, nth: int, result: int = OUT_OF_MEMORY) -> None:
-        """Let the `nth` of these things from now on fail; there is one such plan at a time."""
-        self._library.fake_fail(what.encode(), ctypes.c_long(nth), result)
+    def fail(self, what: str, nth: int, result: int = OUT_OF_MEMORY, *, times: int = 1) -> None:
+        """Let the `nth` of these things from now on fail, and so many in a row; there is one such plan at a time."""
+        self._library.fake_fail(what.encode(), ctypes.c_long(nth), ctypes.c_long(times), result)
 
     def lose_context(self, after: int = 0) -> None:
-        """Lose the context after so many more calls; with NO_MORE, let it live."""
+        """Lose the context after so many more calls; `plug_in` another GPU then."""
         self._library.fake_lose_context(ctypes.c_long(after))
 
     def problems(self) -> list[str]:
@@ -90,7 +99,6 @@ class Driver:
 
     def close(self) -> None:
         """Close what is open, and take the GPU out."""
-        self.lose_context(NO_MORE)
         while self.layers:
             self.layers[-1].close()
         self._library.fake_reset(0)

@@ -594,7 +594,7 @@ def test_the_next_image_comes_in_while_another_is_computed_with(
     reached, go_on = threading.Event(), threading.Event()
 
     def hold(_launches: int) -> None:
-        if (layer._capturing) is capturing:
+        if layer.driver.capturing is capturing:
             reached.set()
             assert go_on.wait(30)
 
@@ -789,7 +789,7 @@ def test_a_wait_that_is_left_out_shows(
     expected = outcomes(FakeLayer(driver))
     try:
         shows = not all(map(same, outcomes(Hasty(driver)), expected))
-    except BackendError:
+    except (BackendError, AssertionError):
         shows = True
     problems = driver.problems()
     assert (shows or bool(problems)) is (left_out is not None)
