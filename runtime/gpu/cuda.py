@@ -156,7 +156,9 @@ class CudaLayer:
         """Free everything that was allocated, and the streams."""
         with contextlib.suppress(Exception):
             self.enter()
-            self._stream.sync()
+        for stream in (self._stream, self._beside):
+            with contextlib.suppress(Exception):
+                stream.sync()  # pinned memory may be in a copy
         while self._graphs:
             self._graphs.pop().close()
         while self._buffers:

@@ -361,6 +361,23 @@ def test_memory_that_runs_out_costs_one_image_only(tiny_build: Path, fake_gpu: F
         assert isinstance(results[1], Score)
 
 
+def test_a_gpu_that_is_lost_keeps_the_results_before_it(tiny_build: Path, fake_gpu: FakeLayer, tmp_path: Path) -> None:
+    """A driver that has met an illegal address answers every call of the process with it."""
+    for i in range(4):
+        Image.fromarray(photo(i, 48, 48)).save(tmp_path / f"{i}.png")
+
+    def lose(_launches: int) -> None:
+        if fake_gpu.log.count("normalise_pad_f32") == 3:
+            fake_gpu.driver.lose_context()
+
+    fake_gpu.watch = lose
+    out = tmp_path / "scores.jsonl"
+    assert call(tiny_build, tmp_path, "--crops", "1", "-o", out).exit_code == 1
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["status"] for record in records] == ["ok", "ok", "error", "error"]
+    assert all("the process must be terminated and relaunched" in record["error"] for record in records[2:])
+
+
 def test_an_image_no_profile_takes_names_the_rebuild(tiny_build: Path, fake_gpu: FakeLayer) -> None:
     with load(tiny_build) as scorer:
         with pytest.raises(ImageError, match=r"use tile or crop mode.*--sizes 32x32,32x32:64x64:128x128,160x40"):
