@@ -335,7 +335,7 @@ def test_a_soak_has_a_value_for_every_batch(
 def test_events_stand_around_graphs_and_never_inside_them(
     tiny_build: Path, fake_gpu: FakeLayer, tmp_path: Path
 ) -> None:
-    """The stand-in refuses a mark while it captures, so that `warm_up` would fail here."""
+    """A mark in a capture is a problem to the driver, so that this would fail."""
     bench = on(tiny_build, tmp_path, crops=1)
     runner, pixels, options = device_case(bench), [photo(1, 40, 48)], Options(crops=1)
     layer = runner.layer

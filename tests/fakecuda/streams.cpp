@@ -231,6 +231,7 @@ DRIVER(cuEventRecord, Event* event, void* handle)
     LOCK;
     Stream* stream = stream_of(handle);
     if (!stream) return INVALID_HANDLE;
+    if (stream->capture) problem("an event is recorded in a capture: it would tell no time");
     event->recorded = true;
     event->done = false;
     return stream->put("event", [event] {

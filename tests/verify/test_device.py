@@ -1,4 +1,4 @@
-"""`iqa-verify --backend tensorrt`, on the stand-in for a GPU: engines by stage and step, and all on the device."""
+"""`iqa-verify --backend tensorrt`, on a driver without a GPU: engines by stage and step, and all on the device."""
 
 import json
 from pathlib import Path

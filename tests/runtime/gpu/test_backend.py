@@ -374,8 +374,9 @@ def test_a_gpu_that_is_lost_keeps_the_results_before_it(tiny_build: Path, fake_g
     out = tmp_path / "scores.jsonl"
     assert call(tiny_build, tmp_path, "--crops", "1", "-o", out).exit_code == 1
     records = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [record["status"] for record in records] == ["ok", "ok", "error", "error"]
-    assert all("the process must be terminated and relaunched" in record["error"] for record in records[2:])
+    errors = [record["error"] for record in records if record["status"] == "error"]
+    assert [len(records), len(errors)] == [4, 2]  # the third to begin is not always the third image
+    assert all("the process must be terminated and relaunched" in error for error in errors)
 
 
 def test_an_image_no_profile_takes_names_the_rebuild(tiny_build: Path, fake_gpu: FakeLayer) -> None:

@@ -1,7 +1,7 @@
-"""The device's execution of plans, on a device that is none: against the host's, and against itself.
+"""The device's execution of plans, on a driver without a GPU: against the host's, and against itself.
 
-The fake device runs the kernels' own sources and ONNX Runtime, so what differs from the host is what these tests are
-for: the order of launches, memory, tables, batches, graphs, and what happens when something fails.
+The driver runs the kernels' own sources, and ONNX Runtime for engines. So what differs from the host is what these
+tests are for: the order of launches, memory, tables, batches and graphs. test_failures.py is for what fails.
 """
 
 import contextlib
@@ -192,10 +192,9 @@ def test_a_model_that_restores_nothing_is_scored_as_given(bare: EngineDirectory,
 def test_every_form_of_graph_gives_the_bits_of_none(
     directory: EngineDirectory, host: HostExecutor, driver: Driver, mode: Mode, precision: Precision, together: int
 ) -> None:
-    tasks = [(photo(seed, 70, 118), seed) for seed in range(2)]
+    tasks = [(photo(seed, 70, 118), seed) for seed in range(together)]
     plan = planned(directory, tasks[0][0], mode=mode, crops=5)
     size = {Mode.WHOLE: "72x120", Mode.TILE: "72x96", Mode.CROP: "32x32"}[mode]
-    groups = [tasks] if together == 2 else [[task] for task in tasks]
     results = {}
     for form in Form:
         stages = fake_stages(
@@ -203,8 +202,7 @@ def test_every_form_of_graph_gives_the_bits_of_none(
         )
         executor = DeviceExecutor(directory.manifest, layer, stages, form=form, together=together)
         # Without a graph, captured, replayed.
-        runs = [[found for group in groups for found in executor.run_together(group, plan)] for _ in range(3)]
-        results[form] = [outcome for run in runs for outcome in run]
+        results[form] = [outcome for _ in range(3) for outcome in executor.run_together(tasks, plan)]
         assert all(not outcome.notes for outcome in results[form])
         assert (executor.graphs.captures > 0) is (form is not Form.NONE)
         executor.close()

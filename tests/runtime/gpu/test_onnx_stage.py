@@ -1,4 +1,4 @@
-"""ONNX Runtime inside the device's loop, on a device that is none: its sessions bound to addresses of NumPy memory.
+"""ONNX Runtime inside the device's loop, on a driver without a GPU: its sessions bound to addresses of the host.
 
 What runs is the CPU provider, so what these tests are for is all but CUDA: shapes, addresses, the growth of memory,
 errors, and what is asked of a GPU's provider. `test_onnx_device_gpu.py` has the rest.
