@@ -21,8 +21,8 @@ from diffiqa.engine.manifest import BuiltStage, EngineDirectory, FileEntry, Mani
 from diffiqa.errors import BackendError
 from diffiqa.export.profiles import stage_profiles
 from diffiqa.kernels.launch import Launch
-from diffiqa.runtime.gpu.cuda import CudaLayer
 from diffiqa.runtime.builds import choose_profile
+from diffiqa.runtime.gpu.cuda import CudaLayer
 from diffiqa.runtime.gpu.layer import Array, Bytes, Graph, LoadedStage, Shapes
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 

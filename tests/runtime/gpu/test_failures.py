@@ -20,6 +20,7 @@ from diffiqa.engine.manifest import EngineDirectory, open_engine
 from diffiqa.errors import BackendError
 from diffiqa.runtime.executor import Outcome
 from diffiqa.runtime.gpu import executor as executor_module
+from diffiqa.runtime.gpu.bindings import Heads, Loop
 from diffiqa.runtime.gpu.executor import DeviceExecutor
 from diffiqa.runtime.gpu.graphs import Form
 from diffiqa.runtime.gpu.layer import DeviceMemoryError
@@ -113,6 +114,28 @@ def test_a_device_of_any_size_scores_in_batches_that_fit_it(
     assert found[0] == "error"
     assert found[-1] == ""
     assert len(set(found)) == 4
+
+
+@pytest.mark.parametrize("part", ["heads", "loop"])
+def test_what_lost_its_memory_to_a_failure_is_bound_anew(
+    directory: EngineDirectory, driver: Driver, layer: FakeLayer, part: str
+) -> None:
+    """Also where nobody gives up the rest, as Ctrl-C does not."""
+    bindings = device(layer, directory, batches=("1", "4"))._bindings
+    ask: Callable[..., Loop | Heads] = bindings.loop if part == "loop" else bindings.heads
+    small, large = ((1, 32, 32), (1, 64, 64)) if part == "loop" else ((1,), (4,))
+    for nth in itertools.count(1):
+        bindings.release()
+        ask(*small)
+        driver.fail("device memory", nth)
+        try:
+            ask(*large)
+        except DeviceMemoryError:
+            ask(*small).work.enqueue()  # on freed memory it would lose the context
+            layer.synchronise()
+        else:
+            break
+    assert nth > 3
 
 
 def test_three_threads_score_at_once_while_memory_runs_out(directory: EngineDirectory, driver: Driver) -> None:
