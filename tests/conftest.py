@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -23,17 +24,21 @@ from diffiqa.engine.manifest import (
     read_manifest,
 )
 from diffiqa.export.engine import export_engine
+from diffiqa.kernels import load as kernels_load
 from diffiqa.model.checkpoint import Loaded
 from diffiqa.model.network import DiffV2IQA, build
-from diffiqa.runtime.gpu import cuda, door, tensorrt_stage
+from diffiqa.runtime.gpu import cuda, door, tensorrt, tensorrt_stage
 from diffiqa.runtime.scorer import Scorer, load
 
 from .fake_device import FakeLayer, fake_stages
+from .fakecuda.driver import Driver, build_driver, compiled, load_driver
 from .kernels.devices import Missing, build_host
 from .tiny import TINY, perturbed
 
 # A process that a shell started in the background ignores Ctrl-C, and so would the children that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if "FAKE_CUDA_GPU" in os.environ:  # see fakecuda/driver.py
+    kernels_load.compiled = compiled
 torch.set_num_threads(1)  # the models are tiny: more threads would only wait for each other
 
 
@@ -56,7 +61,11 @@ def tiny_loaded(tiny_model: DiffV2IQA) -> Loaded:
 
 
 @pytest.fixture(scope="session")
-def tiny_engine(tiny_loaded: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's engine, or that of the session which started this one."""
+    if ready := os.environ.get("TINY_ENGINE"):
+        return Path(ready)
+    tiny_loaded: Loaded = request.getfixturevalue("tiny_loaded")
     target = tmp_path_factory.mktemp("engines") / "tiny"
     export_engine(tiny_loaded, target)
     return target
@@ -103,10 +112,43 @@ def tiny_build(tiny_engine: Path, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def fake_libcuda(
+    request: pytest.FixtureRequest, library: ctypes.CDLL, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ctypes.CDLL]:
+    """This process's CUDA driver, which is ours: fakecuda/driver.h. Tests without `driver` see none."""
+    pytest.importorskip("cuda.core", reason="cuda.core is not installed", exc_type=ImportError)
+    if any(item.get_closest_marker("gpu") for item in request.session.items):
+        pytest.skip("tests for a GPU run in this process: its driver is the machine's own")
+    try:
+        found = load_driver(build_driver(tmp_path_factory.mktemp("driver")), library._name)
+    except Missing as reason:
+        pytest.skip(str(reason))
+    with pytest.MonkeyPatch.context() as patch:  # cuda.core remembers a GPU that is gone
+        patch.setattr(tensorrt, "_has_driver", lambda: bool(found.fake_has_gpu()))
+        yield found
+
+
 @pytest.fixture
-def fake_gpu(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> FakeLayer:
-    """A machine with a GPU of compute capability 8.9 and tensorrt-rtx 1.7."""
-    layer = FakeLayer(library)
+def driver(fake_libcuda: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    """A machine with a GPU, as new. A test that leaves a problem behind fails; one that expects some takes them."""
+    monkeypatch.setattr(kernels_load, "compiled", compiled)
+    driver = Driver(fake_libcuda)
+    yield driver
+    problems = driver.problems()
+    driver.close()
+    assert problems == []
+
+
+@pytest.fixture
+def layer(driver: Driver) -> FakeLayer:
+    """The real layer on that machine."""
+    return FakeLayer(driver)
+
+
+@pytest.fixture
+def fake_gpu(layer: FakeLayer, monkeypatch: pytest.MonkeyPatch) -> FakeLayer:
+    """A machine with a GPU of compute capability 8.9 and tensorrt-rtx 1.7; whoever opens it gets this layer."""
 
     def engines(found: FakeLayer, _library: object, directory: EngineDirectory, _build: Build) -> object:
         return fake_stages(found, directory)
@@ -114,6 +156,6 @@ def fake_gpu(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> FakeLayer
     monkeypatch.setattr(door, "gpu_capability", lambda ordinal: "8.9")
     monkeypatch.setattr(door, "installed_libraries", lambda: [Library.TENSORRT_RTX])
     monkeypatch.setattr(door, "load_library", lambda name: SimpleNamespace(library=name, version="1.7"))
-    monkeypatch.setattr(cuda, "CudaLayer", lambda ordinal: layer)
+    monkeypatch.setattr(cuda, "CudaLayer", lambda ordinal: layer.open())
     monkeypatch.setattr(tensorrt_stage, "load_engines", engines)
     return layer

@@ -30,8 +30,8 @@ class CudaLayer:
 
         self.name = f"GPU {ordinal}"
         self._driver, self._ordinal = driver, ordinal
-        self._capturing = False
         self._buffers: dict[int, Any] = {}
+        self._graphs: set[_CudaGraph] = set()  # that are open
         self._pinned_beside: set[int] = set()  # addresses
         with self.translate_errors("cannot be used"):
             self._device = Device(ordinal)
@@ -137,26 +137,30 @@ class CudaLayer:
         destroyed already, and crashes (its issue 2834, in 1.2). A capture that TensorRT spoils must cost a note alone.
         """
         with self.translate_errors("cannot capture"):
-            self._capturing = True
             mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
             result_of(self._driver.cuStreamBeginCapture(self._stream.handle, mode))
 
     def end_capture(self) -> "_CudaGraph":
         """Instantiate what was captured."""
         with self.translate_errors("could not capture"), self._recorded() as graph:
-            return _CudaGraph(self, result_of(self._driver.cuGraphInstantiate(graph, 0)))
+            return _CudaGraph(self, graph)
 
     def abandon_capture(self) -> None:
-        """End the capture."""
-        if self._capturing:
-            with contextlib.suppress(Exception), self._recorded():
-                pass
+        """End the capture, if the stream is in one: only the driver knows, after an interruption."""
+        with contextlib.suppress(Exception):
+            if result_of(self._driver.cuStreamIsCapturing(self._stream.handle)):
+                with self._recorded():
+                    pass
 
     def close(self) -> None:
         """Free everything that was allocated, and the streams."""
         with contextlib.suppress(Exception):
             self.enter()
-            self._stream.sync()
+        for stream in (self._stream, self._beside):
+            with contextlib.suppress(Exception):
+                stream.sync()  # pinned memory may be in a copy
+        while self._graphs:
+            self._graphs.pop().close()
         while self._buffers:
             with contextlib.suppress(Exception):
                 self._buffers.popitem()[1].close()
@@ -182,26 +186,35 @@ class CudaLayer:
     @contextlib.contextmanager
     def _recorded(self) -> Iterator[Any]:
         """End the capture; its graph is there inside, and destroyed behind."""
-        self._capturing = False
-        graph = result_of(self._driver.cuStreamEndCapture(self._stream.handle))
+        graph = None
         try:
+            graph = result_of(self._driver.cuStreamEndCapture(self._stream.handle))
             yield graph
         finally:
-            self._driver.cuGraphDestroy(graph)
+            if graph is not None:
+                self._driver.cuGraphDestroy(graph)
 
 
 class _CudaGraph:
     """An instantiated graph. Its executor keeps the memory alive that it works on."""
 
-    def __init__(self, layer: CudaLayer, executable: Any) -> None:
-        self._layer, self._executable = layer, executable
+    _executable = None
+
+    def __init__(self, layer: CudaLayer, captured: Any) -> None:
+        self._layer = layer
+        layer._graphs.add(self)  # which frees what nobody else does
+        self._executable = result_of(layer._driver.cuGraphInstantiate(captured, 0))
 
     def launch(self) -> None:
         with self._layer.translate_errors("does not launch a graph"):
             result_of(self._layer._driver.cuGraphLaunch(self._executable, self._layer._stream.handle))
 
     def close(self) -> None:
-        self._layer._driver.cuGraphExecDestroy(self._executable)
+        """Free it; a second time does nothing."""
+        self._layer._graphs.discard(self)
+        executable, self._executable = self._executable, None
+        if executable is not None:
+            self._layer._driver.cuGraphExecDestroy(executable)
 
 
 def _mebibytes(size: int) -> str:

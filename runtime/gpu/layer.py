@@ -1,7 +1,6 @@
 """What an executor asks of a device, and of a stage that is loaded onto it: protocols of a few calls.
 
-`Layer` is narrow, so that tests can replace it: NumPy arrays for memory, the same kernels from a C++ compiler, ONNX
-Runtime for engines. `cuda.py` has the real one.
+`cuda.py` has the one `Layer`. It is a protocol, so that others can stand around it: iqa-bench times every call so.
 """
 
 from collections.abc import Callable, Mapping

@@ -4,7 +4,6 @@
 """
 
 import copy
-import ctypes
 import functools
 import importlib.util
 import sys
@@ -292,14 +291,13 @@ def test_ours_on_a_gpu_is_loaded_anew_for_another_number_of_steps(
     tiny_build: Path,
     tiny_engine: Path,
     fake_gpu: FakeLayer,
-    library: ctypes.CDLL,
     monkeypatch: pytest.MonkeyPatch,
     picture: Path,
 ) -> None:
     layers: list[FakeLayer] = []
 
     def opened(_ordinal: int) -> FakeLayer:
-        layers.append(FakeLayer(library))
+        layers.append(FakeLayer(fake_gpu.driver))
         return layers[-1]
 
     monkeypatch.setattr(cuda, "CudaLayer", opened)
@@ -309,7 +307,7 @@ def test_ours_on_a_gpu_is_loaded_anew_for_another_number_of_steps(
         ask = Ask(picture, crops=2, seed=3, steps=steps)
         assert score(ask) == pytest.approx(on_host(ask), abs=1e-5)
     assert [layer.closed for layer in layers] == [True, True, False]
-    assert [layer.alive for layer in layers[:2]] == [0, 0]
+    assert [layer.left for layer in layers[:2]] == [0, 0]
 
 
 @pytest.mark.parametrize("spinning", [True, False])

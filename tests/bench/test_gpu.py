@@ -255,7 +255,7 @@ def test_every_call_has_a_name_and_a_time_on_the_device(tiny_build: Path, fake_g
     assert times.late_allocations == 0
     assert times.notes == ()
     assert times.buffers_mib > 0
-    assert times.buffers_mib * 2**20 == fake_gpu.peak
+    assert times.buffers_mib * 2**20 == fake_gpu.driver.peak
 
 
 def test_figures_of_scores_with_graphs_and_without_are_kept_apart(
@@ -295,7 +295,7 @@ def test_what_the_second_of_those_who_wait_allocates_is_there_when_a_case_is_war
 ) -> None:
     bench = on(tiny_build, tmp_path)
     bench.warm_up()
-    assert len(fake_gpu._beside) == 2  # one for each
+    assert len(fake_gpu.beside) == 2  # one for each
     allocated, case = fake_gpu.allocations, bench.case()
     bench.round()
     assert fake_gpu.allocations == allocated
@@ -335,7 +335,7 @@ def test_a_soak_has_a_value_for_every_batch(
 def test_events_stand_around_graphs_and_never_inside_them(
     tiny_build: Path, fake_gpu: FakeLayer, tmp_path: Path
 ) -> None:
-    """The stand-in refuses a mark while it captures, so that `warm_up` would fail here."""
+    """A mark in a capture is a problem to the driver, so that this would fail."""
     bench = on(tiny_build, tmp_path, crops=1)
     runner, pixels, options = device_case(bench), [photo(1, 40, 48)], Options(crops=1)
     layer = runner.layer
@@ -366,7 +366,6 @@ def test_being_watched_changes_no_score(tiny_build: Path, fake_gpu: FakeLayer, t
     picture, options = photo(5, 40, 48), Options(crops=2)
     measured(bench, rounds=1)
     watched = bench.runner.scorer.score(picture, options).score
-    fake_gpu.closed = False
     with load(tiny_build) as scorer:
         assert scorer.score(picture, options).score == watched
 
@@ -440,7 +439,6 @@ def test_images_share_batches_and_the_work_of_an_image_stays(
     assert case.work["unet"].calls == 6  # for both images
     assert len(case.compute) == len(times.busy) == 2  # four images, two at a time
     assert times.notes == ()
-    fake_gpu.closed = False
     alone = measured(on(tiny_build, tmp_path, size, crops=1), rounds=1)[0]
     assert case.work["unet"].gflop == pytest.approx(alone.work["unet"].gflop)
     assert case.work["unet"].intensity > alone.work["unet"].intensity  # weights are read once for both
@@ -570,11 +568,9 @@ def test_start_up_tells_the_score_that_captures_apart(
 
 
 def test_a_fresh_process_that_fails_is_said(tiny_build: Path, fake_gpu: FakeLayer, tmp_path: Path) -> None:
-    if tensorrt.device_capability() is not None:
-        pytest.skip("there is a GPU")
     file = tmp_path / "bench.json"
     options = ("--size", "40x40", "--crops", "1", "--rounds", "1", "--starts", "1", "--json", file)
-    call(tiny_build, "--backend", "tensorrt", *options)  # its fresh process has no stand-in
+    call(tiny_build, "--backend", "tensorrt", *options)  # its fresh process has no fake driver, and no engine is one
     assert read(file).not_measured["start-up"].startswith("the process failed: ")
 
 

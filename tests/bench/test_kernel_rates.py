@@ -1,6 +1,5 @@
 """`figures/kernel_rates.py`, as far as it goes without a GPU: what is launched, how often, and what that moves."""
 
-import ctypes
 import importlib
 import subprocess
 import sys
@@ -14,18 +13,17 @@ from diffiqa.errors import BackendError
 from diffiqa.kernels.launch import CROP, Launch
 from diffiqa.runtime.gpu.tensorrt import device_capability, gpu_capability
 
-from ..fake_device import FakeLayer
+from ..fake_device import FakeLayer, device_memory
+from ..fakecuda.driver import Driver
 
 # By kernel: which arguments are addresses of images, and of a loop's progress.
 BUFFERS = {"noise_init": (0, 1, 5), "sampler_step": (0, 1, 2, 7), "normalise_pad": (0, 1), "gather_crops": (2,)}
 SCRIPT = Path(cli.__file__).parent / "figures" / "kernel_rates.py"
 
 
-def test_every_kernel_is_timed_as_a_graph_of_many_launches(
-    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_kernel_is_timed_as_a_graph_of_many_launches(layer: FakeLayer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    script, layer = importlib.import_module("kernel_rates"), FakeLayer(library)
+    script = importlib.import_module("kernel_rates")
     rows = {row["kernel"]: row for row in script.measure(layer, 2, 40, 48, crop=32, touched=0)}
     pixels, cut = 2 * 3 * 40 * 48, 2 * 3 * 32 * 32
     assert {name: row["bytes"] for name, row in rows.items()} == {
@@ -40,38 +38,38 @@ def test_every_kernel_is_timed_as_a_graph_of_many_launches(
     }
     assert all(len(row["seconds"]) == script.ROUNDS and row["gb_per_second"] > 0 for row in rows.values())
     assert len(layer.graphs) == len(rows)
-    assert all(script.LAUNCHES <= len(graph.work) < 2 * script.LAUNCHES for graph in layer.graphs)
+    assert all(script.LAUNCHES <= graph.work < 2 * script.LAUNCHES for graph in layer.graphs)
     assert layer.alive == 0
 
 
 class Watched(FakeLayer):
     """Keeps what is captured, with the crops that it cuts."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        super().__init__(library)
-        self.captured: list[list[Launch]] = []
+    def __init__(self, driver: Driver) -> None:
+        super().__init__(driver)
+        self.launches: list[list[Launch]] = []
         self.crops: list[bytes] = []
 
     def begin_capture(self) -> None:
         super().begin_capture()
-        self.captured.append([])
+        self.launches.append([])
 
     def launch(self, launch: Launch) -> None:
-        if self._capture is not None:
-            self.captured[-1].append(launch)
+        if self.driver.capturing:
+            self.launches[-1].append(launch)
             if launch.kernel.startswith("gather_crops"):
-                self.crops.append(self.owned(int(launch.arguments[1]), 2 * CROP.itemsize).tobytes())
+                self.crops.append(device_memory(int(launch.arguments[1]), 2 * CROP.itemsize).tobytes())
         super().launch(launch)
 
 
 def test_memory_is_not_met_again_before_more_was_touched_than_caches_hold(
-    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    script, layer, touched = importlib.import_module("kernel_rates"), Watched(library), 600_000
+    script, layer, touched = importlib.import_module("kernel_rates"), Watched(driver), 600_000
     rows = {row["kernel"]: row for row in script.measure(layer, 2, 40, 72, crop=32, touched=touched)}
-    assert len(rows) == len(layer.captured)
-    for captured in layer.captured:
+    assert len(rows) == len(layer.launches)
+    for captured in layer.launches:
         kernel, sets = captured[0].kernel, len({launch.arguments for launch in captured})
         assert sets > 1
         assert sets * rows[kernel]["bytes"] >= touched

@@ -1,4 +1,5 @@
 // The device, its one context, and the door through which cuda.bindings finds every function.
+#include <cstdio>
 #include <cstring>
 
 #include "driver.h"
@@ -124,11 +125,13 @@ DRIVER(cuGetErrorName, Result error, const char** name)
 {
     static const std::map<Result, const char*> names = {
         {SUCCESS, "CUDA_SUCCESS"},
+        {NO_DEVICE, "CUDA_ERROR_NO_DEVICE"},
         {INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE"},
         {OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY"},
         {INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT"},
         {INVALID_HANDLE, "CUDA_ERROR_INVALID_HANDLE"},
         {NOT_FOUND, "CUDA_ERROR_NOT_FOUND"},
+        {ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS"},
         {NOT_READY, "CUDA_ERROR_NOT_READY"},
         {NOT_SUPPORTED, "CUDA_ERROR_NOT_SUPPORTED"},
         {CAPTURE_UNSUPPORTED, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"},

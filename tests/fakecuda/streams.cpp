@@ -4,6 +4,7 @@
 #include "driver.h"
 
 std::set<Stream*> streams;
+static std::set<void*> forgotten;  // streams of tests that are over
 static Stream legacy;  // the default stream
 
 Stream* stream_of(void* handle)
@@ -18,26 +19,37 @@ bool this_thread_captures()
     for (const Stream* stream : streams) {
         const bool mine = stream->mode == THREAD_LOCAL && stream->capturer == std::this_thread::get_id();
         if (!stream->open || !stream->capture || !(mine || stream->mode == GLOBAL)) continue;
-        PROBLEM("a call that waits or allocates while this thread captures");
+        problem("a call that waits or allocates while this thread captures");
         return true;
     }
     return false;
 }
 
-void Stream::run()
+Result Stream::run()
 {
-    while (!queue.empty()) {
-        const Work work = std::move(queue.front());
-        queue.pop_front();
+    const std::lock_guard<std::recursive_mutex> mine(runs);
+    while (true) {
+        Work work;
+        {
+            LOCK;
+            if (context_is_lost()) queue.clear();
+            if (queue.empty()) return context_is_lost() ? ILLEGAL_ADDRESS : SUCCESS;
+            work = std::move(queue.front());
+            queue.pop_front();
+        }
         work();
     }
 }
 
-Result Stream::put(Work work)
+Result Stream::put(const char* what, Work work)
 {
-    if (!capture) queue.push_back(std::move(work));
-    else if (spoilt) return CAPTURE_INVALIDATED;
-    else capture->nodes.push_back(std::move(work));
+    if (spoilt && capture) return CAPTURE_INVALIDATED;
+    if (capture) {
+        capture->nodes.push_back(std::move(work));
+        return SUCCESS;
+    }
+    CHECK(counted(what));
+    queue.push_back(std::move(work));
     return SUCCESS;
 }
 
@@ -59,22 +71,26 @@ DRIVER(cuStreamCreateWithPriority, void** handle, unsigned flags, int)
 }
 DRIVER(cuStreamDestroy, void* handle)
 {
-    LOCK;
+    if (forgotten.count(handle)) return SUCCESS;
     Stream* stream = stream_of(handle);
     if (!stream) return INVALID_HANDLE;
     stream->run();
+    LOCK;
     stream->open = false;
     return SUCCESS;
 }
 DRIVER(cuStreamSynchronize, void* handle)
 {
-    LOCK;
-    Stream* stream = stream_of(handle);
-    if (!stream) return INVALID_HANDLE;
-    if (stream->capture) return stream->spoil();
-    if (stream == &legacy && this_thread_captures()) return CAPTURE_UNSUPPORTED;
-    stream->run();
-    return SUCCESS;
+    Stream* stream;
+    {
+        LOCK;
+        stream = stream_of(handle);
+        if (!stream) return INVALID_HANDLE;
+        if (stream->capture) return stream->spoil();
+        if (stream == &legacy && this_thread_captures()) return CAPTURE_UNSUPPORTED;
+        counted("wait");
+    }
+    return stream->run();
 }
 DRIVER(cuStreamGetCtx, void*, void** context)
 {
@@ -97,12 +113,12 @@ DRIVER(cuStreamIsCapturing, void* handle, int* status)
     if (stream) *status = !stream->capture ? 0 : stream->spoilt ? 2 : 1;
     return stream ? SUCCESS : INVALID_HANDLE;
 }
-// A function of the host, when the stream comes to it. The lock is held meanwhile: it may call nothing of CUDA.
+// A function of the host, when the stream comes to it.
 DRIVER(cuLaunchHostFunc, void* handle, void (*function)(void*), void* data)
 {
     LOCK;
     Stream* stream = stream_of(handle);
-    return stream ? stream->put([=] { function(data); }) : INVALID_HANDLE;
+    return stream ? stream->put("host function", [=] { function(data); }) : INVALID_HANDLE;
 }
 
 DRIVER(cuStreamBeginCapture, void* handle, CaptureMode mode)
@@ -125,6 +141,21 @@ struct Executable {
     Graph graph;
     bool open = true;
 };
+static std::set<Executable*> executables;  // that are open
+
+int graphs_alive() { return graphs.size() + executables.size(); }
+
+void forget_streams()
+{
+    for (Stream* stream : streams) {
+        forgotten.insert(stream);
+        stream->queue.clear();
+        stream->capture.reset();
+    }
+    streams.clear();  // not freed, as events and executables: somebody may still hold their handles
+    graphs.clear();
+    executables.clear();
+}
 
 DRIVER(cuStreamEndCapture, void* handle, Graph** graph)
 {
@@ -135,6 +166,7 @@ DRIVER(cuStreamEndCapture, void* handle, Graph** graph)
     if (stream->mode != RELAXED && stream->capturer != std::this_thread::get_id()) return CAPTURE_WRONG_THREAD;
     const std::unique_ptr<Graph> captured = std::move(stream->capture);
     if (stream->spoilt) return CAPTURE_INVALIDATED;  // the driver has destroyed what there was
+    CHECK(counted("capture"));
     *graph = new Graph(*captured);
     graphs[*graph].reset(*graph);
     return SUCCESS;
@@ -144,6 +176,7 @@ DRIVER(cuGraphInstantiateWithFlags, Executable** executable, Graph* graph, unsig
     LOCK;
     if (!graphs.count(graph)) return INVALID_VALUE;
     *executable = new Executable{*graph};
+    executables.insert(*executable);
     return SUCCESS;
 }
 DRIVER(cuGraphInstantiate, Executable** executable, Graph* graph, unsigned long long flags)
@@ -154,7 +187,7 @@ DRIVER(cuGraphDestroy, Graph* graph)
 {
     LOCK;
     if (graphs.erase(graph)) return SUCCESS;
-    PROBLEM("a graph is destroyed that is not there");
+    problem("a graph is destroyed that is not there");
     return INVALID_VALUE;
 }
 DRIVER(cuGraphLaunch, Executable* executable, void* handle)
@@ -163,17 +196,21 @@ DRIVER(cuGraphLaunch, Executable* executable, void* handle)
     CHECK(has_context());
     Stream* stream = stream_of(handle);
     if (!stream || !executable->open) return INVALID_HANDLE;
-    if (stream->capture) PROBLEM("a graph is launched in a capture");
-    return stream->put([executable] {
-        if (!executable->open) PROBLEM("a graph is destroyed before it ran");
-        for (const Work& work : executable->graph.nodes) work();
+    if (stream->capture) problem("a graph is launched in a capture");
+    return stream->put("graph", [executable] {
+        if (!executable->open) problem("a graph is destroyed before it ran");
+        for (const Work& work : executable->graph.nodes) {
+            if (context_is_lost()) return;
+            work();
+        }
     });
 }
 DRIVER(cuGraphExecDestroy, Executable* executable)
 {
     LOCK;
-    if (!executable->open) PROBLEM("an executable graph is destroyed twice");
+    if (!executable->open) problem("an executable graph is destroyed twice");
     executable->open = false;
+    executables.erase(executable);
     return SUCCESS;
 }
 
@@ -194,9 +231,10 @@ DRIVER(cuEventRecord, Event* event, void* handle)
     LOCK;
     Stream* stream = stream_of(handle);
     if (!stream) return INVALID_HANDLE;
+    if (stream->capture) problem("an event is recorded in a capture: it would tell no time");
     event->recorded = true;
     event->done = false;
-    return stream->put([event] {
+    return stream->put("event", [event] {
         event->done = true;
         event->seconds = std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
     });

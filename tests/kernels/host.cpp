@@ -3,6 +3,7 @@
 // Threads run one after the other, thread 0 of a block last, so that what it does alone after a barrier comes after all
 // of its block has done what stands before it. That is no model of concurrency: test_on_gpu.py is for that.
 // Contraction to FMA must be off (-ffp-contract=off), as it is on the device.
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <utility>
@@ -49,7 +50,15 @@ static std::index_sequence_for<A...> indices(void (*)(A...))
     return {};
 }
 
+// The number of a kernel's parameters and their sizes.
+template <typename... A>
+static constexpr std::array<unsigned, sizeof...(A) + 1> sizes_of(void (*)(A...))
+{
+    return {sizeof...(A), sizeof(A)...};
+}
+
 #define EXPORT(name)                                                                                                   \
+    extern "C" const auto host_sizes_##name = sizes_of(name);                                                          \
     extern "C" bool host_##name(unsigned grid_x, unsigned grid_y, unsigned block, unsigned count, void** arguments,    \
                                 const unsigned* sizes)                                                                 \
     {                                                                                                                  \

@@ -1,4 +1,4 @@
-"""`iqa-verify --backend tensorrt`, on the stand-in for a GPU: engines by stage and step, and all on the device."""
+"""`iqa-verify --backend tensorrt`, on a driver without a GPU: engines by stage and step, and all on the device."""
 
 import json
 from pathlib import Path
@@ -97,7 +97,7 @@ def test_too_little_memory_on_the_device_is_said_with_the_way_out(
     fake_gpu.capacity = 100_000
     result = call(tiny_build, images)
     assert result.exit_code == 2
-    assert "bytes left" in result.stderr
+    assert "MiB left" in result.stderr
     assert "--mode crop" in result.stderr
     assert fake_gpu.left == 0
 
@@ -188,7 +188,7 @@ def test_a_stage_waits_for_its_work_before_it_frees_what_the_work_uses(
 def test_a_graph_that_gives_other_numbers_is_caught(
     tiny_build: Path, fake_gpu: FakeLayer, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FakeGraph, "_run", lambda graph: None)
+    monkeypatch.setattr(FakeGraph, "launch", lambda graph: None)
     result = call(tiny_build, images, "--json", tmp_path / "a.json")
     assert result.exit_code == 1, result.output
     found = checks(tmp_path / "a.json")

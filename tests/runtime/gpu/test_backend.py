@@ -246,7 +246,6 @@ def test_a_score_depends_on_the_batch_asked_for_and_not_on_what_shares_it(
         with load(tiny_build, TensorRt(batch=4)) as scorer:
             alone = [scorer.score(image, options, pictures=True) for image in images if not isinstance(image, bytes)]
             found = list(scorer.stream(images, options, pictures=True))
-        fake_gpu.closed = False
         assert isinstance(found.pop(3), Failure)
         for mine, theirs in zip(found, alone, strict=True):
             assert isinstance(mine, Score)
@@ -265,7 +264,6 @@ def test_neighbours_of_one_size_and_seeds_of_one_image_share_batches(tiny_build:
             assert all(isinstance(result, Score) for result in scorer.stream(pictures, options))
             assert fake_gpu.log.count("unet") == loops * steps
             assert scorer.info.backend.endswith("fake GPU, 4 at a time")
-        fake_gpu.closed = False
 
 
 def test_the_build_that_a_smaller_batch_asks_for_takes_the_whole_one(tiny_build: Path, fake_gpu: FakeLayer) -> None:
@@ -337,7 +335,6 @@ def test_no_cuda_graph_gives_the_same_scores_and_makes_none(tiny_build: Path, fa
     with load(tiny_build) as with_graphs:
         expected = [with_graphs.score(picture, options).score for picture in pictures]
     assert len(fake_gpu.graphs) == 2
-    fake_gpu.closed = False
     fake_gpu.graphs.clear()
     with load(tiny_build, best(cuda_graph=False)) as without:
         assert without._executor.graphs.form is Form.NONE  # type: ignore[union-attr]
@@ -362,6 +359,24 @@ def test_memory_that_runs_out_costs_one_image_only(tiny_build: Path, fake_gpu: F
         assert "not enough memory for 128×128 pixels in whole mode" in results[0].error
         assert "fake GPU has no" in results[0].error
         assert isinstance(results[1], Score)
+
+
+def test_a_gpu_that_is_lost_keeps_the_results_before_it(tiny_build: Path, fake_gpu: FakeLayer, tmp_path: Path) -> None:
+    """A driver that has met an illegal address answers every call of the process with it."""
+    for i in range(4):
+        Image.fromarray(photo(i, 48, 48)).save(tmp_path / f"{i}.png")
+
+    def lose(_launches: int) -> None:
+        if fake_gpu.log.count("normalise_pad_f32") == 3:
+            fake_gpu.driver.lose_context()
+
+    fake_gpu.watch = lose
+    out = tmp_path / "scores.jsonl"
+    assert call(tiny_build, tmp_path, "--crops", "1", "-o", out).exit_code == 1
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    errors = [record["error"] for record in records if record["status"] == "error"]
+    assert [len(records), len(errors)] == [4, 2]  # the third to begin is not always the third image
+    assert all("the process must be terminated and relaunched" in error for error in errors)
 
 
 def test_an_image_no_profile_takes_names_the_rebuild(tiny_build: Path, fake_gpu: FakeLayer) -> None:
@@ -395,7 +410,6 @@ def test_the_command_says_what_runs_and_why(
     several = call(tiny_build, image, "--batch", "2", "--format", "jsonl")
     assert several.exit_code == 0, several.output
     assert json.loads(several.stdout)["backend"] == "tensorrt-rtx 1.7 fp32: fake GPU, 2 at a time"
-    fake_gpu.closed = False
     on_gpu = call(tiny_build, image, "--backend", "tensorrt", "--device", "0", "--format", "jsonl")
     assert on_gpu.exit_code == 0, on_gpu.output
     assert "backend: tensorrt-rtx 1.7 fp32: fake GPU\n" in on_gpu.stderr

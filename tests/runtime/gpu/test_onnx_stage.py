@@ -1,10 +1,9 @@
-"""ONNX Runtime inside the device's loop, on a device that is none: its sessions bound to addresses of NumPy memory.
+"""ONNX Runtime inside the device's loop, on a driver without a GPU: its sessions bound to addresses of the host.
 
 What runs is the CPU provider, so what these tests are for is all but CUDA: shapes, addresses, the growth of memory,
 errors, and what is asked of a GPU's provider. `test_onnx_device_gpu.py` has the rest.
 """
 
-import ctypes
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +27,7 @@ from diffiqa.runtime.results import Mode, Options
 from diffiqa.runtime.scorer import load
 
 from ...fake_device import FakeLayer
+from ...fakecuda.driver import Driver
 from ...tiny import photo
 from .test_executor import check_close, device, planned, same, small_tiles  # noqa: F401 — a fixture
 
@@ -50,9 +50,9 @@ def host(directory: EngineDirectory, sessions: dict[StageName, Any]) -> HostExec
 
 
 @pytest.fixture
-def layer(library: ctypes.CDLL) -> FakeLayer:
+def layer(driver: Driver) -> FakeLayer:
     """Sessions on the CPU run in the caller's thread, so what they read has to be there."""
-    return FakeLayer(library, eager=True)
+    return FakeLayer(driver, eager=True)
 
 
 def on_cpu(directory: EngineDirectory, sessions: dict[StageName, Any]) -> dict[StageName, LoadedStage]:
@@ -96,11 +96,11 @@ def test_outcomes_are_those_of_the_host(
 
 @pytest.mark.parametrize("mode", [Mode.WHOLE, Mode.CROP])
 def test_memory_follows_the_images_and_then_stays(
-    directory: EngineDirectory, sessions: dict[StageName, Any], layer: FakeLayer, library: ctypes.CDLL, mode: Mode
+    directory: EngineDirectory, sessions: dict[StageName, Any], layer: FakeLayer, driver: Driver, mode: Mode
 ) -> None:
     """Nothing is set aside for the maximum of an open-ended profile; buffers move as images grow, and bits stay."""
     executor = executor_on(layer, directory, sessions)
-    engines = device(FakeLayer(library), directory)
+    engines = device(FakeLayer(driver), directory)
     pictures = [photo(i, *shape) for i, shape in enumerate([(32, 32), (64, 90), (120, 110)])]
     plans = [planned(directory, picture, mode=mode, crops=3) for picture in pictures]
     executor.run(pictures[0], plans[0], 0)
@@ -255,12 +255,12 @@ def test_batches_and_sizes_are_bounded(directory: EngineDirectory, sessions: dic
 
 
 @pytest.fixture
-def gpu(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> FakeLayer:
+def gpu(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> FakeLayer:
     """A machine with a GPU and an onnxruntime that has CUDA, but no TensorRT."""
-    layer = FakeLayer(library, eager=True)
+    layer = FakeLayer(driver, eager=True)
     monkeypatch.setattr(door, "gpu_capability", lambda ordinal: "8.9")
     monkeypatch.setattr(door, "installed_libraries", list)
-    monkeypatch.setattr(cuda, "CudaLayer", lambda ordinal: layer)
+    monkeypatch.setattr(cuda, "CudaLayer", lambda ordinal: layer.open())
     monkeypatch.setattr(onnx_device, "prepare", lambda settings: None)
     monkeypatch.setattr(onnx_device, "gpu_settings", lambda settings, ordinal, stream: OnnxRuntime(threads=1))
     monkeypatch.setattr(onnx_device, "stranded", lambda session: [])
