@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..engine.manifest import Build, EngineDirectory, Library, Precision, ShapeRange, check_file
-from ..errors import EngineError
+from ..errors import BackendError, EngineError
 
 OLDEST_PORTABLE = (8, 0)  # a build of RTX that names no compute capability is not for Turing and before
 CPU = "cpu-"  # how the target of a build begins that is for a CPU
+
+
+class NotForShapesError(BackendError):
+    """A stage does not take inputs of these shapes."""
 
 
 @dataclass(frozen=True)

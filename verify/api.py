@@ -14,7 +14,7 @@ from pathlib import Path
 from ..engine.manifest import Precision, read_manifest
 from ..errors import UsageError, member
 from ..export.precision import PrecisionPlan
-from ..runtime.host.onnx_stage import OnnxRuntime
+from ..runtime.backends import GpuBackend, Inductor, OnnxRuntime
 from ..runtime.inputs import Images, find_images
 from ..runtime.results import Options
 from ..runtime.scorer import Scorer
@@ -26,6 +26,7 @@ from .saved import Store, read_saved
 from .sides import (
     Given,
     chosen_plan,
+    compiled_side,
     default_limits,
     emulated_side,
     engine_side,
@@ -56,7 +57,7 @@ def verify(
     against: str | Path | None = None,
     precision: Precision | str | None = None,
     plan: PrecisionPlan | None = None,
-    gpu: int | None = None,
+    backend: GpuBackend | Inductor | None = None,
     any_weights: bool = False,
     options: Options = Options(seeds=3),  # noqa: B008 — frozen
     forced: int = 2,
@@ -73,9 +74,9 @@ def verify(
     """Compare an engine with a float32 reference over the whole loop, with the same noise, and judge the difference.
 
     The candidate is the engine itself; or, with `precision` or `plan`, the engine as iqa-build would round it, emulated
-    in float32; or, with `gpu`, the build for this GPU. The reference is `against` (another engine directory, or a
-    checkpoint), or else the engine's own ONNX stages. `any_weights` compares the two even if they were made from
-    different weights files.
+    in float32; or, with `backend`, the build that this backend runs. The reference is `against` (another engine
+    directory, or a checkpoint), or else the engine's own ONNX stages. `any_weights` compares the two even if they were
+    made from different weights files.
 
     `options.seeds` is the number of seeds that the spread of scores is measured with. On the first `forced` images,
     each stage also runs on the reference's inputs. `limits_of` names the precision whose default limits apply, and
@@ -86,7 +87,7 @@ def verify(
     Raises UsageError, EngineError, BackendError or OutputError.
     """
     given = Given(Path(engine), Path(against) if against else None, plan, _precision(precision), any_weights)
-    _refuse_contradictions(given, gpu, fail_fast=fail_fast, bisect=bisect)
+    _refuse_contradictions(given, backend, fail_fast=fail_fast, bisect=bisect)
     changes = limits or {}
     settings = OnnxRuntime(threads=threads)
     choices = Choices(options, forced, quantile)
@@ -98,12 +99,14 @@ def verify(
         subjects = read_subjects(paths, read_manifest(given.engine), options)
         store = Store(Path(save)) if save else None
         directory = open_verified(given.engine)
-        low = chosen_plan(given, directory) if gpu is None else None
+        low = chosen_plan(given, directory) if backend is None else None
         reference = reference_side(given, directory, settings)
-        if gpu is not None:
+        if isinstance(backend, Inductor):
+            candidate = compiled_side(directory, backend)
+        elif backend:
             from .device import open_device_side
 
-            candidate = opened.enter_context(open_device_side(directory, gpu))
+            candidate = opened.enter_context(open_device_side(directory, backend))
         else:
             candidate = emulated_side(directory, low, settings) if low else engine_side(directory, settings)
         name = limits_of or default_limits(reference.party, candidate.party)
@@ -187,11 +190,13 @@ def _precision(name: Precision | str | None) -> Precision | None:
     return member(Precision, name) if name else None
 
 
-def _refuse_contradictions(given: Given, gpu: int | None, *, fail_fast: bool, bisect: bool) -> None:
+def _refuse_contradictions(
+    given: Given, backend: GpuBackend | Inductor | None, *, fail_fast: bool, bisect: bool
+) -> None:
     low = given.plan or given.precision
-    if gpu is not None and (low or bisect):
+    if backend and (low or bisect):
         raise UsageError(
-            "a build has a plan of its own; leave --plan, --precision and --bisect out, or --backend tensorrt"
+            f"a build has a plan of its own; leave --plan, --precision and --bisect out, or --backend {backend.key}"
         )
     if bisect and not low:
         raise UsageError("--bisect changes a precision plan: give one with --plan, or --precision")

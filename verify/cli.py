@@ -11,6 +11,12 @@ from ..engine.atomic import check_folder_of
 from ..errors import UsageError
 
 _PATH = click.Path(path_type=Path)
+BUILDS = (
+    "tensorrt",
+    "inductor-gpu",
+    "onnxruntime-gpu",
+    "inductor",
+)  # backends that run builds; the last one on the CPU
 
 
 @click.command(cls=Command)
@@ -36,9 +42,9 @@ _PATH = click.Path(path_type=Path)
 )
 @click.option(
     "--backend",
-    type=click.Choice(["onnxruntime", "tensorrt"]),
-    help="What runs the engine: onnxruntime its ONNX stages on the CPU (default), tensorrt the build for this "
-    "machine's GPU.",
+    type=click.Choice(["onnxruntime", *BUILDS]),
+    help="What runs the engine: onnxruntime its ONNX stages on the CPU (default), another one its build for this "
+    "machine.",
 )
 @click.option("--device", type=click.IntRange(0), metavar="N", help="Which GPU runs the build. Default: 0.")
 @click.option("--any-weights", is_flag=True, help="Compare two engines even if they have different weights.")
@@ -119,7 +125,7 @@ def verify(engine: Path | None, images: tuple[str, ...], **given: Any) -> None:
     Examples:
       iqa-verify --engine engine/ --precision fp16 photos/ --html verify.html
       iqa-verify --engine int8/ --against engine/ photos/ --save kept/
-      iqa-verify --engine engine/ --backend tensorrt photos/
+      iqa-verify --engine engine/ --backend inductor photos/ --mode crop
       iqa-verify --saved kept/ --limit score-mean=0.005
       iqa-verify --engine engine/ --plan plan.json photos/ --bisect better.json
 
@@ -154,7 +160,7 @@ def verify(engine: Path | None, images: tuple[str, ...], **given: Any) -> None:
             result = api.verify(
                 engine,
                 images,
-                gpu=given["device"] or 0 if given["backend"] == "tensorrt" else None,
+                backend=_backend(given["backend"], given["device"]),
                 options=Options(given["crops"], given["seed"], given["seeds"], Mode(given["mode"])),
                 quantile=given["quantile"] or QUANTILE,
                 bisect=given["bisect_file"] is not None,
@@ -187,5 +193,12 @@ def _refuse_contradictions(engine: Path | None, images: tuple[str, ...], given: 
                 raise UsageError(f"{option} needs a run, and --saved does without; leave one of them out")
     elif engine is None:
         raise UsageError("give --engine DIR to verify one, or --saved DIR to judge saved results")
-    elif given["device"] is not None and given["backend"] != "tensorrt":
-        raise UsageError("--device names a GPU, and needs --backend tensorrt")
+    elif given["device"] is not None and given["backend"] not in BUILDS[:-1]:
+        raise UsageError(f"--device names a GPU, and needs --backend {', '.join(BUILDS[:-1])}")
+
+
+def _backend(name: str | None, device: int | None) -> Any:
+    """Return the backend whose build is verified; None for the ONNX stages on the CPU."""
+    from ..runtime.backends import from_options
+
+    return from_options(name, device=device) if name in BUILDS else None

@@ -14,27 +14,30 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ..engine.manifest import EngineDirectory, Manifest
-from ..errors import BackendError
-from ..runtime.builds import choose_profile
+from ..engine.manifest import EngineDirectory, Library, Manifest
+from ..errors import BackendError, EngineError
+from ..runtime.backends import GpuBackend
+from ..runtime.builds import NotForShapesError, build_command, choose_profile
 from ..runtime.executor import Call, FloatArray, Outcome
-from ..runtime.gpu.door import open_tensorrt
 from ..runtime.gpu.executor import DeviceExecutor
 from ..runtime.gpu.graphs import Form
 from ..runtime.gpu.layer import ITEM_BYTES, BoundStage, Layer, LoadedStage
 from ..runtime.plan import Plan
 from .figures import total_score
 from .sides import Party, Side, onnx_precision
-from .trace import NotForShapesError, branch_scores
+from .trace import branch_scores
 
 _DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 @contextlib.contextmanager
-def open_device_side(directory: EngineDirectory, ordinal: int) -> Generator[Side]:
+def open_device_side(directory: EngineDirectory, backend: GpuBackend) -> Generator[Side]:
     """Open the build that fits a GPU, for the length of a block. Raises BackendError or EngineError."""
-    opened = open_tensorrt(directory, ordinal)
-    assert opened.build is not None  # noqa: S101 — what it opens is a build
+    opened = backend.load(directory)
+    if opened.build is None:  # ONNX Runtime takes the exported stages then
+        opened.layer.close()
+        command = build_command(directory.path, library=Library.ONNXRUNTIME)
+        raise EngineError(f"{directory.path} holds no onnxruntime build to verify; make one with: {command}")
     with contextlib.closing(opened.executor(directory)) as executor:
         stages = {name: DeviceStage(opened.layer, engine) for name, engine in opened.stages(1).items()}
         party = Party(

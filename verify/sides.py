@@ -1,7 +1,8 @@
 """The two sides of a comparison: a float32 reference, and a candidate that should be the same model.
 
 These candidates run through ONNX Runtime on the CPU: an engine's stages as they are (in int8, for instance), or its
-stages under a precision plan, emulated in float32 with every result rounded. `device.py` has the candidate on a GPU.
+stages under a precision plan, emulated in float32 with every result rounded. Or PyTorch's compiler made them for this
+CPU. `device.py` has the candidate on a GPU.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from ..engine.codec import encode
 from ..engine.manifest import EngineDirectory, Manifest, Precision, Source, Stage, StageName, open_engine, read_manifest
 from ..errors import EngineError, UsageError
 from ..export.precision import PrecisionPlan, StagePrecision, cast, in_8_bits, replace_nodes, resolve_plan, rounded
+from ..runtime.backends import Inductor
 from ..runtime.executor import Call, FloatArray, StageRunner
 from ..runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from ..runtime.host.stages import load_stages
@@ -156,6 +158,19 @@ def engine_side(directory: EngineDirectory, settings: OnnxRuntime) -> Side:
     precision = onnx_precision(directory)
     stages = load_stages(directory, dataclasses.replace(settings, as_written=precision == "fp8"))
     return Side(Party(str(directory.path), directory.manifest.engine_id, precision), directory.manifest, stages)
+
+
+def compiled_side(directory: EngineDirectory, backend: Inductor) -> Side:
+    """Return the build of an engine for this CPU."""
+    loaded = backend.load(directory)
+    assert loaded.build is not None  # noqa: S101 — it loads nothing else
+    party = Party(
+        f"{directory.path}, {loaded.name}",
+        f"{directory.manifest.engine_id}+{loaded.build.key}",
+        onnx_precision(directory),
+        loaded.build.precision,
+    )
+    return Side(party, directory.manifest, loaded.stages)
 
 
 def _checkpoint(given: Given, path: Path, manifest: Manifest) -> Side:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine.manifest import Manifest, StageName
-from ..errors import BackendError
+from ..runtime.builds import NotForShapesError
 from ..runtime.executor import Call, Outcome, StageRunner
 from ..runtime.host.executor import BoundDenoiser, HostExecutor
 from ..runtime.plan import Plan
@@ -24,10 +24,6 @@ _WATCHED = {
     StageName.VCG: (),
     StageName.VDA: (),
 }
-
-
-class NotForShapesError(BackendError):
-    """A stage does not take inputs of these shapes."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from ..builds import Machine, newest_build, open_build, rebuild_command
 from ..executor import Opened
 from ..host.onnx_stage import OnnxRuntime, Provider
 from .graphs import Form
-from .tensorrt import TensorRT, gpu_capability, installed_libraries, load_library
+from .tensorrt import TRAITS, TensorRT, gpu_capability, installed_libraries, load_library
 
 if TYPE_CHECKING:
     from ...engine.manifest import StageName
@@ -57,7 +57,8 @@ def open_tensorrt(directory: EngineDirectory, ordinal: int) -> OnGpu:
     from .tensorrt_stage import load_engines
 
     # Without any library, the message names the one that the newest build is for.
-    missed = directory.manifest.builds[-1].library if directory.manifest.builds else Library.TENSORRT
+    built = (build.library for build in reversed(directory.manifest.builds) if build.library in TRAITS)
+    missed = next(built, Library.TENSORRT)
     libraries = _loaded(installed_libraries() or [missed])
     machines = [
         Machine(name, library.version, capability, tuple(library.capabilities)) for name, library in libraries.items()

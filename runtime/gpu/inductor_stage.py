@@ -26,10 +26,14 @@ def on_stream(
     layer: "CudaLayer", ordinal: int, build: Build, loaded: Mapping[StageName, Package]
 ) -> dict[StageName, LoadedStage]:
     """Return the stages of a build, to run on the layer's stream."""
+    place = _place(layer, ordinal)
+    return {made.name: _Stage(place, made, loaded[made.name]) for made in build.stages}
+
+
+def _place(layer: "CudaLayer", ordinal: int) -> "_Place":
     module = torch()
     device = module.device("cuda", ordinal)
-    place = _Place(layer, device, module.cuda.ExternalStream(layer.stream, device), module.cuda.MemPool())
-    return {made.name: _Stage(place, made, loaded[made.name]) for made in build.stages}
+    return _Place(layer, device, module.cuda.ExternalStream(layer.stream, device), module.cuda.MemPool())
 
 
 class _Place:

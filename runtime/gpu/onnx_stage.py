@@ -103,15 +103,22 @@ class OnnxBuildStage:
 
     def bind(self, profile: int, shapes: Shapes, addresses: Mapping[str, int]) -> "_Binding":
         """Return a binding to these addresses, with a graph of its own."""
-        sizes = self.built.sizes(shapes)
+        graph_id = next(self._graph_ids) if self._graph else None
+        session = self._loaded_for(self.built.sizes(shapes)).session
+        return _Binding(self.built, session, self._place, shapes, addresses, graph_id)
+
+    def prepare(self) -> None:
+        """Load the session for one crop. Raises BackendError if ONNX Runtime does not take the stage."""
+        self._loaded_for(self.built.sizes({name: span.minimum for name, span in self.built.profiles[0].items()}))
+
+    def _loaded_for(self, sizes: Mapping[str, int]) -> OnnxStage:
         key = tuple(sorted(sizes.items()))
         if key not in self._loaded:
             self._loaded[key] = self._load(sizes)
             while len(self._loaded) > SESSIONS:
                 self._loaded.popitem(last=False)
         self._loaded.move_to_end(key)
-        graph_id = next(self._graph_ids) if self._graph else None
-        return _Binding(self.built, self._loaded[key].session, self._place, shapes, addresses, graph_id)
+        return self._loaded[key]
 
     def close(self) -> None:
         """Let go of the sessions; the bindings free them with their last references."""
@@ -251,7 +258,9 @@ def build_on_device(
             return session
 
         profiled = replace(made, profiles=_profiles(stage, manifest, together))
-        return OnnxBuildStage(profiled, load, (DEVICE, ordinal), graph=cuda_graph)
+        ready = OnnxBuildStage(profiled, load, (DEVICE, ordinal), graph=cuda_graph)
+        ready.prepare()  # what ONNX Runtime refuses, it refuses before the first image
+        return ready
 
     def stages(together: int) -> dict[StageName, LoadedStage]:
         return {

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ...engine.manifest import Build, BuiltStage, EngineDirectory
 from ...errors import BackendError, UsageError, first_line
-from ..builds import choose_profile, rebuild_command
+from ..builds import NotForShapesError, choose_profile, rebuild_command
 from ..executor import Call, Opened
 from ..inductor import Package, cpu_target, fitting_build, packages, torch
 from .onnx_stage import available_cpus
@@ -47,7 +47,7 @@ class Inductor:
         loaded = packages(directory, build, None)
         threads = self.threads or available_cpus()
         stages = {made.name: InductorStage(directory, build, made, loaded[made.name], threads) for made in build.stages}
-        return OnHost(stages, f"inductor {build.version} {build.precision}: CPU", build.precision)
+        return OnHost(stages, f"inductor {build.version} {build.precision}: CPU", build.precision, build)
 
     def open(self, directory: EngineDirectory) -> Opened:
         """Load an engine, ready to carry out plans."""
@@ -64,14 +64,15 @@ class InductorStage:
         self._package, self._threads = package, threads
 
     def bind(self, inputs: Mapping[str, FloatArray], outputs: Mapping[str, FloatArray]) -> Call:
-        """Return a call that runs the stage from and into these very arrays; the call keeps them alive."""
+        """Return a call that runs the stage from and into these very arrays; outputs that are not given are dropped."""
         profile = choose_profile(self._built.profiles, {name: array.shape for name, array in inputs.items()})
         if profile is None:
-            raise BackendError(self._no_profile(inputs))
+            raise NotForShapesError(self._no_profile(inputs))
         form, module = self._package.form(profile), torch()
         dtypes = {spec.name: getattr(module, spec.dtype) for spec in (*self._built.inputs, *self._built.outputs)}
         given = [(module.from_numpy(inputs[spec.name]), dtypes[spec.name]) for spec in self._built.inputs]
-        wanted = [module.from_numpy(outputs[spec.name]) for spec in self._built.outputs]
+        places = {n: spec.name for n, spec in enumerate(self._built.outputs) if spec.name in outputs}
+        wanted = {n: module.from_numpy(outputs[name]) for n, name in places.items()}
 
         def call() -> None:
             module.set_num_threads(self._threads)  # of this thread: OpenMP keeps the number thread by thread
@@ -79,8 +80,8 @@ class InductorStage:
                 results: list[Tensor] = list(form([tensor.to(dtype) for tensor, dtype in given]))
             except Exception as exc:  # whatever compiled code raises
                 raise BackendError(f"torch failed in the {self._built.name} stage: {first_line(exc)}") from exc
-            for tensor, result in zip(wanted, results, strict=True):
-                tensor.copy_(result)
+            for n, tensor in wanted.items():
+                tensor.copy_(results[n])
 
         return call
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ...engine.manifest import EngineDirectory, Manifest, Precision, StageName
+from ...engine.manifest import Build, EngineDirectory, Manifest, Precision, StageName
 from ...errors import EngineError
 from ..executor import Opened, StageRunner
 from .executor import HostExecutor
@@ -38,6 +38,7 @@ class OnHost:
     stages: Mapping[StageName, StageRunner]
     name: str  # what records call it
     precision: Precision = Precision.FP32  # of the files
+    build: Build | None = None  # whose files they are; None: the exported stages themselves
 
     def ready(self, directory: EngineDirectory) -> Opened:
         """Return it as `load` takes it."""

@@ -1,6 +1,7 @@
 """Builds by PyTorch's compiler on a CPU: the same scores as ONNX Runtime's, and machine code of nobody else's."""
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -165,6 +166,21 @@ def test_scoring_with_other_backends_imports_no_torch(built: tuple[Path, Build])
     code = "import sys, diffiqa; diffiqa.load(sys.argv[1], diffiqa.OnnxRuntime()); print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code, str(built[0])], capture_output=True, text=True, check=True)
     assert found.stdout == "False\n"
+
+
+def test_iqa_verify_judges_it_beside_the_onnx_stages(built: tuple[Path, Build], tmp_path: Path) -> None:
+    from PIL import Image
+
+    for seed in range(2):
+        Image.fromarray(photo(seed, 40, 40)).save(tmp_path / f"{seed}.png")
+    command = ["verify", "--engine", str(built[0]), str(tmp_path), "--mode", "crop", "--crops", "2", "--seeds", "1"]
+    done = CliRunner().invoke(cli.main, [*command, "--backend", "inductor", "--json", str(tmp_path / "found.json")])
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["candidate"]["id"].endswith(f"+{built[1].key}")
+    assert found["candidate"]["cast"] == "fp32"
+    refused = CliRunner().invoke(cli.main, [*command, "--backend", "inductor", "--precision", "fp16"])
+    assert "a build has a plan of its own" in refused.stderr
 
 
 @pytest.mark.slow

@@ -12,10 +12,10 @@ from diffiqa import cli
 from diffiqa.engine.manifest import Precision, StageName, open_engine
 from diffiqa.errors import BackendError
 from diffiqa.kernels.launch import Launch
+from diffiqa.runtime.builds import NotForShapesError
 from diffiqa.runtime.gpu import tensorrt_stage
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from diffiqa.verify.device import DeviceStage
-from diffiqa.verify.trace import NotForShapesError
 
 from ..fake_device import FakeGraph, FakeLayer, fake_stages
 from .verify_engines import edited, pictures, scale_weights
