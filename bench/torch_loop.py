@@ -149,7 +149,7 @@ def normals(keys: Tensor, blocks: Tensor, steps: Tensor) -> Tensor:
     return torch.stack([*pair(c0, c1), *pair(c2, c3)], dim=-1)
 
 
-def lowered_unet(unet: nn.Module, dtype: torch.dtype) -> nn.Module:
+def lowered_unet(unet: UNet, dtype: torch.dtype) -> UNet:
     """Give a U-Net weights of `dtype` and return it; its noise level stays float32.
 
     Cast once: autocast would cast for every image, and for every step if compiled. BatchNorms stay float32, too: their

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from diffiqa.bench.ceilings import DEVICE_CALLS, DEVICE_COPY_BYTES, device_copy
 from diffiqa.errors import DiffiqaError
+from diffiqa.figures.record import write
 from diffiqa.kernels.launch import (
     COEFFICIENTS,
     PROGRESS,
@@ -60,8 +61,6 @@ def main() -> None:
     except DiffiqaError as exc:
         print(f"error: {exc}", file=sys.stderr)
         sys.exit(2)
-    from record import write
-
     write("kernel-rates", found)
 
 

@@ -10,9 +10,8 @@ import copy
 import ctypes
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from ...engine.manifest import BuiltStage, FileEntry, Manifest, Precision, Stage
 from ...export.engine import manifest_of
 from ...export.stages import StagePlan, stage_plans
 from ...model.checkpoint import Loaded
+from ...model.unet import UNet
 from ...runtime.arrays import result_of
 from ...runtime.gpu.cuda import CudaLayer
 from ...runtime.gpu.graphs import Form
@@ -51,7 +51,7 @@ class Networks:
         for name, plan in self._plans.items():
             module = channels_last(copy.deepcopy(plan.module), place)
             if half and place.device == "cuda":
-                module = lowered_unet(module, HALF) if name is StageName.UNET else Autocast(module)
+                module = lowered_unet(cast(UNet, module), HALF) if name is StageName.UNET else Autocast(module)
             found[name] = module
         return found
 
@@ -150,7 +150,8 @@ class TorchBinding:
 
     @torch.inference_mode()
     def _at_once(self) -> None:
-        with torch.cuda.stream(torch.cuda.ExternalStream(self._layer.stream)):
+        stream = torch.cuda.ExternalStream(self._layer.stream)  # type: ignore[no-untyped-call, unused-ignore]
+        with torch.cuda.stream(stream):
             given = self._inputs if self._on_card else [x.float() for x in self._inputs]
             found = self._module(*given)
             for target, value in zip(self._outputs, found if isinstance(found, tuple) else (found,), strict=True):
@@ -210,7 +211,7 @@ def tensor_at(device: str, address: int, shape: tuple[int, ...], dtype: str) -> 
         tensor = torch.as_tensor(_Memory(address, shape, kind.str), device=device)
     else:
         raw = (ctypes.c_uint8 * (math.prod(shape) * kind.itemsize)).from_address(address)
-        tensor = torch.from_numpy(np.frombuffer(raw, kind).reshape(shape))
+        tensor = torch.from_numpy(np.ctypeslib.as_array(raw).view(kind).reshape(shape))
     if tensor.data_ptr() != address:
         raise RuntimeError(f"PyTorch copied {shape} instead of using it where it lies")
     return tensor
@@ -247,6 +248,3 @@ def _stage(plan: StagePlan) -> Stage:
         for signature in (plan.inputs, plan.outputs)
     )
     return Stage(plan.name, FileEntry("", 0, ""), 20, inputs, outputs, 0, 0, ())
-
-
-__all__ = ["Autocast", "Networks", "OnHost", "Path", "TorchOnGpu", "channels_last", "executor_on", "open_layer"]

@@ -49,7 +49,8 @@ def facts(place: Place, notes: Notes) -> None:
     from ...bench.ceilings import DEVICE_CALLS, DEVICE_COPY_BYTES, device_copy
 
     card = torch.cuda.get_device_properties(0)
-    notes.add(torch_cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
+    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call, unused-ignore]
+    notes.add(torch_cuda=torch.version.cuda, cudnn=cudnn)
     notes.add(multiprocessors=card.multi_processor_count, memory_gib=card.total_memory / 2**30)
     for name, dtype in (("fp16", HALF), ("bf16", torch.bfloat16), ("tf32", torch.float32), ("fp32", torch.float32)):
         allow_tf32(name == "tf32")
@@ -344,7 +345,7 @@ def low(place: Place) -> torch.dtype:
 
 def lowered(place: Place, unet: nn.Module) -> nn.Module:
     """Return the U-Net in that precision."""
-    return lowered_unet(unet, low(place))
+    return lowered_unet(cast(UNet, unet), low(place))
 
 
 def unet_inputs(place: Place, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -390,18 +391,19 @@ def median_ms(call: Callable[[], object], repeats: int = 20) -> float:
         call()
     if seconds_of(call) > 1:
         repeats = 3  # on a CPU
-    pairs = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(repeats)]
+    event = partial(torch.cuda.Event, enable_timing=True)
+    pairs = [(event(), event()) for _ in range(repeats)]
     for first, last in pairs:
         first.record()
         call()
         last.record()
     torch.cuda.synchronize()
-    return statistics.median(first.elapsed_time(last) for first, last in pairs)
+    return statistics.median(float(first.elapsed_time(last)) for first, last in pairs)
 
 
 def graph_of(call: Callable[[], object], times: int = 1) -> Callable[[], object]:
     """Return what replays a CUDA graph of so many calls; without a card, replaying does nothing."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call, unused-ignore]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
