@@ -54,11 +54,8 @@ def install() -> None:
         "graph": lambda graph: none,
         "synchronize": lambda: None,
         "mem_get_info": lambda: (2**30, 2**31),
-        "max_memory_reserved": lambda: 2**30,
         "empty_cache": lambda: None,
-        "get_device_properties": lambda ordinal: SimpleNamespace(
-            multi_processor_count=1, total_memory=2**31, L2_cache_size=1
-        ),
+        "get_device_properties": lambda ordinal: SimpleNamespace(name="none", multi_processor_count=1),
     }
     for name, stand_in in others.items():
         assert hasattr(torch.cuda, name)

@@ -33,13 +33,14 @@ PACKAGES = ("triton", "cuda-bindings", "nvidia-cuda-nvrtc", "nvidia-cudnn-cu13",
 
 @dataclass(frozen=True)
 class Step:
-    """What one step shows, and in how many seconds on an H100. Its name is that of its function in `steps.py`."""
+    """What one step shows, and in how many seconds on an H100. Its name is that of a function in a module."""
 
     name: str
     seconds: int
     shows: str
     dry: bool = False  # whether a dry run, which has the fake driver and no card, shows something of it
     driver: bool = False  # whether it needs a CUDA driver, real or fake
+    module: str = "diffiqa.figures.gpu.steps"
 
 
 # In the order of their worth. The seconds are guesses until a card was seen; 8 are for Python, PyTorch and the GPU.
@@ -194,7 +195,8 @@ def run_apart(step: Step, place: Place, environment: Mapping[str, str], log: Pat
     own.mkdir()
     printed = own / "printed"
     # -P: modules of the checkout must not pass for packages of the same names.
-    command = [sys.executable, "-P", "-m", __name__, str(own), "--child", step.name, "--device", place.device]
+    command = [sys.executable, "-P", "-m", __name__, str(own), "--child", f"{step.module}:{step.name}"]
+    command += ["--device", place.device]
     command += [*["--dry-run"] * place.dry, *(["--packed", str(place.packed)] if place.packed else [])]
     begun, code = time.monotonic(), None
     with printed.open("wb") as output:
@@ -242,14 +244,14 @@ def status_of(code: int | None, checks: Mapping[str, Mapping[str, Any]]) -> str:
     return "ok" if all(check["ok"] for check in checks.values()) else "wrong"
 
 
-def run_here(name: str, place: Place) -> None:
-    """Run one step in this process."""
+def run_here(step: str, place: Place) -> None:
+    """Run one step, MODULE:FUNCTION, in this process."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # Linux: it ends with the process that watches its time
     if place.device == "cpu":
         importlib.import_module("diffiqa.tests.fake_torch_cuda").install()
-    steps = importlib.import_module("diffiqa.figures.gpu.steps")
-    getattr(steps, name)(place, Notes(place.folder / NOTES))
+    module, _, name = step.partition(":")
+    getattr(importlib.import_module(module), name)(place, Notes(place.folder / NOTES))
 
 
 def variables(place: Place) -> dict[str, str]:
@@ -279,19 +281,12 @@ def machine() -> dict[str, Any]:
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             found["packages"][name] = version(name)
-    query = ["name", "driver_version", "compute_cap", "memory.total", "power.limit", "clocks.max.sm", "clocks.max.mem"]
-    text = printed_by("nvidia-smi", f"--query-gpu={','.join(query)}", "--format=csv,noheader")
-    found["nvidia_smi"] = dict(zip(query, map(str.strip, text.partition("\n")[0].split(",")), strict=False))
-    found["nvcc"] = printed_by("nvcc", "--version").rpartition("\n")[2]
+    query = ["name", "driver_version", "compute_cap", "memory.total", "power.limit"]
+    command = ["nvidia-smi", f"--query-gpu={','.join(query)}", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        text = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        found["card"] = dict(zip(query, map(str.strip, text.partition("\n")[0].split(",")), strict=True))
     return found
-
-
-def printed_by(*command: str) -> str:
-    """Return what a program printed; nothing if it is not there or fails."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
 
 
 def pack(folder: Path) -> None:

@@ -51,7 +51,7 @@ def publish(files: Sequence[Path], root: Path) -> None:
                 sys.exit(f"error: {file} was not made on a GPU, so it says nothing of one")
         except (OSError, ValueError, KeyError, TypeError) as exc:
             sys.exit(f"error: {file} is not what scripts/gpu-check writes: {exc!r}")
-        if found and found["machine"]["nvidia_smi"]["name"] != run["machine"]["nvidia_smi"]["name"]:
+        if found and found["machine"]["card"]["name"] != run["machine"]["card"]["name"]:
             sys.exit(f"error: {file} is of another card than {files[0]}")
         known = found.get("steps", {})
         ran = {name: step for name, step in run["steps"].items() if "seconds" in step or name not in known}
@@ -86,7 +86,7 @@ def gpu_speed(results: Path) -> str:
     if not (results / FILE).exists():
         return "Not measured yet: [how to](docs/gpu.md)."
     run = json.loads((results / FILE).read_text(encoding="utf-8"))
-    steps, name = run["steps"], run["machine"]["nvidia_smi"]["name"]
+    steps, name = run["steps"], run["machine"]["card"]["name"]
     rows = []
     for label, what in (("one crop", "one image"), ("8 images of one crop", "8 images at a time, one image")):
         if row := _of(steps, "score", label):
@@ -99,12 +99,12 @@ def gpu_speed(results: Path) -> str:
 
 def _card(run: Any) -> str:
     machine, figures = run["machine"], _figures(run["steps"], "facts")
-    smi, packages = machine["nvidia_smi"], machine["packages"]
+    card, packages = machine["card"], machine["packages"]
     versions = ", ".join(f"{name} {text}" for name, text in packages.items() if name in _SHOWN)
     lines = [
-        f"{smi['name']}, compute capability {smi.get('compute_cap', NONE)}, {smi.get('memory.total', NONE)}, "
-        f"{figures.get('multiprocessors', NONE)} multiprocessors, power limit {smi.get('power.limit', NONE)}",
-        f"driver {smi.get('driver_version', NONE)}, CUDA {figures.get('torch_cuda', NONE)}, "
+        f"{card['name']}, compute capability {card.get('compute_cap', NONE)}, {card.get('memory.total', NONE)}, "
+        f"{figures.get('multiprocessors', NONE)} multiprocessors, power limit {card.get('power.limit', NONE)}",
+        f"driver {card.get('driver_version', NONE)}, CUDA {figures.get('cuda', NONE)}, "
         f"cuDNN {figures.get('cudnn', NONE)}, Python {machine['python']}, {versions}",
         f"{machine['cpus']} cores of {machine['cpu']}, {machine['system']}",
         f"{run['started'][:10]}, commit {machine['commit'] or NONE}",
@@ -215,9 +215,8 @@ def _scores(steps: Steps) -> str:
 
 def _answers(steps: Steps) -> str:
     lines = [
-        f"What depends on the step alone, {crops}: a table instead of it saves {percent(times['saved by table'])} of a "
-        f"step, constants {percent(times['saved by constants'])}."
-        for crops, name in (("one crop", "ms_b1"), ("8 crops", "ms_b8"))
+        f"A table of what depends on the step alone saves {percent(times['saved'])} of a step of {crops}."
+        for crops, name in (("one crop", "b1"), ("8 crops", "b8"))
         if (times := _of(steps, "embedding", name))
     ]
     if used := _of(steps, "pool", "used_mib"):

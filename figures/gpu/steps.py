@@ -11,11 +11,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 from xml.etree import ElementTree as ET
 
@@ -23,21 +22,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...bench.ceilings import DEVICE_CALLS, DEVICE_COPY_BYTES, device_copy
 from ...bench.gpu import GpuWatch
-from ...bench.torch_loop import TorchScorer, Way, lowered_unet, prepare
+from ...bench.torch_loop import TorchScorer, Way, lowered_unet
+from ...engine.manifest import Manifest, StageName
 from ...export.stages import fold_unet
 from ...model.checkpoint import Loaded, load
 from ...model.config import preset
 from ...model.network import build
 from ...model.unet import ResidualBlock, UNet
 from ...runtime import plan as plan_module
-from ...runtime.executor import Outcome
+from ...runtime.gpu.cuda import CudaLayer
 from ...runtime.gpu.graphs import Form
-from ...runtime.plan import Plan, make_plan
-from ...runtime.results import Mode, Options
+from ...runtime.plan import make_plan
+from ...runtime.results import Mode, Options, Score
 from ...tests.tiny import TINY, perturbed, photo
 from .check import Notes, Place
-from .networks import HALF, Networks, TorchOnGpu, channels_last, executor_on, open_layer
+from .networks import HALF, Networks, TorchOnGpu, channels_last
 
 PAPER_GFLOP = 2 * 143.56  # of one full-size U-Net step at 224×224, by the count in the engine's manifest
 SIDE = 224  # of a crop of the full-size model
@@ -45,28 +46,23 @@ TINY_SIDE = 32
 
 
 def facts(place: Place, notes: Notes) -> None:
-    """What the card reaches at most, and what NVML answers."""
-    from ...bench.ceilings import DEVICE_CALLS, DEVICE_COPY_BYTES, device_copy
-
-    card = torch.cuda.get_device_properties(0)
+    """What the card is and reaches at most, and what NVML answers."""
+    card, watch = torch.cuda.get_device_properties(0), GpuWatch(0)
     cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call, unused-ignore]
-    notes.add(torch_cuda=torch.version.cuda, cudnn=cudnn)
-    notes.add(multiprocessors=card.multi_processor_count, memory_gib=card.total_memory / 2**30)
+    notes.add(cuda=torch.version.cuda, cudnn=cudnn, multiprocessors=card.multi_processor_count)
     for name, dtype in (("fp16", HALF), ("bf16", torch.bfloat16), ("tf32", torch.float32), ("fp32", torch.float32)):
         allow_tf32(name == "tf32")
         notes.attempt(f"{name}_tflops", matmul_tflops, place, dtype)
+    watch.glance()
 
     def copy_rate() -> float:
         run = device_copy(0, DEVICE_COPY_BYTES)
-        run()
-        seconds = [seconds_of(run) for _ in range(5)]
+        seconds = [seconds_of(run) for _ in range(6)][1:]
         return DEVICE_CALLS * 2 * DEVICE_COPY_BYTES / statistics.median(seconds) / 1e9
 
     if not place.dry:  # the fake driver copies nothing within the device
         notes.attempt("copy_gb_per_second", copy_rate)
-    watch = GpuWatch(0)
-    watch.glance()
-    notes.add(gpu=asdict(watch.found(str(getattr(card, "name", "")))), refused=watch.refused)
+    notes.add(gpu=asdict(watch.found(card.name)), refused=watch.refused)
 
 
 def kernels(place: Place, notes: Notes) -> None:
@@ -113,81 +109,60 @@ def run_tests(place: Place, notes: Notes, files: Sequence[str], which: str, unde
 
 
 def executor(place: Place, notes: Notes) -> None:
-    """The device executor with PyTorch's networks: as the host, the same bits in every form, memory flat."""
+    """The device executor with PyTorch's networks: scores as the host's, the same bits in every form, memory flat."""
     allow_tf32(False)
     torch.backends.cudnn.deterministic = True  # bits are compared
     networks = Networks(tiny() if place.dry else load(place.root / "models" / "mini" / "model.safetensors"))
     size = networks.manifest.crop.size
     plan_module.TILE, plan_module.OVERLAP = size + 32, 32  # tiles at a size that the CPU can afford
-    options = [("whole", size, size, 1), ("whole", size + 16, size + 46, 3)]
-    options += [("crop", size + 9, size + 16, 2), ("tile", size + 36, size + 70, 3)]
+    shapes = ((Mode.WHOLE, 0, 0, 1), (Mode.WHOLE, 16, 46, 3), (Mode.CROP, 9, 16, 2), (Mode.TILE, 36, 70, 3))
     jobs = [
-        (make_plan(h, w, networks.manifest, Options(crops=crops, mode=Mode(mode))), photo(seed, h, w), seed)
-        for seed, (mode, h, w, crops) in enumerate(options)
+        (photo(seed, size + down, size + right), Options(crops=crops, mode=mode, seed=seed))
+        for seed, (mode, down, right, crops) in enumerate(shapes)
     ]
-    host = networks.host()
-    hosts = [host.run(plane(pixels), plan, seed) for plan, pixels, seed in jobs]
-    notes.add(host_scores=[total(networks, outcome) for outcome in hosts])
-    sizes = sizes_of([plan for plan, *_ in jobs], size)
+    expected = [networks.host().score(*job).score for job in jobs]
+    notes.add(host_scores=expected)
     for half in (False, True):
-        kind, modules, plain = "fp16" if half else "fp32", networks.modules(place, half=half), list[list[bytes]]()
-        on = partial(executor_on, place, networks, modules, sizes, half=half)
+        kind, plain = "fp16" if half else "fp32", list[bytes]()
+        backend = TorchOnGpu(place, networks, sizes_of(networks, jobs), half=half)
         for form in Form:
-            with on(form=form) as device:
-                found = [device.run(pixels, plan, seed) for _ in range(3) for plan, pixels, seed in jobs]
-                captures = device.graphs.captures
-            plain = plain or [bits(outcome) for outcome in found[: len(jobs)]]
-            remarks = sorted({note for outcome in found for note in outcome.notes})
-            notes.check(
-                f"{kind} {form}: graphs are captured", (captures > 0) == (form != "none") and not remarks, remarks
-            )
-            same = [bits(outcome) == plain[i % len(jobs)] for i, outcome in enumerate(found)]
+            scorer, device = backend.scorer(form)
+            with scorer:
+                found = [scorer.score(*job, pictures=True) for _ in range(3) for job in jobs]
+                captured = device.graphs.captures > 0
+            plain = plain or [bits(score) for score in found[: len(jobs)]]
+            remarks = [note for score in found for note in score.notes]
+            notes.check(f"{kind} {form}: graphs are captured", captured == (form != "none") and not remarks, remarks)
+            same = [bits(score) == plain[i % len(jobs)] for i, score in enumerate(found)]
             notes.check(f"{kind} {form}: every run has the bits of the first without a graph", all(same), same)
-            if form is Form.NONE:
-                scores = [abs(total(networks, a) - total(networks, b)) for a, b in zip(found, hosts, strict=False)]
-                pixels_off = max(float(np.abs(a.crops - b.crops).max()) for a, b in zip(found, hosts, strict=False))
-                notes.add(**{f"{kind}_worst_score": max(scores), f"{kind}_worst_pixel": pixels_off})
-                notes.check(f"{kind}: scores are the host's", max(scores) < (2e-2 if half else 1e-3), scores)
-        tasks = [(photo(seed, size, size), seed) for seed in range(4)]
-        with on(form=Form.LOOP, together=4) as device:
-            alone = [bits(device.run(pixels, jobs[0][0], seed)) for pixels, seed in tasks]
-            four = [bits(outcome) for _ in range(2) for outcome in device.run_together(tasks, jobs[0][0])]
-        notes.check(f"{kind}: four together have the bits of each alone", four == 2 * alone)
-    images, early = 20 if place.dry else 200, 0
-    with executor_on(place, networks, modules, sizes, form=Form.LOOP, half=True) as device:
+        apart = [abs(score.score - host) for score, host in zip(found, expected, strict=False)]
+        notes.add(**{f"{kind}_worst_score": max(apart)})
+        notes.check(f"{kind}: scores are the host's", max(apart) < (2e-2 if half else 1e-3), apart)
+        four: list[Any] = [photo(seed, size, size) for seed in range(4)]
+        with backend.scorer(Form.LOOP, 4)[0] as scorer:
+            alone = [bits(scorer.score(pixels, jobs[0][1])) for pixels in four]
+            together = [bits(score) for _ in range(2) for score in scorer.score(four, jobs[0][1])]
+        notes.check(f"{kind}: four together have the bits of each alone", together == 2 * alone)
+    images, early = 15 if place.dry else 200, 0
+    with backend.scorer(Form.LOOP)[0] as scorer:
         for number in range(images):
-            device.run(photo(number % 7, size, size), jobs[0][0], number, pictures=False)
+            scorer.score(photo(number % 7, size, size), jobs[0][1])
             early = early if number > 9 else memory_used()
         grown = memory_used() - early
     notes.check(f"memory is flat over {images} images", grown <= 2**21, {"grown_bytes": grown})
 
 
-def total(networks: Networks, outcome: Outcome) -> float:
-    """Return the score of an outcome."""
-    from ...engine.score import weighted_sum
-
-    parts = [(v.vcg and v.vcg.score, v.vda and v.vda.score) for v in outcome.verdicts]
-    return statistics.fmean(float(weighted_sum(networks.manifest.score, *part)) for part in parts)
+def bits(score: Score) -> bytes:
+    """Return all that a score holds of its crops, and its maps if there are any."""
+    maps = (score.pictures.score_map, score.pictures.weight_map) if score.pictures else ()
+    return b"".join([repr(score.crops).encode(), *(plane.tobytes() for plane in maps)])
 
 
-def bits(outcome: Outcome) -> list[bytes]:
-    """Return all that an outcome holds."""
-    branches = [branch for verdict in outcome.verdicts for branch in (verdict.vcg, verdict.vda) if branch]
-    arrays = [array for b in branches for array in (np.float64(b.score), b.score_map, b.weight_map)]
-    return [array.tobytes() for array in (*arrays, outcome.crops, *outcome.planes.values())]
-
-
-def sizes_of(plans: Sequence[Plan], crop: int) -> list[str]:
+def sizes_of(networks: Networks, jobs: Iterable[tuple[Any, Options]]) -> list[str]:
     """Return the sizes that the U-Net meets, as `iqa-build --sizes` takes them."""
-    windows = {(window.height, window.width) for plan in plans for window in plan.windows} | {(crop, crop)}
-    return [f"{height}x{width}" for height, width in sorted(windows)]
-
-
-def plane(pixels: Any) -> Any:
-    """Return pixels as the host's executor takes them."""
-    from ...engine.pixels import to_plane
-
-    return to_plane(pixels)
+    plans = [make_plan(found.shape[0], found.shape[1], networks.manifest, how) for found, how in jobs]
+    sizes = {(window.height, window.width) for plan in plans for window in plan.windows}
+    return [f"{height}x{width}" for height, width in sorted(sizes | {(networks.manifest.crop.size,) * 2})]
 
 
 def tiny() -> Loaded:
@@ -203,7 +178,7 @@ def memory_used() -> int:
     return int(whole) - int(free)
 
 
-# ---------------------------------------------------------------------------------------------- a U-Net step, full size
+# -------------------------------------------------------------------------------------------- a U-Net step, full size
 
 
 class Rates:
@@ -252,7 +227,7 @@ def compile(place: Place, notes: Notes, mode: str = "default") -> None:  # noqa:
     """Inductor in a mode: seconds to compile, and rates with a CUDA graph and without."""
     rates, exact = Rates(place, notes), full_unet(place)
     half = lowered(place, channels_last(copy.deepcopy(exact), place))
-    how: dict[str, Any] = {"backend": "aot_eager"} if place.dry else {"mode": mode}
+    how: dict[str, Any] = {"backend": "eager"} if place.dry else {"mode": mode}
     for batch in (1, 8):
         torch.compiler.reset()
         fast = cast(nn.Module, torch.compile(half, dynamic=False, fullgraph=True, **how))
@@ -271,41 +246,34 @@ def autotune(place: Place, notes: Notes) -> None:
 
 
 def embedding(place: Place, notes: Notes) -> None:
-    """A step with its noise embedding computed, looked up in a table, and as constants."""
+    """A step with what depends on the step alone computed, and looked up in a table."""
     torch.backends.cudnn.benchmark = True
     half = lowered(place, channels_last(full_unet(place), place))
     for batch in (1, 8):
         inputs = unet_inputs(place, batch, low(place))
-        times = {}
         with torch.inference_mode():
-            wanted = half(*inputs)
-            for name, module in (
-                ("as it is", half),
-                ("table", known(half, inputs[2], rows=50)),
-                ("constants", known(half, inputs[2], rows=1)),
-            ):
-                gap = float((module(*inputs) - wanted).abs().max() / wanted.abs().max())
-                notes.check(f"{name}, {batch} at a time: the same noise", gap < 1e-2, gap)
-                # Ten calls in a graph: what a launch costs does not count.
-                times[name] = median_ms(graph_of(partial(module, *inputs), 10)) / 10
-        saved = {f"saved by {name}": 1 - times[name] / times["as it is"] for name in ("table", "constants")}
-        notes.add(**{f"ms_b{batch}": times | saved})
+            other = tabulated(half, inputs[2])
+            gap = float((other(*inputs) - half(*inputs)).norm() / half(*inputs).norm())
+            notes.check(f"{batch} at a time: the table gives the same noise", gap < 1e-2, gap)
+            # Ten calls in a graph: what a launch costs does not count.
+            times = [median_ms(graph_of(partial(module, *inputs), 10)) / 10 for module in (half, other)]
+        notes.add(**{f"b{batch}": {"ms": times[0], "ms_with_table": times[1], "saved": 1 - times[1] / times[0]}})
 
 
 class Row(nn.Module):
-    """What the noise level leads to in every block, from a table by the number of the step on the device."""
+    """A row of a table, for the number of a step that is on the device, in the place of the noise embedding."""
 
     def __init__(self, table: Tensor, step: Tensor) -> None:
         super().__init__()
-        self.table, self.step = nn.Buffer(table), nn.Buffer(step)
+        self.table, self.step = table, step
 
     def forward(self, _noise_level: Tensor) -> Tensor:
-        """Return a row for every image; of a table with one row, that row."""
-        return self.table if len(self.table) == 1 else self.table.index_select(0, self.step)
+        """Return a row for every image."""
+        return self.table.index_select(0, self.step)
 
 
 class AddPart(nn.Module):
-    """A block's part of the row is added to every pixel."""
+    """A block's part of the row, added to every pixel."""
 
     def __init__(self, start: int, stop: int) -> None:
         super().__init__()
@@ -316,18 +284,18 @@ class AddPart(nn.Module):
         return x + row[:, self.part, None, None]
 
 
-def known(unet: nn.Module, level: Tensor, rows: int) -> nn.Module:
-    """Return a copy of a U-Net in which all that depends on the noise level is a table of so many rows."""
-    other = copy.deepcopy(unet)
-    blocks = [part for part in other.modules() if isinstance(part, ResidualBlock)]
-    found = other.noise_level_mlp(level[:1])  # type: ignore[operator]  # a module
-    pieces = [block.noise_func.noise_func(found) for block in blocks]
+def tabulated(unet: nn.Module, level: Tensor) -> nn.Module:
+    """Return a copy of a U-Net in which all that depends on the noise level is a table of 50 rows."""
+    other: Any = copy.deepcopy(unet)
+    blocks: list[Any] = [part for part in other.modules() if isinstance(part, ResidualBlock)]
+    embedding = other.noise_level_mlp(level[:1])
+    pieces = [block.noise_func.noise_func(embedding) for block in blocks]
     stops = np.cumsum([piece.shape[1] for piece in pieces]).tolist()
     for block, start, stop in zip(blocks, [0, *stops], stops, strict=False):
-        block.noise_func = AddPart(start, stop)  # type: ignore[assignment]  # in its place
-    step = torch.full((level.shape[0],), min(7, rows - 1), device=level.device)
-    other.noise_level_mlp = Row(torch.cat(pieces, dim=1).repeat(rows, 1), step)
-    return other
+        block.noise_func = AddPart(start, stop)
+    step = torch.full((len(level),), 7, device=level.device)
+    other.noise_level_mlp = Row(torch.cat(pieces, dim=1).repeat(50, 1), step)
+    return cast(nn.Module, other)
 
 
 def full_unet(place: Place) -> nn.Module:
@@ -416,74 +384,65 @@ def graph_of(call: Callable[[], object], times: int = 1) -> Callable[[], object]
     return graph.replay
 
 
-# ------------------------------------------------------------------------------------------------- a score, full size
+# ------------------------------------------------------------------------------------------------ a score, full size
 
 
 def score(place: Place, notes: Notes) -> None:
     """The whole full-size score through our executor, timed as `iqa-bench` does, and PyTorch's own loop beside it."""
     from ...bench.running import DeviceRuntime
 
-    prepare(torch.device(place.device)) if place.device == "cuda" else None
+    torch.backends.cudnn.benchmark = True
+    allow_tf32(False)
     networks = Networks(tiny() if place.dry else load(None, preset="paper", seed=0))
     manifest, size = networks.manifest, networks.manifest.crop.size
-    wide = (size + 32, size + 96)
-    cases = {  # height, width, crops, mode, images at a time
-        "one crop": (size, size, 1, Mode.WHOLE, 1),
-        "8 crops, restored as one image": (*wide, 8, Mode.WHOLE, 1),
-        "8 crops, each restored": (*wide, 8, Mode.CROP, 1),
-        "8 images of one crop": (size, size, 1, Mode.WHOLE, 8),
+    one, wide = photo(0, size, size), photo(1, size + size // 7, size + 3 * size // 7)
+    cases = {
+        "one crop": ([one], Options(crops=1)),
+        "8 crops, restored as one image": ([wide], Options(crops=8)),
+        "8 crops, each restored": ([wide], Options(crops=8, mode=Mode.CROP)),
+        "8 images of one crop": ([photo(seed, size, size) for seed in range(8)], Options(crops=1)),
     }
-    plans = [make_plan(h, w, manifest, Options(crops=crops, mode=mode)) for h, w, crops, mode, _ in cases.values()]
-    backend = TorchOnGpu(place, networks, sizes_of(plans, size))
+    backend = TorchOnGpu(place, networks, sizes_of(networks, [(found[0], how) for found, how in cases.values()]))
     with torch.inference_mode():
         for batch in (1, 8):
-            run = partial(backend.modules[manifest.stages[0].name], *unet_inputs(place, batch, low(place)))
+            run = partial(backend.modules[StageName.UNET], *unet_inputs(place, batch, low(place)))
             notes.add(**{f"step_ms_b{batch}": median_ms(graph_of(run))})
-    runtime = DeviceRuntime(SimpleNamespace(manifest=manifest, path="paper"), backend)  # type: ignore[arg-type]
+    runtime = DeviceRuntime(backend.directory, cast(Any, backend))
     runtime.form = Form.LOOP
-    for name, case in cases.items():
-        notes.attempt(name, timed_case, place, notes, runtime, manifest, *case)
+    for name, (pixels, options) in cases.items():
+        notes.attempt(name, timed_case, notes, runtime, manifest, name, pixels, options)
     runtime.close()
-    pixels, options = photo(0, size, size), Options(crops=1)
+
+    def peer(way: Way) -> dict[str, float]:
+        scorer = TorchScorer(networks.model, torch.device(place.device), low(place), way)
+        found = [scorer.score(one, manifest, Options(crops=1)) for _ in range(2)]
+        seconds = [seconds_of(lambda: scorer.score(one, manifest, Options(crops=1))) for _ in range(5)]
+        return {"seconds_per_image": statistics.median(seconds), "score": found[-1]}
+
     for way in (Way.EAGER, Way.GRAPH):
-
-        def peer(way: Way = way) -> dict[str, float]:
-            scorer = TorchScorer(networks.model, torch.device(place.device), low(place), way)
-            found = [scorer.score(pixels, manifest, options) for _ in range(2)]
-            seconds = [seconds_of(lambda: scorer.score(pixels, manifest, options)) for _ in range(5)]
-            return {"seconds_per_image": statistics.median(seconds), "score": found[-1]}
-
-        notes.attempt(f"peer: PyTorch, {way}", peer)
-    if "one crop" in notes.figures and f"peer: PyTorch, {Way.EAGER}" in notes.figures:
-        apart = abs(notes.figures["one crop"]["score"] - notes.figures[f"peer: PyTorch, {Way.EAGER}"]["score"])
-        notes.check("PyTorch's own loop gives our score", apart < 2e-2, apart)
+        notes.attempt(f"peer: PyTorch, {way}", peer, way)
+    names = [name for name in ("one crop", f"peer: PyTorch, {Way.EAGER}") if name in notes.figures]
+    found = [notes.figures[name]["score"] for name in names]
+    notes.check("PyTorch's own loop gives our score", len(found) == 2 and abs(found[0] - found[1]) < 2e-2, found)
 
 
 def timed_case(
-    place: Place, notes: Notes, runtime: Any, manifest: Any, height: int, width: int, crops: int, mode: Mode, batch: int
+    notes: Notes, runtime: Any, manifest: Manifest, name: str, pixels: list[Any], options: Options
 ) -> dict[str, Any]:
     """Score the same images again and again; return times, launches and energy per image."""
-    options, pixels = Options(crops=crops, mode=mode), [photo(seed, height, width) for seed in range(batch)]
+    batch = len(pixels)
     case = runtime.case(manifest, batch, time.perf_counter)
     warm = [seconds_of(lambda: case.scorer.score(pixels, options)) for _ in range(3)]  # plain, captured, replayed
     found, plain = (scorer.score(pixels, options) for scorer in (case.scorer, case.plain_scorer))
-    label = f"{height}×{width}, {crops} crops, {mode}, {batch} at a time"
-    same = [a.score == b.score and math.isfinite(a.score) for a, b in zip(found, plain, strict=True)]
-    notes.check(f"{label}: a graph gives the score of none", all(same), [a.score for a in (*found, *plain)])
-    notes.check(f"{label}: nothing to remark", not any(result.notes for result in found), [r.notes for r in found])
-    samples = [case.take(pixels, options) for _ in range(2 if place.dry else 3)]
+    good = all(a.score == b.score and math.isfinite(a.score) and not a.notes for a, b in zip(found, plain, strict=True))
+    notes.check(f"{name}: a graph, without remarks, gives the score of none", good, [repr(found[0]), repr(plain[0])])
+    samples = [case.take(pixels, options) for _ in range(3)]
+    middle = {key: statistics.median(sample.device[key] for sample in samples) for key in samples[0].device}
     case.layer.marking = True
     case.layer.reset()
     case.scorer.score(pixels, options)
     case.layer.marking = False
-    graphs = case.layer.spans()["graph"]  # every window's loop, then the heads
-    images, begun, before = 0, time.perf_counter(), runtime.watch.joules()
-    while before is not None and time.perf_counter() - begun < 2:  # its counter is slow
-        case.scorer.score(pixels, options)
-        images += batch
-    after = runtime.watch.joules()
-    case.close()
-    middle = {name: statistics.median(s.device[name] for s in samples) for name in samples[0].device}
+    graphs = [1e3 * seconds for seconds in case.layer.spans()["graph"]]  # every window's loop, then the heads
     row = {
         "score": found[0].score,
         "seconds_per_image": statistics.median(sample.seconds for sample in samples),
@@ -493,17 +452,20 @@ def timed_case(
         "host_launching_seconds_without_graph": middle["enqueue_plain"],
         "idle": 1 - middle["busy"] / middle["wall"],
         "calls": case.timed_calls,
-        "graphs_ms": [1e3 * seconds for seconds in graphs],
+        "graphs_ms": graphs,
     }
-    step, loops = notes.figures.get(f"step_ms_b{batch}"), 1 if mode is Mode.WHOLE else 0
-    if step and loops and (height, width) == (manifest.crop.size,) * 2:
-        row["loop_over_bare_steps"] = row["graphs_ms"][0] / (step * manifest.schedule.steps)
-    if images and before is not None and after is not None:
-        row["joules_per_image"] = (after - before) / images
-    return row
+    if pixels[0].shape[:2] == (manifest.crop.size,) * 2:
+        row["loop_over_bare_steps"] = graphs[0] / (notes.figures[f"step_ms_b{batch}"] * manifest.schedule.steps)
+    images, begun, before = 0, time.perf_counter(), runtime.watch.joules()
+    while before is not None and time.perf_counter() - begun < 2:  # the counter is slow
+        case.scorer.score(pixels, options)
+        images += batch
+    after = runtime.watch.joules()
+    case.close()
+    return row | ({"joules_per_image": (after - before) / images} if after is not None and before is not None else {})
 
 
-# ------------------------------------------------------------------------------------------------------ single answers
+# ---------------------------------------------------------------------------------------------------- single answers
 
 
 def rates(place: Place, notes: Notes) -> None:
@@ -511,7 +473,7 @@ def rates(place: Place, notes: Notes) -> None:
     from .. import kernel_rates
 
     if place.dry:
-        rows, copies = kernel_rates.measure(open_layer(), 1, 40, 48, crop=32, touched=0), [1.0]
+        rows, copies = kernel_rates.measure(CudaLayer(0), 1, 40, 48, crop=32, touched=0), [1.0]
     else:
         found = kernel_rates.rates(0)
         rows, copies = found["kernels"], found["copy_gb_per_second"]
@@ -524,10 +486,14 @@ def rates(place: Place, notes: Notes) -> None:
 
 
 def pool(place: Place, notes: Notes) -> None:
-    """Fill much of the card through cuda.core, free it, and see who can have it: at once, and after `trim`."""
-    device, states = open_layer(), dict[str, float]()
+    """Fill much of the card through our layer, free it, and see whether PyTorch gets it: at once, and after `trim`."""
+    device, used = CudaLayer(0), dict[str, float]()
     torch.empty(1, device=place.device)
     size = 2**24 if place.dry else int(0.6 * torch.cuda.mem_get_info()[0])
+
+    def note(name: str) -> None:
+        device.synchronise()
+        used[name] = memory_used() / 2**20
 
     def torch_gets_it() -> bool:
         try:
@@ -538,21 +504,16 @@ def pool(place: Place, notes: Notes) -> None:
             torch.cuda.empty_cache()
         return True
 
-    def state(name: str) -> None:
-        device.synchronise()
-        states[name] = memory_used() / 2**20
-
-    state("before")
+    note("before")
     address = device.allocate(size)
-    state("held")
+    note("held")
     device.free(address)
-    state("freed")
+    note("freed")
     freely = torch_gets_it()
     device.trim()
-    state("trimmed")
-    notes.add(used_mib=states, torch_gets_freed_memory=freely, torch_gets_trimmed_memory=torch_gets_it())
-    kept = states["trimmed"] - states["before"]
-    notes.check("trimming gives the memory back", kept < 64, states)
+    note("trimmed")
+    notes.add(used_mib=used, torch_gets_freed_memory=freely, torch_gets_trimmed_memory=torch_gets_it())
+    notes.check("trimming gives the memory back", used["trimmed"] - used["before"] < 64, used)
     device.close()
 
 
@@ -583,7 +544,7 @@ def sanitizer(place: Place, notes: Notes) -> None:
 
 def training(place: Place, notes: Notes) -> None:
     """`iqa-train restore` by the recipe that made `mini`, on the card and on the CPU, and of the full-size U-Net."""
-    notes.attempt("mini", trained, place, "mini", place.device, 4 if place.dry else 30, batch=2 if place.dry else 16)
+    notes.attempt("mini", trained, place, "mini", place.device, 1 if place.dry else 30, batch=2 if place.dry else 16)
     if place.device == "cuda":
         notes.attempt("mini on the CPU", trained, place, "mini", "cpu", 15, batch=16)
         notes.attempt("paper", trained, place, "paper", place.device, 20, batch=16)
