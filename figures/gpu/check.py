@@ -43,21 +43,22 @@ class Step:
     module: str = "diffiqa.figures.gpu.steps"
 
 
+UNET = "diffiqa.figures.gpu.unet"
 # In the order of their worth. The seconds are guesses until a card was seen; 8 are for Python, PyTorch and the GPU.
 STEPS = (
     Step("facts", 20, "what the card is and reaches at most: matrix products, a copy, NVML's answers"),
     Step("kernels", 55, "our kernels' tests: bit for bit as NumPy or the host build", dry=True, driver=True),
-    Step("layer", 30, "the tests of cuda.core as we call it, of events and of NVML", dry=True, driver=True),
-    Step("executor", 50, "`mini` on the card: every form of graph and mode, batches, memory", dry=True, driver=True),
-    Step("unet", 55, "a step of the full-size U-Net in PyTorch: float32, TF32, fp16, CUDA graphs"),
+    Step("layer", 40, "the tests of cuda.core as we call it, of events and of NVML", dry=True, driver=True),
+    Step("executor", 70, "`mini` on the card: every form of graph and mode, batches, memory", dry=True, driver=True),
+    Step("unet", 55, "a step of the full-size U-Net in PyTorch: float32, TF32, fp16, CUDA graphs", module=UNET),
     Step("score", 65, "a full-size score through our executor: graph, no graph, launches, energy", driver=True),
-    Step("compile", 55, "the full-size U-Net step through torch.compile"),
+    Step("compile", 55, "the full-size U-Net step through torch.compile", module=UNET),
     Step("rates", 25, "our kernels' memory rates beside a copy", driver=True),
     Step("training", 75, "`iqa-train restore` in bf16 on the card and on the CPU: pace and loss"),
     Step("pool", 15, "whether freed memory goes back to the card", driver=True),
-    Step("embedding", 20, "what the part of a U-Net step that depends on the step alone costs"),
+    Step("embedding", 20, "what the part of a U-Net step that depends on the step alone costs", module=UNET),
     Step("sanitizer", 45, "compute-sanitizer on kernel tests: stray accesses and races", driver=True),
-    Step("autotune", 85, "the U-Net step through torch.compile in its mode max-autotune"),
+    Step("autotune", 85, "the U-Net step through torch.compile in its mode max-autotune", module=UNET),
 )
 
 

@@ -1,58 +1,49 @@
-"""What every step of `scripts/gpu-check` does: a function of its name, given a place and notes."""
+"""What the steps of `scripts/gpu-check` do, but for those on the U-Net alone: a function of a step's name for each."""
 
-import copy
 import csv
 import math
 import os
 import re
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from xml.etree import ElementTree as ET
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
 from ...bench.ceilings import DEVICE_CALLS, DEVICE_COPY_BYTES, device_copy
 from ...bench.gpu import GpuWatch
-from ...bench.torch_loop import TorchScorer, Way, lowered_unet
+from ...bench.running import DeviceRuntime
+from ...bench.torch_loop import TorchScorer, Way
 from ...engine.manifest import Manifest, StageName
-from ...export.stages import fold_unet
 from ...model.checkpoint import Loaded, load
-from ...model.config import preset
 from ...model.network import build
-from ...model.unet import ResidualBlock, UNet
 from ...runtime import plan as plan_module
 from ...runtime.gpu.cuda import CudaLayer
 from ...runtime.gpu.graphs import Form
 from ...runtime.plan import make_plan
 from ...runtime.results import Mode, Options, Score
 from ...tests.tiny import TINY, perturbed, photo
+from .. import kernel_rates
 from .check import Notes, Place
-from .networks import HALF, Networks, TorchOnGpu, channels_last
-
-PAPER_GFLOP = 2 * 143.56  # of one full-size U-Net step at 224×224, by the count in the engine's manifest
-SIDE = 224  # of a crop of the full-size model
-TINY_SIDE = 32
+from .networks import HALF, Networks, TorchOnGpu
+from .unet import CROPS, allow_tf32, graph_of, inputs_of, low, matmul_tflops, median_ms, seconds_of
 
 
 def facts(place: Place, notes: Notes) -> None:
     """What the card is and reaches at most, and what NVML answers."""
     card, watch = torch.cuda.get_device_properties(0), GpuWatch(0)
-    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call, unused-ignore]
-    notes.add(cuda=torch.version.cuda, cudnn=cudnn, multiprocessors=card.multi_processor_count)
-    for name, dtype in (("fp16", HALF), ("bf16", torch.bfloat16), ("tf32", torch.float32), ("fp32", torch.float32)):
-        allow_tf32(name == "tf32")
-        notes.attempt(f"{name}_tflops", matmul_tflops, place, dtype)
+    notes.add(CUDA=torch.version.cuda, multiprocessors=card.multi_processor_count)
+    notes.add(cuDNN=torch.backends.cudnn.version())  # type: ignore[no-untyped-call, unused-ignore]
+    for name, dtype in (("fp16", HALF), ("bf16", torch.bfloat16), ("TF32", torch.float32), ("float32", torch.float32)):
+        allow_tf32(name == "TF32")
+        notes.attempt(f"product of 8192×8192 in {name}, TFLOP/s", matmul_tflops, place, dtype)
     watch.glance()
 
     def copy_rate() -> float:
@@ -61,8 +52,10 @@ def facts(place: Place, notes: Notes) -> None:
         return DEVICE_CALLS * 2 * DEVICE_COPY_BYTES / statistics.median(seconds) / 1e9
 
     if not place.dry:  # the fake driver copies nothing within the device
-        notes.attempt("copy_gb_per_second", copy_rate)
-    notes.add(gpu=asdict(watch.found(card.name)), refused=watch.refused)
+        notes.attempt("copy within its memory, GB/s", copy_rate)
+    found = watch.found(card.name)
+    notes.add(gpu=[f"{name}: {value}" for name, value in {**vars(found), **vars(found.load)}.items()])
+    notes.add(refused=[f"{what}: {why}" for what, why in watch.refused.items()])
 
 
 def kernels(place: Place, notes: Notes) -> None:
@@ -88,7 +81,7 @@ def run_tests(place: Place, notes: Notes, files: Sequence[str], which: str, unde
     inside = Path(os.environ["PYTHONPATH"].split(os.pathsep)[0]) / "diffiqa"
     code = subprocess.run([*command, *files], cwd=inside, check=False).returncode
     counts, bad = {"passed": 0, "failed": 0, "skipped": 0}, {}
-    skipped: dict[str, int] = {}
+    skipped: list[str] = notes.figures.get("skipped because", [])
     for case in ET.parse(report).iter("testcase") if report.exists() else ():  # noqa: S314 — our pytest wrote it
         part = next((part for part in case if part.tag in {"failure", "error", "skipped"}), None)
         kind = "passed" if part is None else "skipped" if part.tag == "skipped" else "failed"
@@ -97,9 +90,9 @@ def run_tests(place: Place, notes: Notes, files: Sequence[str], which: str, unde
         if kind == "failed":
             bad[f"{case.get('classname')}::{case.get('name')}"] = said
         elif kind == "skipped":
-            skipped[said] = skipped.get(said, 0) + 1
-    notes.add(**{key: notes.figures.get(key, 0) + count for key, count in counts.items()})
-    notes.add(skipped_because=notes.figures.get("skipped_because", {}) | skipped)
+            skipped.append(said)
+    notes.add(**{f"tests {key}": notes.figures.get(f"tests {key}", 0) + count for key, count in counts.items()})
+    notes.add(**{"skipped because": sorted(set(skipped))})
     name = Path(under[0]).name if under else "tests"
     notes.check(f"{name}: some passed", counts["passed"] > 0, counts)
     notes.check(f"{name}: none failed", not bad and not code, bad or code)
@@ -121,7 +114,7 @@ def executor(place: Place, notes: Notes) -> None:
         for seed, (mode, down, right, crops) in enumerate(shapes[1::2] if place.dry else shapes)
     ]
     expected = [networks.host().score(*job).score for job in jobs]
-    notes.add(host_scores=expected)
+    notes.add(**{"scores on the host": expected})
     for half in (False, True):
         kind, plain = "fp16" if half else "fp32", list[bytes]()
         backend = TorchOnGpu(place, networks, sizes_of(networks, jobs), half=half)
@@ -136,7 +129,7 @@ def executor(place: Place, notes: Notes) -> None:
             same = [bits(score) == plain[i % len(jobs)] for i, score in enumerate(found)]
             notes.check(f"{kind} {form}: every run has the bits of the first without a graph", all(same), same)
         apart = [abs(score.score - host) for score, host in zip(found, expected, strict=False)]
-        notes.add(**{f"{kind}_worst_score": max(apart)})
+        notes.add(**{f"{kind}: largest difference of a score from the host": max(apart)})
         notes.check(f"{kind}: scores are the host's", max(apart) < (2e-2 if half else 1e-3), apart)
         four: list[Any] = [photo(seed, size, size) for seed in range(4)]
         with backend.scorer(Form.LOOP, 4)[0] as scorer:
@@ -178,219 +171,11 @@ def memory_used() -> int:
     return int(whole) - int(free)
 
 
-# -------------------------------------------------------------------------------------------- a U-Net step, full size
-
-
-class Rates:
-    """Times of one U-Net step, beside a matrix product in the same process."""
-
-    def __init__(self, place: Place, notes: Notes) -> None:
-        self._place, self._notes = place, notes
-        torch.backends.cudnn.benchmark = True
-        allow_tf32(False)
-        self._peak = matmul_tflops(place, HALF if place.device == "cuda" else torch.float32)
-        notes.add(matmul_fp16_tflops=self._peak)
-
-    def note(self, name: str, batch: int, milliseconds: float) -> None:
-        """Note a time, and the rate that it is."""
-        tflops = PAPER_GFLOP * batch / milliseconds
-        row = {"ms": milliseconds, "ms_per_crop": milliseconds / batch, "tflops": tflops}
-        self._notes.add(**{f"{name}_b{batch}": row | {"share_of_matmul": tflops / self._peak}})
-
-
-def unet(place: Place, notes: Notes) -> None:
-    """float32, TF32 and fp16, for one crop and for eight; the figures that decide come first."""
-    rates, exact = Rates(place, notes), full_unet(place)
-    last = channels_last(copy.deepcopy(exact), place)
-    half = lowered(place, copy.deepcopy(last))
-
-    @torch.inference_mode()
-    def timed(name: str, module: nn.Module, batch: int, dtype: torch.dtype, *, graph: bool, tf32: bool) -> None:
-        allow_tf32(tf32)
-        run = partial(module, *unet_inputs(place, batch, dtype))
-        rates.note(name, batch, median_ms(graph_of(run) if graph else run))
-
-    for name, module, dtype in (
-        ("fp16", half, low(place)),
-        ("tf32", last, torch.float32),
-        ("fp32", exact, torch.float32),
-    ):
-        for batch in (1, 8):
-            for graph in (True, False):
-                label = f"{name}_{'graph' if graph else 'eager'}"
-                work = partial(timed, label, module, batch, dtype, graph=graph, tf32=name == "tf32")
-                notes.attempt(f"{label}_b{batch}", work)
-    notes.attempt("fp16_difference_from_fp32", difference, place, exact, half)
-
-
-def compile(place: Place, notes: Notes, mode: str = "default") -> None:  # noqa: A001 — a step's name
-    """Inductor in a mode: seconds to compile, and rates with a CUDA graph and without."""
-    rates, exact = Rates(place, notes), full_unet(place)
-    half = lowered(place, channels_last(copy.deepcopy(exact), place))
-    how: dict[str, Any] = {"backend": "eager"} if place.dry else {"mode": mode}
-    for batch in (1,) if place.dry else (1, 8):
-        torch.compiler.reset()
-        fast = cast(nn.Module, torch.compile(half, dynamic=False, fullgraph=True, **how))
-        run = partial(fast, *unet_inputs(place, batch, low(place)))
-        with torch.inference_mode():
-            notes.add(**{f"compile_seconds_b{batch}": seconds_of(run)})
-            rates.note("plain", batch, median_ms(run))
-            rates.note("graph", batch, median_ms(graph_of(run)))
-        if batch == 1:
-            notes.attempt("difference_from_fp32", difference, place, exact, fast)
-
-
-def autotune(place: Place, notes: Notes) -> None:
-    """Inductor's best, at minutes of compilation."""
-    compile(place, notes, "max-autotune-no-cudagraphs")
-
-
-def embedding(place: Place, notes: Notes) -> None:
-    """A step with what depends on the step alone computed, and looked up in a table."""
-    torch.backends.cudnn.benchmark = True
-    half = lowered(place, channels_last(full_unet(place), place))
-    for batch in (1, 8):
-        inputs = unet_inputs(place, batch, low(place))
-        with torch.inference_mode():
-            other = tabulated(half, inputs[2])
-            gap = float((other(*inputs) - half(*inputs)).norm() / half(*inputs).norm())
-            notes.check(f"{batch} at a time: the table gives the same noise", gap < 1e-2, gap)
-            # Ten calls in a graph: what a launch costs does not count.
-            times = [median_ms(graph_of(partial(module, *inputs), 10)) / 10 for module in (half, other)]
-        notes.add(**{f"b{batch}": {"ms": times[0], "ms_with_table": times[1], "saved": 1 - times[1] / times[0]}})
-
-
-class Row(nn.Module):
-    """A row of a table, for the number of a step that is on the device, in the place of the noise embedding."""
-
-    def __init__(self, table: Tensor, step: Tensor) -> None:
-        super().__init__()
-        self.table, self.step = table, step
-
-    def forward(self, _noise_level: Tensor) -> Tensor:
-        """Return a row for every image."""
-        return self.table.index_select(0, self.step)
-
-
-class AddPart(nn.Module):
-    """A block's part of the row, added to every pixel."""
-
-    def __init__(self, start: int, stop: int) -> None:
-        super().__init__()
-        self.part = slice(start, stop)
-
-    def forward(self, x: Tensor, row: Tensor) -> Tensor:
-        """Shift (B, C, H, W)."""
-        return x + row[:, self.part, None, None]
-
-
-def tabulated(unet: nn.Module, level: Tensor) -> nn.Module:
-    """Return a copy of a U-Net in which all that depends on the noise level is a table of 50 rows."""
-    other: Any = copy.deepcopy(unet)
-    blocks: list[Any] = [part for part in other.modules() if isinstance(part, ResidualBlock)]
-    embedding = other.noise_level_mlp(level[:1])
-    pieces = [block.noise_func.noise_func(embedding) for block in blocks]
-    stops = np.cumsum([piece.shape[1] for piece in pieces]).tolist()
-    for block, start, stop in zip(blocks, [0, *stops], stops, strict=False):
-        block.noise_func = AddPart(start, stop)
-    step = torch.full((len(level),), 7, device=level.device)
-    other.noise_level_mlp = Row(torch.cat(pieces, dim=1).repeat(50, 1), step)
-    return cast(nn.Module, other)
-
-
-def full_unet(place: Place) -> nn.Module:
-    """Return the deployed U-Net of `paper` with seeded weights, in float32."""
-    torch.manual_seed(0)
-    with torch.device(place.device):
-        unet = UNet(TINY.unet if place.dry and TINY.unet else preset("paper").unet)  # type: ignore[arg-type]  # it has one
-    return fold_unet(unet.eval()).to(place.device)
-
-
-def low(place: Place) -> torch.dtype:
-    """Return what tensor cores multiply; a CPU stays at float32."""
-    return HALF if place.device == "cuda" else torch.float32
-
-
-def lowered(place: Place, unet: nn.Module) -> nn.Module:
-    """Return the U-Net in that precision."""
-    return lowered_unet(cast(UNet, unet), low(place))
-
-
-def unet_inputs(place: Place, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return state, image and noise level: random, because zeros are faster."""
-    side = TINY_SIDE if place.dry else SIDE
-    y, condition = (torch.randn(batch, 3, side, side, device=place.device).to(dtype) for _ in "yc")
-    return y, condition, torch.full((batch, 1), 0.6, device=place.device)
-
-
-@torch.inference_mode()
-def difference(place: Place, exact: nn.Module, other: nn.Module) -> float:
-    """Return how far another form of a network is from float32: norm of the difference over norm of the result."""
-    allow_tf32(False)
-    y, condition, level = unet_inputs(place, 1, torch.float32)
-    wanted, found = exact(y, condition, level), other(y.to(low(place)), condition.to(low(place)), level).float()
-    return float((found - wanted).norm() / wanted.norm())
-
-
-def matmul_tflops(place: Place, dtype: torch.dtype) -> float:
-    """Return the rate of a product of two square matrices of random numbers."""
-    side = 64 if place.dry else 8192 if place.device == "cuda" else 1024
-    a, b = (torch.randn(side, side, device=place.device).to(dtype) for _ in "ab")
-    out = torch.empty_like(a)
-    return 2 * side**3 / median_ms(lambda: torch.matmul(a, b, out=out), repeats=10) / 1e9
-
-
-def allow_tf32(allowed: bool) -> None:
-    """Let float32 products be computed in TF32, or not."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
-
-
-def seconds_of(call: Callable[[], object]) -> float:
-    """Return the time of a call by the host's clock, the device's work included."""
-    begun = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    return time.perf_counter() - begun
-
-
-def median_ms(call: Callable[[], object], repeats: int = 20) -> float:
-    """Return the median time of a call on the device, after three to warm up."""
-    for _ in range(3):
-        call()
-    if seconds_of(call) > 1:
-        repeats = 3  # on a CPU
-    event = partial(torch.cuda.Event, enable_timing=True)
-    pairs = [(event(), event()) for _ in range(repeats)]
-    for first, last in pairs:
-        first.record()
-        call()
-        last.record()
-    torch.cuda.synchronize()
-    return statistics.median(float(first.elapsed_time(last)) for first, last in pairs)
-
-
-def graph_of(call: Callable[[], object], times: int = 1) -> Callable[[], object]:
-    """Return what replays a CUDA graph of so many calls; without a card, replaying does nothing."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call, unused-ignore]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(times):
-            call()
-    return graph.replay
-
-
 # ------------------------------------------------------------------------------------------------ a score, full size
 
 
 def score(place: Place, notes: Notes) -> None:
     """The whole full-size score through our executor, timed as `iqa-bench` does, and PyTorch's own loop beside it."""
-    from ...bench.running import DeviceRuntime
-
     torch.backends.cudnn.benchmark = True
     allow_tf32(False)
     networks = Networks(tiny() if place.dry else load(None, preset="paper", seed=0))
@@ -404,23 +189,24 @@ def score(place: Place, notes: Notes) -> None:
     }
     backend = TorchOnGpu(place, networks, sizes_of(networks, [(found[0], how) for found, how in cases.values()]))
     with torch.inference_mode():
-        for batch in (1, 8):
-            run = partial(backend.modules[StageName.UNET], *unet_inputs(place, batch, low(place)))
-            notes.add(**{f"step_ms_b{batch}": median_ms(graph_of(run))})
+        for batch, crops in CROPS.items():
+            run = partial(backend.modules[StageName.UNET], *inputs_of(place, batch, low(place)))
+            notes.add(**{f"bare U-Net step of {crops}, ms": median_ms(graph_of(run))})
     runtime = DeviceRuntime(backend.directory, cast(Any, backend))
     runtime.form = Form.LOOP
     for name, (pixels, options) in cases.items():
         notes.attempt(name, timed_case, notes, runtime, manifest, name, pixels, options)
     runtime.close()
 
-    def peer(way: Way) -> dict[str, float]:
-        scorer = TorchScorer(networks.model, torch.device(place.device), low(place), way)
-        found = [scorer.score(one, manifest, Options(crops=1)) for _ in range(2)]
-        seconds = [seconds_of(lambda: scorer.score(one, manifest, Options(crops=1))) for _ in range(5)]
-        return {"seconds_per_image": statistics.median(seconds), "score": found[-1]}
-
     for way in (Way.EAGER, Way.GRAPH):
-        notes.attempt(f"peer: PyTorch, {way}", peer, way)
+
+        def peer(way: Way = way) -> dict[str, float]:
+            scorer = TorchScorer(networks.model, torch.device(place.device), low(place), way)
+            score = partial(scorer.score, one, manifest, Options(crops=1))
+            found = [score() for _ in range(3)][-1]
+            return {"ms per image": 1e3 * statistics.median(seconds_of(score) for _ in range(5)), "score": found}
+
+        notes.attempt(f"peer: PyTorch, {way}", peer)
     names = [name for name in ("one crop", f"peer: PyTorch, {Way.EAGER}") if name in notes.figures]
     found = [notes.figures[name]["score"] for name in names]
     notes.check("PyTorch's own loop gives our score", len(found) == 2 and abs(found[0] - found[1]) < 2e-2, found)
@@ -430,39 +216,37 @@ def timed_case(
     notes: Notes, runtime: Any, manifest: Manifest, name: str, pixels: list[Any], options: Options
 ) -> dict[str, Any]:
     """Score the same images again and again; return times, launches and energy per image."""
-    batch = len(pixels)
-    case = runtime.case(manifest, batch, time.perf_counter)
-    warm = [seconds_of(lambda: case.scorer.score(pixels, options)) for _ in range(3)]  # plain, captured, replayed
+    case = runtime.case(manifest, len(pixels), time.perf_counter)
+    first, second, _ = (seconds_of(lambda: case.scorer.score(pixels, options)) for _ in "abc")  # the second captures
     found, plain = (scorer.score(pixels, options) for scorer in (case.scorer, case.plain_scorer))
     good = all(a.score == b.score and math.isfinite(a.score) and not a.notes for a, b in zip(found, plain, strict=True))
     notes.check(f"{name}: a graph, without remarks, gives the score of none", good, [repr(found[0]), repr(plain[0])])
     samples = [case.take(pixels, options) for _ in range(3)]
-    middle = {key: statistics.median(sample.device[key] for sample in samples) for key in samples[0].device}
+    middle = {key: 1e3 * statistics.median(sample.device[key] for sample in samples) for key in samples[0].device}
+    row = {
+        "ms per image": 1e3 * statistics.median(sample.seconds for sample in samples),
+        "ms without a graph": middle["plain"],
+        "host launching, ms": middle["enqueue"],
+        "launching without a graph, ms": middle["enqueue_plain"],
+        "share of time idle": 1 - middle["busy"] / middle["wall"],
+        "first, s": first,
+        "second, with the capture, s": second,
+        "score": found[0].score,
+    }
     case.layer.marking = True
     case.layer.reset()
     case.scorer.score(pixels, options)
     case.layer.marking = False
-    graphs = [1e3 * seconds for seconds in case.layer.spans()["graph"]]  # every window's loop, then the heads
-    row = {
-        "score": found[0].score,
-        "seconds_per_image": statistics.median(sample.seconds for sample in samples),
-        "first_seconds": warm,
-        "seconds_per_image_without_graph": middle["plain"],
-        "host_launching_seconds": middle["enqueue"],
-        "host_launching_seconds_without_graph": middle["enqueue_plain"],
-        "idle": 1 - middle["busy"] / middle["wall"],
-        "calls": case.timed_calls,
-        "graphs_ms": graphs,
-    }
     if pixels[0].shape[:2] == (manifest.crop.size,) * 2:
-        row["loop_over_bare_steps"] = graphs[0] / (notes.figures[f"step_ms_b{batch}"] * manifest.schedule.steps)
+        bare = notes.figures[f"bare U-Net step of {CROPS[len(pixels)]}, ms"] * manifest.schedule.steps
+        row["loop over bare steps"] = 1e3 * case.layer.spans()["graph"][0] / bare
     images, begun, before = 0, time.perf_counter(), runtime.watch.joules()
     while before is not None and time.perf_counter() - begun < 2:  # the counter is slow
         case.scorer.score(pixels, options)
-        images += batch
+        images += len(pixels)
     after = runtime.watch.joules()
     case.close()
-    return row | ({"joules_per_image": (after - before) / images} if after is not None and before is not None else {})
+    return row | ({"J per image": (after - before) / images} if after is not None and before is not None else {})
 
 
 # ---------------------------------------------------------------------------------------------------- single answers
@@ -470,19 +254,16 @@ def timed_case(
 
 def rates(place: Place, notes: Notes) -> None:
     """Bytes per second of our kernels; the goal is the sampler step at 0.8 of a copy from 8×384×512 on."""
-    from .. import kernel_rates
-
     if place.dry:
-        rows, copies = kernel_rates.measure(CudaLayer(0), 1, 40, 48, crop=32, touched=0), [1.0]
+        found: dict[str, Any] = {"copy_gb_per_second": [1.0]}
+        rows = kernel_rates.measure(CudaLayer(0), 1, 40, 48, crop=32, touched=0)
     else:
         found = kernel_rates.rates(0)
-        rows, copies = found["kernels"], found["copy_gb_per_second"]
-    notes.add(copy_gb_per_second=copies)
-    notes.add(kernels=[{key: value for key, value in row.items() if key != "seconds"} for row in rows])
-    steps = [
-        row for row in rows if row["kernel"].startswith("sampler_step") and math.prod(row["size"]) >= 8 * 384 * 512
-    ]
-    notes.add(sampler_step_worst_share=min((row["share_of_copy"] for row in steps), default=None))
+        rows = found["kernels"]
+    notes.add(**{"copy, GB/s": statistics.median(found["copy_gb_per_second"])})
+    for row in rows:
+        name = f"{row['kernel']}, {'×'.join(map(str, row['size']))}"
+        notes.add(**{name: {"GB/s": row["gb_per_second"], "share of a copy": row.get("share_of_copy")}})
 
 
 def pool(place: Place, notes: Notes) -> None:
@@ -512,7 +293,8 @@ def pool(place: Place, notes: Notes) -> None:
     freely = torch_gets_it()
     device.trim()
     note("trimmed")
-    notes.add(used_mib=used, torch_gets_freed_memory=freely, torch_gets_trimmed_memory=torch_gets_it())
+    notes.add(**{"MiB of the card in use": used, "PyTorch gets what was freed": freely})
+    notes.add(**{"PyTorch gets it after trimming": torch_gets_it()})
     notes.check("trimming gives the memory back", used["trimmed"] - used["before"] < 64, used)
     device.close()
 
@@ -533,68 +315,46 @@ def sanitizer(place: Place, notes: Notes) -> None:
     for tool, which in (("memcheck", few), ("racecheck", "shape_of_the_launch or tap_buffer_alone")):
         log = place.folder / tool
         under = [program, "--tool", tool, "--target-processes", "all", "--log-file", str(log)]
-        begun = time.perf_counter()
         run_tests(place, notes, ["tests/kernels/test_images.py", "tests/kernels/test_sampler.py"], which, under)
         text = log.read_text(errors="replace") if log.exists() else ""
         said = [line.strip("= ") for line in text.splitlines() if "SUMMARY" in line]
-        notes.add(**{tool: {"summary": said, "seconds": time.perf_counter() - begun}})
+        notes.add(**{tool: "; ".join(said)})
         clean = bool(said) and all(" 0 errors" in line or " 0 hazards" in line for line in said)
         notes.check(f"{tool} finds nothing", clean, said or text.splitlines()[-3:])
 
 
 def training(place: Place, notes: Notes) -> None:
     """`iqa-train restore` by the recipe that made `mini`, on the card and on the CPU, and of the full-size U-Net."""
-    notes.attempt("mini", trained, place, "mini", place.device, 1 if place.dry else 30, batch=2 if place.dry else 16)
-    if place.device == "cuda":
-        notes.attempt("mini on the CPU", trained, place, "mini", "cpu", 15, batch=16)
-        notes.attempt("paper", trained, place, "paper", place.device, 20, batch=16)
-    for name, run in notes.figures.items():
-        first, last = run["losses"][0], statistics.fmean(run["losses"][-3:])
-        down = place.dry or "CPU" in name or last < 0.8 * first
-        notes.check(f"{name}: the loss goes down", math.isfinite(last) and down, [first, last])
+    runs = [("mini", place.device, 1 if place.dry else 20)]
+    runs += [] if place.dry else [("mini", "cpu", 10), ("paper", place.device, 15)]
+    for preset, device, seconds in runs:
+        where = "CPU" if device == "cpu" else "card"
+        notes.attempt(f"{preset} on the {where}", trained, place, notes, preset, device, seconds)
 
 
-def trained(place: Place, name: str, device: str, seconds: float, *, batch: int) -> dict[str, Any]:
-    """Train for so long from its first step on, interrupt it, and return its pace and losses from its own log."""
+def trained(place: Place, notes: Notes, preset: str, device: str, seconds: float) -> dict[str, Any]:
+    """Train for so long from its first step on, end it, and return its pace and losses from its own log."""
     text = (place.root / "training" / "recipes" / "mini-restore.toml").read_text(encoding="utf-8")
-    every = 1 if device == "cpu" else 10
-    for key, value in {"preset": f'"{name}"', "steps": 10**6, "batch": batch, "log_every": every}.items():
+    batch, every = 2 if place.dry else 16, 1 if device == "cpu" else 10
+    for key, value in {"preset": f'"{preset}"', "steps": 10**6, "batch": batch, "log_every": every}.items():
         text = re.sub(rf"^{key} = .*$", f"{key} = {value}", text, flags=re.MULTILINE)
-    folder = place.folder / f"{name}-{device}"
+    folder = place.folder / f"{preset}-{device}"
     recipe, log = folder.with_suffix(".toml"), folder / "log.csv"
     recipe.write_text(text, encoding="utf-8")
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "diffiqa.cli",
-        "train",
-        "restore",
-        "--config",
-        str(recipe),
-        "-o",
-        str(folder),
-    ]
-    command += [
-        "--data",
-        str(place.root / "samples"),
-        "--device",
-        device,
-        "--threads",
-        str(min(16, os.cpu_count() or 2)),
-    ]
-    process, first = subprocess.Popen(command), math.inf
-    while process.poll() is None and time.monotonic() - first < seconds:
+    options = f"--config {recipe} --data {place.root}/samples -o {folder} --device {device} --threads {os.cpu_count()}"
+    command = [sys.executable, "-P", "-m", "diffiqa.cli", "train", "restore", *options.split()]
+    process, begun = subprocess.Popen(command), math.inf
+    while process.poll() is None and time.monotonic() - begun < seconds:
         time.sleep(0.1)
-        first = min(first, time.monotonic()) if log.exists() else first
-    process.send_signal(signal.SIGINT)
-    process.wait(30)
+        begun = min(begun, time.monotonic()) if log.exists() else begun
+    process.kill()
+    process.wait()
     rows = list(csv.DictReader(log.read_text().splitlines()))
-    pace = statistics.median(float(row["seconds"]) for row in rows[len(rows) // 3 :])
     losses = [float(row["loss"]) for row in rows]
-    return {
-        "steps_per_second": 1 / pace,
-        "crops_per_second": batch / pace,
-        "steps": int(rows[-1]["step"]),
-        "losses": losses,
-    }
+    pace, last = (
+        statistics.median(float(row["seconds"]) for row in rows[len(rows) // 3 :]),
+        statistics.fmean(losses[-3:]),
+    )
+    notes.check(f"{preset} on {device}: the loss goes down", device == "cpu" or last < 0.8 * losses[0], losses)
+    steps = int(rows[-1]["step"])
+    return {"steps/s": 1 / pace, "crops/s": batch / pace, "steps": steps, "first loss": losses[0], "last loss": last}
