@@ -58,7 +58,7 @@ class TorchOnGpu:
     `sizes` are those that the U-Net meets, as `iqa-build` takes them.
     """
 
-    device = 0
+    device, cuda_graph = 0, True
 
     def __init__(self, place: Place, networks: Networks, sizes: Sequence[str], *, half: bool = True) -> None:
         self._place, self._sizes, self._half = place, sizes, half

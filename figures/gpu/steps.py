@@ -16,15 +16,20 @@ from typing import Any, cast
 from xml.etree import ElementTree as ET
 
 import torch
+from onnxruntime import get_available_providers
+from PIL import Image
 
 from ...bench.ceilings import DEVICE_CALLS, DEVICE_COPY_BYTES, device_copy
 from ...bench.gpu import GpuWatch
 from ...bench.running import DeviceRuntime
 from ...bench.torch_loop import TorchScorer, Way
-from ...engine.manifest import Manifest, StageName
+from ...cli import main
+from ...engine.manifest import Manifest, StageName, open_engine
+from ...export.api import export
 from ...model.checkpoint import Loaded, load
 from ...model.network import build
 from ...runtime import plan as plan_module
+from ...runtime.backends import BACKENDS
 from ...runtime.gpu.cuda import CudaLayer
 from ...runtime.gpu.graphs import Form
 from ...runtime.plan import make_plan
@@ -33,7 +38,7 @@ from ...tests.tiny import TINY, perturbed, photo
 from .. import kernel_rates
 from .check import Notes, Place
 from .networks import HALF, Networks, TorchOnGpu
-from .unet import CROPS, allow_tf32, graph_of, inputs_of, low, matmul_tflops, median_ms, seconds_of
+from .unet import CROPS, Rates, allow_tf32, graph_of, inputs_of, low, matmul_tflops, median_ms, seconds_of
 
 
 def facts(place: Place, notes: Notes) -> None:
@@ -193,7 +198,6 @@ def score(place: Place, notes: Notes) -> None:
             run = partial(backend.modules[StageName.UNET], *inputs_of(place, batch, low(place)))
             notes.add(**{f"bare U-Net step of {crops}, ms": median_ms(graph_of(run))})
     runtime = DeviceRuntime(backend.directory, cast(Any, backend))
-    runtime.form = Form.LOOP
     for name, (pixels, options) in cases.items():
         notes.attempt(name, timed_case, notes, runtime, manifest, name, pixels, options)
     runtime.close()
@@ -237,9 +241,11 @@ def timed_case(
     case.layer.reset()
     case.scorer.score(pixels, options)
     case.layer.marking = False
-    if pixels[0].shape[:2] == (manifest.crop.size,) * 2:
-        bare = notes.figures[f"bare U-Net step of {CROPS[len(pixels)]}, ms"] * manifest.schedule.steps
-        row["loop over bare steps"] = 1e3 * case.layer.spans()["graph"][0] / bare
+    if graphs := case.layer.spans().get("graph"):  # the loops of all windows, then the heads
+        row["loop, ms"] = 1e3 * graphs[0]
+        bare = notes.figures.get(f"bare U-Net step of {CROPS[len(pixels)]}, ms")
+        if bare and pixels[0].shape[:2] == (manifest.crop.size,) * 2:
+            row["loop over bare steps"] = row["loop, ms"] / (bare * manifest.schedule.steps)
     images, begun, before = 0, time.perf_counter(), runtime.watch.joules()
     while before is not None and time.perf_counter() - begun < 2:  # the counter is slow
         case.scorer.score(pixels, options)
@@ -247,6 +253,89 @@ def timed_case(
     after = runtime.watch.joules()
     case.close()
     return row | ({"J per image": (after - before) / images} if after is not None and before is not None else {})
+
+
+def inductor(place: Place, notes: Notes) -> None:
+    """`mini` built by PyTorch's compiler."""
+    through(place, notes, "mini", "inductor")
+
+
+def onnxruntime(place: Place, notes: Notes) -> None:
+    """`mini` built for ONNX Runtime."""
+    through(place, notes, "mini", "onnxruntime")
+
+
+def full_size(place: Place, notes: Notes) -> None:
+    """The full-size model built by both."""
+    for library in ("inductor", "onnxruntime"):
+        notes.attempt(library, through, place, notes, "paper", library)
+
+
+def through(place: Place, notes: Notes, preset: str, library: str) -> None:
+    """Build an engine with a library, score with it by command as a user would, and time it."""
+    on_card = place.device == "cuda"
+    if library == "onnxruntime" and on_card and "CUDAExecutionProvider" not in get_available_providers():
+        notes.add(**{"left out": "onnxruntime-gpu is not installed"})
+        return
+    engine, crop = engine_of(place, preset), TINY.crop if place.dry else 224
+    backend = f"{library}-gpu" if on_card else library
+    size = f"{crop}x{crop}"
+    what = ["--precision", "fp16"] if on_card or library == "onnxruntime" else ["--precision", "fp32"]
+    # ONNX Runtime's files take all sizes.
+    what += ["--batch", "1,8" if on_card else "1", "--sizes", size] if library == "inductor" else []
+    run: list[str | Path] = ["run", "--engine", engine, "--mode", "crop", "--crops", "2"]
+    # A dry run compiles nothing, as tests of builds do, and scores once.
+    seconds = seconds_of(lambda: iqa("build", "--engine", engine, "--target", library, *what, parse=place.dry))
+    notes.add(**{f"{preset}, {library}: seconds to build": seconds})
+    if place.dry and (library, preset) != ("onnxruntime", "mini"):
+        iqa(*run, "image.png", "-o", "scores.csv", "--backend", backend, parse=True)
+        return
+    image, found = place.folder / f"{preset}-{library}.png", list[list[float]]()
+    Image.fromarray(photo(0, crop, crop)).save(image)
+    images = image if place.dry or preset == "paper" else place.root / "samples"
+    for name in ("onnxruntime", backend):
+        scores = image.with_suffix(f".{len(found)}.csv")
+        iqa(*run, images, "-o", scores, "--backend", name)
+        found.append([float(row["score"]) for row in csv.DictReader(scores.read_text().splitlines())])
+    apart = [abs(a - b) for a, b in zip(*found, strict=True)]
+    notes.check(f"{preset}, {library}: scores are those of the CPU in float32", max(apart) < 2e-2, found)
+    notes.add(**{f"{preset}, {library}: largest difference of a score from the CPU": max(apart)})
+    if on_card or place.dry:
+        directory, rates = open_engine(engine), Rates(place, notes)
+        chosen = TorchOnGpu(place, Networks(tiny()), [size]) if place.dry else BACKENDS[backend]()
+        runtime = DeviceRuntime(directory, cast(Any, chosen))
+        for batch in CROPS:
+            pixels, name = [photo(seed, crop, crop) for seed in range(batch)], f"{preset}, {backend}, {batch} at a time"
+            notes.attempt(name, timed_case, notes, runtime, directory.manifest, name, pixels, Options(crops=1))
+            loop = notes.figures.get(name, {}).get("loop, ms")
+            if loop and (preset == "paper" or place.dry):
+                rates.note(f"**diffiqa, {backend}**, fp16", batch, loop / directory.manifest.schedule.steps)
+        runtime.close()
+
+
+def engine_of(place: Place, preset: str) -> Path:
+    """Return an engine that may be changed: the one of --pack, or an export that all steps of this run share."""
+    folder = place.folder.parent / "engines" / preset
+    if not folder.exists():
+        folder.parent.mkdir(exist_ok=True)
+        if place.packed and (preset == "mini" or place.dry):
+            shutil.copytree(place.packed / "mini", folder)
+        elif place.dry:
+            export(tiny(), folder, target="none")
+        else:
+            weights = place.root / "models" / "mini" / "model.safetensors"
+            given = ["--ckpt", weights] if preset == "mini" else ["--preset", preset, "--seed", "0"]
+            iqa("export", *given, "-o", folder, "--target", "none", "-q")
+    return folder
+
+
+def iqa(*words: str | Path, parse: bool = False) -> None:
+    """Run a command of diffiqa; with `parse`, only see that it would take these words."""
+    command, *given = map(str, words)
+    if parse:
+        main.commands[command].make_context(command, given)
+    else:
+        subprocess.run([sys.executable, "-P", "-m", "diffiqa.cli", command, *given], check=True)
 
 
 # ---------------------------------------------------------------------------------------------------- single answers
@@ -309,7 +398,7 @@ def sanitizer(place: Place, notes: Notes) -> None:
         stand_in.chmod(0o755)
         program = str(stand_in)
     if program is None:
-        notes.check("compute-sanitizer is there", ok=False)
+        notes.add(**{"left out": "compute-sanitizer is not there"})
         return
     few = "rows_may_be_apart or looked_at_twice or tap_buffer_alone or last_step_adds"
     for tool, which in (("memcheck", few), ("racecheck", "shape_of_the_launch or tap_buffer_alone")):

@@ -30,15 +30,16 @@ def call(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.fixture(scope="module")
-def dry(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def dry(tiny_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a dry run of all steps writes."""
     out = tmp_path_factory.mktemp("dry")
+    (out / "mini").symlink_to(tiny_engine)  # as --pack makes it
     try:
         nvrtc_version()
         build_host(out)
     except (KernelError, Missing) as reason:
         pytest.skip(str(reason))
-    done = call("--dry-run", "--out", out)
+    done = call("--dry-run", "--out", out, "--packed", out)
     assert done.returncode == 0, done.stdout + done.stderr + (out / "gpu-check.log").read_text()[-5000:]
     found: dict[str, Any] = json.loads((out / "gpu-check.json").read_text())
     return found
@@ -134,7 +135,7 @@ def test_the_page_has_a_section_for_everything_that_was_found(dry: dict[str, Any
     (tmp_path / FILE).write_text(json.dumps(dry | {"dry": False, "device": "cuda", "machine": machine}))
     page = gpu(tmp_path)
     titles = [line[3:] for line in page.splitlines() if line.startswith("## ")]
-    assert titles == ["The card", "What ran", "One step of the U-Net", *(step.name.capitalize() for step in STEPS)]
+    assert titles == ["The card", "What ran", "One step of the U-Net", *map(str.capitalize, dry["steps"])]
     assert "NVIDIA H100, driver_version 580" in page
     assert all(f"| `{step.name}` | {step.shows} |" in page for step in STEPS)
     assert page.count("| torch.compile (max-autotune-no-cudagraphs), CUDA graph, fp16, one crop |") == 1
