@@ -267,13 +267,12 @@ def variables(place: Place) -> dict[str, str]:
     found |= {"DIFFIQA_CACHE": str(folder / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
     found |= {"TRITON_CACHE_DIR": str(folder / "triton"), "XDG_STATE_HOME": str(folder / "state")}
     if place.dry:
+        from ...tests.fakecuda.driver import build_driver
         from ...tests.kernels.devices import build_host
 
-        sources = sorted(map(str, (place.root / "tests" / "fakecuda").glob("*.cpp")))
-        flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-o", str(folder / "libcuda.so.1")]
-        subprocess.run(["g++", *flags, *sources, "-ldl"], check=True)
-        libraries = filter(None, (str(folder), os.environ.get("LD_LIBRARY_PATH")))
+        libraries = filter(None, (str(build_driver(folder).parent), os.environ.get("LD_LIBRARY_PATH")))
         found |= {"LD_LIBRARY_PATH": os.pathsep.join(libraries), "FAKE_CUDA_KERNELS": str(build_host(folder)._name)}
+        found |= {"FAKE_CUDA_GPU": "1"}
         found |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return found
 
