@@ -149,19 +149,25 @@ def normals(keys: Tensor, blocks: Tensor, steps: Tensor) -> Tensor:
     return torch.stack([*pair(c0, c1), *pair(c2, c3)], dim=-1)
 
 
+def lowered_unet(unet: UNet, dtype: torch.dtype) -> UNet:
+    """Give a U-Net weights of `dtype` and return it; its noise level stays float32.
+
+    Cast once: autocast would cast for every image, and for every step if compiled. BatchNorms stay float32, too: their
+    variances may not fit 16 bits.
+    """
+    for name, part in unet.named_modules():
+        if isinstance(part, nn.Conv2d | nn.Linear | nn.GroupNorm) and not name.startswith("noise_level_mlp"):
+            part.to(dtype)
+    unet.noise_level_mlp = nn.Sequential(unet.noise_level_mlp, _Cast(dtype))
+    return unet
+
+
 class _Step(nn.Module):
     """One step of the sampling loop. The U-Net has its weights in `dtype`; the state is float32."""
 
     def __init__(self, unet: UNet, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dtype = dtype
-        # Cast once: autocast would cast for every image, and for every step if compiled. The noise level stays float32;
-        # so do BatchNorms, as their variances may not fit 16 bits.
-        for name, part in unet.named_modules():
-            if isinstance(part, nn.Conv2d | nn.Linear | nn.GroupNorm) and not name.startswith("noise_level_mlp"):
-                part.to(dtype)
-        unet.noise_level_mlp = nn.Sequential(unet.noise_level_mlp, _Cast(dtype))
-        self.unet = unet
+        self.dtype, self.unet = dtype, lowered_unet(unet, dtype)
 
     def forward(self, y: Tensor, condition: Tensor, z: Tensor, row: Tensor) -> Tensor:
         """State, image and noise (1, 3, H, W), coefficients (6,) → the next state."""

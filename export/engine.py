@@ -90,7 +90,7 @@ def export_engine(
             raise ExportError(f"{work.parent} has {free / 1e6:.0f} MB free, the engine needs {needed / 1e6:.0f} MB")
         plans = (plan for plan in stage_plans(model) if plan.name in wanted)
         costs = [_export_stage(model, plan, work, say) for plan in plans]
-        manifest = _manifest(loaded, tuple(cost.stage for cost in costs))
+        manifest = manifest_of(loaded, tuple(cost.stage for cost in costs))
         (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         sync(work / MANIFEST)
     return manifest, costs
@@ -196,7 +196,8 @@ def one_image(inputs: Sequence[TensorSpec], crop: int) -> dict[str, tuple[int, .
     return {spec.name: spec.at({"B": 1, "N": 1, "H": crop, "W": crop}) for spec in inputs}
 
 
-def _manifest(loaded: Loaded, stages: tuple[Stage, ...]) -> Manifest:
+def manifest_of(loaded: Loaded, stages: tuple[Stage, ...]) -> Manifest:
+    """Return the manifest of a model with these stages, whether their files are there or not."""
     c = loaded.model.config
     trained = all(source.role != "seed" for source in loaded.sources)
     meaning = TRAINED if trained else UNTRAINED

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from record import write
 
 from diffiqa.bench.ceilings import DEVICE_CALLS, DEVICE_COPY_BYTES, device_copy
 from diffiqa.errors import DiffiqaError
+from diffiqa.figures.record import write
 from diffiqa.kernels.launch import (
     COEFFICIENTS,
     PROGRESS,
@@ -57,12 +57,18 @@ def main() -> None:
     parser.add_argument("--device", type=int, default=0)
     given = parser.parse_args()
     try:
-        layer = CudaLayer(given.device)
-        layer.enter()
-        copy = device_copy(given.device, DEVICE_COPY_BYTES)
+        found = rates(given.device)
     except DiffiqaError as exc:
         print(f"error: {exc}", file=sys.stderr)
         sys.exit(2)
+    write("kernel-rates", found)
+
+
+def rates(device: int) -> dict[str, Any]:
+    """Return the GPU's name, the rates of a copy, and a row per kernel, size and storage type."""
+    layer = CudaLayer(device)
+    layer.enter()
+    copy = device_copy(device, DEVICE_COPY_BYTES)
     copies, rows = [], []
     for size in SIZES:
         start = time.perf_counter()
@@ -72,8 +78,9 @@ def main() -> None:
     peak = statistics.median(copies[1:])  # the first one warms up
     for row in rows:
         row["share_of_copy"] = row["gb_per_second"] / peak
-    write("kernel-rates", {"gpu": layer.name, "copy_gb_per_second": copies, "kernels": rows})
+    found = {"gpu": layer.name, "copy_gb_per_second": copies, "kernels": rows}
     layer.close()
+    return found
 
 
 def measure(

@@ -23,6 +23,7 @@ from typing import Any
 from diffiqa.bench import report
 from diffiqa.bench.results import read
 from diffiqa.errors import DiffiqaError
+from diffiqa.figures.gpu.page import gpu, gpu_speed
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "figures" / "results"
@@ -255,7 +256,7 @@ def _read(results: Path, name: str) -> Any:
 
 
 SINGLE: dict[str, Callable[[Path], str]] = {
-    made.__name__: made for made in (figures, speed, precision, precisions, tried)
+    made.__name__: made for made in (figures, speed, precision, precisions, tried, gpu, gpu_speed)
 }
 
 

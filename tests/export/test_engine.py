@@ -114,7 +114,7 @@ class Stopped(BaseException):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, Stopped, OSError(28, "No space left on device")])
-@pytest.mark.parametrize("where", ["_export_stage", "_manifest", "_replace"])
+@pytest.mark.parametrize("where", ["_export_stage", "manifest_of", "_replace"])
 @pytest.mark.usefixtures("quick")
 def test_an_export_that_ends_early_leaves_the_old_engine_and_nothing_else(
     tiny_loaded: Loaded,
@@ -165,14 +165,14 @@ def test_an_engine_that_a_killed_export_had_moved_away_comes_back(
 def test_two_exports_to_one_target_do_not_meet(
     tiny_loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finish = engine_module._manifest
+    finish = engine_module.manifest_of
 
     def meanwhile(loaded: Loaded, stages: tuple[Stage, ...]) -> Manifest:
         with pytest.raises(EngineError, match="another export is writing"):
             export_engine(tiny_loaded, tmp_path / "engine", stages=VDA)
         return finish(loaded, stages)
 
-    monkeypatch.setattr(engine_module, "_manifest", meanwhile)
+    monkeypatch.setattr(engine_module, "manifest_of", meanwhile)
     export_engine(tiny_loaded, tmp_path / "engine", stages=VDA)
     assert read_manifest(tmp_path / "engine").stages[0].name is StageName.VDA
 
@@ -181,14 +181,14 @@ def test_two_exports_to_one_target_do_not_meet(
 def test_what_appears_at_the_target_during_an_export_is_not_overwritten(
     tiny_loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target, finish = tmp_path / "engine", engine_module._manifest
+    target, finish = tmp_path / "engine", engine_module.manifest_of
 
     def meanwhile(loaded: Loaded, stages: tuple[Stage, ...]) -> Manifest:
         target.mkdir()
         (target / "notes.txt").write_text("mine")
         return finish(loaded, stages)
 
-    monkeypatch.setattr(engine_module, "_manifest", meanwhile)
+    monkeypatch.setattr(engine_module, "manifest_of", meanwhile)
     with pytest.raises(EngineError, match="not an engine directory; it is left alone"):
         export_engine(tiny_loaded, target, stages=VDA, force=True)
     assert snapshot(tmp_path) == {"engine/notes.txt": b"mine"}
