@@ -155,7 +155,9 @@ def fake_gpu(layer: FakeLayer, monkeypatch: pytest.MonkeyPatch) -> FakeLayer:
 
     monkeypatch.setattr(door, "gpu_capability", lambda ordinal: "8.9")
     monkeypatch.setattr(door, "installed_libraries", lambda: [Library.TENSORRT_RTX])
-    monkeypatch.setattr(door, "load_library", lambda name: SimpleNamespace(library=name, version="1.7"))
+    monkeypatch.setattr(
+        door, "load_library", lambda name: SimpleNamespace(library=name, version="1.7", capabilities={})
+    )
     monkeypatch.setattr(cuda, "CudaLayer", lambda ordinal: layer.open())
     monkeypatch.setattr(tensorrt_stage, "load_engines", engines)
     return layer

@@ -34,7 +34,7 @@ from diffiqa.bench.contenders import (
 from diffiqa.bench.peers import EXACT
 from diffiqa.bench.torch_loop import TorchScorer, Way, normals
 from diffiqa.bench.workload import with_steps
-from diffiqa.engine.manifest import Manifest, StageName, open_engine
+from diffiqa.engine.manifest import Manifest, open_engine
 from diffiqa.engine.noise import WEYL, NoiseField, split_seed
 from diffiqa.engine.pixels import to_plane
 from diffiqa.engine.schedule import Kind
@@ -46,7 +46,7 @@ from diffiqa.runtime.backends import BACKENDS, OnnxOnGpu, TensorRt
 from diffiqa.runtime.gpu import cuda
 from diffiqa.runtime.gpu.onnx_stage import CUDA
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, providers_here
-from diffiqa.runtime.host.stages import load_stages
+from diffiqa.runtime.host.stages import OnHost, load_stages
 from diffiqa.runtime.results import Mode, Options
 from diffiqa.runtime.scorer import Scorer
 
@@ -314,11 +314,11 @@ def test_ours_on_a_gpu_is_loaded_anew_for_another_number_of_steps(
 def test_ours_waits_as_it_is_told(monkeypatch: pytest.MonkeyPatch, tiny_engine: Path, spinning: bool) -> None:
     asked: list[OnnxRuntime] = []
 
-    def loaded(_directory: object, settings: OnnxRuntime) -> dict[StageName, Any]:
+    def loaded(settings: OnnxRuntime, _directory: object) -> OnHost:
         asked.append(settings)
-        return {}
+        return OnHost({}, "onnxruntime 1.0: CPU")
 
-    monkeypatch.setattr(contenders, "load_stages", loaded)
+    monkeypatch.setattr(OnnxRuntime, "load", loaded)
     OURS.make(Ground(tiny_engine, None, OnnxRuntime(2, spinning=spinning)))
     assert [(settings.threads, settings.spinning) for settings in asked] == [(2, spinning)]
 
