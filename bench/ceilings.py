@@ -130,7 +130,7 @@ def torch_product(device: str, side: int) -> Callable[[], None]:
 
 
 def device_copy(ordinal: int, size: int) -> Callable[[], None]:
-    """Return what copies memory of a GPU several times and waits for it. Not run on a GPU yet."""
+    """Return what copies memory of a GPU several times and waits for it."""
     from cuda.core import Device
 
     device = Device(ordinal)

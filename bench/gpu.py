@@ -32,7 +32,7 @@ _HARMLESS = {"none", "gpu_idle", "applications_clocks_setting"}
 
 
 class Nvml:
-    """NVML through cuda.core. Any call may raise anything: a driver may lack it, or refuse it. Not run on a GPU yet."""
+    """NVML through cuda.core. Any call may raise anything: a driver may lack it, or refuse it."""
 
     def __init__(self, ordinal: int) -> None:
         from cuda.core import Device, system

@@ -4,7 +4,7 @@
 
 Writes results/kernel-rates.json, with the GPU's name. Every figure is of a graph of many launches, so that the time
 between launches does not count, and on so many sets of buffers in turn that caches hold none of them until its next
-turn: it is the memory's rate. The goal is the sampler step at 80 % of the copy from 512×384×8 up. Never run yet.
+turn: it is the memory's rate. The goal is the sampler step at 80 % of the copy from 512×384×8 up.
 """
 
 import argparse

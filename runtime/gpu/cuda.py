@@ -1,7 +1,4 @@
-"""The GPU through cuda.core and the driver: the one real `Layer`.
-
-It has not run on a GPU yet: the names it calls are those of cuda.core 1.2 and cuda.bindings 13, not what these do.
-"""
+"""The GPU through cuda.core and the driver: the one real `Layer`."""
 
 import contextlib
 import ctypes

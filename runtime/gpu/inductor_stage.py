@@ -2,7 +2,7 @@
 
 PyTorch allocates what a form computes in between. It does so in one pool that lives as long as the stages: a graph
 holds addresses in it, and the pool never gives them to anybody else. All stages share the pool, because they run one
-after the other. This file has not run on a GPU yet.
+after the other.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Stages on a device through ONNX Runtime: sessions bound to device addresses, on the layer's stream.
 
 For machines with a GPU and without a TensorRT build that fits. All around the networks is as with engines; the scratch
-memory of the sessions is ONNX Runtime's own, and we do not count it. This file has not run on a GPU yet.
+memory of the sessions is ONNX Runtime's own, and we do not count it.
 
 The float32 stages as exported take any size. A stage of a build has a session for each size: all that depends on sizes
 alone is gone from it, so ONNX Runtime can capture its run in a graph of its own.
