@@ -40,6 +40,8 @@ from .check import Notes, Place
 from .networks import HALF, Networks, TorchOnGpu
 from .unet import CROPS, Rates, allow_tf32, graph_of, inputs_of, low, matmul_tflops, median_ms, seconds_of
 
+ONNX_ON_GPU = "CUDAExecutionProvider" in get_available_providers()
+
 
 def facts(place: Place, notes: Notes) -> None:
     """What the card is and reaches at most, and what NVML answers."""
@@ -64,9 +66,9 @@ def facts(place: Place, notes: Notes) -> None:
 
 
 def kernels(place: Place, notes: Notes) -> None:
-    """Our kernels' own tests. The large image moves 0.8 GB; PyCUDA is a guest."""
+    """Our kernels' own tests; PyCUDA is a guest."""
     few = " and (crops_of_all_kinds or last_step_adds or steps_are_numpys) and not seed1" if place.dry else ""
-    run_tests(place, notes, ["tests/kernels"], f"not large_image and not pycuda{few}")
+    run_tests(place, notes, ["tests/kernels"], f"not pycuda{few}")
 
 
 def layer(place: Place, notes: Notes) -> None:
@@ -262,21 +264,21 @@ def inductor(place: Place, notes: Notes) -> None:
 
 def onnxruntime(place: Place, notes: Notes) -> None:
     """`mini` built for ONNX Runtime."""
-    through(place, notes, "mini", "onnxruntime")
+    if place.device == "cuda" and not ONNX_ON_GPU:
+        notes.add(**{"left out": "onnxruntime-gpu is not installed"})
+    else:
+        through(place, notes, "mini", "onnxruntime")
 
 
 def full_size(place: Place, notes: Notes) -> None:
-    """The full-size model built by both."""
-    for library in ("inductor", "onnxruntime"):
+    """The full-size model built by both, as far as they are here."""
+    for library in ("inductor", *["onnxruntime"] * (ONNX_ON_GPU or place.dry)):
         notes.attempt(library, through, place, notes, "paper", library)
 
 
 def through(place: Place, notes: Notes, preset: str, library: str) -> None:
     """Build an engine with a library, score with it by command as a user would, and time it."""
     on_card = place.device == "cuda"
-    if library == "onnxruntime" and on_card and "CUDAExecutionProvider" not in get_available_providers():
-        notes.add(**{"left out": "onnxruntime-gpu is not installed"})
-        return
     engine, crop = engine_of(place, preset), TINY.crop if place.dry else 224
     backend = f"{library}-gpu" if on_card else library
     size = f"{crop}x{crop}"
