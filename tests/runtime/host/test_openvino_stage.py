@@ -202,6 +202,16 @@ def test_many_sizes_keep_few_compiled_forms_and_those_in_use_go_on_working(direc
 
 
 @needs_openvino
+def test_the_form_that_was_not_used_for_longest_goes_first(directory: EngineDirectory) -> None:
+    stage = stage_of(directory, shapes=2)
+    stage.bind(*unet(32, 32))
+    [(shapes, form)] = stage._compiled.items()
+    for width in (40, 32, 48):  # the third needs a place, and 40 was used before 32
+        stage.bind(*unet(32, width))
+    assert stage._compiled.get(shapes) is form
+
+
+@needs_openvino
 def test_a_call_reads_what_its_arrays_hold_by_then(directory: EngineDirectory) -> None:
     stage = stage_of(directory)
     inputs, outputs = unet(32, 32)
