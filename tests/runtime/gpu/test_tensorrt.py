@@ -53,7 +53,7 @@ def test_errors_are_those_since_a_call_began_however_many_came_before(
         (["UNSUPPORTED_CC"], "UNSUPPORTED_CC", "another backend"),
         (["OLD_CUDA_DRIVER", "OLD_CUDA_RUNTIME"], "OLD_CUDA_DRIVER, OLD_CUDA_RUNTIME", "current NVIDIA driver"),
         (["CUDA_ERROR"], "CUDA_ERROR", "current NVIDIA driver"),
-        (["INSUFFICIENT_GPU_MEMORY"], "INSUFFICIENT_GPU_MEMORY", "free memory"),
+        (["INSUFFICIENT_GPU_MEMORY"], "INSUFFICIENT_GPU_MEMORY", "; free memory of the GPU, or build with smaller"),
         ([], "it gives no reason", "another backend"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else None,
