@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from html.parser import HTMLParser
+from typing import Any
 
 from diffiqa.verify.figures import Difference
 from diffiqa.verify.limits import judge
@@ -149,11 +150,11 @@ def test_what_needs_a_look_has_a_class_of_the_style_sheet() -> None:
 
 
 def test_what_was_not_measured_is_left_out() -> None:
-    scores_only = {"noise": (), "state": (), "forced": (), "taps": {}, "maps": None, "heads": {}}
-    bare = Reader(render(findings([dataclasses.replace(IMAGES[0], **scores_only)]), []))  # type: ignore[arg-type]
+    scores_only: dict[str, Any] = {"noise": (), "state": (), "forced": (), "taps": {}, "maps": None, "heads": {}}
+    bare = Reader(render(findings([dataclasses.replace(IMAGES[0], **scores_only)]), []))
     assert [texts for texts in bare.texts if "loop" in texts or "Taps" in texts] == []
     assert len(bare.tables) == 2
     equal = dataclasses.replace(ONE, max=0.0, mean=0.0, median=0.0, quantile=0.0, cosine=1.0, psnr=math.inf)
-    same = {"noise": (equal,), "state": (equal,), "forced": ()}
-    texts = Reader(render(findings([dataclasses.replace(IMAGES[0], **same)]), [])).texts  # type: ignore[arg-type]
+    same: dict[str, Any] = {"noise": (equal,), "state": (equal,), "forced": ()}
+    texts = Reader(render(findings([dataclasses.replace(IMAGES[0], **same)]), [])).texts
     assert sum(text.endswith(": no difference, or nothing that can be drawn.") for text in texts) == 4

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from diffiqa.engine.manifest import EngineDirectory, StageName, open_engine
 from diffiqa.errors import BackendError, EngineError
 from diffiqa.runtime.host import openvino_stage as backend
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
-from diffiqa.runtime.host.openvino_stage import OpenVino, OpenVinoStage
+from diffiqa.runtime.host.openvino_stage import OpenVino, OpenVinoStage, _openvino, _reason
 from diffiqa.runtime.host.stages import load_stages
 from diffiqa.runtime.scorer import load
 
@@ -239,6 +240,11 @@ def test_arrays_that_do_not_fit_are_refused_with_the_stage_and_the_reason(direct
     stage.bind(inputs, outputs)()  # none of this has done it any harm
 
 
+def test_the_reason_of_an_error_is_its_last_line_or_its_type() -> None:
+    assert _reason(RuntimeError("Exception from src/x.cpp:1:\n  no memory \n\n")) == "no memory"
+    assert _reason(RuntimeError(" \n")) == "RuntimeError"
+
+
 @needs_openvino
 def test_files_that_are_not_the_stage_are_refused(directory: EngineDirectory, tmp_path: Path) -> None:
     (tmp_path / "unet.onnx").write_bytes(b"")
@@ -343,3 +349,22 @@ def test_nobody_is_told_that_it_runs(tiny_engine: Path) -> None:
         "print(told)"
     )
     assert fresh(code, tiny_engine) == "set()"
+
+
+@pytest.mark.parametrize(
+    "before", ["absent", None, ModuleType("openvino_telemetry")], ids=["absent", "forbidden", "here"]
+)
+def test_what_others_know_of_the_telemetry_is_as_before_the_import(
+    before: str | ModuleType | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "openvino.py").write_text("import sys\nseen = sys.modules.get('openvino_telemetry', 'absent')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    loaded: dict[str, Any] = sys.modules
+    for name, known in (("openvino", "absent"), ("openvino_telemetry", before)):
+        monkeypatch.setitem(loaded, name, known)  # whatever happens to it, it will be as it is now
+        if known == "absent":
+            del loaded[name]
+    names = {*loaded, "openvino"} - (set() if before else {"openvino_telemetry"})
+    assert _openvino().seen is None
+    assert loaded.get("openvino_telemetry", "absent") == (before or "absent")
+    assert {*loaded} == names
