@@ -275,7 +275,7 @@ def test_a_cpu_without_bf16_is_said_and_nothing_else_runs(tiny_engine: Path, mon
 
 @pytest.mark.parametrize("settings", [{"threads": 0}, {"threads": "2"}, {"precision": "fp16"}, {"shapes": 0}])
 def test_settings_openvino_would_misread_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=f"^{next(iter(settings))} must be "):
         OpenVino(**settings)
 
 
