@@ -253,6 +253,14 @@ def test_saved_results_hold_the_images_and_no_pickle(saved: Path) -> None:
         assert {"reference.noise", "candidate.noise", "answers.noise", "candidate.crops"} <= set(arrays)
 
 
+def test_the_span_of_saved_scores_is_that_of_their_engine(saved: Path, tmp_path: Path) -> None:
+    kept = shutil.copytree(saved / "kept", tmp_path / "kept")
+    index = json.loads((kept / "verify.json").read_text())
+    index["manifest"]["score"] |= {"minimum": -2.0, "nominal_maximum": 5.0}
+    (kept / "verify.json").write_text(json.dumps(index))
+    assert verify_saved(kept).findings.span == 7
+
+
 @pytest.mark.parametrize("harm", ["index", "array", "missing", "empty"])
 def test_damaged_saved_results_are_named(saved: Path, tmp_path: Path, harm: str) -> None:
     kept = shutil.copytree(saved / "kept", tmp_path / "kept")
