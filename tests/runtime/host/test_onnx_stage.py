@@ -94,20 +94,19 @@ V1, PERIOD = "/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_
 @pytest.mark.parametrize(
     ("files", "cpus"),
     [
-        ({}, 8),
-        ({V2: "max 100000\n"}, 8),
-        ({V2: "300000 100000\n"}, 3),
-        ({V2: "170000 100000\n"}, 2),
-        ({V2: "20000 100000\n"}, 1),
-        ({V2: "1600000 100000\n"}, 8),
-        ({V2: ""}, 8),
-        ({V2: "300000 0\n"}, 8),
-        ({V1: "-1\n", PERIOD: "100000\n"}, 8),
-        ({V1: "300000\n", PERIOD: "100000\n"}, 3),
-        ({V1: "300000\n"}, 8),
-        ({V2: "max 100000\n", V1: "200000\n", PERIOD: "100000\n"}, 2),
+        pytest.param({}, 8, id="no cgroup"),
+        pytest.param({V2: "max 100000\n"}, 8, id="no limit"),
+        pytest.param({V2: "300000 100000\n"}, 3, id="three"),
+        pytest.param({V2: "170000 100000\n"}, 2, id="rounded"),
+        pytest.param({V2: "20000 100000\n"}, 1, id="a fifth"),
+        pytest.param({V2: "1600000 100000\n"}, 8, id="more than the affinity"),
+        pytest.param({V2: ""}, 8, id="empty"),
+        pytest.param({V2: "300000 0\n"}, 8, id="no period"),
+        pytest.param({V1: "-1\n", PERIOD: "100000\n"}, 8, id="no limit in v1"),
+        pytest.param({V1: "300000\n", PERIOD: "100000\n"}, 3, id="three in v1"),
+        pytest.param({V1: "300000\n"}, 8, id="v1 without a period"),
+        pytest.param({V2: "max 100000\n", V1: "200000\n", PERIOD: "100000\n"}, 2, id="v2 without a limit, v1 with two"),
     ],
-    ids=str,
 )
 def test_cpus_are_those_that_affinity_and_quota_leave(
     files: dict[str, str], cpus: int, monkeypatch: pytest.MonkeyPatch
