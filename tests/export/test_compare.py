@@ -29,7 +29,7 @@ def test_the_unet_gets_the_ends_of_the_loop_and_the_heads_images_with_less_and_l
     assert vda is not None
     levels = directory.manifest.schedule.coefficients.noise_level
     feed = draw_inputs(directory, unet, 1)
-    np.testing.assert_array_equal(feed["noise_level"], np.float32([[levels[0]], [levels[-1]]]))
+    np.testing.assert_array_equal(feed["noise_level"], np.array([[levels[0]], [levels[-1]]], np.float32))
     first, last = np.abs(feed["y"] - feed["condition"]).mean(axis=(1, 2, 3))
     assert first < 0.3 * last
     (images,) = draw_inputs(directory, vda, 1).values()
