@@ -40,6 +40,13 @@ def test_merged_stage_equals_the_model(config: ModelConfig, index: int) -> None:
         torch.testing.assert_close(have, want, rtol=0, atol=3e-6)
 
 
+def test_the_inputs_of_a_check_depend_on_the_seed_and_on_nothing_else() -> None:
+    for plan in stage_plans(build(TINY, seed=3)):
+        one, same, other = (plan.draw(2, (32, 48), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+        assert all(map(torch.equal, one, same))
+        assert not any(map(torch.equal, one, other))
+
+
 def test_merging_leaves_the_model_as_it_was() -> None:
     model = perturbed(build(TINY, seed=3), seed=4)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

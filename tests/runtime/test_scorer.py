@@ -231,7 +231,7 @@ def test_a_mode_may_be_given_as_text(scorer: Scorer) -> None:
 
 @pytest.mark.parametrize("settings", [{"threads": 0}, {"threads": "2"}, {"providers": []}, {"providers": "CPU"}])
 def test_settings_onnxruntime_would_misread_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=f"^{next(iter(settings))} must be "):
         OnnxRuntime(**settings)
 
 

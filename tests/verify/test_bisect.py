@@ -70,6 +70,12 @@ def test_a_used_up_budget_leaves_a_set_that_passes() -> None:
     assert len(found) < len(GROUPS)
 
 
+def test_parts_stay_together_when_another_part_is_left_out() -> None:
+    passes, calls = counted({GROUPS[2], GROUPS[4]})
+    assert smallest([GROUPS[:2], GROUPS[2:4], GROUPS[4:8]], passes) == ((GROUPS[2], GROUPS[4]), True)
+    assert calls[:6] == [2, 2, 4, 6, 2, 4]  # the three parts, all but the first, and of these each
+
+
 def test_limits_of_means_become_limits_of_each_image() -> None:
     limits = make_limits("fp16", {"score": 0.01, "score-mean": 0.002, "spread": 0.5}, 2)
     found = findings([figures("a"), figures("b")], RunFigures(spread=0.004), span=2.0)

@@ -18,11 +18,14 @@ from diffiqa.engine.manifest import MANIFEST, Precision, StageName, read_manifes
 from diffiqa.errors import UsageError
 from diffiqa.export.precision import PrecisionPlan, plan_stage, read_plan
 from diffiqa.model.bundle import save_bundle
-from diffiqa.model.network import DiffV2IQA
+from diffiqa.model.network import DiffV2IQA, build
+from diffiqa.runtime.host.onnx_stage import OnnxRuntime
 from diffiqa.verify.api import load_emulated, verify, verify_saved
 from diffiqa.verify.limits import make_limits
 from diffiqa.verify.report import to_json
+from diffiqa.verify.sides import Given, open_verified, reference_side
 
+from ..tiny import TINY
 from .verify_engines import edited, pictures, plant_large_range, scale_weights
 
 # Three pictures and a network that was never trained: their order is no matter of precision.
@@ -207,6 +210,16 @@ def test_an_engine_is_verified_against_its_checkpoint(
     assert "in PyTorch" in result.stdout
 
 
+def test_a_checkpoint_is_known_by_its_weights(tiny_model: DiffV2IQA, tiny_engine: Path, tmp_path: Path) -> None:
+    ids = []
+    for name, model in (("a", tiny_model), ("b", tiny_model), ("c", build(TINY, seed=3))):
+        save_bundle(model, tmp_path / f"{name}.safetensors")
+        given = Given(tiny_engine, tmp_path / f"{name}.safetensors", any_weights=True)
+        ids.append(reference_side(given, open_verified(tiny_engine), OnnxRuntime()).party.id)
+    assert ids[0] == ids[1] != ids[2]
+    assert {len(known) for known in ids} == {len(read_manifest(tiny_engine).engine_id)} == {16}
+
+
 def test_saved_results_are_judged_the_same_without_a_run(saved: Path, tiny_engine: Path, tmp_path: Path) -> None:
     again = call("--saved", saved / "kept", *CALM[:4], "--json", tmp_path / "b.json")
     assert again.exit_code == 0, again.output
@@ -228,12 +241,24 @@ def test_saved_results_of_another_engine_are_refused(saved: Path, tiny_engine: P
     result = call("--saved", saved / "kept", "--engine", large_range)
     assert refused(result, "another engine", mine, other)
     assert refused(call("--saved", saved / "kept", "--precision", "bf16"), "fp16", "bf16")
+    plans = [load_emulated(tiny_engine, precision=precision)[1] for precision in ("fp16", "bf16")]
+    assert verify_saved(saved / "kept", engine=tiny_engine, plan=plans[0]).findings.images
+    with pytest.raises(UsageError, match=rf"another engine: {mine}\+.*, while the plan is {mine}\+"):
+        verify_saved(saved / "kept", engine=tiny_engine, plan=plans[1])
 
 
 def test_saved_results_hold_the_images_and_no_pickle(saved: Path) -> None:
     with np.load(saved / "kept" / "0001.npz", allow_pickle=False) as arrays:
         assert arrays["image"].shape == (3, 40, 48)
         assert {"reference.noise", "candidate.noise", "answers.noise", "candidate.crops"} <= set(arrays)
+
+
+def test_the_span_of_saved_scores_is_that_of_their_engine(saved: Path, tmp_path: Path) -> None:
+    kept = shutil.copytree(saved / "kept", tmp_path / "kept")
+    index = json.loads((kept / "verify.json").read_text())
+    index["manifest"]["score"] |= {"minimum": -2.0, "nominal_maximum": 5.0}
+    (kept / "verify.json").write_text(json.dumps(index))
+    assert verify_saved(kept).findings.span == 7
 
 
 @pytest.mark.parametrize("harm", ["index", "array", "missing", "empty"])

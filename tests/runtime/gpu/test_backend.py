@@ -51,6 +51,21 @@ def test_auto_takes_a_build_that_fits_and_says_so(tiny_build: Path, fake_gpu: Fa
     assert fake_gpu.closed
 
 
+def test_the_engines_of_the_build_that_fits_are_loaded(
+    tiny_build: Path, fake_gpu: FakeLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines, asked = tensorrt_stage.load_engines, []
+
+    def note(*given: Any) -> Any:
+        asked.append(given)
+        return engines(*given)
+
+    monkeypatch.setattr(tensorrt_stage, "load_engines", note)
+    load(tiny_build, TensorRt()).close()
+    [(layer, library, directory, build)] = asked
+    assert (layer, library.library, directory.path, build) == (fake_gpu, RTX, tiny_build, directory.manifest.builds[0])
+
+
 @pytest.mark.parametrize(
     ("replaced", "value", "says"),
     [

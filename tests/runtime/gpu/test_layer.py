@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from diffiqa.errors import BackendError
+from diffiqa.kernels import load
 from diffiqa.runtime.gpu.layer import DeviceMemoryError
 
 from ...fake_device import FakeLayer, device_memory
-from ...fakecuda.driver import NOT_SUPPORTED, Driver
+from ...fakecuda.driver import NOT_SUPPORTED, Driver, compiled
 
 
 @pytest.mark.parametrize("beside", [False, True])
@@ -86,3 +87,15 @@ def test_an_abandoned_capture_leaves_nothing_behind(layer: FakeLayer, driver: Dr
     layer.begin_capture()
     layer.end_capture().close()
     assert driver.alive == 1
+
+
+def test_kernels_are_compiled_for_the_gpu_that_is_here(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def note(arch: str) -> Any:
+        asked.append(arch)
+        return compiled(arch)
+
+    monkeypatch.setattr(load, "compiled", note)
+    FakeLayer(driver).close()
+    assert asked == [load.device_arch()] == ["sm_90"]

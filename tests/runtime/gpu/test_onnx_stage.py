@@ -138,6 +138,7 @@ class Failing:
         return self._session.io_binding()
 
     def run_with_iobinding(self, binding: Any, options: Any) -> None:
+        self.options = options
         if self.message:
             raise RuntimeError(self.message)
         self._session.run_with_iobinding(binding, options)
@@ -154,6 +155,8 @@ def test_a_stage_that_fails_is_named(
         executor.run(pixels, planned(directory, pixels), 0)
     failing.message = ""
     assert executor.run(pixels, planned(directory, pixels), 0).verdicts
+    # Otherwise a run on a GPU would wait for its end.
+    assert failing.options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
 
 
 @pytest.mark.parametrize(
@@ -181,6 +184,7 @@ def test_memory_that_onnxruntime_does_not_get_makes_batches_smaller(
     outcome = executor.run(pixels, plan, 1)
     assert "at most 2 ran at once" in outcome.notes[0]
     check_close(outcome, host.run(to_plane(pixels), plan, 1))
+    assert str(onnx_device._failure("the vda stage", RuntimeError(says))) == f"the vda stage: {says}"
 
 
 def test_memory_of_no_known_device_cannot_be_bound(directory: EngineDirectory, sessions: dict[StageName, Any]) -> None:
@@ -279,6 +283,21 @@ def test_auto_takes_onnxruntime_on_a_gpu_before_that_on_the_cpu_and_says_why_not
         assert found.score == pytest.approx(scorer.score(photo(1, 40, 40), Options(crops=1)).score, abs=1e-5)
     assert gpu.alive == 0
     assert gpu.closed
+
+
+def test_what_a_user_sets_reaches_onnxruntime(
+    tiny_engine: Path, gpu: FakeLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def settings(given: OnnxRuntime, ordinal: int, stream: int) -> OnnxRuntime:
+        assert stream == gpu.stream
+        asked.extend((given, ordinal))
+        return OnnxRuntime(threads=1)
+
+    monkeypatch.setattr(onnx_device, "gpu_settings", settings)
+    load(tiny_engine, OnnxOnGpu(device=2, providers=[CUDA, "X"], session_config={"a": "1"})).close()
+    assert asked == [OnnxRuntime(providers=[CUDA, "X"], session_config={"a": "1"}), 2]
 
 
 def test_auto_without_a_gpu_says_so_once(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,16 @@
 """What TensorRT says: its messages, bounded, and its verdict on an engine, with the way out that fits the reason."""
 
-from types import SimpleNamespace
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from diffiqa.engine.manifest import BuiltStage, FileEntry, Library, StageName
-from diffiqa.errors import EngineError
+from diffiqa.errors import BackendError, EngineError
 from diffiqa.runtime.gpu import tensorrt
-from diffiqa.runtime.gpu.tensorrt import TRAITS, Log
+from diffiqa.runtime.gpu.tensorrt import TRAITS, Log, gpu_capability
 from diffiqa.runtime.gpu.tensorrt_stage import _Engine
 
 
@@ -53,7 +55,7 @@ def test_errors_are_those_since_a_call_began_however_many_came_before(
         (["UNSUPPORTED_CC"], "UNSUPPORTED_CC", "another backend"),
         (["OLD_CUDA_DRIVER", "OLD_CUDA_RUNTIME"], "OLD_CUDA_DRIVER, OLD_CUDA_RUNTIME", "current NVIDIA driver"),
         (["CUDA_ERROR"], "CUDA_ERROR", "current NVIDIA driver"),
-        (["INSUFFICIENT_GPU_MEMORY"], "INSUFFICIENT_GPU_MEMORY", "free memory"),
+        (["INSUFFICIENT_GPU_MEMORY"], "INSUFFICIENT_GPU_MEMORY", "; free memory of the GPU, or build with smaller"),
         ([], "it gives no reason", "another backend"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else None,
@@ -88,3 +90,26 @@ def test_an_engine_that_the_library_refuses_is_refused_with_its_reason_and_a_way
     assert helps in message
     assert "its own words" in message
     assert ("build it again" in message) is ("build it again" in helps)
+
+
+def test_the_capability_is_that_of_the_gpu_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = [SimpleNamespace(major=8, minor=9), SimpleNamespace(major=12, minor=0)]
+
+    class Device:
+        def __init__(self, ordinal: int | None) -> None:
+            self.compute_capability = gpus[ordinal or 0]
+
+        @staticmethod
+        def get_all_devices() -> list[SimpleNamespace]:
+            return gpus
+
+    core: Any = ModuleType("cuda.core")
+    core.__spec__, core.Device = ModuleSpec("cuda.core", None), Device
+    monkeypatch.setitem(sys.modules, "cuda.core", core)
+    monkeypatch.setattr(tensorrt, "_has_driver", lambda: True)
+    assert [gpu_capability(ordinal) for ordinal in (None, 0, 1)] == ["8.9", "8.9", "12.0"]
+    with pytest.raises(BackendError, match="there is no GPU 2; this machine has 2, counted from 0"):
+        gpu_capability(2)
+    monkeypatch.setattr(tensorrt, "_has_driver", lambda: False)
+    with pytest.raises(BackendError, match="no NVIDIA GPU: its driver is not installed"):
+        gpu_capability(0)

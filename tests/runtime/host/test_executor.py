@@ -1,6 +1,8 @@
 """The host's execution of plans: against the plain PyTorch reference, and against itself in other modes."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from diffiqa.engine.pixels import to_plane
 from diffiqa.model.network import DiffV2IQA
 from diffiqa.runtime import plan as plan_module
 from diffiqa.runtime.executor import Cancelled, Outcome
-from diffiqa.runtime.host.executor import HostExecutor
+from diffiqa.runtime.host.executor import BoundDenoiser, HostExecutor
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime
 from diffiqa.runtime.host.stages import load_stages
 from diffiqa.runtime.plan import make_plan
@@ -120,3 +122,15 @@ def test_a_cancelled_plan_ends_at_its_next_step(setup: tuple[Manifest, HostExecu
     answers = iter([False, False, True])
     with pytest.raises(Cancelled):
         executor.run(plane, make_plan(32, 32, manifest, Options()), 0, lambda: next(answers))
+
+
+def test_a_denoiser_runs_until_it_is_cancelled() -> None:
+    """Other rooms use one that nobody cancels."""
+    levels: list[float] = []
+    stage: Any = SimpleNamespace(bind=lambda inputs, _outputs: lambda: levels.append(inputs["noise_level"].item()))
+    denoiser = BoundDenoiser(stage, 32, 48)
+    denoiser(0.5)
+    denoiser.cancelled = lambda: True
+    with pytest.raises(Cancelled):
+        denoiser(0.25)
+    assert levels == [0.5]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from diffiqa.engine.manifest import EngineDirectory, StageName, open_engine
 from diffiqa.errors import BackendError, EngineError
 from diffiqa.runtime.host import openvino_stage as backend
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
-from diffiqa.runtime.host.openvino_stage import OpenVino, OpenVinoStage
+from diffiqa.runtime.host.openvino_stage import OpenVino, OpenVinoStage, _openvino, _reason
 from diffiqa.runtime.host.stages import load_stages
 from diffiqa.runtime.scorer import load
 
@@ -202,6 +203,16 @@ def test_many_sizes_keep_few_compiled_forms_and_those_in_use_go_on_working(direc
 
 
 @needs_openvino
+def test_the_form_that_was_not_used_for_longest_goes_first(directory: EngineDirectory) -> None:
+    stage = stage_of(directory, shapes=2)
+    stage.bind(*unet(32, 32))
+    [(shapes, form)] = stage._compiled.items()
+    for width in (40, 32, 48):  # the third needs a place, and 40 was used before 32
+        stage.bind(*unet(32, width))
+    assert stage._compiled.get(shapes) is form
+
+
+@needs_openvino
 def test_a_call_reads_what_its_arrays_hold_by_then(directory: EngineDirectory) -> None:
     stage = stage_of(directory)
     inputs, outputs = unet(32, 32)
@@ -227,6 +238,11 @@ def test_arrays_that_do_not_fit_are_refused_with_the_stage_and_the_reason(direct
     with pytest.raises(ValueError, match="y must be a C-contiguous float32 array"):
         stage.bind({**inputs, "y": inputs["y"].astype(np.float64)}, outputs)
     stage.bind(inputs, outputs)()  # none of this has done it any harm
+
+
+def test_the_reason_of_an_error_is_its_last_line_or_its_type() -> None:
+    assert _reason(RuntimeError("Exception from src/x.cpp:1:\n  no memory \n\n")) == "no memory"
+    assert _reason(RuntimeError(" \n")) == "RuntimeError"
 
 
 @needs_openvino
@@ -259,7 +275,7 @@ def test_a_cpu_without_bf16_is_said_and_nothing_else_runs(tiny_engine: Path, mon
 
 @pytest.mark.parametrize("settings", [{"threads": 0}, {"threads": "2"}, {"precision": "fp16"}, {"shapes": 0}])
 def test_settings_openvino_would_misread_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=f"^{next(iter(settings))} must be "):
         OpenVino(**settings)
 
 
@@ -333,3 +349,22 @@ def test_nobody_is_told_that_it_runs(tiny_engine: Path) -> None:
         "print(told)"
     )
     assert fresh(code, tiny_engine) == "set()"
+
+
+@pytest.mark.parametrize(
+    "before", ["absent", None, ModuleType("openvino_telemetry")], ids=["absent", "forbidden", "here"]
+)
+def test_what_others_know_of_the_telemetry_is_as_before_the_import(
+    before: str | ModuleType | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "openvino.py").write_text("import sys\nseen = sys.modules.get('openvino_telemetry', 'absent')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    loaded: dict[str, Any] = sys.modules
+    for name, known in (("openvino", "absent"), ("openvino_telemetry", before)):
+        monkeypatch.setitem(loaded, name, known)  # whatever happens to it, it will be as it is now
+        if known == "absent":
+            del loaded[name]
+    names = {*loaded, "openvino"} - (set() if before else {"openvino_telemetry"})
+    assert _openvino().seen is None
+    assert loaded.get("openvino_telemetry", "absent") == (before or "absent")
+    assert {*loaded} == names

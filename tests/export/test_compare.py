@@ -1,0 +1,43 @@
+"""What two forms of a stage are compared on, and how far they may differ."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffiqa.engine.manifest import StageName, open_engine
+from diffiqa.export.compare import draw_inputs
+from diffiqa.export.pytorch import TOLERANCE, _tolerance
+
+
+@pytest.mark.parametrize("name", StageName)
+def test_inputs_depend_on_the_seed_and_on_nothing_else(tiny_engine: Path, name: StageName) -> None:
+    directory = open_engine(tiny_engine)
+    stage = directory.manifest.stage(name)
+    assert stage is not None
+    one, same, other = (draw_inputs(directory, stage, seed) for seed in (1, 1, 2))
+    assert list(one) == [spec.name for spec in stage.inputs]
+    for key, values in one.items():
+        np.testing.assert_array_equal(values, same[key])
+        assert key == "noise_level" or not np.array_equal(values, other[key])
+
+
+def test_the_unet_gets_the_ends_of_the_loop_and_the_heads_images_with_less_and_less_left(tiny_engine: Path) -> None:
+    directory = open_engine(tiny_engine)
+    unet, vda = (directory.manifest.stage(name) for name in (StageName.UNET, StageName.VDA))
+    assert unet is not None
+    assert vda is not None
+    levels = directory.manifest.schedule.coefficients.noise_level
+    feed = draw_inputs(directory, unet, 1)
+    np.testing.assert_array_equal(feed["noise_level"], np.array([[levels[0]], [levels[-1]]], np.float32))
+    first, last = np.abs(feed["y"] - feed["condition"]).mean(axis=(1, 2, 3))
+    assert first < 0.3 * last
+    (images,) = draw_inputs(directory, vda, 1).values()
+    assert np.abs(images).max() <= 1
+    changed = np.abs(images[0] - images[0, 0]).mean(axis=(1, 2, 3))
+    assert (np.diff(changed) > 0.01).all()
+
+
+def test_only_maps_are_judged_by_their_range() -> None:
+    assert [_tolerance("maps", largest) for largest in (0.5, 1.5)] == [TOLERANCE, 1.5 * TOLERANCE]
+    assert [_tolerance("score", largest) for largest in (0.5, 1.5)] == [TOLERANCE, TOLERANCE]
