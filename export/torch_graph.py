@@ -51,6 +51,9 @@ class OnnxModule(nn.Module):
             if node.op_type == "Resize":  # every pixel becomes 2×2: no trace could read another scale
                 scales = self._constant_of(node.input[2])
                 _expect(scales is not None and scales.tolist() == [1, 1, 2, 2], "Resize", {"scales": scales})
+            if node.op_type == "Pow":  # as the exporter writes a square
+                exponent = self._constant_of(node.input[1])
+                _expect(exponent is not None and exponent.tolist() == 2, "Pow", {"exponent": exponent})
             if node.op_type in _OPERATORS:
                 self._nodes.append((node.op_type, tuple(node.input), tuple(node.output), given))
             else:
@@ -132,6 +135,19 @@ def _padding(op: str, given: dict[str, Any]) -> Pair:
     top, left, bottom, right = given.get("pads", (0, 0, 0, 0))
     _expect((top, left) == (bottom, right) and given.get("auto_pad", "NOTSET") == "NOTSET", op, given)
     return top, left
+
+
+def _pad(x: Tensor, pads: tuple[int, ...], value: Tensor | None = None, axes: Value = None, **given: Any) -> Tensor:
+    _expect(axes is None and given.get("mode", "constant") == "constant", "Pad", given)
+    half = len(pads) // 2
+    turned = [
+        n for before, after in zip(pads[half - 1 :: -1], pads[: half - 1 : -1], strict=True) for n in (before, after)
+    ]
+    return functional.pad(x, turned, value=0.0 if value is None else float(value))
+
+
+def _clip(x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
+    return torch.clamp(x, low, high)
 
 
 def _batch_norm(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, **given: Any) -> Tensor:
@@ -233,6 +249,7 @@ _OPERATORS: dict[str, Callable[..., Value]] = {
     "ArgMin": lambda x, axis=0, keepdims=1: x.argmin(axis, keepdim=bool(keepdims)),
     "BatchNormalization": _batch_norm,
     "Cast": _cast,
+    "Clip": _clip,
     "Concat": _concat,
     "Conv": _conv,
     "Cos": torch.cos,
@@ -247,8 +264,10 @@ _OPERATORS: dict[str, Callable[..., Value]] = {
     "MatMul": torch.matmul,
     "MaxPool": _max_pool,
     "Mul": _binary(operator.mul, operator.mul),
+    "Pad": _pad,
     "ReduceMean": _reduce(torch.mean),
     "ReduceSum": _reduce(torch.sum),
+    "Pow": lambda x, _two: x * x,
     "Relu": torch.relu,
     "Reshape": _reshape,
     "Resize": _resize,

@@ -80,6 +80,9 @@ def graph_of(*nodes: onnx.NodeProto, constants: dict[str, np.ndarray] | None = N
             "Resize has attributes",
             id="scale",
         ),
+        pytest.param(
+            [("Pow", ["x", "three"], {})], {"three": np.array(3, np.float32)}, "Pow has attributes", id="cube"
+        ),
     ],
 )
 def test_what_it_does_not_know_is_refused_when_the_module_is_made(
@@ -149,6 +152,25 @@ def test_sizes_stay_numbers(
     for shape in ((1, 2, 4, 6), (3, 2, 8, 2)):
         x = torch.randn(shape)
         torch.testing.assert_close(module(x)[0], wanted(x), rtol=0, atol=0)
+
+
+def test_padding_clipping_and_squares() -> None:
+    """As EfficientNet has them: one row more below than above, ReLU6, deviations."""
+    make = helper.make_node
+    nodes = (
+        make("Pad", ["x", "pads"], ["p"]),
+        make("Clip", ["p", "low", "high"], ["c"]),
+        make("Pow", ["c", "two"], ["y"]),
+    )
+    constants = {
+        "pads": np.array([0, 0, 0, 1, 0, 0, 1, 2], np.int64),
+        "low": np.array(0, np.float32),
+        "high": np.array(0.5, np.float32),
+        "two": np.array(2, np.float32),
+    }
+    x = torch.randn(2, 2, 3, 4)
+    (found,) = OnnxModule(graph_of(*nodes, constants=constants))(x)
+    torch.testing.assert_close(found, torch.nn.functional.pad(x, (1, 2, 0, 1)).clamp(0, 0.5) ** 2)
 
 
 def test_a_traced_module_keeps_its_sizes_free() -> None:
