@@ -53,7 +53,7 @@ class OnnxModule(nn.Module):
                 _expect(scales is not None and scales.tolist() == [1, 1, 2, 2], "Resize", {"scales": scales})
             if node.op_type == "Pow":  # as the exporter writes a square
                 exponent = self._constant_of(node.input[1])
-                _expect(exponent is not None and exponent.tolist() == 2, "Pow", {"exponent": exponent})
+                _expect(exponent is not None and float(exponent) == 2, "Pow", {"exponent": exponent})
             if node.op_type in _OPERATORS:
                 self._nodes.append((node.op_type, tuple(node.input), tuple(node.output), given))
             else:
@@ -120,7 +120,11 @@ def _gemm(a: Tensor, b: Tensor, c: Tensor | None = None, **given: Any) -> Tensor
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, **given: Any) -> Tensor:
-    padding = _padding("Conv", given)
+    _expect(given.get("auto_pad", "NOTSET") == "NOTSET", "Conv", given)
+    top, left, bottom, right = given.get("pads", (0, 0, 0, 0))
+    padding = top, left
+    if padding != (bottom, right):
+        x, padding = functional.pad(x, (left, right, top, bottom)), (0, 0)
     strides, dilations = (tuple(given.get(name, (1, 1))) for name in ("strides", "dilations"))
     return functional.conv2d(x, weight, bias, strides, padding, dilations, given.get("group", 1))
 

@@ -162,7 +162,7 @@ def test_padding_clipping_and_squares() -> None:
         make("Clip", ["p", "low", "high"], ["c"]),
         make("Pow", ["c", "two"], ["y"]),
     )
-    constants = {
+    constants: dict[str, np.ndarray] = {
         "pads": np.array([0, 0, 0, 1, 0, 0, 1, 2], np.int64),
         "low": np.array(0, np.float32),
         "high": np.array(0.5, np.float32),
@@ -171,6 +171,15 @@ def test_padding_clipping_and_squares() -> None:
     x = torch.randn(2, 2, 3, 4)
     (found,) = OnnxModule(graph_of(*nodes, constants=constants))(x)
     torch.testing.assert_close(found, torch.nn.functional.pad(x, (1, 2, 0, 1)).clamp(0, 0.5) ** 2)
+
+
+def test_a_convolution_may_be_padded_more_below_than_above() -> None:
+    weight = np.random.default_rng(1).standard_normal((3, 2, 3, 3)).astype(np.float32)
+    node = helper.make_node("Conv", ["x", "w"], ["y"], strides=[2, 2], pads=[0, 1, 1, 2])
+    x = torch.randn(1, 2, 6, 5)
+    (found,) = OnnxModule(graph_of(node, constants={"w": weight}))(x)
+    padded = torch.nn.functional.pad(x, (1, 2, 0, 1))
+    torch.testing.assert_close(found, torch.nn.functional.conv2d(padded, torch.from_numpy(weight), stride=2))
 
 
 def test_a_traced_module_keeps_its_sizes_free() -> None:
