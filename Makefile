@@ -34,7 +34,7 @@ check: $(VENV)/ready
 docs: $(VENV)/ready
 	@$(BIN)/mkdocs build --strict --site-dir $(OUT)/docs
 
-# Faults that are planted on purpose, and which of them no test notices: about half an hour.
+# Faults that are planted on purpose, and which of them no test notices: about an hour.
 mutants: $(VENV)/ready
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check mutmut==3.8.1
 	@$(BIN)/python scripts/mutants
