@@ -5,12 +5,14 @@
     python figures/people.py agree --scores results/scores.jsonl --labels lot.csv -o agree.json
 
     python figures/people.py encoder --config training/recipes/mini-people.toml --model models/mini/model.safetensors \
-        --biq2021 BIQ2021/ --clive ChallengeDB_release/ --cache cache/ -o encoder.json
+        --biq2021 BIQ2021/ --clive ChallengeDB_release/ --levels levels/ --cache cache/ -o encoder.json
+    iqa-eval --scores encoder.csv --labels levels/labels.csv --split levels/split.json -o levels-results/
 
 `lot` draws images, for when there is no time for all. `agree` compares scores that an engine gave. `encoder` asks what
 the pictures alone tell: a ridge regression on the encoder's features, and the VDA branch where each picture stands for
 its restorations. Both look at the crops of the configuration, learn from BIQ2021's part "train", and are judged on all
-of CLIVE; the ridge's strength is the best of a few on the part "validation".
+of CLIVE; the ridge's strength is the best of a few on the part "validation". Beside the JSON
+file it writes the VDA branch's scores of the part "test" of what `iqa-train rate` made.
 """
 
 import argparse
@@ -23,11 +25,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffiqa.data.datasets import Dataset, read_labels
+from diffiqa.data.datasets import Dataset, load_csv, read_labels
 from diffiqa.data.pictures import Pictures
-from diffiqa.data.splits import split_by_content
+from diffiqa.data.rate import LABELS, SPLIT
+from diffiqa.data.splits import Split, split_by_content
 from diffiqa.engine.agreement import plcc, srcc
 from diffiqa.model.checkpoint import load
+from diffiqa.model.network import DiffV2IQA
 from diffiqa.training.config import ScoreConfig, read_config
 from diffiqa.training.loop import Machine
 from diffiqa.training.score import Features, Rated, Restorations, ScoreTask, lot
@@ -100,14 +104,29 @@ def ask_encoder(given: argparse.Namespace) -> dict[str, object]:
     guesses = [ridge(means["train"], np.array(labels["train"]), strength) for strength in STRENGTHS]
     best = max(range(len(STRENGTHS)), key=lambda i: srcc(guesses[i](means["validation"]), labels["validation"]))
     found: dict[str, object] = {"trained_on": len(labels["train"]), "strength": STRENGTHS[best]}
+    damaged = Split.read(given.levels / SPLIT).items(load_csv(given.levels / LABELS), "test")
+    group = Pictures([item.path for item in damaged], given.cache / "pictures", min_side=config.model.crop)
+    features.fill(group, Machine(torch.device("cpu")), print)
+    with torch.no_grad():
+        rows = [
+            (item.image, _judged(model, features.of(group, index)[:, 0].astype(np.float32)))
+            for index, item in enumerate(damaged)
+        ]
+    with given.output.with_suffix(".csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([("image", "score"), *rows])
     for name in ("validation", "test", "clive"):
         with torch.no_grad():
-            judged = [float(model.vda_scores(torch.from_numpy(one)[:, None]).score.mean()) for one in seen[name]]
+            judged = [_judged(model, one) for one in seen[name]]
         found[name] = {
             "ridge": agreement(guesses[best](means[name]).tolist(), labels[name]),
             "vda": agreement(judged, labels[name]),
         }
     return found
+
+
+def _judged(model: DiffV2IQA, features: np.ndarray) -> float:
+    """Return the VDA branch's mean score of crops (N, F) that stand for their restorations."""
+    return float(model.vda_scores(torch.from_numpy(features)[:, None]).score.mean())
 
 
 def _rated(dataset: Dataset, contents: Sequence[str], count: int) -> list[Rated]:
@@ -138,7 +157,7 @@ def main() -> None:
     options = {
         "lot": ("data", "output"),
         "agree": ("scores", "labels", "output"),
-        "encoder": ("config", "model", "biq2021", "clive", "cache", "output"),
+        "encoder": ("config", "model", "biq2021", "clive", "levels", "cache", "output"),
     }
     for what, names in options.items():
         command = commands.add_parser(what)

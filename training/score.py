@@ -45,6 +45,7 @@ from .start import begin, weights_digest
 
 KEY_SCHEMA = 2  # of restorations on disk: raised when the same ingredients would give other restorations
 
+LIFT = 2.0  # keeps a guess above the zero of a ReLU on its way
 EXPORT_PAYS = 20  # images: fewer are restored sooner by PyTorch than a U-Net is exported for ONNX Runtime
 
 
@@ -179,7 +180,7 @@ class Features:
 
     def of(self, pictures: Pictures, index: int) -> npt.NDArray[np.float16]:
         """Return the features of a picture, which `fill` has computed."""
-        seen: npt.NDArray[np.float16] = np.load(self.file(pictures, index))
+        seen: npt.NDArray[np.float16] = np.load(self.file(pictures, index), mmap_mode="r")
         return seen
 
     def file(self, pictures: Pictures, index: int) -> Path:
@@ -241,10 +242,12 @@ class ScoreTask:
         self.features: Features | None = None
         for name, parameters in _parts(network).items():
             for parameter in parameters:
-                parameter.requires_grad_(getattr(config.rates, name) > 0)
+                parameter.requires_grad_(config.rates.of(name) > 0)
         self._frozen: list[nn.Module] = []  # these must also keep their statistics
         if network.vcg and not config.rates.vit:
             self._frozen.append(network.vcg.vit)
+        if network.vda and not config.rates.of("vda"):
+            self._frozen.append(network.vda)
         for name in ("resnet", "lite0"):
             if hasattr(network.vda, name) and not getattr(config.rates, name):
                 self._frozen.append(getattr(network.vda, name))
@@ -259,7 +262,7 @@ class ScoreTask:
     def groups(self) -> list[tuple[float, list[nn.Parameter]]]:
         """Return the backbones' and the heads' parameters with their rates; frozen ones not at all."""
         rates, parts = self.config.rates, _parts(self.model)
-        rated = ((getattr(rates, name), parameters) for name, parameters in parts.items())
+        rated = ((rates.of(name), parameters) for name, parameters in parts.items())
         return [(rate, parameters) for rate, parameters in rated if rate and parameters]
 
     def train_mode(self) -> None:
@@ -381,9 +384,9 @@ def correlation(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def _parts(network: DiffV2IQA) -> dict[str, list[nn.Parameter]]:
-    parts: dict[str, list[nn.Parameter]] = {"vit": [], "resnet": [], "lite0": [], "tabs": [], "heads": []}
+    parts: dict[str, list[nn.Parameter]] = {"vit": [], "resnet": [], "lite0": [], "tabs": [], "vcg": [], "vda": []}
     for name, parameter in network.named_parameters():
-        parts.get(part_of(name), parts["heads"]).append(parameter)
+        parts[part_of(name)].append(parameter)
     return parts
 
 
@@ -438,14 +441,15 @@ def run_score(
             task.features = features
         if model.vda and "vda" not in begun.known:
             _prepare(model.vda, task)
+            if config.ridge:
+                _begin_as_ridge(model.vda, model.tabs, task)
         result = train(task, config, folder, machine, conduct)
         if machine.leads:
             model.load_state_dict(result.weights)
             model.unet = kept
             how = f"diffiqa training, {result.step} steps, configuration {digest(identity(config))}"
-            rates = {part: getattr(config.rates, part) for part in ("vit", "resnet", "lite0", "tabs")}
-            for part in (*rates, "vcg", "vda"):
-                if rates.get(part, config.rates.heads):
+            for part in ("vit", "resnet", "lite0", "tabs", "vcg", "vda"):
+                if config.rates.of(part):
                     begun.trained(part, how)
             note = f"scores trained on {len(sets[0][0])} images, the weights of step {result.step} were best"
             begun.save(folder, note)
@@ -472,6 +476,42 @@ def _prepare(vda: VDA, task: ScoreTask) -> None:
         pictures = task.training[0]
         seen = [task.features.of(pictures, index)[:, 0] for index in range(len(pictures))]
         vda.readout.fit(torch.from_numpy(np.concatenate(seen).astype(np.float32)))
+
+
+@torch.no_grad()
+def _begin_as_ridge(vda: VDA, tabs: nn.ModuleList, task: ScoreTask) -> None:
+    """Let the branch's score be a ridge regression on the mean features of each picture's crops.
+
+    Its guess is one output of the readout and goes to every token; the rest of the branch hands it on unchanged. What
+    is random has no say yet, but learns.
+    """
+    (pictures, labels), readout, features = task.training, vda.readout, task.features
+    assert features  # noqa: S101 — the configuration wants them
+    means = np.stack([features.of(pictures, i)[:, 0].astype(np.float32).mean(0) for i in range(len(pictures))])
+    x = ((torch.from_numpy(means) - readout.mean) / readout.deviation).double()
+    y = torch.tensor(labels, dtype=torch.float64)
+    matrix = x.T @ x / x.shape[1] + task.config.ridge * torch.eye(x.shape[1], dtype=torch.float64)
+    readout.linear.weight[0] = torch.linalg.solve(matrix, x.T @ (y - y.mean()) / x.shape[1])
+    readout.linear.bias[0] = y.mean()
+    vda.rtab.v.weight.zero_()
+    vda.rtab.v.bias.zero_()
+    # With one channel the shared blocks are an affine map of the tokens: it is undone in advance.
+    tokens = vda.rtab.residual.out_features
+    ends = torch.cat([torch.zeros(1, tokens), torch.eye(tokens)])[:, None]
+    for tab in tabs:
+        ends = tab(ends)
+    shift, *columns = ends[:, 0].double()
+    inverse = torch.linalg.inv(torch.stack(columns, dim=1) - shift[:, None])
+    vda.rtab.residual.weight.zero_()
+    vda.rtab.residual.weight[:, 0] = inverse.sum(dim=1)
+    vda.rtab.residual.bias.copy_(-inverse @ shift)
+    vda.widen.weight[0], vda.widen.bias[0] = 1, 0  # type: ignore[index]  # it has one
+    hidden, out = vda.score[0], vda.score[3]
+    hidden.weight[0].zero_()
+    hidden.weight[0, 0], hidden.bias[0] = 1, LIFT
+    out.weight.zero_()
+    out.weight[0, 0], out.bias[0] = 1, -LIFT
+    vda.weight[3].weight.zero_()
 
 
 def _filled(

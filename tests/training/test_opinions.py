@@ -165,9 +165,35 @@ def test_the_middle_stands_for_a_picture(rated: list[Rated], tmp_path: Path) -> 
         ({"ordered": 2 * VERSIONS}, "ordered must be"),
         ({"pictures": -1}, "pictures and validation_pictures"),
         ({"window": 16}, "window must be 0"),
+        ({"ridge": -1.0}, "ridge must not be negative"),
         ({"correlation_weight": -0.1}, "correlation_weight"),
     ],
 )
 def test_refuses(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config(**changes)
+
+
+def test_begins_as_a_ridge_regression(
+    rated: list[Rated], versions: list[Rated], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks: list[ScoreTask] = []
+    monkeypatch.setattr("diffiqa.training.score.train", lambda task, *_: tasks.append(task))
+    with pytest.raises(AttributeError):
+        run_score(config(ridge=0.5), rated[:4], rated[4:] * 2 + rated[:1], tmp_path, ordered=versions, conduct=ON_CPU)
+    (task,) = tasks
+    assert task.features
+    vda = task.model.vda
+    assert vda
+    pictures, labels = task.training
+    seen = [torch.from_numpy(task.features.of(pictures, i).astype(np.float32)) for i in range(len(pictures))]
+    x = np.stack([((one[:, 0] - vda.readout.mean) / vda.readout.deviation).mean(0).numpy() for one in seen]).astype(
+        float
+    )
+    y = np.array(labels)
+    gram = x @ x.T / x.shape[1]
+    expected = gram @ np.linalg.solve(gram + 0.5 * np.eye(len(x)), y - y.mean()) + y.mean()
+    task.model.eval()
+    with torch.no_grad():
+        found = [float(task.model.vda_scores(one).score.mean()) for one in seen]
+    np.testing.assert_allclose(found, expected, atol=2e-3)
