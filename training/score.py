@@ -505,13 +505,19 @@ def _begin_as_ridge(vda: VDA, tabs: nn.ModuleList, task: ScoreTask) -> None:
     vda.rtab.residual.weight.zero_()
     vda.rtab.residual.weight[:, 0] = inverse.sum(dim=1)
     vda.rtab.residual.bias.copy_(-inverse @ shift)
-    vda.widen.weight[0], vda.widen.bias[0] = 1, 0  # type: ignore[index]  # it has one
-    hidden, out = vda.score[0], vda.score[3]
+    vda.widen.weight[0], vda.widen.bias[0] = 1, 0  # type: ignore[index]  # it has a bias
+    hidden, out, weight = _linear(vda.score, "0"), _linear(vda.score, "3"), _linear(vda.weight, "3")
     hidden.weight[0].zero_()
     hidden.weight[0, 0], hidden.bias[0] = 1, LIFT
     out.weight.zero_()
     out.weight[0, 0], out.bias[0] = 1, -LIFT
-    vda.weight[3].weight.zero_()
+    weight.weight.zero_()
+
+
+def _linear(parent: nn.Module, name: str) -> nn.Linear:
+    found = parent.get_submodule(name)
+    assert isinstance(found, nn.Linear)  # noqa: S101 — tells the type checker what heads.py builds
+    return found
 
 
 def _filled(
