@@ -172,6 +172,7 @@ class ScoreConfig:
     ranking_margin: float = 1.0  # of a pair's difference in labels that its scores must reach
     correlation_weight: float = 0.0  # of 1 - the batch's linear correlation between scores and labels
     ordered: int = 0  # places in a batch for versions of one window, side by side, of which the order alone is learned
+    ordered_weight: float = 1.0  # of their pairwise term
     features: bool = False  # of a frozen Lite0: computed once, for the crops of the grid of `validation_crops`
     ridge: float = 0.0  # with `features`: begin as the ridge regression of this strength on them; 0: at random
     pictures: int = 0  # to learn from, by lot; 0: all
@@ -193,8 +194,8 @@ class ScoreConfig:
             "score configuration",
             {
                 "rates must not be negative, and not all 0": min(given) >= 0 and max(rates) > 0,
-                "branch_weight, ranking_weight and correlation_weight must not be negative": (
-                    min(self.branch_weight, self.ranking_weight, self.correlation_weight) >= 0
+                "branch_weight, ranking_weight, correlation_weight and ordered_weight must not be negative": (
+                    min(self.branch_weight, self.ranking_weight, self.correlation_weight, self.ordered_weight) >= 0
                 ),
                 f"ordered must be a multiple of {VERSIONS} below optimisation.batch": (
                     0 <= self.ordered < self.optimisation.batch and self.ordered % VERSIONS == 0

@@ -332,7 +332,10 @@ class ScoreTask:
             for _, score in branches:  # the share of the label that each answers for is that of its weight
                 losses = losses + config.branch_weight * (whole * score - labels).square() * alone
         if config.ranking_weight:
-            losses = losses + config.ranking_weight * ranking_loss(total, labels, config.ranking_margin, groups)
+            losses = losses + config.ranking_weight * ranking_loss(total[alone], labels[alone], config.ranking_margin)
+        if not alone.all():  # in a mean over all pairs, the few of versions would not count
+            versions = ranking_loss(total[~alone], labels[~alone], config.ranking_margin, groups[~alone])
+            losses = losses + config.ordered_weight * versions
         if config.correlation_weight:
             losses = losses + config.correlation_weight * (1 - correlation(total[alone], labels[alone]))
         return losses
@@ -386,7 +389,8 @@ def correlation(scores: Tensor, labels: Tensor) -> Tensor:
 def _parts(network: DiffV2IQA) -> dict[str, list[nn.Parameter]]:
     parts: dict[str, list[nn.Parameter]] = {"vit": [], "resnet": [], "lite0": [], "tabs": [], "vcg": [], "vda": []}
     for name, parameter in network.named_parameters():
-        parts[part_of(name)].append(parameter)
+        if part_of(name) in parts:  # the U-Net is not trained here
+            parts[part_of(name)].append(parameter)
     return parts
 
 
