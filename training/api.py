@@ -184,6 +184,13 @@ def rate(
     )
 
 
+def average(first: File, second: File, output: File, *, share: float = 0.5) -> None:
+    """Write the average of two bundles whose runs began alike, as a bundle; `share` is that of the second."""
+    from .start import average as average_bundles
+
+    average_bundles((Path(first), Path(second)), share, Path(output))
+
+
 def plot(runs: Sequence[File], output: File) -> None:
     """Draw loss, learning rate and validation of runs over each other, into the PNG file `output`."""
     from ..evaluation.charts import save

@@ -251,6 +251,25 @@ def ablate(quiet: bool, **given: Any) -> None:
 
 
 @train.command(cls=Command)
+@click.argument("first", type=_PATH)
+@click.argument("second", type=_PATH)
+@click.option("--share", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Of the second bundle.")
+@click.option("-o", "--output", type=_PATH, required=True, metavar="FILE", help="The new bundle.")
+def average(first: Path, second: Path, share: float, output: Path) -> None:
+    """Average two bundles whose runs began alike: what each learned is there, in part.
+
+    \b
+    Example:
+      iqa-train average runs/people/model.safetensors runs/levels/model.safetensors --share 0.3 -o both.safetensors
+
+    Exit codes: 0 done, 2 failed.
+    """
+    from .api import average as run
+
+    run(first, second, output, share=share)
+
+
+@train.command(cls=Command)
 @click.argument("runs", nargs=-1, required=True, type=_PATH, metavar="RUN...")
 @click.option("-o", "--output", type=_PATH, required=True, metavar="FILE", help="The picture, a PNG file.")
 def plot(runs: tuple[Path, ...], output: Path) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..data.outputs import make_folder
 from ..engine.manifest import Source
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..model.bundle import save_bundle
 from ..model.checkpoint import PARTS, load, load_part, misfits, part_of
 from ..model.config import ModelConfig
@@ -97,6 +98,32 @@ def _spread(kernel: Tensor, side: int) -> Tensor:
     if rest or step < 1:
         return kernel
     return kernel.repeat_interleave(step, 2).repeat_interleave(step, 3) / step**2
+
+
+def average(bundles: tuple[Path, Path], share: float, path: Path) -> None:
+    """Write the average of two bundles of one configuration; `share` is that of the second.
+
+    Runs that began alike can be averaged: what each learned adds up. Raises ConfigError or CheckpointError.
+    """
+    first, second = (load(bundle) for bundle in bundles)
+    if not 0 <= share <= 1:
+        raise ConfigError(f"the share of the second bundle must be between 0 and 1, not {share}")
+    if first.model.config != second.model.config:
+        raise ConfigError(f"{bundles[0]} and {bundles[1]} are of different configurations: there is no average")
+    start = Start(first.model, 0, {source.role: source for source in first.sources if source.role in PARTS})
+    one, other = first.model.state_dict(), second.model.state_dict()
+    for part in PARTS:
+        names = [name for name in one if part_of(name) == part and not torch.equal(one[name], other[name])]
+        if not names:
+            continue
+        digests = [weights_digest({name: weights[name] for name in names})[:12] for weights in (one, other)]
+        for name in names:
+            if one[name].is_floating_point():
+                one[name].lerp_(other[name], share)
+        start.trained(part, f"{1 - share:g} of {digests[0]} and {share:g} of {digests[1]}, two runs that began alike")
+    make_folder(path.parent)
+    notes = [f"the average of two runs, {share:g} of the second"]
+    save_bundle(start.model.eval(), path, sources=start.sources, notes=notes)
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:

@@ -10,11 +10,14 @@ import torch
 
 from diffiqa.data.pictures import Pictures
 from diffiqa.errors import ConfigError
+from diffiqa.model.bundle import save_bundle
 from diffiqa.model.checkpoint import load
 from diffiqa.model.config import Encoder
+from diffiqa.model.network import build
 from diffiqa.training.config import VERSIONS, Optimisation, Rates, ScoreConfig
 from diffiqa.training.loop import Conduct
 from diffiqa.training.score import Rated, ScoreTask, correlation, lot, ranking_loss, run_score
+from diffiqa.training.start import average
 
 from .runs import write_photos
 from .test_score import MODEL, score_config
@@ -197,3 +200,21 @@ def test_begins_as_a_ridge_regression(
     with torch.no_grad():
         found = [float(task.model.vda_scores(one).score.mean()) for one in seen]
     np.testing.assert_allclose(found, expected, atol=2e-3)
+
+
+def test_averages_two_runs(tmp_path: Path) -> None:
+    files = []
+    for seed in (1, 2):
+        files.append(tmp_path / f"{seed}.safetensors")
+        save_bundle(build(SEEING, seed), files[-1])
+    average((files[0], files[1]), 0.25, tmp_path / "new" / "both.safetensors")
+    first, second, both = (load(file) for file in (*files, tmp_path / "new" / "both.safetensors"))
+    for name, value in both.model.state_dict().items():
+        mixed = first.model.state_dict()[name].float() * 0.75 + second.model.state_dict()[name].float() * 0.25
+        torch.testing.assert_close(value.float(), mixed, atol=1e-6, rtol=1e-6)
+    assert all(source.format.startswith("0.75 of ") for source in both.sources if source.role == "vda")
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        average((files[0], files[1]), 1.5, tmp_path / "both.safetensors")
+    save_bundle(build(MODEL, 1), files[1])
+    with pytest.raises(ConfigError, match="of different configurations"):
+        average((files[0], files[1]), 0.5, tmp_path / "both.safetensors")
