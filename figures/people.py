@@ -67,7 +67,7 @@ def compare_scores(given: argparse.Namespace) -> dict[str, object]:
     labels = {item.path.resolve(): item.label for item in read_labels(given.labels, given.dataset).items}
     records = [json.loads(line) for line in given.scores.read_text().splitlines()]
     scored = [record for record in records if record.get("score") is not None]
-    truth = [labels[Path(record["source"]).resolve()] for record in scored]
+    truth = [labels[Path(record["image"]).resolve()] for record in scored]
     return {
         name: agreement([record[name] for record in scored], truth)
         for name in ("score", "vcg", "vda")
