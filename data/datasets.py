@@ -318,6 +318,26 @@ def _koniq10k(root: Path) -> _Content:
     return _Content(label_file.name, rows, _images(root, folder), {})
 
 
+COPIES = Path(__file__).with_name("biq2021-copies.txt")
+
+
+def _biq2021(root: Path) -> _Content:
+    # The publisher's split shares pictures between its parts: near-copies share a reference here, so that ours do not.
+    copies = {name: group[0].removesuffix(".jpg") for group in near_copies() for name in group}
+    rows = []
+    for title in ("Train", "Test"):
+        label_file = _first_file(root, f"{title} (Images and MOS).csv")
+        for cells in _parsed(read_csv, label_file, "Image Name", "MOS"):
+            name = cells["Image Name"].lower()
+            rows.append(_Row(name, _number(cells["MOS"], f"{label_file}, {name}"), copies.get(name)))
+    return _Content("Train and Test (Images and MOS).csv", rows, _images(root, "Images"), {})
+
+
+def near_copies() -> list[list[str]]:
+    """Return the groups of BIQ2021's images that show the same: `figures/near_copies.py` found them."""
+    return [line.split(", ") for line in COPIES.read_text().splitlines() if line and not line.startswith("#")]
+
+
 def _pipal(root: Path) -> _Content:
     rows = []
     folder = _find(root, "Train_Label")
@@ -342,6 +362,7 @@ PUBLISHED: dict[str, Published] = {
     "tid2013": Published(_tid2013, 3000, higher_is_better=True),
     "kadid10k": Published(_kadid10k, 10125, higher_is_better=True),
     "clive": Published(_clive, 1162, higher_is_better=True),
+    "biq2021": Published(_biq2021, 12000, higher_is_better=True),
     "koniq10k": Published(_koniq10k, 10073, higher_is_better=True),
     "pipal": Published(_pipal, 23200, higher_is_better=True),
 }

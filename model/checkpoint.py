@@ -13,17 +13,18 @@ from torch import Tensor
 from ..engine.manifest import Source
 from ..errors import CheckpointError, UsageError
 from .bundle import Bundle, read_description
-from .config import PRESETS, ModelConfig
+from .config import PRESETS, Encoder, ModelConfig
 from .config import preset as preset_config
 from .naming import BUNDLE, IQA, MANIQA, SR3, Format, adapt, recognise
 from .network import DiffV2IQA, build
 from .weightfile import WeightFile, listed, not_finite, read, shown
 
-# The parts of the model: prefix of their tensors, and name in messages. The first three may have a file of their own.
+# The parts of the model: prefix of their tensors, and name in messages. The first four may have a file of their own.
 PARTS = {
     "unet": ("unet.", "U-Net"),
     "vit": ("vcg.vit.", "ViT"),
     "resnet": ("vda.resnet.", "ResNet"),
+    "lite0": ("vda.lite0.", "EfficientNet-Lite0"),
     "tabs": ("tabs.", "shared attention blocks"),
     "vcg": ("vcg.", "VCG head"),
     "vda": ("vda.", "VDA head"),
@@ -49,7 +50,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class _Given:
-    """A file the user gave, recognised. `option` is how: ckpt, unet, vit or resnet."""
+    """A file the user gave, recognised. `option` is how: ckpt, unet, vit, resnet or lite0."""
 
     option: str
     file: WeightFile
@@ -72,10 +73,11 @@ def load(
     unet: Path | None = None,
     vit: Path | None = None,
     resnet: Path | None = None,
+    lite0: Path | None = None,
     preset: str | None = None,
     seed: int | None = None,
 ) -> Loaded:
-    """Load a model from a bundle, the authors' network or MANIQA; `unet`, `vit` and `resnet` replace these parts.
+    """Load a model from a bundle, the authors' network or MANIQA; `unet`, `vit`, `resnet`, `lite0` replace these parts.
 
     The configuration is that of `preset`, else the bundle's own, else the preset that fits the weights. With a `seed`,
     a part that is in no file keeps its seeded initial values, and `sources` and `notes` say so. Without a seed it is
@@ -84,7 +86,8 @@ def load(
     if ckpt is None and (preset is None or seed is None):
         raise UsageError("without a checkpoint there must be a preset and a seed, for the parts that no file gives")
     base = _open("ckpt", ckpt) if ckpt else None
-    parts = [_open(option, path) for option, path in (("unet", unet), ("vit", vit), ("resnet", resnet)) if path]
+    files = {"unet": unet, "vit": vit, "resnet": resnet, "lite0": lite0}
+    parts = [_open(option, path) for option, path in files.items() if path]
     given = [base, *parts] if base else parts
     config = _config(base, given, preset, seed)
     _check_parts(config, base, parts, seed)
@@ -103,6 +106,20 @@ def load(
         (*(g.source for g in given), *inherited, *untrained),
         (*old_notes, *notes, *map(_untrained_note, untrained)),
     )
+
+
+def load_part(path: Path, part: str) -> tuple[dict[str, Tensor], Source] | None:
+    """Return one part's weights, under our names, from another program's file of that part; None if it is a bundle.
+
+    Raises CheckpointError if the file holds something else.
+    """
+    given = _open(part, path)
+    if not given.form.part:
+        return None
+    prefix, words = PARTS[part]
+    if given.form.part != prefix:
+        raise CheckpointError(f"{path}, given with --{part}, has no {words}: it is {given.form.words}")
+    return _copied(adapt(given.form, given.file.weights, vit_blocks=64)[0], [given]), given.source
 
 
 def misfits(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, seeded: bool = False) -> Misfits:
@@ -182,10 +199,16 @@ def _check_parts(config: ModelConfig, base: _Given | None, parts: list[_Given], 
             f"--{base.form.role}, beside the checkpoint of the scoring network. To start training from parts: "
             f"iqa convert --preset paper --vit VIT --resnet RESNET --seed 0 -o start.safetensors"
         )
-    has = {"unet": config.unet, "vit": config.vcg, "resnet": config.vda}
+    encoder = config.vda and config.vda.encoder
+    has = {
+        "unet": config.unet,
+        "vit": config.vcg,
+        "resnet": encoder is Encoder.RESNET,
+        "lite0": encoder is Encoder.LITE0,
+    }
     for g in parts:
         prefix, words = PARTS[g.option]
-        if has[g.option] is None:
+        if not has[g.option]:
             raise CheckpointError(f"model {config.name!r} has no {words}: leave out --{g.option} {g.file.path}")
         if not any(name.startswith(prefix) for name in adapt(g.form, g.file.weights, vit_blocks=64)[0]):
             raise CheckpointError(f"{g.file.path}, given with --{g.option}, has no {words}: it is {g.form.words}")

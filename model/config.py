@@ -81,13 +81,24 @@ class VCGConfig:
         return sum(len(layers) * self.vit.width + self.noise_code for layers in self.selection.values())
 
 
+class Encoder(enum.StrEnum):
+    """What VDA sees the images with: a ResNet, or EfficientNet-Lite0, which comes with ImageNet's weights."""
+
+    RESNET = "resnet"
+    LITE0 = "lite0"
+
+
 @dataclass(frozen=True)
 class VDAConfig:
-    """Visual difference analysis: ResNet outputs of the four images → RTAB → score."""
+    """Visual difference analysis: outputs of an encoder for the four images → RTAB → score.
+
+    A ResNet's outputs are its classes. Lite0's are linear in the means and deviations of its maps at five depths.
+    """
 
     resnet_width: int = 64
     resnet_blocks: tuple[int, ...] = (3, 4, 6, 3)
-    classes: int = 1000
+    classes: int = 1000  # outputs of the encoder
+    encoder: Encoder = Encoder.RESNET
     query: Kind = Kind.Y0
     key: Kind = Kind.T1
     value: Kind = Kind.T2

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from .attention import ResidualTransposedAttention, TransposedAttention
-from .config import ModelConfig, VCGConfig, VDAConfig
+from .config import Encoder, ModelConfig, VCGConfig, VDAConfig
+from .lite0 import FEATURES, Lite0
 from .resnet import ResNet
 from .swin import Swin
 from .vit import ViT
+
+SEEN = 3  # dimensions of what an encoder saw: images, kinds, features
 
 
 class BranchScore(NamedTuple):
@@ -70,22 +73,56 @@ class VCG(nn.Module):
         return torch.cat(parts, dim=2).transpose(1, 2)
 
 
+class Readout(nn.Module):
+    """Features of a frozen encoder, brought to mean 0 and deviation 1 by numbers that do not learn → linear outputs."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, features: int, outputs: int, dropout: float) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("deviation", torch.ones(features))
+        self.drop = nn.Dropout(dropout)
+        self.linear = nn.Linear(features, outputs)
+
+    @torch.no_grad()
+    def fit(self, features: Tensor) -> None:
+        """Take mean and deviation from examples (N, features)."""
+        self.mean.copy_(features.mean(0))
+        self.deviation.copy_(features.std(0).clamp(min=1e-3))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(…, features) → (…, outputs)."""
+        out: Tensor = self.linear(self.drop((features - self.mean) / self.deviation))
+        return out
+
+
 class VDA(nn.Module):
-    """ResNet outputs of the crop and its restorations → RTAB over their differences → TAB → score."""
+    """Encoder outputs of the crop and its restorations → RTAB over their differences → TAB → score."""
 
     def __init__(self, config: ModelConfig, c: VDAConfig) -> None:
         super().__init__()
         self.config, self.kinds, self.grid = c, config.kinds, config.grid
-        self.resnet = ResNet(c.resnet_width, c.resnet_blocks, c.classes)
+        if c.encoder is Encoder.LITE0:
+            self.lite0 = Lite0()
+            self.readout = Readout(FEATURES, c.classes, config.dropout)
+        else:
+            self.resnet = ResNet(c.resnet_width, c.resnet_blocks, c.classes)
         self.rtab = ResidualTransposedAttention(c.classes, config.tokens, config.dropout)
         self.widen = nn.Conv2d(1, c.width, 1)
         self.score = head(c.width, nn.ReLU(), config.dropout)
         self.weight = head(c.width, nn.Sigmoid(), config.dropout)
 
     def forward(self, images: Tensor, tabs: nn.ModuleList) -> BranchScore:
-        """Score images (B, kinds, 3, crop, crop); `tabs` are the stage-1 TABs shared with VCG."""
-        features = self.resnet(images.flatten(0, 1)).reshape(images.shape[0], images.shape[1], -1)
-        if images.shape[1] == 1:  # one image stands for all kinds
+        """Score images (B, kinds, 3, crop, crop), or what `encode` returned for them.
+
+        `tabs` are the stage-1 TABs shared with VCG.
+        """
+        features = images if images.ndim == SEEN else self.encode(images)
+        if self.config.encoder is Encoder.LITE0:
+            features = self.readout(features)
+        if features.shape[1] == 1:  # one image stands for all kinds
             features = features.expand(-1, len(self.kinds), -1)
         of = {kind: features[:, index] for index, kind in enumerate(self.kinds)}
         c = self.config
@@ -94,6 +131,12 @@ class VDA(nn.Module):
             x = tab(x)
         x = self.widen(x.reshape(x.shape[0], 1, self.grid, self.grid)).flatten(2).transpose(1, 2)
         return weighted_mean(self.score(x), self.weight(x), self.grid)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, kinds, 3, crop, crop) → what the encoder sees (B, kinds, classes, of Lite0 FEATURES)."""
+        encoder = self.lite0 if self.config.encoder is Encoder.LITE0 else self.resnet
+        seen: Tensor = encoder(images.flatten(0, 1))
+        return seen.reshape(*images.shape[:2], -1)
 
 
 def head(width: int, last: nn.Module, dropout: float) -> nn.Sequential:

@@ -56,6 +56,7 @@ SR3 = Format(
     renames=((r"denoise_fn\.", "unet."), (r"(noise_level_mlp|downs|mid|ups|final_conv)\.", r"unet.\1.")),
 )
 VIT = Format("timm ViT", "vit", part="vcg.vit.", renames=((r"", "vcg.vit."),))
+LITE0 = Format("efficientnet-lite-pytorch", "lite0", part="vda.lite0.", renames=((r"", "vda.lite0."),))
 RESNET = Format("torchvision ResNet", "resnet", part="vda.resnet.", renames=((r"", "vda.resnet."),))
 
 # Tensors of other programs that this model does not use, by name after renaming. Any other tensor that does not fit is
@@ -64,6 +65,7 @@ UNUSED = (
     (r"vcg\.vit\.(norm|head|pre_logits|fc_norm)\.", "the ViT's final norm and head, which nothing reads"),
     (r"vcg\.swin[12]\.(.+\.)?downsample\.", "strided convolutions of the Swin stages, which nothing calls"),
     (r"vcg\.swin[12]\..+\.(relative_position_index|attn_mask)$", "index and mask tables of Swin, computed here"),
+    (r"vda\.lite0\._fc\.", "the classifier of EfficientNet-Lite0"),
     (r"(noise_embedding|bn1|rq_score)\.", "layers the authors left in and never call"),
     (
         r"(betas|((log|sqrt)_(one_minus_|recip_|recipm1_)?)?alphas_cumprod(_prev)?"
@@ -85,6 +87,8 @@ def recognise(names: Collection[str]) -> Format | None:
         return SR3
     if has("patch_embed.") and has("blocks.0.attn."):
         return VIT
+    if has("_conv_stem.") and has("_blocks.0._depthwise_conv."):
+        return LITE0
     if has("layer1.0.conv1.") and has("fc."):
         return RESNET
     if has("unet.") or has("vcg.") or has("vda."):

@@ -65,6 +65,9 @@ def ablate_recipes(
     unet: Path | None = None,
     vit: Path | None = None,
     resnet: Path | None = None,
+    lite0: Path | None = None,
+    tabs: Path | None = None,
+    vcg: Path | None = None,
     cache: Path | None = None,
     conduct: Conduct = QUIETLY,
 ) -> list[Row]:
@@ -87,6 +90,9 @@ def ablate_recipes(
                 unet=unet if config.model.unet else None,
                 vit=vit if config.model.vcg else None,
                 resnet=resnet if config.model.vda else None,
+                lite0=lite0 if config.model.vda else None,
+                tabs=tabs,
+                vcg=vcg if config.model.vcg else None,
                 cache=place,
                 conduct=conduct,
             )

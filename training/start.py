@@ -9,13 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..data.outputs import make_folder
 from ..engine.manifest import Source
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..model.bundle import save_bundle
-from ..model.checkpoint import PARTS, load, misfits, part_of
+from ..model.checkpoint import PARTS, load, load_part, misfits, part_of
 from ..model.config import ModelConfig
 from ..model.network import DiffV2IQA, build
 from .plot import write_plot
+
+PATCHES = "vcg.vit.patch_embed.proj.weight"
 
 
 @dataclass
@@ -54,10 +57,15 @@ class Start:
 def begin(config: ModelConfig, seed: int, files: Mapping[Path, tuple[str, ...]]) -> Start:
     """Build a model, and take parts of it from bundles. `files` says which of `PARTS`; () means all that a bundle has.
 
+    A file of one part may also be another program's. A ViT for patches half or a quarter as large sees ours reduced.
     Parts that a bundle calls untrained are not taken. Raises CheckpointError if a part does not fit.
     """
     start = Start(build(config, seed), seed)
     for path, wanted in files.items():
+        if len(wanted) == 1 and (foreign := load_part(path, wanted[0])):
+            weights, start.known[wanted[0]] = foreign
+            _take(start, path, wanted[0], weights)
+            continue
         loaded = load(path)
         untrained = {source.name for source in loaded.sources if source.role == "seed"}
         taken = []
@@ -65,15 +73,57 @@ def begin(config: ModelConfig, seed: int, files: Mapping[Path, tuple[str, ...]])
             theirs, ours = _of_part(loaded.model, part), _of_part(start.model, part)
             if not theirs or not ours or PARTS[part][1] in untrained:
                 continue
-            if problems := misfits(ours, theirs):
-                lines = "; ".join(f"{title}: {names[0]}" for title, names in problems.items())
-                raise CheckpointError(f"{path}: its {PARTS[part][1]} does not fit model {config.name!r}: {lines}")
-            start.model.load_state_dict(theirs, strict=False)
+            _take(start, path, part, theirs)
             start.known[part] = dataclasses.replace(loaded.sources[0], role=part)
             taken.append(part)
         if missing := [PARTS[part][1] for part in wanted if part not in taken]:
             raise CheckpointError(f"{path} has no trained {' or '.join(missing)} for model {config.name!r}")
     return start
+
+
+def _take(start: Start, path: Path, part: str, weights: dict[str, Tensor]) -> None:
+    """Put the weights of a part into the model. Raises CheckpointError if they do not fit."""
+    ours = _of_part(start.model, part)
+    if PATCHES in ours and PATCHES in weights:
+        weights = weights | {PATCHES: _spread(weights[PATCHES], ours[PATCHES].shape[-1])}
+    if problems := misfits(ours, weights):
+        lines = "; ".join(f"{title}: {names[0]}" for title, names in problems.items())
+        raise CheckpointError(f"{path}: its {PARTS[part][1]} does not fit model {start.model.config.name!r}: {lines}")
+    start.model.load_state_dict(weights, strict=False)
+
+
+def _spread(kernel: Tensor, side: int) -> Tensor:
+    """Return a patch embedding that sees patches of `side` as this one sees them reduced, by a whole step."""
+    step, rest = divmod(side, kernel.shape[-1])
+    if rest or step < 1:
+        return kernel
+    return kernel.repeat_interleave(step, 2).repeat_interleave(step, 3) / step**2
+
+
+def average(bundles: tuple[Path, Path], share: float, path: Path) -> None:
+    """Write the average of two bundles of one configuration; `share` is that of the second.
+
+    Runs that began alike can be averaged: what each learned adds up. Raises ConfigError or CheckpointError.
+    """
+    first, second = (load(bundle) for bundle in bundles)
+    if not 0 <= share <= 1:
+        raise ConfigError(f"the share of the second bundle must be between 0 and 1, not {share}")
+    if first.model.config != second.model.config:
+        raise ConfigError(f"{bundles[0]} and {bundles[1]} are of different configurations: there is no average")
+    start = Start(first.model, 0, {source.role: source for source in first.sources if source.role in PARTS})
+    one, other = first.model.state_dict(), second.model.state_dict()
+    for part in PARTS:
+        names = [name for name in one if part_of(name) == part and not torch.equal(one[name], other[name])]
+        if not names:
+            continue
+        digests = [weights_digest({name: weights[name] for name in names})[:12] for weights in (one, other)]
+        for name in names:
+            if one[name].is_floating_point():
+                one[name].lerp_(other[name], share)
+        start.trained(part, f"{1 - share:g} of {digests[0]} and {share:g} of {digests[1]}, two runs that began alike")
+    make_folder(path.parent)
+    notes = [f"the average of two runs, {share:g} of the second"]
+    save_bundle(start.model.eval(), path, sources=start.sources, notes=notes)
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:

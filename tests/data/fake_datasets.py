@@ -87,6 +87,20 @@ def clive(root: Path) -> int:
     return len(names) - 7
 
 
+BIQ2021_COPIES = ["# made up", "ss01 (1).jpg, ss01 (2).jpg", "ss01 (9).jpg, ss02 (3).jpg, ss02 (4).jpg"]
+
+
+def biq2021(root: Path) -> int:
+    names = [f"ss{part:02} ({i}).jpg" for part in (1, 2, 3) for i in range(1, 11)]
+    for name in names:
+        touch(root / "Images" / name)
+    (root / "Images/ss02 (7).jpg").rename(root / "Images/ss02 (7).JPG")  # labelled .jpg
+    rows = [f"{name},{0.1 + index / 40:.4f}" for index, name in enumerate(names)]
+    (root / "Train (Images and MOS).csv").write_text("\r\n".join(["Image Name,MOS,,", *(f"{r},," for r in rows[6:])]))
+    (root / "Test (Images and MOS).csv").write_text("\r\n".join(["Image Name,MOS", *rows[:6]]))
+    return len(names)
+
+
 def koniq10k(root: Path) -> int:
     scores, parts = ['"image_name","c1","c_total","MOS","SD","MOS_zscore"'], ["image_name,c1,MOS,set"]
     for i in range(20):
@@ -120,6 +134,7 @@ BUILDERS: dict[str, Callable[[Path], int]] = {
     "tid2013": tid2013,
     "kadid10k": kadid10k,
     "clive": clive,
+    "biq2021": biq2021,
     "koniq10k": koniq10k,
     "pipal": pipal,
 }

@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,7 @@ from diffiqa.data.datasets import PUBLISHED, Dataset, load, load_csv
 from diffiqa.data.distortions import DISTORTIONS
 from diffiqa.errors import DatasetError
 
-from .fake_datasets import BUILDERS, LIVE_FOLDERS, touch
+from .fake_datasets import BIQ2021_COPIES, BUILDERS, LIVE_FOLDERS, touch
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +37,8 @@ def fake(
     published = dataclasses.replace(PUBLISHED[request.param], images=count)
     monkeypatch.setitem(datasets.PUBLISHED, request.param, published)
     monkeypatch.setattr(datasets, "LIVE_FOLDERS", LIVE_FOLDERS)
+    monkeypatch.setattr(datasets, "COPIES", tmp_path / "copies.txt")
+    (tmp_path / "copies.txt").write_text("\n".join(BIQ2021_COPIES))
     # A process for each file would take most of the time; test_labelfiles looks at those.
     monkeypatch.setattr(labelfiles, "isolated", lambda path: matfile.read(str(path)))
     return Path(shutil.copytree(source, tmp_path / request.param))
@@ -67,7 +70,7 @@ def test_reads_the_published_layout(fake: Path) -> None:
         assert entry.path == fake / entry.image
         assert entry.path.is_file()
         assert entry.reference_path is None or entry.reference_path.is_file()
-    has_references = fake.name not in {"clive", "koniq10k"}
+    has_references = fake.name not in {"clive", "biq2021", "koniq10k"}
     assert all((entry.reference_path is not None) == has_references for entry in dataset.items)
 
 
@@ -129,6 +132,7 @@ def test_published_sizes_and_directions_are_those_of_the_literature() -> None:
         "tid2013": (3000, True),
         "kadid10k": (10125, True),
         "clive": (1162, True),
+        "biq2021": (12000, True),
         "koniq10k": (10073, True),
         "pipal": (23200, True),
     }
@@ -186,6 +190,44 @@ def test_clive_leaves_out_the_seven_practice_images(fake: Path) -> None:
     assert not any("training" in item.image for item in dataset.items)
     assert item(dataset, "Images/a9b.JPG").label == pytest.approx(92.4)
     assert item(dataset, "Images/3.bmp").label == pytest.approx(3.5 + 88.9 * 7 / 24)
+
+
+@only("biq2021")
+def test_biq2021_reads_both_label_files_with_their_empty_columns_and_other_case(fake: Path) -> None:
+    dataset = load("biq2021", fake)
+    assert item(dataset, "Images/ss01 (1).jpg").label == 0.1
+    assert item(dataset, "Images/ss02 (7).JPG").label == pytest.approx(0.5)
+    assert item(dataset, "Images/ss03 (10).jpg").quality == 1
+
+
+@only("biq2021")
+def test_biq2021_near_copies_share_a_reference(fake: Path) -> None:
+    dataset = load("biq2021", fake)
+    references = {item.image: item.reference for item in dataset.items if item.reference}
+    assert references == {
+        "Images/ss01 (1).jpg": "ss01 (1)",
+        "Images/ss01 (2).jpg": "ss01 (1)",
+        "Images/ss01 (9).jpg": "ss01 (9)",
+        "Images/ss02 (3).jpg": "ss01 (9)",
+        "Images/ss02 (4).jpg": "ss01 (9)",
+    }
+
+
+@only("biq2021")
+def test_biq2021_with_a_label_that_is_missing_names_the_image(fake: Path) -> None:
+    file = fake / "Test (Images and MOS).csv"
+    file.write_text(file.read_text().replace("0.1250", ""))
+    with pytest.raises(DatasetError, match=r"ss01 \(2\)\.jpg: a number was expected, not ''"):
+        load("biq2021", fake)
+
+
+def test_the_near_copies_of_biq2021_are_groups_of_different_images() -> None:
+    groups = datasets.near_copies()
+    names = [name for group in groups for name in group]
+    assert len(groups) > 100
+    assert min(map(len, groups)) > 1
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"ss0[123] \(\d+\)\.jpg", name) for name in names)
 
 
 @only("koniq10k")

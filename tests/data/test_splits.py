@@ -137,3 +137,14 @@ def test_refuses_another_data_set() -> None:
         split.items(fake(8), "train")
     with pytest.raises(DatasetError, match="no part 'val', only train, validation, test"):
         split.items(fake(9), "val")
+
+
+def test_refuses_a_split_that_leaks_and_names_the_pair() -> None:
+    items = [
+        dataclasses.replace(item, reference="scene") if index < 2 else item
+        for index, item in enumerate(fake(4, 1).items)
+    ]
+    dataset = dataclasses.replace(fake(4, 1), items=tuple(items))
+    leaking = Split("fake", None, {"train": ("000_0.png", "002.png"), "test": ("001_0.png", "003.png")})
+    with pytest.raises(DatasetError, match=r"leaks: 000_0\.png in 'train' and 001_0\.png in 'test' show the same"):
+        leaking.items(dataset, "train")

@@ -1,0 +1,93 @@
+"""EfficientNet-Lite0 up to its last feature map, read at five depths. Names are those of efficientnet-lite-pytorch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Kernel, stride, expansion, channels out, blocks: of each group of blocks.
+GROUPS = (
+    (3, 1, 1, 16, 1),
+    (3, 2, 6, 24, 2),
+    (5, 2, 6, 40, 2),
+    (3, 2, 6, 80, 3),
+    (5, 1, 6, 112, 3),
+    (5, 2, 6, 192, 4),
+    (3, 1, 6, 320, 1),
+)
+STEM, HEAD = 32, 1280
+READ = (2, 4, 10, 15)  # blocks whose outputs are read, beside the last map: strides 4, 8, 16, 32
+FEATURES = 2 * (24 + 40 + 112 + 320 + HEAD)  # a mean and a deviation of each channel that is read
+TINY = 1e-6  # variance that keeps the root's slope finite where a channel is constant
+
+
+class Conv(nn.Conv2d):
+    """A convolution padded as TensorFlow's "SAME" pads an even side: with a stride, one row more below than above."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C', H/stride, W/stride)."""
+        padding = self.kernel_size[0] - self.stride[0]
+        before = padding // 2
+        out: Tensor = super().forward(F.pad(x, (before, padding - before, before, padding - before)))
+        return out
+
+
+class Block(nn.Module):
+    """1×1 up → depthwise (carries the stride) → 1×1 down, with a skip where the shape stays."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        inner = inputs * expansion
+        if expansion > 1:
+            self._expand_conv = nn.Conv2d(inputs, inner, 1, bias=False)
+            self._bn0 = _norm(inner)
+        self._depthwise_conv = Conv(inner, inner, kernel, stride=stride, groups=inner, bias=False)
+        self._bn1 = _norm(inner)
+        self._project_conv = nn.Conv2d(inner, outputs, 1, bias=False)
+        self._bn2 = _norm(outputs)
+        self.expands, self.skips = expansion > 1, stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, H, W) → (N, outputs, H/stride, W/stride)."""
+        h = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
+        h = F.relu6(self._bn1(self._depthwise_conv(h)))
+        out: Tensor = self._bn2(self._project_conv(h))
+        return out + x if self.skips else out
+
+
+class Lite0(nn.Module):
+    """Images (N, 3, H, W) in [-1, 1] → the mean and deviation of every channel that is read, (N, FEATURES)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._conv_stem = Conv(3, STEM, 3, stride=2, bias=False)
+        self._bn0 = _norm(STEM)
+        blocks, inputs = [], STEM
+        for kernel, stride, expansion, outputs, count in GROUPS:
+            for index in range(count):
+                blocks.append(Block(inputs, outputs, kernel, stride if index == 0 else 1, expansion))
+                inputs = outputs
+        self._blocks = nn.ModuleList(blocks)
+        self._conv_head = nn.Conv2d(inputs, HEAD, 1, bias=False)
+        self._bn1 = _norm(HEAD)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return means and deviations, from the first map that is read to the last one."""
+        # The published weights want (pixel - 127) / 128. Our images are pixel / 127.5 - 1.
+        x = images * (127.5 / 128) + 0.5 / 128
+        x = F.relu6(self._bn0(self._conv_stem(x)))
+        read = []
+        for index, block in enumerate(self._blocks):
+            x = block(x)
+            if index in READ:
+                read.append(x)
+        read.append(F.relu6(self._bn1(self._conv_head(x))))
+        return torch.cat([part for of_map in map(_moments, read) for part in of_map], dim=1)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    mean = x.mean(dim=(2, 3), keepdim=True)
+    return mean.flatten(1), ((x - mean).square().mean(dim=(2, 3)) + TINY).sqrt()
+
+
+def _norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
