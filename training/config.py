@@ -146,15 +146,15 @@ class Rates:
 
     vit: float = 1.0
     resnet: float = 1.0
-    lite0: float = 1.0
-    tabs: float = 1.0  # the attention blocks that both branches share
     heads: float = 1.0
+    lite0: float = 1.0
+    tabs: float = 1.0  # the attention blocks that both branches share, as a multiple of `heads`
     vda: float = 1.0  # VDA's head, as a multiple of `heads`
 
     def of(self, part: str) -> float:
         """Return the rate of a part of the model."""
-        if part in {"vcg", "vda"}:
-            return self.heads * (self.vda if part == "vda" else 1)
+        if part in {"tabs", "vcg", "vda"}:
+            return self.heads * {"tabs": self.tabs, "vda": self.vda}.get(part, 1.0)
         rate: float = getattr(self, part)
         return rate
 
@@ -188,7 +188,8 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot be run, before data is read."""
         given = [getattr(self.rates, field.name) for field in fields(Rates)]
-        rates = [self.rates.of(part) for part in ("vit", "resnet", "lite0", "tabs", "vcg", "vda")]
+        encoder = "lite0" if self.model.vda and self.model.vda.encoder is Encoder.LITE0 else "resnet"
+        rates = [self.rates.of(part) for part in ("vit", encoder, "tabs", "vcg", "vda")]
         vda, lite0 = self.model.vda, self.rates.lite0
         _refuse(
             "score configuration",

@@ -262,8 +262,11 @@ class ScoreTask:
     def groups(self) -> list[tuple[float, list[nn.Parameter]]]:
         """Return the backbones' and the heads' parameters with their rates; frozen ones not at all."""
         rates, parts = self.config.rates, _parts(self.model)
-        rated = ((rates.of(name), parameters) for name, parameters in parts.items())
-        return [(rate, parameters) for rate, parameters in rated if rate and parameters]
+        rated = [(rates.of(name), parts[name]) for name in ("vit", "resnet", "lite0")]
+        heads: dict[float, list[nn.Parameter]] = {}
+        for name in ("tabs", "vcg", "vda"):
+            heads.setdefault(rates.of(name), []).extend(parts[name])
+        return [(rate, parameters) for rate, parameters in (*rated, *heads.items()) if rate and parameters]
 
     def train_mode(self) -> None:
         """Turn dropout and batch statistics on, but not in frozen backbones."""
