@@ -3,13 +3,15 @@
 The names are written down here from the published structure of each network, not derived from ours.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from diffiqa.model import checkpoint
 from diffiqa.model import naming as foreign
 from diffiqa.model.checkpoint import misfits, part_of
-from diffiqa.model.config import PRESETS, ModelConfig
+from diffiqa.model.config import PRESETS, Encoder, ModelConfig
 from diffiqa.model.network import DiffV2IQA, count_parameters
 
 Shapes = dict[str, tuple[int, ...]]
@@ -262,5 +264,9 @@ def test_what_the_authors_network_has_more_than_ours_is_accounted_for() -> None:
 
 
 def test_every_part_of_the_model_has_a_name() -> None:
-    assert {part_of(name) for name in skeleton(PRESETS["paper"])} == set(checkpoint.PARTS)
+    paper = PRESETS["paper"]
+    assert paper.vda
+    seeing = dataclasses.replace(paper, vda=dataclasses.replace(paper.vda, encoder=Encoder.LITE0))
+    names = skeleton(paper) | skeleton(seeing)
+    assert {part_of(name) for name in names} == set(checkpoint.PARTS)
     assert part_of("elsewhere") == ""
