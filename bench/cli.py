@@ -89,9 +89,9 @@ def counts(maximum: int) -> Several:
 )
 @click.option(
     "--backend",
-    type=click.Choice(["tensorrt", "onnxruntime-gpu", "onnxruntime", "openvino"]),
+    type=click.Choice(["tensorrt", "inductor-gpu", "onnxruntime-gpu", "onnxruntime", "openvino", "inductor"]),
     default="onnxruntime",
-    help="What runs the networks. The first two need a GPU.",
+    help="What runs the networks. The first three need a GPU.",
 )
 @click.option("--device", type=click.IntRange(0), metavar="N", help="Number of the GPU, from 0 on.")
 @click.option("--no-cuda-graph", is_flag=True, help="Launch every kernel by itself, as in iqa-run.")

@@ -145,7 +145,7 @@ def onnxruntime_bound(ground: Ground) -> tuple[Score, str]:
     """Return `iqa-run --backend onnxruntime-gpu`: images stay on the GPU, and sessions are bound to their memory."""
     with _or_missing():
         prepare(None)
-    return _on_gpu(ground, OnnxOnGpu(ground.gpu or 0))
+    return _on_gpu(ground, OnnxOnGpu(ground.gpu or 0, builds=False))
 
 
 def onnxruntime_tensorrt(ground: Ground, *, fp16: bool) -> tuple[Score, str]:
@@ -154,7 +154,7 @@ def onnxruntime_tensorrt(ground: Ground, *, fp16: bool) -> tuple[Score, str]:
     with _or_missing():
         load_library(Library.TENSORRT)  # into this process: onnxruntime does not look for it where pip puts it
         prepare(OnnxRuntime(providers=providers))
-    return _on_gpu(ground, OnnxOnGpu(ground.gpu or 0, providers=providers))
+    return _on_gpu(ground, OnnxOnGpu(ground.gpu or 0, providers=providers, builds=False))
 
 
 def openvino(ground: Ground, *, precision: str) -> tuple[Score, str]:

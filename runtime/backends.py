@@ -102,6 +102,7 @@ class OnnxOnGpu:
     cuda_graph: bool = True  # of a build: ONNX Runtime captures each step in a graph of its own
     providers: Sequence[Provider] = ("CUDAExecutionProvider",)
     session_config: Mapping[str, str] = field(default_factory=dict)  # any entry ONNX Runtime documents
+    builds: bool = True  # False: the float32 stages even where there is a build
 
     key: ClassVar[str] = "onnxruntime-gpu"
     title: ClassVar[str] = "ONNX Runtime on a GPU"

@@ -120,8 +120,9 @@ def open_onnxruntime(
     session_config: Mapping[str, str],
     *,
     cuda_graph: bool = True,
+    builds: bool = True,
 ) -> OnGpu:
-    """Load onto a GPU the newest build for ONNX Runtime, or the float32 stages where there is none.
+    """Load onto a GPU the newest build for ONNX Runtime, or the float32 stages where there is none, or not `builds`.
 
     Raises BackendError or EngineError with the way out.
     """
@@ -134,7 +135,7 @@ def open_onnxruntime(
     asked = OnnxRuntime(providers=providers, session_config=session_config)
     prepare(asked)
     build = None
-    if any(made.library is Library.ONNXRUNTIME for made in directory.manifest.builds):
+    if builds and any(made.library is Library.ONNXRUNTIME for made in directory.manifest.builds):
         build = open_build(directory, Machine(Library.ONNXRUNTIME, None, capability))
     layer = CudaLayer(ordinal)
     with closed_if_it_fails(layer, directory):
