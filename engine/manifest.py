@@ -30,6 +30,7 @@ from .schedule import Kind, Schedule, Taps
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+TABULATED = "-tabulated"  # in the key of a build
 MAX_MANIFEST_BYTES = 8 * 2**20
 
 
@@ -153,7 +154,11 @@ class Build:
     plan: FileEntry
     log: FileEntry
     timing_cache: FileEntry | None
-    tabulated: bool = False  # what depends on the step alone is a table
+
+    @property
+    def tabulated(self) -> bool:
+        """Whether what depends on the step alone is a table: the key says so."""
+        return self.key.rpartition("-")[0].endswith(TABULATED)
 
     @property
     def files(self) -> tuple[FileEntry, ...]:

@@ -23,6 +23,7 @@ from ..engine.atomic import locked, replacing, sync
 from ..engine.codec import encode
 from ..engine.manifest import (
     MANIFEST,
+    TABULATED,
     Build,
     BuiltStage,
     EngineDirectory,
@@ -85,12 +86,12 @@ class _Job:
             "compute_capabilities": maker.capabilities,
             "plan": self.plan,  # which has the hashes of the ONNX stages
             "profiles": self.profiles,
-            **({"tabulated": True} if self.options.tabulate else {}),
         }
         digest = hashlib.sha256(json.dumps(encode(identity), sort_keys=True).encode()).hexdigest()[:12]
         names = (f"sm{name.replace('.', '')}" if name[0].isdigit() else name for name in maker.capabilities)
         target = "+".join(names) or "portable"
-        return f"{maker.library}-{maker.version}-{target}-{self.plan.precision}-{digest}"
+        form = f"{self.plan.precision}{TABULATED if self.options.tabulate else ''}"
+        return f"{maker.library}-{maker.version}-{target}-{form}-{digest}"
 
     @property
     def folder(self) -> Path:
@@ -286,7 +287,6 @@ def _record(job: _Job, work: Path, done: list[StageBuild]) -> Build:
         plan=job.entry(work, "plan.json"),
         log=job.entry(work, "build.log"),
         timing_cache=job.entry(work, "timing.cache") if (work / "timing.cache").exists() else None,
-        tabulated=job.options.tabulate,
     )
 
 

@@ -94,13 +94,16 @@ def test_the_page_stands_alone_and_draws_what_was_measured(finished: tuple[Resul
         (["--engine", "ENGINE", "--json", "no/such/folder/a.json"], "create it first"),
         (
             ["--engine", "ENGINE", "--device", "0"],
-            "--device is an option of the backends tensorrt and onnxruntime-gpu, not of onnxruntime",
+            "--device is an option of the backends tensorrt, inductor-gpu and onnxruntime-gpu, not of onnxruntime",
         ),
-        (["--engine", "ENGINE", "--no-cuda-graph"], "--no-cuda-graph is an option of the backend tensorrt"),
+        (
+            ["--engine", "ENGINE", "--no-cuda-graph"],
+            "--no-cuda-graph is an option of the backends tensorrt, inductor-gpu and",
+        ),
         (["--engine", "ENGINE", "--batch", "1,4"], "onnxruntime scores crops one at a time"),
         (
             ["--engine", "ENGINE", "--backend", "tensorrt", "--threads", "2"],
-            "--threads is an option of the backends onnxruntime and openvino",
+            "--threads is an option of the backends onnxruntime, openvino and inductor",
         ),
         (["--engine", "ENGINE", "--backend", "openvino", "--spin"], "--spin is an option of the backend onnxruntime"),
     ],
