@@ -49,12 +49,14 @@ from diffiqa.runtime.executor import Outcome
 from diffiqa.runtime.gpu.cuda import CudaLayer
 from diffiqa.runtime.gpu.executor import DeviceExecutor
 from diffiqa.runtime.gpu.graphs import Form
+from diffiqa.runtime.gpu.inductor_stage import on_stream
 from diffiqa.runtime.gpu.layer import DeviceMemoryError, LoadedStage
 from diffiqa.runtime.gpu.tensorrt import gpu_capability, load_library, usable_library
 from diffiqa.runtime.gpu.tensorrt_stage import load_engines
 from diffiqa.runtime.host.executor import HostExecutor
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from diffiqa.runtime.host.stages import load_stages
+from diffiqa.runtime.inductor import fitting_build, packages, torch_on_gpu
 from diffiqa.runtime.plan import make_plan
 from diffiqa.runtime.results import Mode, Options
 from diffiqa.runtime.scorer import load
@@ -123,13 +125,32 @@ def engines_of(directory: EngineDirectory, layer: CudaLayer) -> dict[StageName, 
     return load_engines(layer, library, directory, build)
 
 
-@pytest.fixture(params=["host", "engines"])
+@pytest.fixture(scope="module")
+def compiled(
+    tiny_engine: Path, capability: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[Precision, EngineDirectory]:
+    """The tiny model with builds of PyTorch's compiler for this GPU."""
+    try:
+        torch_on_gpu(0)
+    except BackendError as reason:
+        pytest.skip(str(reason))
+    folders = {precision: tmp_path_factory.mktemp(precision) for precision in (Precision.FP32, Precision.FP16)}
+    return {
+        precision: _built(tiny_engine, folder, Library.INDUCTOR, precision) for precision, folder in folders.items()
+    }
+
+
+@pytest.fixture(params=["host", "engines", "compiled"])
 def stages(request: pytest.FixtureRequest, tiny_engine: Path, capability: str) -> Stages:
-    """What the executor runs: networks on the host, which any GPU can wait for, or TensorRT's engines."""
-    if request.param == "engines":
-        request.getfixturevalue("library")
+    """What the executor runs: networks on the host, which any GPU can wait for; or what a library built."""
+    if request.param != "host":
+        request.getfixturevalue("library" if request.param == "engines" else "compiled")
 
     def load(layer: CudaLayer, precision: Precision) -> dict[StageName, LoadedStage]:
+        if request.param == "compiled":
+            directory = request.getfixturevalue("compiled")[precision]
+            build = fitting_build(directory, capability)
+            return on_stream(layer, 0, build, packages(directory, build, 0))
         if request.param == "engines":
             return engines_of(request.getfixturevalue("directory" if precision is Precision.FP32 else "half"), layer)
         onnx, options = open_engine(tiny_engine), {"batches": BATCHES, "sizes": SIZES, "precision": precision}
