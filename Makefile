@@ -21,7 +21,7 @@ test: $(VENV)/ready
 
 # Full-size networks: about ten minutes, 8 GB of memory.
 slow: $(VENV)/ready
-	@$(BIN)/python -m pytest -q -m "slow and not gpu"
+	@$(BIN)/python -m pytest -q -m "(slow or minutes) and not gpu"
 
 check: $(VENV)/ready
 	@echo "== format, lint, types, which room imports which, the documents: their tables, their links"

@@ -116,7 +116,8 @@ class OnnxOnGpu:
         """Load the stages; an executor then owns them."""
         from .gpu.door import open_onnxruntime
 
-        return open_onnxruntime(directory, self.device, self.providers, self.session_config, cuda_graph=self.cuda_graph)
+        how = {"cuda_graph": self.cuda_graph, "builds": self.builds}
+        return open_onnxruntime(directory, self.device, self.providers, self.session_config, **how)
 
     def open(self, directory: EngineDirectory) -> Opened:
         """Load an engine, ready to carry out plans."""

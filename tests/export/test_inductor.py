@@ -27,7 +27,10 @@ from diffiqa.tests.tiny import TINY, perturbed, photo
 OPTIONS = BuildOptions(Library.INDUCTOR, sizes=("32x32",))
 SCORES = 2e-6
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of PyTorch needs a C++ compiler")
+pytestmark = [
+    pytest.mark.minutes,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of PyTorch needs a C++ compiler"),
+]
 
 
 @pytest.fixture(scope="module")

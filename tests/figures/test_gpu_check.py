@@ -57,6 +57,7 @@ def dry(tiny_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return {**found, "steps": {name: steps[name] for name in names}}
 
 
+@pytest.mark.minutes
 def test_a_dry_run_runs_every_step_and_claims_no_more_than_it_shows(dry: dict[str, Any]) -> None:
     shown = {"kernels", "layer", "executor"}
     wanted = {step.name: "ok" if step.name in shown else "not shown here" for step in STEPS}
@@ -142,6 +143,7 @@ def test_without_a_card_the_page_says_so_once_and_how_to_make_it(tmp_path: Path)
     assert "Not measured" in gpu_speed(tmp_path)
 
 
+@pytest.mark.minutes
 def test_the_page_has_a_section_for_everything_that_was_found(dry: dict[str, Any], tmp_path: Path) -> None:
     machine = dry["machine"] | {"card": CARD}
     (tmp_path / FILE).write_text(json.dumps(dry | {"dry": False, "device": "cuda", "machine": machine}))
