@@ -55,7 +55,8 @@ class OnnxModule(nn.Module):
                 exponent = self._constant_of(node.input[1])
                 _expect(exponent is not None and float(exponent) == 2, "Pow", {"exponent": exponent})
             if node.op_type in _OPERATORS:
-                self._nodes.append((node.op_type, tuple(node.input), tuple(node.output), given))
+                read = (node.input[0], *map(self._number, node.input[1:])) if node.op_type == "Clip" else node.input
+                self._nodes.append((node.op_type, tuple(read), tuple(node.output), given))
             else:
                 raise ExportError(f"node {node.name} is a {node.op_type}, which the target inductor does not know")
 
@@ -67,6 +68,14 @@ class OnnxModule(nn.Module):
             result = _OPERATORS[op](*(values[name] for name in read), **given)
             values.update(zip(written, result if len(written) > 1 else (result,), strict=True))
         return tuple(values[name] for name in self._outputs)
+
+    def _number(self, name: str) -> str:
+        """Return the name of a constant as Python's number: the compiler fails at bounds that are tensors."""
+        value = self._constant_of(name)
+        if value is None:
+            return name
+        self._sizes[f"{name} as a number"] = value.item()
+        return f"{name} as a number"
 
     def _constant_of(self, name: str) -> Tensor | None:
         return getattr(self, self._weights[name]) if name in self._weights else None
@@ -150,7 +159,7 @@ def _pad(x: Tensor, pads: tuple[int, ...], value: Tensor | None = None, axes: Va
     return functional.pad(x, turned, value=0.0 if value is None else float(value))
 
 
-def _clip(x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
+def _clip(x: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
     return torch.clamp(x, low, high)
 
 
