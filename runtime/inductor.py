@@ -58,8 +58,8 @@ class Package:
                 loaded: Any = load_package(str(self._path), name, run_single_threaded=alone, device_index=index)
         except Exception as exc:  # of the loader, the linker or CUDA: they share no base class
             raise BackendError(f"torch cannot load {self._path}: {first_line(exc)}") from exc
-        form: Form = loaded.loader.boxed_run
-        return form
+        run: Form = loaded.loader.boxed_run
+        return lambda inputs: run(list(inputs))  # it empties the list that it gets, and bindings keep theirs
 
 
 def torch() -> Any:

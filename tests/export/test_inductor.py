@@ -21,7 +21,7 @@ from diffiqa.export.builds import BuildOptions, build_engines
 from diffiqa.export.engine import export_engine
 from diffiqa.model.checkpoint import Loaded
 from diffiqa.model.network import build
-from diffiqa.runtime.inductor import cpu_target
+from diffiqa.runtime.inductor import Package, cpu_target
 from diffiqa.tests.tiny import TINY, perturbed, photo
 
 OPTIONS = BuildOptions(Library.INDUCTOR, sizes=("32x32",))
@@ -86,6 +86,14 @@ def test_it_scores_as_onnx_runtime_does(built: tuple[Path, Build]) -> None:
             assert wanted.vda is not None
             assert wanted.vda > 100 * SCORES
             assert ours.score(image, options).score == found.score
+
+
+def test_a_form_leaves_the_list_of_its_inputs_alone(built: tuple[Path, Build]) -> None:
+    vda = built[1].stages[-1]
+    form, given = Package(built[0] / vda.file.path, None).form(0), [torch.ones(vda.profiles[0]["images"].minimum)]
+    first, second = (form(given)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert len(given) == 1
 
 
 def test_iqa_run_takes_it_and_auto_does_not(built: tuple[Path, Build], tmp_path: Path) -> None:
