@@ -40,15 +40,13 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class TensorRt:
-    """TensorRT or TensorRT-RTX on a GPU: the newest build in the engine directory that fits the GPU and the library."""
+class _WithGraph:
+    """What backends with CUDA graphs of ours share."""
 
     device: int = 0
     batch: int = 1  # images of one size, or seeds of one image, that are restored at a time
     cuda_graph: bool = True  # False: every kernel is launched by itself; scores are the same, it takes more CPU time
 
-    key: ClassVar[str] = "tensorrt"
-    title: ClassVar[str] = "TensorRT"
     on_gpu: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -57,9 +55,7 @@ class TensorRt:
 
     def load(self, directory: EngineDirectory) -> "OnGpu":
         """Load the build; an executor then owns it."""
-        from .gpu.door import open_tensorrt
-
-        return open_tensorrt(directory, self.device)
+        raise NotImplementedError
 
     def open(self, directory: EngineDirectory) -> Opened:
         """Load an engine, ready to carry out plans."""
@@ -67,30 +63,31 @@ class TensorRt:
 
 
 @dataclass(frozen=True)
-class InductorOnGpu:
-    """PyTorch's compiler on a GPU: the newest build in the engine directory that was made on this machine."""
+class TensorRt(_WithGraph):
+    """TensorRT or TensorRT-RTX on a GPU: the newest build in the engine directory that fits the GPU and the library."""
 
-    device: int = 0
-    batch: int = 1  # images of one size, or seeds of one image, that are restored at a time
-    cuda_graph: bool = True  # False: every kernel is launched by itself; scores are the same, it takes more CPU time
+    key: ClassVar[str] = "tensorrt"
+    title: ClassVar[str] = "TensorRT"
+
+    def load(self, directory: EngineDirectory) -> "OnGpu":
+        """Load the build; an executor then owns it."""
+        from .gpu.door import open_tensorrt
+
+        return open_tensorrt(directory, self.device)
+
+
+@dataclass(frozen=True)
+class InductorOnGpu(_WithGraph):
+    """PyTorch's compiler on a GPU: the newest build in the engine directory that was made on this machine."""
 
     key: ClassVar[str] = "inductor-gpu"
     title: ClassVar[str] = "PyTorch Inductor on a GPU"
-    on_gpu: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        """Refuse what is no number of images or GPU."""
-        _check_gpu(self.device, self.batch)
 
     def load(self, directory: EngineDirectory) -> "OnGpu":
         """Load the build; an executor then owns it."""
         from .gpu.door import open_inductor
 
         return open_inductor(directory, self.device)
-
-    def open(self, directory: EngineDirectory) -> Opened:
-        """Load an engine, ready to carry out plans."""
-        return self.load(directory).ready(directory, cuda_graph=self.cuda_graph, batch=self.batch)
 
 
 @dataclass(frozen=True)
