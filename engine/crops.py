@@ -1,6 +1,14 @@
 """Where an image is looked at: an even, deterministic grid of square crops that reaches every border."""
 
+import enum
 from dataclasses import dataclass
+
+
+class CropPlaces(enum.StrEnum):
+    """Where crops lie."""
+
+    GRID = "grid"  # spread evenly, the same in every run
+    RANDOM = "random"  # drawn from the seed
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,16 @@ import enum
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .. import __version__
 from ..errors import EngineError, first_line
-from .codec import decode, encode, shown
+from .codec import LATER, decode, encode, shown
+from .crops import CropPlaces
+from .pixels import ImageForm, Sides, TapForm
 from .schedule import Kind, Schedule, Taps
 
 SCHEMA = 1
@@ -169,10 +171,11 @@ class Build:
 
 @dataclass(frozen=True)
 class CropPolicy:
-    """The side of the square crops that the heads see, and how many an image has by default."""
+    """The side of the square crops that the heads see, how many an image has by default, and where they lie."""
 
     size: int
     count: int
+    places: CropPlaces = field(default=CropPlaces.GRID, metadata=LATER)
 
 
 @dataclass(frozen=True)
@@ -218,13 +221,16 @@ class Manifest:
     schedule: Schedule
     taps: Taps
     kinds: tuple[Kind, ...]
-    alignment: int  # image sides are padded to multiples of this
+    alignment: int  # image sides become multiples of this, as `sides` says
     crop: CropPolicy
     score: ScoreMeaning
     stages: tuple[Stage, ...]
     complete: bool  # False if only some stages were exported, with --stage
     provenance: Provenance
     builds: tuple[Build, ...] = ()  # the newest last
+    tap_form: TapForm = field(default=TapForm.FLOAT, metadata=LATER)
+    sides: Sides = field(default=Sides.PADDED, metadata=LATER)
+    image_form: ImageForm = field(default=ImageForm.AS_IS, metadata=LATER)
 
     @property
     def model_name(self) -> str:
@@ -238,7 +244,12 @@ class Manifest:
         scoring = (self.schedule, self.taps, self.kinds, self.alignment, self.crop.size)
         weights = (self.score.vcg_weight, self.score.vda_weight)
         hashes = {stage.name: stage.file.sha256 for stage in self.stages}
-        text = json.dumps(encode({"scoring": scoring, "weights": weights, "stages": hashes}), sort_keys=True)
+        parts: dict[str, Any] = {"scoring": scoring, "weights": weights, "stages": hashes}
+        # What came later counts where it is not at its default: so the ids of older engines stay.
+        trained = (self.tap_form, self.sides, self.image_form, self.crop.places)
+        if trained != (TapForm.FLOAT, Sides.PADDED, ImageForm.AS_IS, CropPlaces.GRID):
+            parts["trained"] = trained
+        text = json.dumps(encode(parts), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def stage(self, name: StageName) -> Stage | None:

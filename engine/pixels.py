@@ -1,5 +1,6 @@
 """From pixels to the networks' range and back, in NumPy."""
 
+import enum
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,28 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float32]
 
 MID_GREY = 128  # fills pictures where nothing was restored
+
+
+class TapForm(enum.StrEnum):
+    """How a restored image reaches the heads: what they were trained on."""
+
+    FLOAT = "float"  # as the sampler leaves it
+    CLAMPED = "clamped"  # to [-1, 1]
+    PNG8 = "png8"  # saved as an 8-bit PNG, and read again
+
+
+class Sides(enum.StrEnum):
+    """How sides become multiples of what the U-Net needs."""
+
+    PADDED = "padded"  # by reflection at the right and bottom; the padding is cut off again
+    RESIZED = "resized"  # to the multiples below: all kinds of images then have this size
+
+
+class ImageForm(enum.StrEnum):
+    """What crops are cut from."""
+
+    AS_IS = "as-is"  # the image
+    SQUASHED = "squashed"  # the image, scaled to the size of one crop whatever its proportions
 
 
 def to_plane(pixels: npt.NDArray[Any]) -> FloatArray:

@@ -39,7 +39,6 @@ from .macs import count_macs
 from .pytorch import compare_with_pytorch
 from .stages import StagePlan, stage_plans
 
-CROPS = 9  # per image unless the user says otherwise: a 3×3 grid on a square image
 SEED = 20240222  # of the verification inputs
 TRAINED = "Predicted quality on the scale of the checkpoint's training labels, scaled to 0 … 1."
 UNTRAINED = "Untrained: some weights are seeded random numbers, so the scores mean nothing."
@@ -209,7 +208,7 @@ def manifest_of(loaded: Loaded, stages: tuple[Stage, ...]) -> Manifest:
         taps=c.taps,
         kinds=c.kinds,
         alignment=c.unet.alignment if c.unet else 1,
-        crop=CropPolicy(c.crop, CROPS),
+        crop=CropPolicy(c.crop, c.crop_count, c.crop_places),
         score=ScoreMeaning(c.vcg_weight, c.vda_weight, meaning, trained),
         stages=stages,
         complete={stage.name for stage in stages} == set(plan_names(c)),
@@ -219,6 +218,9 @@ def manifest_of(loaded: Loaded, stages: tuple[Stage, ...]) -> Manifest:
             sources=loaded.sources,
             notes=loaded.notes,
         ),
+        tap_form=c.tap_form,
+        sides=c.sides,
+        image_form=c.image_form,
     )
 
 

@@ -7,6 +7,9 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from ..engine.codec import LATER
+from ..engine.crops import CropPlaces
+from ..engine.pixels import ImageForm, Sides, TapForm
 from ..engine.schedule import Kind, Schedule, Taps
 from ..errors import ConfigError
 
@@ -125,6 +128,14 @@ class ModelConfig:
     vda_weight: float = 1.0
     grid: int = 28  # the heads' map is grid × grid tokens
     dropout: float = 0.1  # of the heads, in training
+    # How images were prepared when the heads were trained.
+    tap_form: TapForm = field(default=TapForm.FLOAT, metadata=LATER)
+    sides: Sides = field(default=Sides.PADDED, metadata=LATER)
+    image_form: ImageForm = field(default=ImageForm.AS_IS, metadata=LATER)
+    crop_places: CropPlaces = field(default=CropPlaces.GRID, metadata=LATER)
+    crop_count: int = field(
+        default=9, metadata=LATER
+    )  # per image unless the user says otherwise: a 3×3 grid on a square image
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built, before anything is allocated."""
@@ -173,6 +184,7 @@ def _common_rules(c: ModelConfig) -> dict[str, bool]:
         ),
         "tabs must be between 0 and 8": 0 <= c.tabs <= 8,
         "crop must be a multiple of 16 between 32 and 1024": 32 <= c.crop <= 1024 and c.crop % 16 == 0,
+        "crop_count must be between 1 and 10000": 1 <= c.crop_count <= 10_000,
         "grid must be between 1 and 128": 1 <= c.grid <= 128,
         "dropout must be in [0, 1)": 0 <= c.dropout < 1,
         "branch weights must not be negative": min(c.vcg_weight, c.vda_weight) >= 0,
@@ -246,15 +258,25 @@ PAPER = ModelConfig(name="paper")
 PRESETS: dict[str, ModelConfig] = {
     # The paper's text: BatchNorm in the U-Net.
     "paper": PAPER,
-    # The authors' code: SR3's GroupNorm.
-    "authors": replace(PAPER, name="authors", unet=UNetConfig(norm=Norm.GROUP)),
-    # The special case without restoration, for MANIQA's own weights.
+    # The authors' code: SR3's GroupNorm, restorations in PNG files, and one random crop of each image.
+    "authors": replace(
+        PAPER,
+        name="authors",
+        unet=UNetConfig(norm=Norm.GROUP),
+        tap_form=TapForm.PNG8,
+        sides=Sides.RESIZED,
+        crop_places=CropPlaces.RANDOM,
+        crop_count=1,
+    ),
+    # The special case without restoration, for MANIQA's own weights. Its program takes 20 random crops.
     "maniqa": replace(
         PAPER,
         name="maniqa",
         unet=None,
         vda=None,
         vcg=VCGConfig(selection={Kind.DIS: (6, 7, 8, 9)}, noise_code=0, squeeze=(768,)),
+        crop_places=CropPlaces.RANDOM,
+        crop_count=20,
     ),
     # The same stages, small: two CPU cores restore a 224×224 image in a few seconds, and train it in hours.
     "mini": ModelConfig(
