@@ -89,6 +89,7 @@ def export(
     Examples:
       iqa-export --ckpt model.safetensors -o engine/
       iqa-export --ckpt iqa_net.pt --unet I800000_E40_gen.pth -o engine/
+      iqa-export --ckpt ckpt_valid.pt --swin-scale 0.13 -o engine/
       iqa-export --preset mini --seed 0 -o engine/        untrained, to try things out
 
     Exit codes: 0 exported; 2 nothing was written, or only the ONNX stages because an engine could not be built.
@@ -118,7 +119,7 @@ def export(
             return
         done = export_float32(loaded, output, stages=stages, target=target, force=force, say=status.update)
     if not quiet:
-        print_exported(output, done)
+        print_exported(output, loaded, done)
 
 
 for command in (export, build, calibrate, quantise, verify, run, convert, train, evaluate, bench):

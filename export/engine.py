@@ -32,7 +32,7 @@ from ..engine.manifest import (
 )
 from ..errors import EngineError, ExportError
 from ..model.checkpoint import Loaded
-from ..model.config import ModelConfig
+from ..model.config import Better, Labels, ModelConfig
 from ..model.network import DiffV2IQA, count_parameters
 from .graph import OPSET, export_graph
 from .macs import count_macs
@@ -41,6 +41,7 @@ from .stages import StagePlan, stage_plans
 
 SEED = 20240222  # of the verification inputs
 TRAINED = "Predicted quality on the scale of the checkpoint's training labels, scaled to 0 … 1."
+ON_LABELS = "Predicted quality on the scale of the checkpoint's training labels, {worst:g} (worst) to {best:g} (best)."
 UNTRAINED = "Untrained: some weights are seeded random numbers, so the scores mean nothing."
 
 
@@ -199,7 +200,10 @@ def manifest_of(loaded: Loaded, stages: tuple[Stage, ...]) -> Manifest:
     """Return the manifest of a model with these stages, whether their files are there or not."""
     c = loaded.model.config
     trained = all(source.role != "seed" for source in loaded.sources)
-    meaning = TRAINED if trained else UNTRAINED
+    labels, higher = c.labels, c.labels.better is Better.HIGHER
+    worst, best = sorted((labels.minimum, labels.maximum), reverse=not higher)
+    meaning = TRAINED if labels == Labels() else ON_LABELS.format(worst=worst, best=best)
+    meaning = meaning if trained else UNTRAINED
     packages = {name: version(name) for name in ("torch", "onnx", "onnxruntime", "onnxscript")}
     return Manifest(
         schema=SCHEMA,
@@ -209,7 +213,9 @@ def manifest_of(loaded: Loaded, stages: tuple[Stage, ...]) -> Manifest:
         kinds=c.kinds,
         alignment=c.unet.alignment if c.unet else 1,
         crop=CropPolicy(c.crop, c.crop_count, c.crop_places),
-        score=ScoreMeaning(c.vcg_weight, c.vda_weight, meaning, trained),
+        score=ScoreMeaning(
+            c.vcg_weight, c.vda_weight, meaning, trained, labels.minimum, labels.maximum, higher_is_better=higher
+        ),
         stages=stages,
         complete={stage.name for stage in stages} == set(plan_names(c)),
         provenance=Provenance(

@@ -20,7 +20,6 @@ from ..model.network import DiffV2IQA
 from ..model.resnet import Bottleneck, ResNet
 from ..model.unet import SelfAttention, UNet
 from ..model.unet import Stage as UNetStage
-from ..model.vit import ViT
 
 Shape = tuple[int | str, ...]
 Draw = Callable[[int, tuple[int, int], torch.Generator], tuple[Tensor, ...]]  # (batch, (H, W), generator)
@@ -40,13 +39,13 @@ class StagePlan:
 class VitStage(nn.Module):
     """Images (N, 3, crop, crop) → ViT maps (N, layers, tokens, width)."""
 
-    def __init__(self, vit: ViT, layers: tuple[int, ...]) -> None:
+    def __init__(self, vcg: VCG) -> None:
         super().__init__()
-        self.vit, self.layers = vit, layers
+        self.normalise, self.vit, self.layers = vcg.normalise, vcg.vit, vcg.config.layers
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the maps of the selected blocks."""
-        out: Tensor = self.vit(image, self.layers)
+        out: Tensor = self.vit(self.normalise(image), self.layers)
         return out
 
 
@@ -75,7 +74,7 @@ def stage_plans(model: DiffV2IQA) -> list[StagePlan]:
         plans.append(StagePlan(StageName.UNET, fold_unet(model.unet), inputs, {"noise": image}, _draw_unet))
     if model.vcg and c.vcg:
         maps: Shape = (len(c.vcg.layers), c.tokens, c.vcg.vit.width)
-        vit = VitStage(model.vcg.vit, c.vcg.layers)
+        vit = VitStage(model.vcg)
         head = HeadStage(merge_squeeze(model.vcg), model.tabs)
         plans += [
             StagePlan(StageName.VIT, vit, {"image": ("N", 3, size, size)}, {"maps": ("N", *maps)}, _draw_images(c)),

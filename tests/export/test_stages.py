@@ -9,7 +9,7 @@ from torch import nn
 from diffiqa.engine.manifest import StageName
 from diffiqa.export.pytorch import reference
 from diffiqa.export.stages import StagePlan, stage_plans
-from diffiqa.model.config import PRESETS, ModelConfig, Norm, UNetConfig
+from diffiqa.model.config import PRESETS, ModelConfig, Norm, Pixels, UNetConfig
 from diffiqa.model.network import DiffV2IQA, build
 
 from ..tiny import TINY, perturbed
@@ -19,6 +19,7 @@ GROUPED = dataclasses.replace(
     name="grouped",
     unet=UNetConfig(width=8, multipliers=(1, 2, 2), blocks=1, attention_levels=(2,), norm=Norm.GROUP, groups=4),
 )
+NORMALISED = dataclasses.replace(TINY, name="normalised", pixels=Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 
 def in_float64(model: DiffV2IQA, plan: StagePlan, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -29,7 +30,7 @@ def in_float64(model: DiffV2IQA, plan: StagePlan, seed: int) -> tuple[list[torch
     return list(merged if isinstance(merged, tuple) else (merged,)), list(expected)
 
 
-@pytest.mark.parametrize("config", [TINY, GROUPED], ids=["batch norm", "group norm"])
+@pytest.mark.parametrize("config", [TINY, GROUPED, NORMALISED], ids=["batch norm", "group norm", "other pixels"])
 @pytest.mark.parametrize("index", range(4), ids=["unet", "vit", "vcg", "vda"])
 def test_merged_stage_equals_the_model(config: ModelConfig, index: int) -> None:
     model = perturbed(build(config, seed=3), seed=4)
@@ -38,6 +39,20 @@ def test_merged_stage_equals_the_model(config: ModelConfig, index: int) -> None:
     for have, want in zip(merged, expected, strict=True):
         # The merged weights are stored in float32, so float64 arithmetic shows their rounding: a few 1e-7.
         torch.testing.assert_close(have, want, rtol=0, atol=3e-6)
+
+
+def test_other_pixels_reach_both_encoders_as_their_training_program_made_them() -> None:
+    plain, model = perturbed(build(TINY, seed=3), seed=4).double(), build(NORMALISED, seed=0).double()
+    model.load_state_dict(plain.state_dict())
+    pixels = torch.rand(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(6)).double()
+    mean, std = (
+        torch.tensor(values).double().reshape(3, 1, 1) for values in (NORMALISED.pixels.mean, NORMALISED.pixels.std)
+    )
+    with torch.no_grad():
+        have, want, without = model(pixels * 2 - 1), plain((pixels - mean) / std), plain(pixels * 2 - 1)
+    for one, other, third in zip((have.vcg, have.vda), (want.vcg, want.vda), (without.vcg, without.vda), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0)  # the factors are stored in float32
+        assert (one - third).abs().max() > 1e-4
 
 
 def test_the_inputs_of_a_check_depend_on_the_seed_and_on_nothing_else() -> None:

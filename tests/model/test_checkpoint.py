@@ -19,8 +19,18 @@ from diffiqa.engine.schedule import Kind
 from diffiqa.errors import CheckpointError, ConfigError, DiffiqaError, OutputError, UsageError
 from diffiqa.model import checkpoint
 from diffiqa.model.bundle import save_bundle
-from diffiqa.model.checkpoint import load
-from diffiqa.model.config import PRESETS, ModelConfig, Norm, SwinConfig, UNetConfig, VCGConfig, VDAConfig, ViTConfig
+from diffiqa.model.checkpoint import Origin, load
+from diffiqa.model.config import (
+    PRESETS,
+    Labels,
+    ModelConfig,
+    Norm,
+    SwinConfig,
+    UNetConfig,
+    VCGConfig,
+    VDAConfig,
+    ViTConfig,
+)
 from diffiqa.model.network import DiffV2IQA, build, count_parameters
 
 Weights = dict[str, Tensor]
@@ -436,7 +446,40 @@ def test_maniqa_loads_alone(tmp_path: Path) -> None:
     assert loaded.model.config == MANIQA
     assert_same(loaded.model, model)
     assert [(s.role, s.format) for s in loaded.sources] == [("iqa", "MANIQA")]
-    assert any("0.8 is assumed" in note for note in loaded.notes)
+    assert any("0.8 is assumed" in note and note.endswith("--swin-scale 0.13)") for note in loaded.notes)
+
+
+def test_a_file_beside_the_checkpoint_says_what_weights_cannot_and_a_program_wins_over_it(tmp_path: Path) -> None:
+    model = build(MANIQA, SEED)
+    path = saved(tmp_path / "maniqa.pt", iqa_file(model))
+    (tmp_path / "maniqa.toml").write_text("swin-scale = 0.13\nscore-range = [0, 100]\n")
+    loaded = load(path, options={"score-range": (1, 5)})
+    assert loaded.model.config.vcg is not None
+    assert loaded.model.config.vcg.swin.scale == 0.13
+    assert loaded.model.config.labels == Labels(1, 5)
+    assert {(s.name, s.value, s.where) for s in loaded.settings if s.origin is Origin.GIVEN} == {
+        ("swin-scale", "0.13", "maniqa.toml"),
+        ("score-range", "1,5", ""),
+    }
+    assert not any("is assumed" in note for note in loaded.notes)
+    elsewhere = tmp_path / "other.toml"
+    elsewhere.write_text("swin-scale = 0.5\n")
+    other = load(path, options_file=elsewhere).model.config
+    assert other.vcg is not None
+    assert (other.vcg.swin.scale, other.labels) == (0.5, Labels())  # the file beside is not read then
+
+
+def test_what_was_read_and_assumed_is_told_apart(tmp_path: Path) -> None:
+    def by(origin: Origin, *args: Any, **options: Any) -> list[str]:
+        return [s.name for s in load(*args, **options).settings if s.origin is origin]
+
+    iqa, unet = (saved(tmp_path / n, f(build(AUTHORS, SEED))) for n, f in (("a.pt", iqa_file), ("u.pth", sr3_file)))
+    assert by(Origin.READ, iqa, unet=unet) == ["model", "U-Net"]
+    assert by(Origin.ASSUMED, iqa, unet=unet)[:5] == ["swin-scale", "branch-weights", "steps", "taps", "norm-groups"]
+    save_bundle(build(AUTHORS, SEED), tmp_path / "m.pt")
+    assert by(Origin.ASSUMED, tmp_path / "m.pt") == []
+    assert by(Origin.GIVEN, tmp_path / "m.pt", preset="authors") == ["model"]
+    assert "swin-scale" in by(Origin.ASSUMED, tmp_path / "m.pt", preset="authors")
 
 
 def test_maniqa_has_no_use_for_a_unet(tmp_path: Path) -> None:

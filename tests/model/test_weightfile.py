@@ -203,4 +203,5 @@ def test_pickled_module_is_refused_with_the_way_to_its_weights(tmp_path: Path) -
     path = saved(tmp_path / "epoch1", nn.Linear(2, 2))
     message = refusal(path)
     assert "would run Python code (torch.nn.modules.linear.Linear)" in message
-    assert "torch.load('epoch1', weights_only=False, map_location='cpu').state_dict(), 'weights.pt')" in message
+    assert "c = torch.load('epoch1', weights_only=False, map_location='cpu')" in message
+    assert "torch.save(c['state_dict'] if isinstance(c, dict) else c.state_dict(), 'weights.pt')" in message
