@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from ..errors import CheckpointError, first_line
+from ..errors import CheckpointError
 from .weightfile import INDEX, read_index, shown
 
 SCHEME = "hf:/"  # what `Path` leaves of `hf://`
@@ -33,7 +33,8 @@ def fetch(path: Path) -> tuple[Path, str]:
         try:
             return Path(hf_hub_download(repository, name, revision=revision))
         except Exception as exc:  # of the hub's own kinds, and of the network's
-            raise CheckpointError(f"cannot download {name} of {repository}: {shown(first_line(exc))}") from exc
+            reason = shown(" ".join(str(exc).split()) or type(exc).__name__)  # some say it in their third line
+            raise CheckpointError(f"cannot download {name} of {repository}: {reason}") from exc
 
     local = download(file)
     if file.endswith(INDEX):

@@ -1,5 +1,6 @@
 """The size of an SR3 U-Net, read from the names and shapes of its tensors."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from .config import Norm, UNetConfig
 def read_size(path: Path, weights: Mapping[str, Tensor], like: UNetConfig) -> UNetConfig | None:
     """Return `like` with the size and the norm of a file's tensors, under our names; None if they do not tell.
 
-    Shapes say nothing of GroupNorm's groups. Raises CheckpointError where it is another kind of network.
+    Shapes say nothing of GroupNorm's groups: it has those of `like`, or the most of them that divide all widths. Raises
+    CheckpointError where it is another kind of network.
     """
 
     def shape(name: str) -> tuple[int, ...]:
@@ -41,12 +43,14 @@ def read_size(path: Path, weights: Mapping[str, Tensor], like: UNetConfig) -> UN
         raise CheckpointError(
             f"{path} is an SR3 U-Net trained with use_affine_level, which is not supported: train without it"
         )
+    widths = [level[0][0] for level in levels]
     return replace(
         like,
         width=width,
-        multipliers=tuple(level[0][0] // width for level in levels),
+        multipliers=tuple(channels // width for channels in widths),
         blocks=blocks,
         attention_levels=tuple(index for index, level in enumerate(levels) if level[0][1]),
+        groups=math.gcd(like.groups, width, *widths),
         norm=Norm.BATCH if "unet.downs.1.res_block.block1.block.0.running_mean" in weights else Norm.GROUP,
     )
 

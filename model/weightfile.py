@@ -94,7 +94,7 @@ def read_index(path: Path) -> dict[str, str]:
         ) from exc
     # Any other name would lead out of the folder. Links may do so: the hub's cache is made of them.
     if strange := [
-        shard for shard in entries.values() if not re.fullmatch(r"\w[\w.-]*", shard) or shard.endswith(INDEX)
+        shard for shard in entries.values() if not re.fullmatch(r"\w[\w.-]{0,200}", shard) or shard.endswith(INDEX)
     ]:
         raise CheckpointError(f"{path} names {shown(strange[0])}, which is no file of weights beside it; refused")
     return entries
