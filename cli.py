@@ -66,6 +66,11 @@ def main() -> None:
     "--calib", multiple=True, metavar="IMAGES", help="Calibration images for int8, fp8 and mixed (repeatable)."
 )
 @click.option("--force", is_flag=True, help="Replace an engine that is already there.")
+@click.option(
+    "--accept-drift",
+    is_flag=True,
+    help="Write stages that differ from PyTorch by more than rounding. The engine then says so wherever it runs.",
+)
 @click.option("--dry-run", is_flag=True, help="Read the weights, print what would be written, and stop.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 def export(
@@ -75,6 +80,7 @@ def export(
     precision: str,
     calib: tuple[str, ...],
     force: bool,
+    accept_drift: bool,
     dry_run: bool,
     quiet: bool,
     **weights: Any,
@@ -104,8 +110,10 @@ def export(
         raise UsageError("give --ckpt FILE; or --preset NAME --seed N for an untrained model")
     if precision == "fp32" and calib:
         raise UsageError("--calib is for --precision int8, fp8 or mixed; float32 stages need no calibration")
-    if precision != "fp32" and (stages or not calib or target not in {None, "none"}):
-        raise UsageError(f"--precision {precision} needs --calib IMAGES and whole models: no --stage, no --target")
+    if precision != "fp32" and (stages or not calib or accept_drift or target not in {None, "none"}):
+        raise UsageError(
+            f"--precision {precision} needs --calib IMAGES and whole models: no --stage, no --target, no --accept-drift"
+        )
     check_target(output, force=force)
     console = Console(stderr=True, quiet=quiet)
     loaded = read_weights(console, **weights)
@@ -117,7 +125,15 @@ def export(
             made = export_quantised(loaded, output, calib, precision=precision, force=force, say=status.update)
             print_quantised(console, output, made, quiet=quiet)
             return
-        done = export_float32(loaded, output, stages=stages, target=target, force=force, say=status.update)
+        done = export_float32(
+            loaded,
+            output,
+            stages=stages,
+            target=target,
+            force=force,
+            accept_drift=accept_drift,
+            say=status.update,
+        )
     if not quiet:
         print_exported(output, loaded, done)
 

@@ -47,6 +47,7 @@ def export(
     stages: Sequence[StageName | str] = (),
     target: Library | str | None = None,
     force: bool = False,
+    accept_drift: bool = False,
     say: Callable[[str], None] = lambda _text: None,
 ) -> Exported:
     """Write the engine directory `output`: every stage as float32 ONNX, compared with PyTorch, with a manifest.
@@ -54,7 +55,8 @@ def export(
     `weights` is a file, or the result of `diffiqa.model.checkpoint.load`. `options` say what a file does not tell, by
     the names of the command's options: `{"swin-scale": 0.13, "branch-weights": (0, 1)}`. `stages`: export only these,
     to look at them. `target` builds too: for this library, for none ("none"), or (None) for the one that this machine's
-    GPU takes, if there is a GPU. `force` replaces an engine. Until all stages are done, `output` stays as it is; a
+    GPU takes, if there is a GPU. `force` replaces an engine. `accept_drift` also writes a stage that differs from
+    PyTorch by more than rounding. Until all stages are done, `output` stays as it is; a
     build that fails then leaves them there.
 
     Raises EngineError if `output` must not be replaced, ExportError if a stage or a build fails.
@@ -64,7 +66,9 @@ def export(
     output, chosen = Path(output), tuple(member(StageName, name) for name in stages)
     check_target(output, force=force)
     library = _library(target, chosen)
-    manifest, costs = export_engine(_loaded(weights, options), output, stages=chosen, force=force, say=say)
+    manifest, costs = export_engine(
+        _loaded(weights, options), output, stages=chosen, force=force, accept_drift=accept_drift, say=say
+    )
     built = None
     if library:
         try:

@@ -236,6 +236,8 @@ def print_exported(output: Path, loaded: "Loaded", done: "Exported") -> None:
     titles = ("M param.", "GMAC", "size", "max error", "allowed", "seconds")
     print_table(titles, rows, "GMAC: for one crop-sized image. Error: largest difference from PyTorch.")
     click.echo(f"{output}: engine {done.manifest.engine_id}, model {done.manifest.model_name}")
+    if drift := done.manifest.drift:
+        click.echo(f"ACCEPTED DRIFT: differs from PyTorch in {drift}")
     if not done.manifest.score.trained:
         click.echo(done.manifest.score.meaning)
     if done.built:

@@ -62,6 +62,23 @@ def test_the_inputs_of_a_check_depend_on_the_seed_and_on_nothing_else() -> None:
         assert not any(map(torch.equal, one, other))
 
 
+def test_checks_are_on_pictures_and_on_states_of_the_loop() -> None:
+    plans = {plan.name: plan for plan in stage_plans(build(TINY, seed=3))}
+    y, condition, level = plans[StageName.UNET].draw(8, (64, 96), torch.Generator().manual_seed(7))
+    assert set(level.flatten().tolist()) <= set(TINY.schedule.coefficients.noise_level.tolist())
+    assert len(set(level.flatten().tolist())) > 2
+    left = (y - condition * level[..., None, None]).std(dim=(1, 2, 3))
+    torch.testing.assert_close(left, (1 - level[:, 0] ** 2).sqrt(), rtol=0.05, atol=0.01)
+    (crops,) = plans[StageName.VDA].draw(2, (32, 32), torch.Generator().manual_seed(7))
+    noise = (crops - crops[:, 1:2]).flatten(2).std(dim=2).mean(dim=0)
+    assert noise[1] == 0 < noise[0] < noise[2] < noise[3]  # y_t2 is noisier than y_t1
+    for pictures in (condition, crops[:, 1]):
+        assert pictures.abs().max() <= 1
+        assert pictures.std() > 0.2
+        step = (pictures[..., 1:] - pictures[..., :-1]).abs()
+        assert step.median() < 0.8 * step.std()  # smooth, with edges: a photograph has 0.4, white noise 1.2
+
+
 def test_merging_leaves_the_model_as_it_was() -> None:
     model = perturbed(build(TINY, seed=3), seed=4)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -18,7 +18,7 @@ from diffiqa.engine.codec import encode
 from diffiqa.engine.manifest import Source
 from diffiqa.engine.schedule import Kind
 from diffiqa.errors import CheckpointError, ConfigError, DiffiqaError, OutputError, UsageError
-from diffiqa.model import checkpoint
+from diffiqa.model import checkpoint, hub
 from diffiqa.model.bundle import save_bundle
 from diffiqa.model.checkpoint import Origin, Setting, load
 from diffiqa.model.config import (
@@ -533,7 +533,7 @@ def test_folder_of_shards_loads(tmp_path: Path) -> None:
 
 def test_address_on_the_hub_loads_and_the_commit_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path / "m.pt", iqa_file(build(MANIQA, SEED)))
-    monkeypatch.setattr(checkpoint.hub, "fetch", lambda url: (path, f"downloaded from {url}, commit ab"))
+    monkeypatch.setattr(hub, "fetch", lambda url: (path, f"downloaded from {url}, commit ab"))
     loaded = load(Path("hf://owner/name/m.pt"))
     assert loaded.sources[0].name == "m.pt"
     assert any(note.startswith("m.pt: downloaded from hf:") and note.endswith("commit ab") for note in loaded.notes)
