@@ -209,9 +209,12 @@ def print_exported(output: Path, done: "Exported") -> None:
                 f"{cost.export_seconds + cost.compare_seconds:.1f}",
             )
         )
+    from .engine import preparation_of
+
     titles = ("M param.", "GMAC", "size", "max error", "allowed", "seconds")
     print_table(titles, rows, "GMAC: for one crop-sized image. Error: largest difference from PyTorch.")
     click.echo(f"{output}: engine {done.manifest.engine_id}, model {done.manifest.model_name}")
+    click.echo(f"images: {preparation_of(done.manifest)}")
     if not done.manifest.score.trained:
         click.echo(done.manifest.score.meaning)
     if done.built:
