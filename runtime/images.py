@@ -93,14 +93,14 @@ def read_for(source: Source, manifest: Manifest, *, max_pixels: int | None = DEF
 
     What is restored first is squashed later, by the executor. Every failure is an `ImageError`.
     """
-    size, squashes = manifest.crop.size, manifest.image_form is ImageForm.SQUASHED
-    image = read_image(source, min_side=manifest.alignment if squashes else size, max_pixels=max_pixels)
+    size = manifest.crop.size
+    image = read_image(source, min_side=size, max_pixels=max_pixels)
     pixels, notes = image.pixels, list(image.notes)
     try:
         if manifest.sides is Sides.RESIZED:
             pixels = shrunk(pixels, manifest.alignment, notes)
         height, width = pixels.shape[:2]
-        if squashes and (height, width) != (size, size):
+        if manifest.image_form is ImageForm.SQUASHED and (height, width) != (size, size):
             notes.append(f"squashed from {width}×{height} to {size}×{size}")
             if manifest.kinds == (Kind.DIS,):
                 pixels = squash(to_pixels(to_plane(pixels)), size)

@@ -577,7 +577,7 @@ def prepared(
     pictures = Pictures(
         [r.path for r in rated],
         cache,
-        min_side=model.alignment if model.image_form is ImageForm.SQUASHED else model.crop,
+        min_side=model.crop,
         enlarge=True,
         window=window,
         multiple=model.alignment if model.sides is Sides.RESIZED else 1,
