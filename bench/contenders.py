@@ -26,7 +26,7 @@ from ..runtime.executor import Call, StageRunner
 from ..runtime.gpu.onnx_stage import CUDA, prepare
 from ..runtime.gpu.tensorrt import load_library
 from ..runtime.host.onnx_stage import Provider, available_cpus
-from ..runtime.images import read_image
+from ..runtime.images import read_for
 from ..runtime.results import Mode, Options
 from ..runtime.scorer import Scorer, load
 from .workload import with_steps
@@ -190,7 +190,7 @@ def _torch_loop(ground: Ground, precision: str, way: str) -> tuple[Score, str]:
     manifest = open_engine(ground.engine).manifest
 
     def score(ask: Ask) -> float:
-        pixels = read_image(ask.image, min_side=manifest.crop.size).pixels
+        pixels = read_for(ask.image, manifest).pixels
         return scorer.score(pixels, with_steps(manifest, ask.steps), Options(crops=ask.crops, seed=ask.seed))
 
     return score, version
@@ -240,7 +240,7 @@ def plain_loop(ground: Ground) -> tuple[Score, str]:
     import torch
     from PIL import Image
 
-    from ..engine.crops import crop_grid, padded_size
+    from ..engine.crops import padded_size, place_crops
     from ..engine.schedule import Kind
 
     manifest = open_engine(ground.engine).manifest
@@ -252,7 +252,7 @@ def plain_loop(ground: Ground) -> tuple[Score, str]:
         stepped = with_steps(manifest, ask.steps)
         model.config = replace(trained, schedule=stepped.schedule, taps=stepped.taps)
         size = manifest.crop.size
-        pixels = read_image(ask.image, min_side=size).pixels
+        pixels = read_for(ask.image, manifest).pixels
         height, width = pixels.shape[:2]
         rows, columns = padded_size(height, width, manifest.alignment)
         padding = ((0, 0), (0, rows - height), (0, columns - width))
@@ -265,7 +265,7 @@ def plain_loop(ground: Ground) -> tuple[Score, str]:
                 Image.fromarray(restored.permute(1, 2, 0).contiguous().cpu().numpy()).save(files[kind])
             planes = torch.from_numpy(np.stack([to_plane(np.asarray(Image.open(file))) for file in files.values()]))
         planes = planes.to(device)
-        crops = crop_grid(height, width, size, ask.crops)
+        crops = place_crops(manifest.crop.places, height, width, size, ask.crops, ask.seed)
         cut = (planes[None, :, :, c.top : c.top + size, c.left : c.left + size] for c in crops)
         return float(np.mean([model(crop).total.item() for crop in cut]))
 

@@ -48,3 +48,59 @@ def to_pixels(plane: FloatArray) -> npt.NDArray[np.uint8]:
     """Return a (3, H, W) plane in [-1, 1] as (H, W, 3) uint8; values outside are clipped."""
     pixels: npt.NDArray[np.uint8] = np.clip(np.rint((plane + 1) * 127.5), 0, 255).astype(np.uint8)
     return pixels.transpose(1, 2, 0)
+
+
+def as_tapped(planes: FloatArray, form: TapForm) -> FloatArray:
+    """Give restored planes in [-1, 1] and beyond the form that the heads were trained on, in place; return them.
+
+    `PNG8` gives the bits that come back from a file: SR3's programs clamp, scale to 0 … 255, round (halves to even),
+    and the readers divide by 255 and take it to [-1, 1], as `to_plane` does. NaN stays NaN in every form.
+    """
+    if form is not TapForm.FLOAT:
+        np.clip(planes, -1, 1, out=planes)
+    if form is TapForm.PNG8:
+        planes += np.float32(1)
+        planes *= np.float32(127.5)  # the bits of / 2 * 255: halving is exact
+        np.rint(planes, out=planes)
+        planes /= np.float32(255)
+        planes -= np.float32(0.5)
+        planes /= np.float32(0.5)
+    return planes
+
+
+def squash(pixels: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
+    """Scale (H, W, 3) pixels to size×size as MANIQA's readers do: OpenCV's bicubic filter.
+
+    It looks at 4×4 pixels however large the image is: unlike Pillow's it does not smooth what it reduces. Weights are
+    multiples of 1/2048, and sums are whole numbers.
+    """
+    sums: npt.NDArray[Any] = pixels
+    for axis in (1, 0):
+        places, weights = _cubic(pixels.shape[axis], size)
+        column = (-1, 1, 1) if axis == 0 else (-1, 1)
+        sums = sum(
+            np.take(sums, place, axis).astype(np.int64) * weight.reshape(column)
+            for place, weight in zip(places, weights, strict=True)
+        )
+    small: npt.NDArray[np.uint8] = np.clip((sums + 2**21) >> 22, 0, 255).astype(np.uint8)
+    return small
+
+
+def squash_planes(planes: FloatArray, size: int) -> FloatArray:
+    """Squash planes (…, 3, H, W) in [-1, 1], rounded to 8 bits, to (…, 3, size, size)."""
+    flat = planes.reshape(-1, *planes.shape[-3:])
+    small = np.stack([to_plane(squash(to_pixels(plane), size)) for plane in flat])
+    return small.reshape(*planes.shape[:-2], size, size)
+
+
+def _cubic(length: int, size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return (4, size) places and weights ×2048 of Keys' kernel with a = -3/4; places beyond the ends are the ends."""
+    centre = ((np.arange(size) + 0.5) * (length / size) - 0.5).astype(np.float32)
+    first = np.floor(centre)
+    x = centre - first
+    a, one = np.float32(-0.75), np.float32(1)
+    near = [((a + 2) * d - (a + 3)) * d * d + 1 for d in (x, one - x)]
+    far = ((a * (x + 1) - 5 * a) * (x + 1) + 8 * a) * (x + 1) - 4 * a
+    weights = np.stack([far, *near, 1 - far - near[0] - near[1]])
+    places = np.clip(first.astype(np.int64) + np.arange(-1, 3)[:, None], 0, length - 1)
+    return places, np.rint(weights * 2048).astype(np.int64)

@@ -233,9 +233,12 @@ def print_exported(output: Path, loaded: "Loaded", done: "Exported") -> None:
                 f"{cost.export_seconds + cost.compare_seconds:.1f}",
             )
         )
+    from .engine import preparation_of
+
     titles = ("M param.", "GMAC", "size", "max error", "allowed", "seconds")
     print_table(titles, rows, "GMAC: for one crop-sized image. Error: largest difference from PyTorch.")
     click.echo(f"{output}: engine {done.manifest.engine_id}, model {done.manifest.model_name}")
+    click.echo(f"images: {preparation_of(done.manifest)}")
     if drift := done.manifest.drift:
         click.echo(f"ACCEPTED DRIFT: differs from PyTorch in {drift}")
     if not done.manifest.score.trained:

@@ -17,6 +17,7 @@ import onnx
 from .. import __version__
 from ..engine.atomic import locked, sync
 from ..engine.codec import encode
+from ..engine.crops import CropPlaces
 from ..engine.manifest import (
     MANIFEST,
     SCHEMA,
@@ -30,6 +31,7 @@ from ..engine.manifest import (
     TensorSpec,
     file_sha256,
 )
+from ..engine.pixels import ImageForm, TapForm
 from ..errors import EngineError, ExportError
 from ..model.checkpoint import Loaded
 from ..model.config import Better, Labels, ModelConfig
@@ -215,7 +217,7 @@ def manifest_of(loaded: Loaded, stages: tuple[Stage, ...]) -> Manifest:
         schedule=c.schedule,
         taps=c.taps,
         kinds=c.kinds,
-        alignment=c.unet.alignment if c.unet else 1,
+        alignment=c.alignment,
         crop=CropPolicy(c.crop, c.crop_count, c.crop_places),
         score=ScoreMeaning(
             c.vcg_weight, c.vda_weight, meaning, trained, labels.minimum, labels.maximum, higher_is_better=higher
@@ -232,6 +234,21 @@ def manifest_of(loaded: Loaded, stages: tuple[Stage, ...]) -> Manifest:
         sides=c.sides,
         image_form=c.image_form,
     )
+
+
+def preparation_of(m: Manifest) -> str:
+    """Return in words how images and restorations reach the heads."""
+    size = f"{m.crop.size}×{m.crop.size}"
+    crops = f"{m.crop.count} {'random ' * (m.crop.places is CropPlaces.RANDOM)}crop{'s' * (m.crop.count > 1)} of {size}"
+    parts = [f"squashed to {size}" if m.image_form is ImageForm.SQUASHED else crops]
+    if StageName.UNET in [stage.name for stage in m.stages]:
+        forms = {
+            TapForm.FLOAT: "floats",
+            TapForm.CLAMPED: "floats in [-1, 1]",
+            TapForm.PNG8: "8-bit PNG files hold them",
+        }
+        parts = [f"sides {m.sides} to multiples of {m.alignment}", *parts, f"restorations as {forms[m.tap_form]}"]
+    return ", ".join(parts)
 
 
 def _replace(work: Path, target: Path, previous: Path) -> None:

@@ -175,6 +175,22 @@ class ModelConfig:
         refuse(f"model configuration {self.name!r}", rules)
 
     @property
+    def alignment(self) -> int:
+        """Image sides must be multiples of this, as `sides` says how."""
+        return self.unet.alignment if self.unet else 1
+
+    @property
+    def preparation(self) -> dict[str, str]:
+        """How images are prepared, as far as it is not the default: for keys of what depends on it."""
+        defaults = {
+            "tap_form": TapForm.FLOAT,
+            "sides": Sides.PADDED,
+            "image_form": ImageForm.AS_IS,
+            "crop_places": CropPlaces.GRID,
+        }
+        return {name: str(getattr(self, name)) for name, value in defaults.items() if getattr(self, name) != value}
+
+    @property
     def tokens(self) -> int:
         """Tokens of the heads' map."""
         return self.grid * self.grid
@@ -213,6 +229,9 @@ def _common_rules(c: ModelConfig) -> dict[str, bool]:
         ),
         "tabs must be between 0 and 8": 0 <= c.tabs <= 8,
         "crop must be a multiple of 16 between 32 and 1024": 32 <= c.crop <= 1024 and c.crop % 16 == 0,
+        "image_form squashed needs tap_form png8: restorations are squashed as files of 8 bits are": not restored
+        or c.image_form is ImageForm.AS_IS
+        or c.tap_form is TapForm.PNG8,
         "crop_count must be between 1 and 10000": 1 <= c.crop_count <= 10_000,
         "grid must be between 1 and 128": 1 <= c.grid <= 128,
         "dropout must be in [0, 1)": 0 <= c.dropout < 1,

@@ -90,8 +90,8 @@ def paste(
     """Add the weighted part of a window that a crop reads to the crop's restored kinds; `share` sums the weights."""
     at = plan.crops[index]
     top, left = max(at.top, window.top), max(at.left, window.left)
-    bottom = min(at.top + plan.crop_size, window.top + window.height)
-    right = min(at.left + plan.crop_size, window.left + window.width)
+    bottom = min(at.top + plan.cut[0], window.top + window.height)
+    right = min(at.left + plan.cut[1], window.left + window.width)
     here = np.s_[top - at.top : bottom - at.top, left - at.left : right - at.left]
     there = np.s_[top - window.top : bottom - window.top, left - window.left : right - window.left]
     for row, plane in enumerate(restored.values(), start=1):

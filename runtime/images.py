@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -23,6 +23,9 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
+from ..engine.manifest import Manifest
+from ..engine.pixels import ImageForm, Sides, squash, to_pixels, to_plane
+from ..engine.schedule import Kind
 from ..errors import ImageError
 from .arrays import Exchangeable, GpuArray, is_foreign, to_numpy
 from .colour import to_srgb
@@ -88,6 +91,38 @@ def read_image(source: Source, *, min_side: int = 224, max_pixels: int | None = 
         others = f" ({len(warned) - 1} more warnings)" if warned[1:] else ""
         notes.append(f"Pillow warns: {_one_line(warned[0])}{others}")
     return Image(pixels, width, height, tuple(notes), digest.hexdigest())
+
+
+def read_for(source: Source, manifest: Manifest, *, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> Image:
+    """Read an image and prepare it as an engine's model was trained. Its digest is that of the pixels as given.
+
+    What is restored first is squashed later, by the executor. Every failure is an `ImageError`.
+    """
+    size = manifest.crop.size
+    image = read_image(source, min_side=size, max_pixels=max_pixels)
+    pixels, notes = image.pixels, list(image.notes)
+    try:
+        if manifest.sides is Sides.RESIZED:
+            pixels = shrunk(pixels, manifest.alignment, notes)
+        height, width = pixels.shape[:2]
+        if manifest.image_form is ImageForm.SQUASHED and (height, width) != (size, size):
+            notes.append(f"squashed from {width}×{height} to {size}×{size}")
+            if manifest.kinds == (Kind.DIS,):
+                pixels = squash(to_pixels(to_plane(pixels)), size)
+    except MemoryError as exc:
+        raise ImageError(f"{_name(source)}: {_reason(exc)}") from exc
+    pixels.setflags(write=False)
+    return replace(image, pixels=pixels, notes=tuple(notes))
+
+
+def shrunk(pixels: Array, multiple: int, notes: list[str]) -> Array:
+    """Scale pixels to the multiples below their sides: by Pillow's bilinear filter, as the authors' restorer does."""
+    height, width = pixels.shape[:2]
+    size = width - width % multiple, height - height % multiple
+    if size == (width, height):
+        return pixels
+    notes.append(f"resized from {width}×{height} to {size[0]}×{size[1]}")
+    return _resized(pixels, size, PIL.Image.Resampling.BILINEAR)
 
 
 def synthetic(seed: int | tuple[int, ...], height: int, width: int) -> npt.NDArray[np.uint8]:
@@ -365,10 +400,13 @@ def _upscale(pixels: Array, min_side: int, max_pixels: int | None, notes: list[s
             f"{wide}×{high}, more than {max_pixels} pixels; crop it"
         )
     notes.append(f"upscaled from {width}×{height} to {wide}×{high}")
-    lanczos = PIL.Image.Resampling.LANCZOS
+    return _resized(pixels, (wide, high), PIL.Image.Resampling.LANCZOS)
+
+
+def _resized(pixels: Array, size: tuple[int, int], by: PIL.Image.Resampling) -> Array:
     if pixels.dtype == np.uint8:
-        return np.asarray(PIL.Image.fromarray(np.ascontiguousarray(pixels)).resize((wide, high), lanczos))
-    planes = (PIL.Image.fromarray(np.ascontiguousarray(pixels[..., c])).resize((wide, high), lanczos) for c in range(3))
+        return np.asarray(PIL.Image.fromarray(np.ascontiguousarray(pixels)).resize(size, by))
+    planes = (PIL.Image.fromarray(np.ascontiguousarray(pixels[..., c])).resize(size, by) for c in range(3))
     return np.stack([np.asarray(plane) for plane in planes], axis=2).clip(0, 1)  # Lanczos overshoots at edges
 
 

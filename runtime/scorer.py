@@ -24,7 +24,7 @@ from .arrays import is_foreign
 from .backends import Backend, GpuBackend, best
 from .executor import Branch, Executor, Outcome, StageRunner, Verdict
 from .host.executor import HostExecutor
-from .images import DEFAULT_MAX_PIXELS, Image, Source, read_image
+from .images import DEFAULT_MAX_PIXELS, Image, Source, read_for
 from .plan import Plan, make_plan
 from .results import CropScore, Failure, Options, Picture, Pictures, Score
 
@@ -206,7 +206,7 @@ class Scorer:
         return max(1, self._executor.together // options.seeds) if self._executor else 1
 
     def _read(self, image: Source) -> Image:
-        return read_image(image, min_side=self._manifest.crop.size, max_pixels=self._max_pixels)
+        return read_for(image, self._manifest, max_pixels=self._max_pixels)
 
     def _score(
         self,
@@ -382,6 +382,8 @@ def _pictures(m: Manifest, plan: Plan, image: Image, outcome: Outcome) -> Pictur
     """Place the restored planes and the heads' maps over the image."""
     size, shape = plan.crop_size, (plan.height, plan.width)
     given = image.pixels if image.pixels.dtype == np.uint8 else to_pixels(to_plane(image.pixels))
+    if plan.squashed:
+        shape, given = (size, size), to_pixels(outcome.crops[0, 0])
     planes: dict[Kind, Picture] = {Kind.DIS: given.astype(np.uint8, copy=False)}
     for row, kind in enumerate(m.kinds[1:], start=1):
         if kind in outcome.planes:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +23,10 @@ from ..data.pictures import Pictures, Pixels
 from ..engine.agreement import plcc, srcc
 from ..engine.atomic import writing
 from ..engine.codec import encode
-from ..engine.crops import Crop, crop_grid, padded_size
+from ..engine.crops import Crop, padded_size, place_crops
 from ..engine.manifest import StageName
 from ..engine.noise import NoiseField
-from ..engine.pixels import FloatArray, to_plane
+from ..engine.pixels import FloatArray, ImageForm, Sides, as_tapped, squash, squash_planes, to_plane
 from ..errors import DatasetError, OutputError
 from ..evaluation.correlation import rmse
 from ..export.graph import export_graph
@@ -111,10 +111,13 @@ class Restorations:
 
     def _restored(self, pixels: Pixels, method: Callable[[FloatArray], FloatArray]) -> npt.NDArray[np.float16]:
         height, width = pixels.shape[:2]
-        unet = self._model.config.unet
-        rows, columns = padded_size(height, width, unet.alignment if unet else 1)
+        config = self._model.config
+        rows, columns = padded_size(height, width, config.alignment)
         padding = ((0, 0), (0, rows - height), (0, columns - width))
         planes = method(np.pad(to_plane(pixels), padding, mode="reflect"))[:, :, :height, :width]
+        planes = as_tapped(planes, config.tap_form)
+        if config.image_form is ImageForm.SQUASHED:
+            planes = squash_planes(planes, config.crop)
         return planes.astype(np.float16)
 
     def _by_torch(self, device: torch.device) -> Callable[[FloatArray], FloatArray]:
@@ -132,7 +135,7 @@ class Restorations:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "unet.onnx")
             (plan,) = (plan for plan in stage_plans(model) if plan.name is StageName.UNET)
-            export_graph(plan, path, config.unet.alignment if config.unet else 1)
+            export_graph(plan, path, config.alignment)
             stage = OnnxStage(path, OnnxRuntime())
 
         def restored(image: FloatArray) -> FloatArray:
@@ -147,7 +150,7 @@ class Restorations:
 
 def restoration_key(pixels: Pixels, unet_digest: str, config: ModelConfig, seed: int) -> str:
     """Return the hash of all that restorations depend on: any other ingredient gives another key."""
-    fields = {
+    fields: dict[str, Any] = {
         "schema": KEY_SCHEMA,
         "shape": list(pixels.shape),
         "pixels": hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest(),
@@ -158,6 +161,8 @@ def restoration_key(pixels: Pixels, unet_digest: str, config: ModelConfig, seed:
         "kinds": [str(kind) for kind in config.kinds],
         "seed": seed,
     }
+    if config.preparation:
+        fields |= {"preparation": config.preparation, "crop": config.crop}
     return digest(fields)
 
 
@@ -189,7 +194,9 @@ class Features:
         if picture not in self._files:
             task, config = self._task, self._task.config
             restored = task.restorations.file(pictures, index).name if task.restores else ""
-            causes = {"picture": picture.name, "restored": restored, "encoder": self._weights}
+            causes: dict[str, Any] = {"picture": picture.name, "restored": restored, "encoder": self._weights}
+            if config.model.preparation:
+                causes["preparation"] = config.model.preparation
             key = digest(causes | {"crop": config.model.crop, "crops": config.validation_crops})
             self._files[picture] = self._cache / f"{key}.npy"
         return self._files[picture]
@@ -296,8 +303,7 @@ class ScoreTask:
         if self.features:
             seen = self.features.of(pictures, number)
             return Sample((seen[int(draw.integers(len(seen)))].astype(np.float32), label), str(pictures.paths[number]))
-        size = config.model.crop
-        top, left = (int(draw.integers(length - size + 1)) for length in pictures[number].shape[:2])
+        top, left = (int(draw.integers(length - config.model.crop + 1)) for length in self._size(pictures, number))
         crop = self.crop(pictures, number, Crop(top, left))
         if config.flip and draw.random() < 0.5:
             crop = np.ascontiguousarray(crop[..., ::-1])
@@ -307,18 +313,27 @@ class ScoreTask:
         """Return the same crop of an image and its restorations, (kinds, 3, crop, crop), or of it alone (1, …)."""
         size = self.config.model.crop
         rows, columns = slice(place.top, place.top + size), slice(place.left, place.left + size)
-        pixels = pictures[number]
+        pixels, model = pictures[number], self.config.model
+        if model.image_form is ImageForm.SQUASHED:
+            pixels = squash(pixels, size)
         planes = [to_plane(pixels[rows, columns])[None]]
         if self.restores:
             restored = np.load(self.restorations.file(pictures, number), mmap_mode="r")
-            planes.append(restored[:, :, rows, columns].astype(np.float32))
+            # Again, as float16 is not exact: this undoes its rounding of 8 bits.
+            planes.append(as_tapped(restored[:, :, rows, columns].astype(np.float32), model.tap_form))
         return np.concatenate(planes)
 
     def grid(self, pictures: Pictures, number: int) -> FloatArray:
         """Return the crops of an image that scoring looks at, (crops, kinds, 3, crop, crop)."""
-        height, width = pictures[number].shape[:2]
-        grid = crop_grid(height, width, self.config.model.crop, self.config.validation_crops)
-        return np.stack([self.crop(pictures, number, place) for place in grid])
+        model = self.config.model
+        size = *self._size(pictures, number), model.crop
+        places = place_crops(model.crop_places, *size, self.config.validation_crops)
+        return np.stack([self.crop(pictures, number, place) for place in places])
+
+    def _size(self, pictures: Pictures, number: int) -> tuple[int, int]:
+        """Return the size (height, width) of what crops are cut from."""
+        model, (height, width, _) = self.config.model, pictures[number].shape
+        return (model.crop, model.crop) if model.image_form is ImageForm.SQUASHED else (height, width)
 
     def losses(self, network: Callable[..., object], batch: Sequence[Tensor]) -> Tensor:
         """Return each crop's squared error, that of each branch times its weight, and the terms of the batch.
@@ -538,7 +553,7 @@ def _filled(
     say: Callable[[str], None],
 ) -> Group:
     """Return a set of which all pictures are decoded and, where the run wants that, restored."""
-    pictures, items = prepared(rated, place / "pictures", config.model.crop, say, config.window)
+    pictures, items = prepared(rated, place / "pictures", config.model, say, config.window)
     if config.restored:
         size = restorations.fill(pictures, machine, say)
         say(f"{len(pictures)} images, {size / 1e9:.2f} GB of restorations in {place / 'restored'}")
@@ -555,13 +570,20 @@ def lot(rated: Sequence[Rated], count: int) -> list[Rated]:
 
 
 def prepared(
-    rated: Sequence[Rated], cache: Path, crop: int, say: Callable[[str], None], window: int = 0
+    rated: Sequence[Rated], cache: Path, model: ModelConfig, say: Callable[[str], None], window: int = 0
 ) -> tuple[Pictures, list[Rated]]:
-    """Return the pictures that can be used, and the labels of each. Those smaller than a crop are enlarged.
+    """Return the pictures that can be used, and the labels of each. Scoring would give them these sizes, too.
 
     With a `window`, so much of the middle stands for a picture.
     """
-    pictures = Pictures([r.path for r in rated], cache, min_side=crop, enlarge=True, window=window)
+    pictures = Pictures(
+        [r.path for r in rated],
+        cache,
+        min_side=model.crop,
+        enlarge=True,
+        window=window,
+        multiple=model.alignment if model.sides is Sides.RESIZED else 1,
+    )
     for text in pictures.skipped:
         say(f"left out: {text}")
     of = {r.path: r for r in rated}

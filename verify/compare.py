@@ -19,7 +19,7 @@ from pathlib import Path
 from ..engine.manifest import Manifest
 from ..engine.pixels import to_plane
 from ..errors import ImageError, UsageError
-from ..runtime.images import read_image
+from ..runtime.images import read_for
 from ..runtime.plan import Plan, make_plan
 from ..runtime.results import Options
 from .figures import QUANTILE, Findings, ImageFigures, RunFigures, image_figures, total_score
@@ -55,7 +55,7 @@ def read_subjects(paths: Sequence[Path], manifest: Manifest, options: Options) -
     dark = 0
     for path in paths:
         try:
-            image = read_image(path, min_side=manifest.crop.size)
+            image = read_for(path, manifest)
         except ImageError as exc:
             raise UsageError(f"{exc}; mend this image, or leave it out") from exc
         dark += not image.pixels.any()

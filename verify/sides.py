@@ -215,7 +215,7 @@ class _TorchStage:
 
 def _require_same_model(given: Given, mine: Manifest, other: Manifest) -> None:
     """Raise UsageError unless both engines should give the same scores."""
-    alike = ("model", "schedule", "taps", "kinds", "alignment")
+    alike = ("model", "schedule", "taps", "kinds", "alignment", "tap_form", "sides", "image_form")
     different = [name for name in alike if getattr(mine, name) != getattr(other, name)]
     if mine.crop.size != other.crop.size:
         different.append("crop size")
