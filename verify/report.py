@@ -76,10 +76,8 @@ def show(findings: Findings, checks: Sequence[LimitCheck], stream: TextIO) -> No
 def show_scores(found: ScoresFound, stream: TextIO) -> None:
     """Print how far your program's scores are from ours, what explains that, and the verdict."""
     d, say = found.distance, partial(print, file=stream)
-    say(
-        f"{found.images} images, engine {found.engine}"
-        + (f"; scores of other images: {found.unused}" * bool(found.unused))
-    )
+    others = f"; scores of other images: {found.unused}" if found.unused else ""
+    say(f"{found.images} images, engine {found.engine}{others}")
     say(f"  SRCC {number(d.srcc)}, PLCC {number(d.plcc)}")
     say(f"  difference: {number(d.mean)} on average, {number(d.largest)} at most, at {printable(d.worst)}")
     say(
@@ -94,7 +92,7 @@ def show_scores(found: ScoresFound, stream: TextIO) -> None:
         say(f"tried on {found.tried_on} of the images; what is left of the difference:")
     for one in best:
         say(f"  {number(one.left):>8}  {one.what}" + (f"  [{one.option}]" if one.option else ""))
-    if best and best[0].left <= found.allowed:
+    if best and best[0].enough:
         say(f"explained by: {best[0].what}")
     else:
         say(f"nothing that was tried explains the difference; not tried: {NOT_TRIED}")

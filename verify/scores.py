@@ -33,8 +33,10 @@ SUFFIXES = {".csv", ".json", ".jsonl"}
 SHARE = 1e-3  # of the range of scores: more than rounding makes, less than anybody sees
 SPREADS = 3  # two runs with noise of their own are rarely further apart
 SPREAD_IMAGES = 4
-FEWEST = 4  # images on which another preparation is tried
-EXACT = 1e-3  # of the range of your scores: a fit that leaves less is no accident, and nothing else is tried
+FEWEST = 4  # images that can tell one cause from another
+FITTED = 2  # numbers in a fit
+UNEXPLAINED = 0.3  # of the deviation of your scores: what a fit may leave
+EXACT = 1e-3  # of the range of scores: a fit that leaves less is no accident, and nothing else is tried
 IMAGENET = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NO_WEIGHT = 2e-3  # of the other branch's: least squares find no exact zero
 NOT_TRIED = "other weights, swin-scale, steps, taps"
@@ -61,8 +63,9 @@ class Explanation:
 
     what: str
     option: str
-    left: float
-    fitted: int  # numbers that were fitted to your scores
+    left: float  # on the scale of our scores
+    changes: int  # how many things it takes to be otherwise
+    enough: bool  # whether no more is left than two runs may differ by
 
 
 @dataclass(frozen=True)
@@ -135,18 +138,17 @@ def compare_scores(
     explanations: list[Explanation] = []
     tried_on = 0
     if distance.root > allowed:
-        explanations = list(_readings("", "", theirs, ours))
-        if all(found.left > EXACT * np.ptp(theirs) for found in explanations):
+        explanations = list(_readings(theirs, ours, allowed))
+        if all(found.left > EXACT * np.ptp(ours.score) for found in explanations):
             changes = list(_changes(side.manifest, side.stages, once))
             tried_on = min(len(paths), max(FEWEST, trials // max(1, len(changes))))
             for change in changes:
                 say(f"trying {change.what}")
                 again = _score(change.scorer, paths[:tried_on], change.options, say)
-                as_is = Explanation(change.what, change.option, _root(theirs[:tried_on] - again.score), 0)
-                explanations += [as_is, *_readings(change.what, change.option, theirs[:tried_on], again)]
-        explanations.sort(
-            key=lambda found: (found.left > allowed, found.fitted if found.left <= allowed else 0, found.left)
-        )
+                left = _root(theirs[:tried_on] - again.score)
+                explanations.append(Explanation(change.what, change.option, left, 1, left <= allowed))
+                explanations += _readings(theirs[:tried_on], again, allowed, change)
+        explanations.sort(key=lambda found: (not found.enough, found.changes if found.enough else 0, found.left))
     return ScoresFound(
         side.manifest.engine_id, len(paths), unused, distance, spread, allowed, tuple(explanations), tried_on
     )
@@ -203,35 +205,39 @@ def _distance(paths: Sequence[Path], theirs: Array, ours: Array) -> Distance:
     )
 
 
-def _readings(what: str, option: str, theirs: Array, ours: _Ours) -> Iterator[Explanation]:
-    """Fit your scores to our branches, and to our scores. What is left is judged by the numbers that were fitted."""
-    if len(ours.branches) == 2:
-        weights, left = _fitted(theirs, ours.branches)
+def _readings(theirs: Array, ours: _Ours, allowed: float, change: _Change | None = None) -> Iterator[Explanation]:
+    """Fit our branches to your scores, and our scores, as they are or after a change."""
+
+    def explanation(what: str, option: str, rest: Array, scale: float) -> Explanation:
+        left = math.sqrt(float(rest @ rest) / max(1, len(rest) - FITTED))
+        # A few images of like quality can be fitted by anything: the fit must also follow your scores up and down.
+        enough = len(rest) >= FEWEST and left / scale <= allowed and left <= UNEXPLAINED * float(theirs.std())
+        words, options = (f"{change.what}, and {what}", f"{change.option} {option}") if change else (what, option)
+        return Explanation(words, options.strip(), left / scale, 2 if change else 1, enough)
+
+    if len(ours.branches) == FITTED:
+        weights, rest = _fitted(theirs, ours.branches)
         weights[np.abs(weights) < NO_WEIGHT * np.abs(weights).max()] = 0
-        same = np.allclose(weights / weights.max(), np.array(ours.weights) / max(ours.weights), atol=NO_WEIGHT)
-        if min(weights) >= 0 and left is not None and not same:  # the same: it is another scale
-            vcg, vda = map(_rounded, weights)
-            yield Explanation(
-                _and(what, f"branch weights: your scores look like {vcg}·VCG + {vda}·VDA"),
-                f"{option} --branch-weights {vcg},{vda}".strip(),
-                left,
-                2,
-            )
-    (slope, offset), left = _fitted(theirs, (ours.score, np.ones_like(theirs)))
-    if left is not None:
-        scale = f"your scores look like {_rounded(slope)}·ours"
+        (vcg, vda), (own_vcg, own_vda) = map(float, weights), ours.weights
+        ratio = abs(vcg * own_vda - vda * own_vcg) / max(vcg, vda, 1e-30)  # 0: the same weights, on another scale
+        if min(vcg, vda) >= 0 and ratio > NO_WEIGHT * max(ours.weights):
+            what = f"branch weights: your scores look like {_rounded(vcg)}·VCG + {_rounded(vda)}·VDA"
+            option = f"--branch-weights {_rounded(vcg)},{_rounded(vda)}"
+            yield explanation(what, option, rest, (vcg + vda) / sum(ours.weights))
+    weights, rest = _fitted(theirs, (ours.score, np.ones_like(theirs)))
+    slope, offset = map(float, weights)
+    if slope:
+        what = f"another scale: your scores look like {_rounded(slope)}·ours"
         if abs(offset) > EXACT * np.ptp(theirs):
-            scale += f" {'−' if offset < 0 else '+'} {_rounded(abs(offset))}"
-        yield Explanation(_and(what, f"another scale: {scale}"), option, left, 2)
+            what += f" {'−' if offset < 0 else '+'} {_rounded(abs(offset))}"
+        yield explanation(what, "", rest, abs(slope))
 
 
-def _fitted(theirs: Array, columns: Sequence[Array]) -> tuple[Array, float | None]:
-    """Return the least-squares weights, and the root mean square of the rest; None where it would mean nothing."""
+def _fitted(theirs: Array, columns: Sequence[Array]) -> tuple[Array, Array]:
+    """Return the least-squares weights of the columns, and the rest."""
     matrix = np.stack(columns, axis=1)
     weights = np.asarray(np.linalg.lstsq(matrix, theirs, rcond=None)[0], np.float64)
-    freedom = len(theirs) - len(columns)
-    rest = theirs - matrix @ weights
-    return weights, math.sqrt(float(rest @ rest) / freedom) if freedom >= 2 else None
+    return weights, theirs - matrix @ weights
 
 
 def _changes(manifest: Manifest, stages: Mapping[StageName, StageRunner], options: Options) -> Iterator[_Change]:
@@ -313,7 +319,3 @@ def _rounded(value: float) -> str:
     """Return a fitted number as people would have written it."""
     nearest = round(value)
     return str(nearest) if nearest and abs(value / nearest - 1) < 0.005 else f"{value:.3g}"
-
-
-def _and(*parts: str) -> str:
-    return ", and ".join(filter(None, parts))
