@@ -25,7 +25,7 @@ class Ddim:
     def alpha_bar(self) -> npt.NDArray[np.float64]:
         """ᾱ of every timestep of training, float64, decreasing."""
         beta = np.linspace(self.beta_start, self.beta_end, self.train_steps)
-        return np.cumprod(1 - beta.astype(np.float64))
+        return np.cumprod(1 - beta, dtype=np.float64)
 
     @cached_property
     def coefficients(self) -> Coefficients:

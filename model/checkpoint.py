@@ -15,7 +15,7 @@ from ..errors import CheckpointError, UsageError
 from .bundle import Bundle, read_description
 from .config import PRESETS, Encoder, ModelConfig
 from .config import preset as preset_config
-from .naming import BUNDLE, IQA, MANIQA, SR3, Format, adapt, recognise
+from .naming import BUNDLE, DEIQT, IQA, MANIQA, SR3, Format, adapt, recognise
 from .network import DiffV2IQA, build
 from .weightfile import WeightFile, listed, not_finite, read, shown
 
@@ -164,6 +164,8 @@ def _open(option: str, path: Path) -> _Given:
     form = recognise(file.weights)
     if form is None:
         raise CheckpointError(f"{path} holds the weights of some other network: {listed(list(file.weights))}")
+    if form is DEIQT:
+        raise CheckpointError(f"{path} is {form.words}'s network, a part of PFD-IQA; this command wants Diff-V²-IQA")
     return _Given(option, file, form, None)
 
 

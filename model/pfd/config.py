@@ -12,21 +12,7 @@ from ...engine.ddim import Ddim
 from ...errors import ConfigError
 from ..config import Norm, ViTConfig, refuse
 
-# LIQE's words (CVPR 2023).
-DISTORTIONS = (
-    "jpeg2000 compression",
-    "jpeg compression",
-    "noise",
-    "blur",
-    "color",
-    "contrast",
-    "overexposure",
-    "underexposure",
-    "spatial",
-    "quantization",
-    "other",
-)
-LEVELS = ("bad", "poor", "fair", "good", "perfect")
+MAX_WORDS, MAX_WORD = 64, 100
 
 
 class Backbone(enum.StrEnum):
@@ -51,22 +37,54 @@ class Fusion(enum.StrEnum):
 
 
 @dataclass(frozen=True)
+class Words:
+    """What is told apart: kinds of distortion, and levels of quality from worst to best. The defaults are LIQE's."""
+
+    distortions: tuple[str, ...] = (
+        "jpeg2000 compression",
+        "jpeg compression",
+        "noise",
+        "blur",
+        "color",
+        "contrast",
+        "overexposure",
+        "underexposure",
+        "spatial",
+        "quantization",
+        "other",
+    )
+    levels: tuple[str, ...] = ("bad", "poor", "fair", "good", "perfect")
+
+    def __post_init__(self) -> None:
+        """Refuse lists that are empty or have a word twice. Raises ConfigError."""
+        for what, words in (("distortions", self.distortions), ("levels", self.levels)):
+            alike = [" ".join(word.lower().split()) for word in words]
+            broken = [word for word in words if not word.strip() or not word.isprintable() or len(word) > MAX_WORD]
+            twice = [word for word, same in zip(words, alike, strict=True) if alike.count(same) > 1]
+            rules = {
+                f"there must be 2 to {MAX_WORDS} of them, not {len(words)}": 2 <= len(words) <= MAX_WORDS,
+                f"a word must be text of 1 to {MAX_WORD} letters, not {next(iter(broken), '')!r}": not broken,
+                f"{next(iter(twice), '')!r} is there twice": not twice,
+            }
+            refuse(what, rules)
+
+
+@dataclass(frozen=True)
 class PfdConfig:
     """A whole PFD-IQA network. A feature map has `width` channels and `grid`×`grid` places."""
 
     name: str
     encoder: Backbone = Backbone.VIT  # inferred: DEIQT's ViT-S/16 with LayerScale; Lite0 is ours, for CPUs
-    width: int = 384  # inferred: ViT-S
+    width: int = 384  # inferred: ViT-S; 128 leaves two CPU cores time for 20 images of 4 crops in a second
     crop: int = 224  # inferred: DEIQT
     patch: int = 16  # inferred: DEIQT; so the map is 14×14, and Lite0's maps are brought to that
     blocks: int = 12  # inferred: DEIQT; of the ViT
     heads: int = 6  # inferred: DEIQT; of every attention
     mlp_ratio: int = 4  # inferred: DEIQT; of the ViT and the decoder
-    distortions: tuple[str, ...] = DISTORTIONS  # inferred: LIQE's eleven
-    levels: tuple[str, ...] = LEVELS  # inferred: LIQE's five
+    words: Words = Words()  # inferred: LIQE's eleven distortions and five levels
     prompts: Prompts = Prompts.CONSTANT  # known: prompts are text
     prompt_width: int = 512  # inferred: CLIP ViT-B/32, which LIQE uses; MiniLM has 384
-    temperature: float = 100.0  # inferred: CLIP's factor of the cosine, which LIQE keeps
+    temperature: float = 100.0  # inferred: CLIP's; MiniLM's words have cosines up to .96, which less would not part
     mask_ratio: float = 0.5  # inferred: that channels are masked is known; masked feature generation drops .5 to .65
     fusion: Fusion = Fusion.SUM  # inferred: it needs no weights
     alignment: bool = True  # known: γ fits the noise to the schedule; without it the start is the fused features
@@ -110,10 +128,6 @@ def _rules(c: PfdConfig) -> dict[str, bool]:
         ),
         "groups must divide width and the bottlenecks' inner widths": c.norm is Norm.BATCH
         or not any(n % c.groups for n in (c.width, c.width // c.reduction, c.width // c.adapter_reduction)),
-        "distortions and levels must each be 2 to 64 different words": all(
-            2 <= len(words) <= 64 and len(set(words)) == len(words) and all(word.isprintable() for word in words)
-            for words in (c.distortions, c.levels)
-        ),
         "temperature must be between 0.1 and 1000": 0.1 <= c.temperature <= 1000,
         "mask_ratio must be in [0, 1)": 0 <= c.mask_ratio < 1,
         "schedule.train_steps must be between 1 and 10000": 1 <= c.schedule.train_steps <= 10000,

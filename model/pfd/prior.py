@@ -69,8 +69,8 @@ class Prior(nn.Module):
 
     def __init__(self, c: PfdConfig) -> None:
         super().__init__()
-        self.distortions = Auxiliary(c, len(c.distortions))
-        self.levels = Auxiliary(c, len(c.levels))
+        self.distortions = Auxiliary(c, len(c.words.distortions))
+        self.levels = Auxiliary(c, len(c.words.levels))
         self.condition = nn.Linear(c.prompt_width, c.width)
         self.fuse = nn.Conv2d(3 * c.width, c.width, 1) if c.fusion is Fusion.CONCAT else None
         self.adapter = NoiseAdapter(c) if c.alignment else None

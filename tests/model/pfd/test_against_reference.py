@@ -13,7 +13,7 @@ from diffiqa.engine.crops import crop_grid
 from diffiqa.engine.ddim import Ddim
 from diffiqa.engine.noise import philox4x32
 from diffiqa.model.config import Norm
-from diffiqa.model.pfd.config import PFD_PAPER, Backbone, Fusion, PfdConfig, Prompts
+from diffiqa.model.pfd.config import Fusion, PfdConfig, Prompts
 from diffiqa.model.pfd.decoder import Decoder
 from diffiqa.model.pfd.denoiser import Denoiser
 from diffiqa.model.pfd.encoder import make_encoder
@@ -23,24 +23,8 @@ from diffiqa.model.pfd.prior import Prior
 from ..comparing import Array, Weights, images, randomised
 from ..comparing import agree as agree_within
 from . import reference as ref
+from .small import LITE0, SMALL
 
-SMALL = replace(
-    PFD_PAPER,
-    name="small",
-    width=16,
-    crop=64,
-    blocks=2,
-    heads=2,
-    mlp_ratio=2,
-    distortions=("blur", "noise", "color"),
-    levels=("bad", "good"),
-    prompt_width=10,
-    temperature=4.0,
-    panels=3,
-    adapter_reduction=4,
-    groups=2,
-)
-LITE0 = replace(SMALL, encoder=Backbone.LITE0)
 CASES = {
     "as in the preset": SMALL,
     "GroupNorm": replace(SMALL, norm=Norm.GROUP),
