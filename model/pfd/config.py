@@ -12,7 +12,7 @@ from ...engine.ddim import Ddim
 from ...errors import ConfigError
 from ..config import Norm, ViTConfig, refuse
 
-MAX_WORDS, MAX_WORD = 64, 100
+MAX_SIZE, MAX_WORDS, MAX_WORD = 4096, 64, 100
 
 
 class Backbone(enum.StrEnum):
@@ -115,8 +115,8 @@ class PfdConfig:
 def _rules(c: PfdConfig) -> dict[str, bool]:
     steps = c.schedule.timesteps
     sizes = (c.width, c.heads, c.mlp_ratio, c.patch, c.prompt_width, c.panels, c.groups, c.reduction)
-    if min(*sizes, c.adapter_reduction) < 1 or max(sizes) > 4096:
-        return {"sizes must be between 1 and 4096": False}
+    if min(*sizes, c.adapter_reduction) < 1 or max(sizes) > MAX_SIZE:
+        return {f"sizes must be between 1 and {MAX_SIZE}": False}
     return {
         "crop must be a multiple of patch between 32 and 1024": 32 <= c.crop <= 1024 and c.crop % c.patch == 0,
         "patch must be 16, the stride of Lite0's map": c.encoder is Backbone.VIT or c.patch == 16,

@@ -16,7 +16,7 @@ from ...engine.manifest import Source, file_sha256
 from ...errors import CheckpointError, ConfigError, UsageError
 from ..bundle import Description, read_description, write_bundle
 from ..weightfile import read, shown
-from .config import PfdConfig, Prompts, Words
+from .config import MAX_SIZE, PfdConfig, Prompts, Words
 from .text import TextEncoder
 
 # LIQE's.
@@ -92,6 +92,7 @@ def read_prompts(path: Path, words: Words | None = None) -> PromptSet:
     Such a file is safetensors with `distortions` and `levels`, or .npy with one array whose rows are the distortions',
     then the levels'. It does not name its `words`; None are the default ones. Raises CheckpointError.
     """
+    origin = "features"
     if path.suffix == ".npy":
         words = words or Words()
         rows = _load_npy(path)
@@ -101,20 +102,23 @@ def read_prompts(path: Path, words: Words | None = None) -> PromptSet:
         file = read(path)
         parts = [file.weights.get(name, torch.empty(0)) for name in ("distortions", "levels")]
         size, digest = file.bytes, file.sha256
-        own = read_description(path, file.bundle, PromptBundle).config if file.bundle is not None else Words()
-        words = words or own
+        if file.bundle is not None:
+            bundle = read_description(path, file.bundle, PromptBundle)
+            words, origin = words or bundle.config, ", ".join(source.format for source in bundle.sources)
+        words = words or Words()
     shapes = [tuple(part.shape) for part in parts]
     wanted = [len(words.distortions), len(words.levels)]
-    if [shape[:-1] for shape in shapes] != [(count,) for count in wanted] or shapes[0][1] != shapes[1][1]:
+    width = max(shapes[0][-1:], default=0)
+    if shapes != [(count, width) for count in wanted] or not 1 <= width <= MAX_SIZE:
         raise CheckpointError(
-            f"{path} must have a row for each of {wanted[0]} distortions and {wanted[1]} levels, all of one width; it "
-            f"has {shapes[0]} and {shapes[1]}"
+            f"{path} must have a row for each of {wanted[0]} distortions and {wanted[1]} levels, all of one width up "
+            f"to {MAX_SIZE}; it has {shapes[0]} and {shapes[1]}"
         )
     parts = [part.float() for part in parts]
     if not all(part.isfinite().all() and part.any(dim=1).all() for part in parts):
         raise CheckpointError(f"{path} has rows that are zero, NaN or infinite")
     distortions, levels = (F.normalize(part, dim=1) for part in parts)
-    return PromptSet(words, distortions, levels, Source("prompts", shown(path.name), size, digest, "prompts"))
+    return PromptSet(words, distortions, levels, Source("prompts", shown(path.name), size, digest, origin))
 
 
 def _load_npy(path: Path) -> Tensor:
@@ -122,7 +126,7 @@ def _load_npy(path: Path) -> Tensor:
         rows = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as exc:
         raise CheckpointError(f"cannot read {path} as an array: {exc}") from exc
-    if not isinstance(rows, np.ndarray) or rows.dtype.kind != "f":
+    if not isinstance(rows, np.ndarray) or rows.dtype.kind != "f" or rows.ndim == 0:
         raise CheckpointError(f"{path} must hold one array of floats")
     return torch.from_numpy(rows.astype(np.float32))
 

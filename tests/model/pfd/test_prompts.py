@@ -156,6 +156,7 @@ def test_a_file_of_prompts_comes_back_with_its_words(folder: Path, tmp_path: Pat
     save_prompts(made, path := tmp_path / "p.safetensors")
     read = read_prompts(path)
     assert read.words == WORDS
+    assert (read.source.name, read.source.format) == ("p.safetensors", "all-MiniLM-L6-v2")
     torch.testing.assert_close(read.distortions, made.distortions, atol=1e-6, rtol=0)
     torch.testing.assert_close(read.levels, made.levels, atol=1e-6, rtol=0)
     with pytest.raises(CheckpointError, match="must have a row for each of 11 distortions and 5 levels"):
@@ -191,12 +192,15 @@ def rows(count: int, **changes: Any) -> Array:
         (rows(17), r"it has \(11, 8\) and \(6, 8\)"),
         (np.ones(16), "must have a row for each"),
         (np.ones((16, 2, 2)), "must have a row for each"),
+        (np.ones((16, 4097), np.float16), "all of one width up to 4096"),
+        (np.ones((16, 0)), "must have a row for each"),
+        (np.float64(1), "one array of floats"),
         (rows(16, r3=0), "zero, NaN or infinite"),
         (rows(16, r12=np.nan), "zero, NaN or infinite"),
         (np.ones((16, 8), int), "one array of floats"),
         (np.array([{}], object), "cannot read .*allow_pickle=False"),
     ],
-    ids=["too few", "too many", "flat", "deep", "zero", "nan", "integers", "pickle"],
+    ids=["too few", "too many", "flat", "deep", "wide", "no width", "no array", "zero", "nan", "integers", "pickle"],
 )
 def test_features_that_do_not_fit_are_refused(array: Any, message: str, tmp_path: Path) -> None:
     np.save(path := tmp_path / "clip.npy", array, allow_pickle=True)
@@ -209,6 +213,9 @@ def test_widths_of_both_lists_must_be_one(tmp_path: Path) -> None:
         {"distortions": torch.ones(11, 8), "levels": torch.ones(5, 9)}, path := tmp_path / "a.st"
     )
     with pytest.raises(CheckpointError, match="all of one width"):
+        read_prompts(path)
+    safetensors.torch.save_file({"distortions": torch.tensor(1.0), "levels": torch.ones(5, 9)}, path)
+    with pytest.raises(CheckpointError, match=r"it has \(\) and \(5, 9\)"):
         read_prompts(path)
     safetensors.torch.save_file({"something": torch.ones(11, 8)}, path)
     with pytest.raises(CheckpointError, match=r"it has \(0,\) and \(0,\)"):
