@@ -27,7 +27,7 @@ from .. import __version__
 from ..errors import EngineError, first_line
 from .codec import LATER, decode, encode, shown
 from .crops import CropPlaces
-from .pixels import ImageForm, Sides, TapForm
+from .pixels import ImageForm, Preparation, Sides, TapForm
 from .schedule import Kind, Schedule, Taps
 
 SCHEMA = 1
@@ -251,6 +251,11 @@ class Manifest:
             parts["trained"] = trained
         text = json.dumps(encode(parts), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def preparation(self) -> Preparation:
+        """How images are prepared."""
+        return Preparation(self.sides, self.image_form, self.alignment, self.crop.size)
 
     def stage(self, name: StageName) -> Stage | None:
         """Return a stage, or None where the model has none of that name."""

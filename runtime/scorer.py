@@ -112,7 +112,7 @@ class Scorer:
             return score
         read = ((self._read(image), _name(image, index)) for index, image in enumerate(images))
         scores: list[Score] = []
-        for _, same in itertools.groupby(read, lambda item: item[0].pixels.shape):
+        for _, same in itertools.groupby(read, lambda item: item[0].size):
             while group := list(itertools.islice(same, self._group_size(chosen))):
                 scores += self._score(group, chosen, pictures)
         return scores
@@ -218,13 +218,13 @@ class Scorer:
         if executor is None:
             raise UsageError("this scorer is closed; load the engine again")
         m = self._manifest
-        height, width = images[0][0].pixels.shape[:2]
+        height, width = images[0][0].size
         plan = make_plan(height, width, m, options)
         seeds = tuple(range(options.seed, options.seed + options.seeds))
         outcomes: list[Outcome] = []  # of every seed of the first image, then of the second, …
         try:
-            given = [_given(image, executor) for image, _ in images]
-            tasks = [(pixels, seed) for pixels in given for seed in seeds]
+            arrays = [given(image, pixels=executor.takes_pixels) for image, _ in images]
+            tasks = [(array, seed) for array in arrays for seed in seeds]
             for start in range(0, len(tasks), executor.together):
                 some = tasks[start : start + executor.together]
                 # Pictures show the first seed only.
@@ -277,11 +277,14 @@ class Scorer:
         )
 
 
-def _given(image: Image, executor: Executor) -> npt.NDArray[Any]:
-    """Return the pixels in the form that the executor takes."""
-    if executor.takes_pixels and image.pixels.dtype == np.uint8:
-        return image.pixels
-    return to_plane(image.pixels)
+def given(image: Image, *, pixels: bool = False) -> Any:
+    """Return an image as an executor takes it: a plane, or bytes if it takes `pixels`; a pair if there are two."""
+
+    def form(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return array if pixels and array.dtype == np.uint8 else to_plane(array)
+
+    seen = form(image.pixels)
+    return seen if image.restored_from is None else (seen, form(image.restored_from))
 
 
 def _next_group(decoding: "collections.deque[_Decoding]", most: int) -> "list[_Decoding]":
@@ -296,7 +299,7 @@ def _next_group(decoding: "collections.deque[_Decoding]", most: int) -> "list[_D
 def _shape(decoding: "_Decoding") -> tuple[int, ...] | None:
     """Wait for an image and return its shape; None if it could not be read."""
     error = decoding[0].exception()
-    return None if error else decoding[0].result().pixels.shape
+    return None if error else decoding[0].result().size
 
 
 def load(
@@ -378,11 +381,9 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def _pictures(m: Manifest, plan: Plan, image: Image, outcome: Outcome) -> Pictures:
     """Place the restored planes and the heads' maps over the image."""
-    size, shape = plan.crop_size, (plan.height, plan.width)
-    given = image.pixels if image.pixels.dtype == np.uint8 else to_pixels(to_plane(image.pixels))
-    if plan.squashed:
-        shape, given = (size, size), to_pixels(outcome.crops[0, 0])
-    planes: dict[Kind, Picture] = {Kind.DIS: given.astype(np.uint8, copy=False)}
+    size, shape = plan.crop_size, image.pixels.shape[:2]
+    seen = image.pixels if image.pixels.dtype == np.uint8 else to_pixels(to_plane(image.pixels))
+    planes: dict[Kind, Picture] = {Kind.DIS: seen.astype(np.uint8, copy=False)}
     for row, kind in enumerate(m.kinds[1:], start=1):
         if kind in outcome.planes:
             planes[kind] = to_pixels(outcome.planes[kind])
