@@ -9,7 +9,7 @@ from ..data.datasets import Item
 from ..data.labelfiles import read_csv
 from ..errors import DatasetError, OutputError
 from ..runtime.command.recordfile import read_records
-from ..runtime.command.records import Format
+from ..runtime.command.records import Format, text_in_cell
 from .findings import BRANCHES
 
 
@@ -22,7 +22,7 @@ def read_scores(path: Path, column: str = "score") -> dict[str, float]:
     try:
         if path.suffix.lower() == ".csv":
             rows = read_csv(path, "image", "score")
-            found = [(row["image"], float(row[column])) for row in rows if row.get(column)]
+            found = [(text_in_cell(row["image"]), float(row[column])) for row in rows if row.get(column)]
         elif path.suffix.lower() in {".jsonl", ".json"}:
             records = read_records(path, Format(path.suffix.lower()[1:]))
             values = [(record.image, getattr(record, column)) for record in records]

@@ -3,7 +3,9 @@
 Files are not trusted. Whatever their bytes are, reading one ends in an `Image` or an `ImageError`, in any thread.
 """
 
+import functools
 import hashlib
+import importlib
 import io
 import logging
 import os
@@ -12,7 +14,7 @@ import stat
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -26,6 +28,7 @@ from ..engine.pixels import Preparation, bicubic, to_pixels, to_plane
 from ..engine.schedule import Kind
 from ..errors import ImageError
 from .arrays import Exchangeable, GpuArray, is_foreign, to_numpy
+from .colour import to_srgb
 
 Source = str | os.PathLike[str] | bytes | PIL.Image.Image | npt.NDArray[Any] | GpuArray | Exchangeable
 Array = npt.NDArray[Any]
@@ -42,6 +45,8 @@ GREY, PALETTE = "grey expanded to RGB", "palette expanded"
 DEEP, BLENDED = "16-bit reduced to 8", "alpha blended over white"
 MODE_NOTES = {"1": GREY, "L": GREY, "LA": GREY, "P": PALETTE, "PA": PALETTE}
 PLAIN_MODES = {"RGB", "RGBA", "RGBa", "RGBX"}
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # tags of TIFF, and their values
+SAMPLE_FORMAT, SIGNED = 339, 2
 ARRAY_TYPES = ("uint8", "uint16", "float32", "float64")
 
 # Pillow logs about some broken files. Without a handler Python prints that to stderr.
@@ -156,7 +161,15 @@ def readable_suffixes() -> frozenset[str]:
 def _formats() -> tuple[str, ...]:
     # Pillow loads its plugins when it meets an unknown file. If two threads do so at once, one may find none.
     PIL.Image.init()
+    _init_heif()
     return tuple(name for name in PIL.Image.ID if name not in UNREAD_FORMATS)
+
+
+@functools.cache
+def _init_heif() -> None:
+    """Let Pillow read the photographs of iPhones, if the extra `heif` is installed."""
+    with suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
 
 
 class _Listener(threading.local):
@@ -245,6 +258,7 @@ def _from_pillow(image: PIL.Image.Image, max_pixels: int | None, notes: list[str
     if frames > 1 and image.format != "PSD":  # the "frames" of PSD are layers; Pillow reads the merged picture
         place = image.tell() + 1
         notes.append(f"first of {frames} frames" if place == 1 else f"frame {place} of {frames}")
+    _refuse_measurements(image)
     if _is_reduced_by_pillow(image):
         notes.append(DEEP)
     comes_upright = image.format == "TIFF" and _orientation(image, []) != 1  # Pillow turns these as it decodes them
@@ -285,31 +299,49 @@ def _turn(pixels: Array, orientation: int) -> Array:
     return pixels
 
 
-def _is_reduced_by_pillow(image: PIL.Image.Image) -> bool:
-    """Return whether Pillow cuts 16-bit colour to its upper 8 bits; known for PNG, TIFF, SGI and PPM."""
+def _tiles(image: PIL.Image.Image) -> Iterator[tuple[str, str, list[Any]]]:
+    """Return the codec, the raw mode and other options of each part of a file that is not decoded yet."""
     for codec, *_, options in getattr(image, "tile", ()):
         raw_mode, *rest = options if isinstance(options, tuple) else (options,)
+        yield codec, str(raw_mode), rest
+
+
+def _refuse_measurements(image: PIL.Image.Image) -> None:
+    """Raise ImageError for whole numbers of which nobody knows which one is white: of 32 bits, or with a sign."""
+    tags = cast("Any", image).tag_v2 if image.format == "TIFF" and image.mode != "LAB" else {}
+    signed = SIGNED in tags.get(SAMPLE_FORMAT, ())
+    if signed or any(re.match(r"I;(32|16.?S)", raw_mode) for _, raw_mode, _ in _tiles(image)):
+        kind = "signed" if signed else "32-bit"
+        raise ImageError(f"{kind} whole numbers, whose white is not known; save it with 8 or 16 bits without a sign")
+
+
+def _is_reduced_by_pillow(image: PIL.Image.Image) -> bool:
+    """Return whether Pillow cuts 16-bit colour to its upper 8 bits; known for PNG, TIFF, SGI and PPM."""
+    for codec, raw_mode, rest in _tiles(image):
         if codec.startswith("ppm"):
             return image.mode == "RGB" and rest[0] > 255  # the largest value of the file
-        if re.fullmatch(r"(LA|RGB.?|CMYK);16[BLN]", str(raw_mode)):
+        if re.fullmatch(r"(LA|RGB.?|CMYK);16[BLN]", raw_mode):
             return True
     return False
 
 
 def _rgb(image: PIL.Image.Image, notes: list[str]) -> Array:
     mode = image.mode
-    if mode == "F":
-        return _from_array(np.asarray(image), None, notes)
-    if mode == "I" or mode.startswith("I;16"):
-        return _from_16_bit(np.asarray(image), image.info.get("transparency"), notes)
+    image = to_srgb(image, notes)
+    if mode in {"F", "I"} or mode.startswith("I;16"):
+        values = np.asarray(image)
+        if image.format == "TIFF" and cast("Any", image).tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+            values = (1 if mode == "F" else 65535) - values  # Pillow sees to this for 8 bits only
+        if mode == "F":
+            return _from_array(values, None, notes)
+        return _from_16_bit(values, image.info.get("transparency"), notes)
     if mode in MODE_NOTES:
         notes.append(MODE_NOTES[mode])
     elif mode not in PLAIN_MODES:
-        profile = ", its colour profile not applied" if image.info.get("icc_profile") else ""
-        notes.append(f"{mode} converted to RGB{profile}")
+        notes.append(f"{mode} converted to RGB")
     if image.has_transparency_data:
         return _over_white(np.asarray(image.convert("RGBA")), notes)
-    return np.asarray(image if mode == "RGB" else image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _from_16_bit(values: Array, transparent: object, notes: list[str]) -> Array:
@@ -417,7 +449,7 @@ def _reason(exc: Exception) -> str:
         case OSError(strerror=str(reason)):
             return f"cannot be read: {reason}"
         case PIL.UnidentifiedImageError():
-            return f"not an image in any format that Pillow {PIL.__version__} reads here"
+            return f"not an image, or of a kind that Pillow {PIL.__version__} does not read here: save it as PNG"
         case PIL.Image.DecompressionBombError():
             return f"{text} If it is meant to be so large, {ALLOW_MORE}"
         case MemoryError():

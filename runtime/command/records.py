@@ -1,9 +1,10 @@
 r"""One flat record per image, as it stands in each file format.
 
 JSONL and JSON are UTF-8, with the keys in the order of `Record`. CSV has a header, RFC 4180 quoting and `\n` line ends.
-Numbers have all their digits. None is null, or an empty cell. CSV joins notes with "; ". File names stay as they are,
-in CSV too: a spreadsheet takes a cell that starts with `=` for a formula, unless it is told to import text. Only bytes
-that are not UTF-8 are written differently: as `\udcXX`, which is what JSON does anyway.
+Numbers have all their digits. None is null, or an empty cell. CSV joins notes with "; ". Texts stay as they are, but
+for two kinds of characters. Bytes that are not UTF-8 are written as `\udcXX`, which is what JSON does anyway. In CSV a
+text that starts with `=`, `+`, `-`, `@`, a tab or a line end has this character spelt, as in `\u003d`: spreadsheets
+would run it as a formula.
 """
 
 import csv
@@ -159,10 +160,12 @@ def from_row(cells: Sequence[str]) -> Record:
     return decode(Record, data, "record", ValueError)
 
 
-# Lone surrogates (file names that are no UTF-8) are spelt \udcXX in CSV. What looks like that in a name has its
-# backslash spelt \u005c, so that reading gives the very name back and `--resume` recognises the image.
-_LOOKS_ESCAPED = re.compile(r"\\(?=u(?:d[89a-f][0-9a-f]{2}|005c))")
-_ESCAPED = re.compile(r"\\u(d[89a-f][0-9a-f]{2}|005c)")
+# What looks like such a spelling in a name has its backslash spelt \u005c, so that reading gives the very name back and
+# `--resume` recognises the image.
+_STARTS_FORMULA = re.compile(r"^[=+\-@\t\r\n]")
+_CODES = "d[89a-f][0-9a-f]{2}|005c|" + "|".join(f"{ord(character):04x}" for character in "=+-@\t\r\n")
+_LOOKS_ESCAPED = re.compile(rf"\\(?=u(?:{_CODES}))")
+_ESCAPED = re.compile(rf"\\u({_CODES})")
 
 
 def _to_cell(value: Any) -> str:
@@ -171,13 +174,19 @@ def _to_cell(value: Any) -> str:
     if isinstance(value, int | float):
         return json.dumps(value, allow_nan=False)
     text = "; ".join(value) if isinstance(value, list) else value
-    return _LOOKS_ESCAPED.sub(r"\\u005c", text).encode("utf-8", "backslashreplace").decode()
+    text = _LOOKS_ESCAPED.sub(r"\\u005c", text).encode("utf-8", "backslashreplace").decode()
+    return _STARTS_FORMULA.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def text_in_cell(cell: str) -> str:
+    """Return the text that a cell of our CSV files spells."""
+    return _ESCAPED.sub(lambda match: chr(int(match[1], 16)), cell)
 
 
 def _from_cell(name: str, cell: str) -> Any:
     if name in _NUMBERS:
         return json.loads(cell) if cell else None
-    text = _ESCAPED.sub(lambda match: chr(int(match[1], 16)), cell)
+    text = text_in_cell(cell)
     if name == "notes":
         return text.split("; ") if text else []
     return text or None

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from diffiqa.runtime.command.records import (
     document,
     from_line,
     from_row,
+    text_in_cell,
     to_line,
 )
 from diffiqa.runtime.command.table import emit
@@ -151,7 +153,7 @@ def test_any_name_round_trips(name: str) -> None:
 def test_any_name_of_random_hostile_characters_round_trips(form: Format) -> None:
     source = random.Random(20)  # noqa: S311
     for _ in range(2000):
-        name = "".join(source.choices('\n\r",\\u05c dfD;=\udcff\udc80é🦊', k=source.randint(1, 12)))
+        name = "".join(source.choices('\n\r",\\u023bcd+-@\t 5fD;=\udcff\udc80é🦊', k=source.randint(1, 12)))
         record = replace(RECORD, image=name, error=name)
         assert reread(to_line(record, form), form) == record
 
@@ -181,7 +183,8 @@ def test_jsonl_is_one_line_per_record_in_utf_8() -> None:
 
 
 def test_csv_is_what_other_csv_readers_expect() -> None:
-    names = [name for name in NAMES.values() if not any("\ud800" <= c <= "\udfff" or c == "\\" for c in name)]
+    spelt = re.compile("[\ud800-\udfff\\\\]|^[=+@\t\r\n-]")
+    names = [name for name in NAMES.values() if not spelt.search(name)]
     data = written([replace(RECORD, image=name) for name in names] + [failed("b.png")], Format.CSV)
     assert data.startswith(CSV_HEADER)
     rows = list(csv.DictReader(io.StringIO(data.decode("utf-8"), newline="")))
@@ -196,6 +199,17 @@ def test_csv_is_what_other_csv_readers_expect() -> None:
 def test_csv_spells_bytes_that_are_no_utf_8() -> None:
     line = to_line(replace(RECORD, image=os.fsdecode(b"caf\xe9.png")), Format.CSV)
     assert line.decode("utf-8").startswith(r"caf\udce9.png,")
+
+
+@pytest.mark.parametrize("start", "=+-@\t\r\n")
+def test_no_text_in_csv_starts_like_a_formula(start: str) -> None:
+    name = start + "HYPERLINK(A1).png"
+    line = to_line(replace(failed(name), error=name, notes=(name,)), Format.CSV)
+    (row,) = csv.reader(io.StringIO(line.decode(), newline=""), strict=True)
+    assert not [cell for cell in row if cell[:1] == start]
+    assert row[0] == f"\\u{ord(start):04x}HYPERLINK(A1).png"
+    assert text_in_cell(row[0]) == name
+    assert to_line(replace(RECORD, image="a=b.png", score=-0.5), Format.CSV).startswith(b"a=b.png,ok,-0.5,")
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
