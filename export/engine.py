@@ -32,6 +32,7 @@ from ..engine.manifest import (
     file_sha256,
 )
 from ..engine.pixels import ImageForm, TapForm
+from ..engine.schedule import Kind
 from ..errors import EngineError, ExportError
 from ..model.checkpoint import Loaded
 from ..model.config import ModelConfig
@@ -231,7 +232,7 @@ def preparation_of(m: Manifest) -> str:
     size = f"{m.crop.size}×{m.crop.size}"
     crops = f"{m.crop.count} {'random ' * (m.crop.places is CropPlaces.RANDOM)}crop{'s' * (m.crop.count > 1)} of {size}"
     parts = [f"squashed to {size}" if m.image_form is ImageForm.SQUASHED else crops]
-    if StageName.UNET in [stage.name for stage in m.stages]:
+    if m.kinds != (Kind.DIS,):
         forms = {
             TapForm.FLOAT: "floats",
             TapForm.CLAMPED: "floats in [-1, 1]",
