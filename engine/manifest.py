@@ -83,6 +83,11 @@ class Check:
     max_abs_reference: float
     tolerance: float  # on max_abs_error
 
+    @property
+    def within(self) -> bool:
+        """Whether the error is tolerable; others are exported with --accept-drift alone."""
+        return self.max_abs_error <= self.tolerance
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -260,6 +265,20 @@ class Manifest:
     def stage(self, name: StageName) -> Stage | None:
         """Return a stage, or None where the model has none of that name."""
         return next((stage for stage in self.stages if stage.name is name), None)
+
+    @property
+    def drift(self) -> str:
+        """How far stages differ from PyTorch beyond its rounding, if that was accepted; "" for every other engine."""
+        worst = {
+            (stage.name, check.output): check
+            for stage in self.stages
+            for check in sorted(stage.checks, key=lambda check: check.max_abs_error)
+            if not check.within
+        }
+        return ", ".join(
+            f"{output} of {stage} by {check.max_abs_error:.3g} where {check.tolerance:.3g} is allowed"
+            for (stage, output), check in worst.items()
+        )
 
     def to_json(self) -> str:
         """Return the text of `manifest.json`."""

@@ -46,6 +46,7 @@ class Info:
     crop_size: int
     crop_count: int
     reason: str = ""  # why this backend, if nobody asked for it by name
+    drift: str = ""  # where the engine differs from PyTorch by more than rounding, if its export accepted that
 
 
 class Scorer:
@@ -81,6 +82,7 @@ class Scorer:
             m.crop.size,
             m.crop.count,
             self._reason,
+            m.drift,
         )
 
     @property

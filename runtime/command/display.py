@@ -45,6 +45,8 @@ class Display:
         seconds = time.monotonic() - self.progress.start
         summary = summary_line(self.records, seconds=seconds, kept=self.progress.kept)
         meaning, wanted = self._info.score, self._outputs
+        if self._info.drift:
+            self.say(f"ACCEPTED DRIFT: this engine differs from PyTorch in {self._info.drift}")
         if self._streaming:
             emit(sys.stdout.buffer, self._header)
         elif not wanted.file:

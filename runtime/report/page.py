@@ -309,6 +309,7 @@ class Page:
             ("With", ", ".join(f"{name} {version}" for name, version in p.versions.items())),
             *((f"Weights: {s.role}", f"{s.name}, {s.format}, SHA-256 {s.sha256}") for s in p.sources),
             *(("Note", note) for note in p.notes),
+            *([("Accepted drift", f"differs from PyTorch in {self.manifest.drift}")] if self.manifest.drift else []),
         ]
         return _definitions(facts, "small")
 
