@@ -123,7 +123,7 @@ def convert(weights: "Loaded | Path | str", output: Path | str, *, half: bool = 
     if output.exists() and not force:
         raise OutputError(f"{output} exists; give --force to overwrite it")
     loaded = _loaded(weights)
-    save_bundle(loaded.model, output, half=half, sources=loaded.sources, notes=loaded.notes)
+    save_bundle(loaded.model, output, half=half, sources=loaded.sources, notes=loaded.notes, reference=loaded.reference)
     return output
 
 

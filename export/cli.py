@@ -45,6 +45,12 @@ _WEIGHTS = [
         type=click.IntRange(0, 2**63 - 1),
         help="Fill the parts that no file holds with random numbers from this seed. Scores then mean nothing.",
     ),
+    click.option(
+        "--reference",
+        type=PATH,
+        metavar="FILE",
+        help="What scores mean to a person, from iqa-eval --reference. Default: what the bundle says.",
+    ),
 ]
 
 
@@ -214,6 +220,8 @@ def print_exported(output: Path, done: "Exported") -> None:
     click.echo(f"{output}: engine {done.manifest.engine_id}, model {done.manifest.model_name}")
     if not done.manifest.score.trained:
         click.echo(done.manifest.score.meaning)
+    if reference := done.manifest.score.reference:
+        click.echo(f"scores are placed among those of {reference.images} images of {reference.name}")
     if done.built:
         print_build(output, done.built)
 

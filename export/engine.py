@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -202,7 +202,7 @@ def manifest_of(loaded: Loaded, stages: tuple[Stage, ...]) -> Manifest:
     trained = all(source.role != "seed" for source in loaded.sources)
     meaning = TRAINED if trained else UNTRAINED
     packages = {name: version(name) for name in ("torch", "onnx", "onnxruntime", "onnxscript")}
-    return Manifest(
+    manifest = Manifest(
         schema=SCHEMA,
         model=encode(c),
         schedule=c.schedule,
@@ -220,6 +220,11 @@ def manifest_of(loaded: Loaded, stages: tuple[Stage, ...]) -> Manifest:
             notes=loaded.notes,
         ),
     )
+    reference = loaded.reference
+    if reference and reference.scoring != manifest.scoring_id:
+        note = f"the reference {reference.name} is left out: it was made with another sampler or other crops"
+        return replace(manifest, provenance=replace(manifest.provenance, notes=(*loaded.notes, note)))
+    return replace(manifest, score=replace(manifest.score, reference=reference))
 
 
 def _replace(work: Path, target: Path, previous: Path) -> None:
