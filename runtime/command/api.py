@@ -193,10 +193,11 @@ def score_names(
             if not unchanged:
                 changed.add(name)
                 continue
-            records.append(done[name])
+            record = _kept(done[name], file, scorer.manifest, settings)
+            records.append(record)
             if report:
-                report.add(done[name].result())
-            watch(done[name], True)
+                report.add(record.result())
+            watch(record, True)
         kept = len(records)
         if changed:
             what = "1 picture has" if len(changed) == 1 else f"{len(changed)} pictures have"
@@ -222,6 +223,14 @@ def score_names(
         if file:
             file.finish(in_order if outputs.sort or kept else None)
     return Scored(tuple(in_order(records)), kept, len(changed), seconds, outputs)
+
+
+def _kept(record: Record, file: RecordFile | None, manifest: Manifest, settings: RunSettings) -> Record:
+    """Return a record of the earlier run, in the file too, with what its score means if only this engine knows it."""
+    known = record.known_to(manifest, settings)
+    if file and known is not record:
+        file.write(known)
+    return known
 
 
 def _compare(scorer: Scorer, done: Mapping[str, Record]) -> Iterator[tuple[str, bool]]:

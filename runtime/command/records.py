@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -120,6 +120,16 @@ class Record:
             error=error or "unknown error",
             settings=str(settings),
         )
+
+    def known_to(self, manifest: Manifest, settings: RunSettings) -> Self:
+        """Return it with what its score means to a person, if the engine has learned that since it was written."""
+        meaning, reference = manifest.score, manifest.score.reference
+        if self.score is None or self.percentile is not None or reference is None:
+            return self
+        if reference.caveat(settings.crops, settings.mode):
+            return self
+        percentile, opinion = meaning.percentile(self.score), meaning.opinion(self.score)
+        return replace(self, percentile=percentile, opinion=opinion, opinion_error=reference.error)
 
     def result(self) -> Score | Failure:
         """Return the result this record was made of, as far as it holds it: without pictures and single crops."""

@@ -179,6 +179,22 @@ def test_records_have_percentile_and_opinion(knowing: Reference, form: str) -> N
     assert "hold for --crops 1 --mode whole, not for --crops 9" in Path(f"s.{form}").read_text()
 
 
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_scores_of_an_engine_that_did_not_know_it_yet_get_it_too(folder: Path, form: str) -> None:
+    run = ["run", "--engine", "engine", "-o", f"t.{form}", "--crops", "1"]
+    read = rows_of if form == "csv" else lines_of
+    before = read_manifest(Path("engine"))
+    assert call(*run, "0.png").exit_code == 0
+    assert not read(f"t.{form}")[0].get("percentile")
+    reference = read_reference(Path("r.json"))
+    describe(dataclasses.replace(before, score=dataclasses.replace(before.score, reference=reference)))
+    assert call(*run, "0.png", "1.png", "--resume").exit_code == 0
+    describe(before)
+    rows = read(f"t.{form}")
+    assert [row["image"] for row in rows] == ["0.png", "1.png"]
+    assert [float(row["opinion"]) for row in rows] == [reference.opinions(float(row["score"])) for row in rows]
+
+
 @pytest.mark.parametrize(
     ("scale", "columns"),
     [
