@@ -136,7 +136,7 @@ def convert(
     if output.exists() and not force:
         raise OutputError(f"{output} exists; give --force to overwrite it")
     loaded = _loaded(weights, options)
-    save_bundle(loaded.model, output, half=half, sources=loaded.sources, notes=loaded.notes)
+    save_bundle(loaded.model, output, half=half, sources=loaded.sources, notes=loaded.notes, reference=loaded.reference)
     return output
 
 

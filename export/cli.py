@@ -55,6 +55,12 @@ _WEIGHTS = [
         metavar="FILE",
         help="A TOML file with any options from --swin-scale to --std. Default: NAME.toml beside a --ckpt NAME.pt.",
     ),
+    click.option(
+        "--reference",
+        type=PATH,
+        metavar="FILE",
+        help="What scores mean to a person, from iqa-eval --reference. Default: what the bundle says.",
+    ),
 ]
 
 
@@ -243,6 +249,8 @@ def print_exported(output: Path, loaded: "Loaded", done: "Exported") -> None:
         click.echo(f"ACCEPTED DRIFT: differs from PyTorch in {drift}")
     if not done.manifest.score.trained:
         click.echo(done.manifest.score.meaning)
+    if reference := done.manifest.score.reference:
+        click.echo(f"scores are placed among those of {reference.images} images of {reference.name}")
     if done.built:
         print_build(output, done.built)
 

@@ -6,15 +6,16 @@ the other fields of `Bundle` and "weights".
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
 from ..engine.atomic import replacing
-from ..engine.codec import decode, encode
+from ..engine.codec import LATER, decode, encode
 from ..engine.manifest import Source
+from ..engine.reference import Reference
 from ..errors import CheckpointError, ConfigError, OutputError, UsageError
 from .config import ModelConfig
 from .network import DiffV2IQA
@@ -25,12 +26,16 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Bundle:
-    """What a bundle says about itself. `sources` and `notes` are those of the files it was made from."""
+    """What a bundle says about itself. `sources` and `notes` are those of the files it was made from.
+
+    `reference` says what scores of this configuration with these weights mean to a person.
+    """
 
     format: int
     config: ModelConfig
     sources: tuple[Source, ...] = ()
     notes: tuple[str, ...] = ()
+    reference: Reference | None = field(default=None, metadata=LATER)
 
 
 def save_bundle(
@@ -40,6 +45,7 @@ def save_bundle(
     half: bool = False,
     sources: Iterable[Source] = (),
     notes: Iterable[str] = (),
+    reference: Reference | None = None,
 ) -> None:
     """Write weights and configuration to a `.safetensors` or `.pt` file, atomically. `half` stores float16.
 
@@ -54,7 +60,7 @@ def save_bundle(
     }
     if broken := not_finite(weights):
         raise CheckpointError(f"{path} not saved: weights that are not finite as {dtype}: {listed(broken)}")
-    bundle = Bundle(FORMAT, model.config, tuple(sources), tuple(notes))
+    bundle = Bundle(FORMAT, model.config, tuple(sources), tuple(notes), reference)
     try:
         with replacing(path) as stream:
             if path.suffix == ".pt":
@@ -83,4 +89,6 @@ def read_description(path: Path, data: Mapping[str, object]) -> Bundle:
     texts = [*bundle.notes, *(text for s in bundle.sources for text in (s.role, s.name, s.sha256, s.format))]
     if not all(text.isprintable() for text in texts):  # they end up in terminals and reports
         raise damaged("its sources or notes are not plain text")
+    if bundle.reference and bundle.reference.problem:
+        raise damaged(f"its reference {bundle.reference.problem}")
     return bundle

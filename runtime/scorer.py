@@ -238,8 +238,10 @@ class Scorer:
             # ONNX Runtime has no exception type for too little memory.
             why = _too_large(plan) if "allocat" in str(exc) else exc
             raise ImageError(f"{images[0][1]}: {why}") from exc
+        reference = m.score.reference
+        caveat = reference.caveat(options.crops or m.crop.count, options.mode) if reference else None
         return [
-            self._result(image, name, plan, seeds, outcomes[i * len(seeds) :][: len(seeds)], pictures)
+            self._result(image, name, plan, seeds, outcomes[i * len(seeds) :][: len(seeds)], pictures, caveat)
             for i, (image, name) in enumerate(images)
         ]
 
@@ -251,6 +253,7 @@ class Scorer:
         seeds: tuple[int, ...],
         outcomes: Sequence[Outcome],
         pictures: bool,
+        caveat: str | None,
     ) -> Score:
         """Return the score of one image, from the outcomes of its seeds."""
         m, verdicts = self._manifest, [outcome.verdicts for outcome in outcomes]
@@ -258,10 +261,11 @@ class Scorer:
         crops = tuple(
             _crop_score(m, plan, index, [found[index] for found in verdicts]) for index in range(len(plan.crops))
         )
-        notes = (*image.notes, *(note for outcome in outcomes for note in outcome.notes))
+        notes = (*image.notes, *(note for outcome in outcomes for note in outcome.notes), *filter(None, [caveat]))
+        score = statistics.fmean(per_seed)
         return Score(
             source=name,
-            score=statistics.fmean(per_seed),
+            score=score,
             vcg=_mean([crop.vcg for crop in crops]),
             vda=_mean([crop.vda for crop in crops]),
             spread=statistics.stdev(per_seed) if len(per_seed) > 1 else None,
@@ -275,6 +279,9 @@ class Scorer:
             engine=m.engine_id,
             backend=self._backend,
             seconds=sum(outcome.seconds for outcome in outcomes),
+            percentile=m.score.percentile(score),
+            opinion=m.score.opinion(score),
+            opinion_error=m.score.reference.error if m.score.reference else None,
             pictures=_pictures(m, plan, image, outcomes[0]) if pictures else None,
         )
 
