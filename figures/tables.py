@@ -25,6 +25,7 @@ from diffiqa.bench.results import read
 from diffiqa.errors import DiffiqaError
 from diffiqa.figures.gpu.page import gpu, gpu_speed
 from diffiqa.figures.people_tables import damage, opinions, papers, people, restored
+from diffiqa.figures.pfd import pfd_choices, pfd_cost
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "figures" / "results"
@@ -261,6 +262,7 @@ SINGLE: dict[str, Callable[[Path], str]] = {
     for made in (
         *(figures, speed, precision, precisions, tried, gpu, gpu_speed),
         *(people, opinions, damage, restored, papers),
+        *(pfd_choices, pfd_cost),
     )
 }
 

@@ -18,7 +18,7 @@ from . import hub
 from .bundle import Bundle, read_description
 from .config import PRESETS, Encoder, ModelConfig
 from .config import preset as preset_config
-from .naming import BUNDLE, DDPM, IQA, SR3, Format, adapt, find, is_average
+from .naming import BUNDLE, DDPM, DEIQT, IQA, SR3, Format, adapt, find, is_average
 from .network import DiffV2IQA, build
 from .options import OPTIONS, Values, apply, as_text, parse_options, read_options
 from .sr3 import in_words, read_size
@@ -215,6 +215,8 @@ def _open(option: str, path: Path) -> _Given:
             f"{path} is the {form.words}, which is told the number of the step where SR3 is told the noise level; "
             f"restoring needs SR3's own: train it with which_model_G = sr3"
         )
+    if form is DEIQT:
+        raise CheckpointError(f"{path} is {form.words}'s network, a part of PFD-IQA; this command wants Diff-V²-IQA")
     if file.average or is_average(prefix):
         remarks.append(f"the moving average of its weights is taken ({file.average or prefix.removesuffix('.')})")
     if prefix:
