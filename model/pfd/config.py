@@ -75,7 +75,7 @@ class PfdConfig:
 
     name: str
     encoder: Backbone = Backbone.VIT  # inferred: DEIQT's ViT-S/16 with LayerScale; Lite0 is ours, for CPUs
-    width: int = 384  # inferred: ViT-S; 128 leaves two CPU cores time for 20 images of 4 crops in a second
+    width: int = 384  # inferred: ViT-S; 128 for a CPU, whose goal is 20 images of 4 crops a second
     crop: int = 224  # inferred: DEIQT
     patch: int = 16  # inferred: DEIQT; so the map is 14×14, and Lite0's maps are brought to that
     blocks: int = 12  # inferred: DEIQT; of the ViT
