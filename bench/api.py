@@ -89,7 +89,7 @@ def bench(
         with tempfile.TemporaryDirectory() as folder, contextlib.closing(run):
             if images:
                 say("reading images")
-                found = sort_by_size(find_images(names), crop)
+                found = sort_by_size(find_images(names), m)
             elif small := next((size for size in sizes if min(size) < crop), None):
                 raise UsageError(
                     f"images of {small[1]}×{small[0]} are smaller than a crop of this engine, {crop}×{crop}"

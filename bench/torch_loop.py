@@ -23,7 +23,7 @@ from ..engine.score import weighted_sum
 from ..errors import UsageError
 from ..export.stages import stage_plans
 from ..model.config import ModelConfig
-from ..model.network import DiffV2IQA
+from ..model.network import DiffV2IQA, as_tapped
 from ..model.unet import UNet
 from ..runtime.gpu.onnx_stage import BATCH
 from ..runtime.plan import Plan, make_plan
@@ -72,13 +72,22 @@ class TorchScorer:
         self._step = _fast(self._placed(_Step(unet, dtype)), way) if isinstance(unet, UNet) else None
 
     @torch.inference_mode()
-    def score(self, pixels: npt.NDArray[Any], manifest: Manifest, options: Options) -> float:
-        """Return the score of pixels (height, width, 3), uint8 or float in [0, 1]."""
+    def score(
+        self,
+        pixels: npt.NDArray[Any],
+        manifest: Manifest,
+        options: Options,
+        restored_from: npt.NDArray[Any] | None = None,
+    ) -> float:
+        """Return the score of pixels (height, width, 3), uint8 or float in [0, 1], restored from others if given."""
         plan = make_plan(pixels.shape[0], pixels.shape[1], manifest, options)
         if plan.mode is not Mode.WHOLE:
             raise UsageError(f"{plan.width}×{plan.height} pixels are more than this peer restores, which has no tiles")
+        if plan.squashed:
+            raise UsageError("this peer squashes no images")
         plane = self._plane(pixels, plan)
-        restored = self._restore(self._step, plane, manifest, options.seed) if self._step else {}
+        condition = plane if restored_from is None else self._plane(restored_from, plan)
+        restored = self._restore(self._step, condition, manifest, options.seed) if self._step else {}
         planes = torch.cat([plane, *restored.values()])[:, :, : plan.height, : plan.width]
         crops = _cut(planes, plan)
         scores = [self._assess(crops[start : start + BATCH]) for start in range(0, len(crops), BATCH)]
@@ -111,7 +120,7 @@ class TorchScorer:
             y = step(y, condition, z[max(i - 1, 0)][None], table[i])  # the last adds none: its sigma is 0
             if i in wanted.values():
                 tapped[i] = y
-        return {kind: tapped[i] for kind, i in wanted.items()}
+        return {kind: as_tapped(tapped[i], manifest.tap_form) for kind, i in wanted.items()}
 
     def _draw(self, seed: int, steps: int, plane: Tensor) -> Tensor:
         """Return the noise of steps 1 … T as (T, 3, H, W).

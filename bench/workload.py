@@ -11,7 +11,7 @@ import PIL.Image
 from ..engine.manifest import Manifest, StageName
 from ..engine.schedule import Taps
 from ..errors import ImageError, UsageError
-from ..runtime.images import read_image, synthetic
+from ..runtime.images import read_for, synthetic
 from ..runtime.results import Options
 
 Size = tuple[int, int]  # height, width
@@ -59,13 +59,13 @@ def generate(folder: Path, sizes: Sequence[Size], count: int, seed: int) -> Imag
     return Images(by_size)
 
 
-def sort_by_size(paths: Sequence[Path], min_side: int) -> Images:
+def sort_by_size(paths: Sequence[Path], manifest: Manifest) -> Images:
     """Read every image once. Raises UsageError if none can be read."""
     by_size: defaultdict[Size, list[Path]] = defaultdict(list)
     left_out = []
     for path in paths:
         try:
-            height, width = read_image(path, min_side=min_side).pixels.shape[:2]
+            height, width = read_for(path, manifest).size
             by_size[height, width].append(path)
         except ImageError as exc:
             left_out.append(str(exc))

@@ -152,8 +152,7 @@ def collect(
         scorer = Scorer(directory.manifest, recorders, backend="calibration")
     for done, (digest, name) in enumerate(todo.items()):
         say(f"calibrating: {done + 1} of {len(todo)}, {name}")
-        image = read_image(name, min_side=directory.manifest.crop.size)
-        scorer.score(image.pixels, Options(seed=seed, crops=crops))  # the recorders add to the statistics in place
+        scorer.score(name, Options(seed=seed, crops=crops))  # the recorders add to the statistics in place
         samples = sorted(
             (*statistics.samples, CalibrationImage(name, digest, seed)), key=lambda seen: (seen.digest, seen.seed)
         )

@@ -2,7 +2,8 @@
 
 Handles nested dataclasses, enums, tuples, `dict[str, T]`, optionals and JSON scalars. Unknown keys, missing keys and
 values of the wrong type are errors that name the place (`manifest.stages[2].macs`). So a damaged or hostile file is
-refused before anything uses it.
+refused before anything uses it. A field that came later (`LATER`) is written only where it is not at its default: so
+files, and hashes of them, that do not use it stay as they were.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+LATER = {"later": True}  # metadata of a field that came after files were written without it
 _NAMES: dict[Any, str] = {str: "text", bool: "true or false", int: "a whole number", float: "a finite number"}
 
 
@@ -23,7 +25,8 @@ def encode(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return value.value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        items = [(f, getattr(value, f.name)) for f in dataclasses.fields(value)]
+        return {f.name: encode(item) for f, item in items if not f.metadata.get("later") or item != f.default}
     if isinstance(value, dict):
         return {str(encode(key)): encode(item) for key, item in value.items()}
     if isinstance(value, tuple | list):

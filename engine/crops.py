@@ -1,6 +1,18 @@
-"""Where an image is looked at: an even, deterministic grid of square crops that reaches every border."""
+"""Where an image is looked at: square crops on an even grid that reaches every border, or drawn from the seed."""
 
+import enum
 from dataclasses import dataclass
+
+import numpy as np
+
+from .noise import philox4x32, split_seed
+
+
+class CropPlaces(enum.StrEnum):
+    """Where crops lie."""
+
+    GRID = "grid"  # spread evenly, the same in every run
+    RANDOM = "random"  # drawn from the seed
 
 
 @dataclass(frozen=True)
@@ -9,6 +21,29 @@ class Crop:
 
     top: int
     left: int
+
+
+def place_crops(places: CropPlaces, height: int, width: int, size: int, count: int, seed: int = 0) -> tuple[Crop, ...]:
+    """Return `count` crops of `size`×`size` at such places of an image; fewer if it has no room for so many."""
+    if places is CropPlaces.GRID or (height, width) == (size, size):
+        return crop_grid(height, width, size, count)
+    return _drawn(height, width, size, count, seed)
+
+
+def _drawn(height: int, width: int, size: int, count: int, seed: int) -> tuple[Crop, ...]:
+    """Draw each crop from all places that it can have. As in MANIQA's program, two may lie at one place.
+
+    Crop k reads the first two words of the block `counter = (k, 0, 0, 1)` of `noise.py`, where noise has a 0 as its
+    last word. A word picks a place as w · places / 2³², rounded down.
+    """
+    if min(height, width) < size or count < 1:
+        raise ValueError(f"no {count} crops of {size}×{size} in an image of {width}×{height}")
+    words = philox4x32((np.arange(count, dtype=np.uint64), 0, 0, 1), split_seed(seed))
+    tops, lefts = (
+        (word * np.uint64(length - size + 1) >> np.uint64(32)).tolist()
+        for word, length in zip(words[:2], (height, width), strict=True)
+    )
+    return tuple(map(Crop, tops, lefts))
 
 
 def crop_grid(height: int, width: int, size: int, count: int) -> tuple[Crop, ...]:

@@ -1,13 +1,13 @@
 """Precisions of the trained `mini`: how far scores of held-out pictures move, how large, how fast on the CPU.
 
-    python figures/precision.py scores --labels rated/labels.csv --split rated/split.json [--images 200]
+    python figures/precision.py scores --labels BIQ2021/ --dataset biq2021 --split split.json [--images 200]
     python figures/precision.py speed
     python figures/precision.py sizes
     python figures/precision.py engines
-    python figures/precision.py verify --labels rated/labels.csv --split rated/split.json
+    python figures/precision.py verify --labels BIQ2021/ --dataset biq2021 --split split.json
 
-`scores` (results/precision.json) takes pictures of the part "test" that `iqa-train rate` made, calibrates on 16 of the
-part "train", and scores each picture in all precisions in turn: one crop, restored by itself. int8 is of all stages,
+`scores` (results/precision.json) takes pictures of the part "test" of a split, calibrates on 16 of the part "train",
+and scores each picture in all precisions in turn: one crop, restored by itself. int8 is of all stages,
 mixed of those that `--precision mixed` takes. fp16, bf16 and fp8 are emulated, every result rounded as the plan of
 `iqa-build` says (fp8: of all stages, the rest in fp16), because no CPU computes in them as TensorRT does: their scores
 count, their times do not. `speed` (results/precision-speed.json) runs the full-size U-Net step, float32 and int8 in
@@ -38,7 +38,7 @@ from diffiqa.calibration.mixed import Trial, choose_stages
 from diffiqa.calibration.pictures import draw
 from diffiqa.calibration.quantise import Recipe, quantise_engine, quantise_stage
 from diffiqa.calibration.statistics import Recorder, StageStatistics, collect, watched
-from diffiqa.data.datasets import Item, load_csv
+from diffiqa.data.datasets import Item, read_labels
 from diffiqa.data.splits import Split
 from diffiqa.engine.agreement import plcc, srcc
 from diffiqa.engine.manifest import EngineDirectory, Library, Precision, StageName, open_engine
@@ -70,7 +70,8 @@ def main() -> None:
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--ckpt", type=Path, default=ROOT / "models" / "mini" / "model.safetensors")
     pictures = argparse.ArgumentParser(add_help=False, parents=[model])
-    pictures.add_argument("--labels", type=Path, required=True)
+    pictures.add_argument("--labels", type=Path, required=True, help="A CSV file, or the folder of --dataset.")
+    pictures.add_argument("--dataset")
     pictures.add_argument("--split", type=Path, required=True)
     scores = commands.add_parser("scores", parents=[pictures])
     scores.set_defaults(measure=measure_scores)
@@ -90,7 +91,7 @@ def main() -> None:
 
 def measure_scores(given: argparse.Namespace, folder: Path) -> None:
     """Score the same pictures in each precision."""
-    labels, split = load_csv(given.labels), Split.read(given.split)
+    labels, split = read_labels(given.labels, given.dataset), Split.read(given.split)
     chosen = drawn(split.items(labels, "test"), given.images)
     export_engine(load_checkpoint(given.ckpt), folder / "fp32")
     trials: list[Trial] = []
@@ -271,7 +272,7 @@ def measure_engines(given: argparse.Namespace, folder: Path) -> None:
 
 def measure_verify(given: argparse.Namespace, folder: Path) -> None:
     """Verify the fp16 plan, emulated, with the command as a user would."""
-    chosen = drawn(Split.read(given.split).items(load_csv(given.labels), "test"), VERIFIED_IMAGES)
+    chosen = drawn(Split.read(given.split).items(read_labels(given.labels, given.dataset), "test"), VERIFIED_IMAGES)
     export_engine(load_checkpoint(given.ckpt), folder / "fp32")
     command = ["-m", "diffiqa.cli", "verify", "--engine", str(folder / "fp32"), "--precision", "fp16"]
     start = time.perf_counter()

@@ -10,9 +10,14 @@ __host__ __device__ inline int reflect(int i, int size)
     return r < size ? r : period - r;
 }
 
-__host__ __device__ inline float normalised(unsigned char value)
+__host__ __device__ inline float normalised(float value) { return (value / 255.0f - 0.5f) / 0.5f; }
+
+// engine/pixels.py, as_tapped, bit for bit; `form` is the place in TapForm. The comparisons let NaN through.
+__host__ __device__ inline float as_tapped(float x, int form)
 {
-    return (static_cast<float>(value) / 255.0f - 0.5f) / 0.5f;
+    x = x < -1.0f ? -1.0f : x;
+    x = x > 1.0f ? 1.0f : x;
+    return form == 2 ? normalised(rintf((x + 1.0f) * 127.5f)) : x;
 }
 
 // 12 bytes: 4 pixels of 3 channels.
@@ -51,10 +56,10 @@ __device__ void normalise_pad(const unsigned char* image, Vec4<Real>* __restrict
     }
 }
 
-// One kind of image: (images, 3, height, width), float or half.
+// One kind of image: (images, 3, height, width), float or half, and the form that it takes on the way.
 struct alignas(16) Source {
     const void* images;
-    int is_half, unused;
+    int is_half, form;
 };
 
 struct alignas(16) Crop {
@@ -81,8 +86,11 @@ __device__ void gather_crops(const Source* sources, const Crop* crops, Vec4<Real
         const Index first = (Index(crop.image) * 3 + plane % 3) * height + crop.top;
         for (unsigned q = blockIdx.x * blockDim.x + threadIdx.x; q < quads; q += gridDim.x * blockDim.x) {
             const Index at = (first + q / columns) * width + crop.left + q % columns * 4;
-            const Float4 pixels = source.is_half ? load_pixels(static_cast<const Half*>(source.images), at)
-                                                 : load_pixels(static_cast<const float*>(source.images), at);
+            Float4 pixels = source.is_half ? load_pixels(static_cast<const Half*>(source.images), at)
+                                           : load_pixels(static_cast<const float*>(source.images), at);
+            if (source.form > 0)
+                pixels = {as_tapped(pixels.x, source.form), as_tapped(pixels.y, source.form),
+                          as_tapped(pixels.z, source.form), as_tapped(pixels.w, source.form)};
             out[Index{plane} * quads + q] = narrow4<Real>(pixels);
         }
     }

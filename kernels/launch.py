@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..engine.pixels import TapForm
+
 # The structs of sampler.cu and images.cu.
 WINDOW = np.dtype(
     [(name, "<u4") for name in ("key_low", "key_high", "lane")]
@@ -20,10 +22,12 @@ WINDOW = np.dtype(
 COEFFICIENTS = ("noise_level", "y_to_x0", "noise_to_x0", "x0_to_mean", "y_to_mean", "sigma")
 STEP = np.dtype([(name, "<f4") for name in COEFFICIENTS] + [("tap", "<i4"), ("unused", "<i4")])
 PROGRESS = np.dtype([("step", "<i4"), ("ticket", "<u4")])
-SOURCE = np.dtype([("address", "<u8"), ("is_half", "<i4"), ("unused", "<i4")])
+SOURCE = np.dtype([("address", "<u8"), ("is_half", "<i4"), ("form", "<i4")])
 CROP = np.dtype([(name, "<i4") for name in ("image", "top", "left", "unused")])
 
 Table = npt.NDArray[Any]
+
+_FORMS = tuple(TapForm)  # images.cu numbers them
 
 _BLOCK = 256
 # Enough blocks along x to fill any GPU with a single plane; in larger planes every thread does several quads. The limit
@@ -209,11 +213,16 @@ def window_table(windows: Sequence[Window], size: tuple[int, int]) -> Table:
     return np.array(rows, WINDOW)
 
 
-def source_table(sources: Sequence[tuple[int, Storage]]) -> Table:
-    """Return the sources of `gather_crops`: for every kind the address of its images and how they are stored."""
+def source_table(sources: Sequence[tuple[int, Storage]], form: TapForm = TapForm.FLOAT) -> Table:
+    """Return the sources of `gather_crops`: for every kind the address of its images and how they are stored.
+
+    All but the first are restorations: `gather_crops` gives them the `form`.
+    """
     for address, _ in sources:
         _check_address("source", address)
-    return np.array([(address, storage is Storage.F16, 0) for address, storage in sources], SOURCE)
+    table = np.array([(address, storage is Storage.F16, 0) for address, storage in sources], SOURCE)
+    table["form"][1:] = _FORMS.index(form)
+    return table
 
 
 def crop_table(

@@ -6,7 +6,7 @@ the other fields of `Bundle` and "weights".
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..engine.atomic import replacing
-from ..engine.codec import decode, encode
+from ..engine.codec import LATER, decode, encode
 from ..engine.manifest import Source
+from ..engine.reference import Reference
 from ..errors import CheckpointError, ConfigError, OutputError, UsageError
 from .config import ModelConfig
 from .network import DiffV2IQA
@@ -30,7 +31,10 @@ B = TypeVar("B", bound="Description[Any]")
 
 @dataclass(frozen=True)
 class Description(Generic[C]):
-    """What a bundle says about itself. `sources` and `notes` are those of the files it was made from."""
+    """What a bundle says about itself. `sources` and `notes` are those of the files it was made from.
+
+    `reference` says what scores of this configuration with these weights mean to a person.
+    """
 
     FORMAT: ClassVar[int]
 
@@ -38,6 +42,7 @@ class Description(Generic[C]):
     config: C
     sources: tuple[Source, ...] = ()
     notes: tuple[str, ...] = ()
+    reference: Reference | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,13 @@ def save_bundle(
     half: bool = False,
     sources: Iterable[Source] = (),
     notes: Iterable[str] = (),
+    reference: Reference | None = None,
 ) -> None:
     """Write weights and configuration to a `.safetensors` or `.pt` file, atomically. `half` stores float16.
 
     Raises UsageError (another suffix), OutputError (cannot be written) or CheckpointError (weights not finite).
     """
-    bundle = Bundle(Bundle.FORMAT, model.config, tuple(sources), tuple(notes))
+    bundle = Bundle(Bundle.FORMAT, model.config, tuple(sources), tuple(notes), reference)
     write_bundle(bundle, model.state_dict(), path, half=half)
 
 
@@ -110,6 +116,8 @@ def read_description(path: Path, data: Mapping[str, object], kind: type[B] = Bun
     texts = [*bundle.notes, *(text for s in bundle.sources for text in (s.role, s.name, s.sha256, s.format))]
     if not all(text.isprintable() for text in texts):  # they end up in terminals and reports
         raise damaged("its sources or notes are not plain text")
+    if bundle.reference and bundle.reference.problem:
+        raise damaged(f"its reference {bundle.reference.problem}")
     return bundle
 
 

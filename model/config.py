@@ -7,6 +7,9 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from ..engine.codec import LATER
+from ..engine.crops import CropPlaces
+from ..engine.pixels import ImageForm, Preparation, Sides, TapForm
 from ..engine.schedule import Kind, Schedule, Taps
 from ..errors import ConfigError
 
@@ -105,6 +108,33 @@ class VDAConfig:
     width: int = 32
 
 
+class Better(enum.StrEnum):
+    """Which scores are the better ones."""
+
+    HIGHER = "higher"
+    LOWER = "lower"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels that the network was trained on, and whose scale its scores are on."""
+
+    minimum: float = 0.0
+    maximum: float = 1.0
+    better: Better = Better.HIGHER
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What the scoring networks see of pixels between 0 and 1: `(pixel − mean) / std`, for red, green and blue.
+
+    The U-Net always sees pixels from −1 to 1.
+    """
+
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A whole Diff-V²-IQA network. `None` for a part is the paper's ablation without it.
@@ -125,6 +155,16 @@ class ModelConfig:
     vda_weight: float = 1.0
     grid: int = 28  # the heads' map is grid × grid tokens
     dropout: float = 0.1  # of the heads, in training
+    labels: Labels = field(default=Labels(), metadata=LATER)
+    pixels: Pixels = field(default=Pixels(), metadata=LATER)
+    # How images were prepared when the heads were trained.
+    tap_form: TapForm = field(default=TapForm.FLOAT, metadata=LATER)
+    sides: Sides = field(default=Sides.PADDED, metadata=LATER)
+    image_form: ImageForm = field(default=ImageForm.AS_IS, metadata=LATER)
+    crop_places: CropPlaces = field(default=CropPlaces.GRID, metadata=LATER)
+    crop_count: int = field(
+        default=9, metadata=LATER
+    )  # per image unless the user says otherwise: a 3×3 grid on a square image
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built, before anything is allocated."""
@@ -133,6 +173,27 @@ class ModelConfig:
         rules |= _vcg_rules(self, self.vcg) if self.vcg else {}
         rules |= _vda_rules(self.vda) if self.vda else {}
         refuse(f"model configuration {self.name!r}", rules)
+
+    @property
+    def alignment(self) -> int:
+        """Image sides must be multiples of this, as `sides` says how."""
+        return self.unet.alignment if self.unet else 1
+
+    @property
+    def preparation(self) -> Preparation:
+        """How images are prepared."""
+        return Preparation(self.sides, self.image_form, self.alignment, self.crop)
+
+    @property
+    def as_trained(self) -> dict[str, str]:
+        """How taps and images are prepared, as far as it is not the default: for keys of what depends on it."""
+        defaults = {
+            "tap_form": TapForm.FLOAT,
+            "sides": Sides.PADDED,
+            "image_form": ImageForm.AS_IS,
+            "crop_places": CropPlaces.GRID,
+        }
+        return {name: str(getattr(self, name)) for name, value in defaults.items() if getattr(self, name) != value}
 
     @property
     def tokens(self) -> int:
@@ -173,9 +234,17 @@ def _common_rules(c: ModelConfig) -> dict[str, bool]:
         ),
         "tabs must be between 0 and 8": 0 <= c.tabs <= 8,
         "crop must be a multiple of 16 between 32 and 1024": 32 <= c.crop <= 1024 and c.crop % 16 == 0,
+        "image_form squashed needs tap_form png8: restorations are squashed as files of 8 bits are": not restored
+        or c.image_form is ImageForm.AS_IS
+        or c.tap_form is TapForm.PNG8,
+        "crop_count must be between 1 and 10000": 1 <= c.crop_count <= 10_000,
         "grid must be between 1 and 128": 1 <= c.grid <= 128,
         "dropout must be in [0, 1)": 0 <= c.dropout < 1,
         "branch weights must not be negative": min(c.vcg_weight, c.vda_weight) >= 0,
+        "labels.minimum must be below labels.maximum": c.labels.minimum < c.labels.maximum,
+        "pixels.mean and pixels.std must be three numbers, std above 0": (
+            len(c.pixels.mean) == len(c.pixels.std) == 3 and min(c.pixels.std) > 0
+        ),
         "name must be 1 to 64 letters, digits, '-', '_' or '.'": (
             0 < len(c.name) <= 64 and all(ch.isalnum() or ch in "-_." for ch in c.name)
         ),
@@ -246,15 +315,25 @@ PAPER = ModelConfig(name="paper")
 PRESETS: dict[str, ModelConfig] = {
     # The paper's text: BatchNorm in the U-Net.
     "paper": PAPER,
-    # The authors' code: SR3's GroupNorm.
-    "authors": replace(PAPER, name="authors", unet=UNetConfig(norm=Norm.GROUP)),
-    # The special case without restoration, for MANIQA's own weights.
+    # The authors' code: SR3's GroupNorm, restorations in PNG files, and one random crop of each image.
+    "authors": replace(
+        PAPER,
+        name="authors",
+        unet=UNetConfig(norm=Norm.GROUP),
+        tap_form=TapForm.PNG8,
+        sides=Sides.RESIZED,
+        crop_places=CropPlaces.RANDOM,
+        crop_count=1,
+    ),
+    # The special case without restoration, for MANIQA's own weights. Its program takes 20 random crops.
     "maniqa": replace(
         PAPER,
         name="maniqa",
         unet=None,
         vda=None,
         vcg=VCGConfig(selection={Kind.DIS: (6, 7, 8, 9)}, noise_code=0, squeeze=(768,)),
+        crop_places=CropPlaces.RANDOM,
+        crop_count=20,
     ),
     # The same stages, small: two CPU cores restore a 224×224 image in a few seconds, and train it in hours.
     "mini": ModelConfig(

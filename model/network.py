@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..engine.crops import crop_grid, padded_size
+from ..engine.crops import padded_size, place_crops
 from ..engine.noise import NoiseField
+from ..engine.pixels import ImageForm, Sides, TapForm, squash_planes
 from ..engine.schedule import Kind
 from ..engine.score import weighted_sum
 from .attention import TransposedAttention
@@ -94,19 +95,27 @@ class DiffV2IQA(nn.Module):
         return {kind: tapped[config.taps.step_of(kind)] for kind in config.kinds if kind is not Kind.DIS}
 
     @torch.no_grad()
-    def score(self, images: Tensor, seed: int = 0, crops: int = 9) -> Scores:
-        """Score whole images (B, 3, H, W) in [-1, 1]: restore, cut the same crops from all kinds, mean over crops."""
-        config = self.config
-        height, width = images.shape[2:]
-        alignment = config.unet.alignment if config.unet else 1
-        rows, columns = padded_size(height, width, alignment)
-        padded = nn.functional.pad(images, (0, columns - width, 0, rows - height), mode="reflect")
-        planes = torch.stack([images, *(x[..., :height, :width] for x in self.restore(padded, seed).values())], dim=1)
-        size = config.crop
-        of_crops = [
-            self(planes[..., c.top : c.top + size, c.left : c.left + size])
-            for c in crop_grid(height, width, size, crops)
-        ]
+    def score(
+        self, images: Tensor, seed: int = 0, crops: int | None = None, *, restored_from: Tensor | None = None
+    ) -> Scores:
+        """Score whole images (B, 3, H, W) in [-1, 1]: restore, cut the same crops from all kinds, mean over crops.
+
+        A model that resizes or squashes images takes what the heads see, and what the U-Net restores beside it.
+        """
+        config, size = self.config, self.config.crop
+        condition = images if restored_from is None else restored_from
+        height, width = condition.shape[2:]
+        rows, columns = padded_size(height, width, config.alignment)
+        if config.sides is Sides.RESIZED and (rows, columns) != (height, width):
+            raise ValueError(f"{config.name!r} takes images with sides that are multiples of {config.alignment}")
+        padded = nn.functional.pad(condition, (0, columns - width, 0, rows - height), mode="reflect")
+        restored = [as_tapped(x[..., :height, :width], config.tap_form) for x in self.restore(padded, seed).values()]
+        if config.image_form is ImageForm.SQUASHED:
+            restored = [torch.from_numpy(squash_planes(x.cpu().numpy(), size)).to(images) for x in restored]
+        planes = torch.stack([images, *restored], dim=1)
+        height, width = planes.shape[-2:]
+        places = place_crops(config.crop_places, height, width, size, crops or config.crop_count, seed)
+        of_crops = [self(planes[..., c.top : c.top + size, c.left : c.left + size]) for c in places]
 
         def mean(scores: list[Tensor | None]) -> Tensor | None:
             present = [score for score in scores if score is not None]
@@ -119,6 +128,17 @@ class DiffV2IQA(nn.Module):
         if branch is None:
             raise ValueError(f"model {self.config.name!r} has no {name} branch")
         return branch
+
+
+def as_tapped(planes: Tensor, form: TapForm) -> Tensor:
+    """Return restored planes in the form that the heads were trained on: `engine/pixels.py`, in PyTorch."""
+    if form is TapForm.FLOAT:
+        return planes
+    planes = planes.clamp(-1, 1)
+    if form is TapForm.CLAMPED:
+        return planes
+    # On a GPU PyTorch multiplies by the inverse of a number, and divides by a tensor.
+    return (((planes + 1) * 127.5).round() / planes.new_full((), 255) - 0.5) / 0.5
 
 
 def build(config: ModelConfig, seed: int) -> DiffV2IQA:

@@ -11,8 +11,14 @@ from ..engine.schedule import Kind
 from .plan import Plan, Window
 
 FloatArray = npt.NDArray[np.float32]
+Planes = FloatArray | tuple[FloatArray, FloatArray]  # an image, or a pair: see `both`
 Call = Callable[[], None]
 Task = tuple[Any, int]  # an image, as its executor takes it, and a seed
+
+
+def both(image: Any) -> tuple[Any, Any]:
+    """Return what the heads see of an image, and what the U-Net restores: one array, unless it is a pair."""
+    return image if isinstance(image, tuple) else (image, image)
 
 
 class StageRunner(Protocol):
@@ -90,8 +96,8 @@ def paste(
     """Add the weighted part of a window that a crop reads to the crop's restored kinds; `share` sums the weights."""
     at = plan.crops[index]
     top, left = max(at.top, window.top), max(at.left, window.left)
-    bottom = min(at.top + plan.crop_size, window.top + window.height)
-    right = min(at.left + plan.crop_size, window.left + window.width)
+    bottom = min(at.top + plan.cut[0], window.top + window.height)
+    right = min(at.left + plan.cut[1], window.left + window.width)
     here = np.s_[top - at.top : bottom - at.top, left - at.left : right - at.left]
     there = np.s_[top - window.top : bottom - window.top, left - window.left : right - window.left]
     for row, plane in enumerate(restored.values(), start=1):

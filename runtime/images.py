@@ -3,7 +3,9 @@
 Files are not trusted. Whatever their bytes are, reading one ends in an `Image` or an `ImageError`, in any thread.
 """
 
+import functools
 import hashlib
+import importlib
 import io
 import logging
 import os
@@ -12,8 +14,8 @@ import stat
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -21,8 +23,12 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
+from ..engine.manifest import Manifest
+from ..engine.pixels import Preparation, bicubic, to_pixels, to_plane
+from ..engine.schedule import Kind
 from ..errors import ImageError
 from .arrays import Exchangeable, GpuArray, is_foreign, to_numpy
+from .colour import to_srgb
 
 Source = str | os.PathLike[str] | bytes | PIL.Image.Image | npt.NDArray[Any] | GpuArray | Exchangeable
 Array = npt.NDArray[Any]
@@ -39,6 +45,8 @@ GREY, PALETTE = "grey expanded to RGB", "palette expanded"
 DEEP, BLENDED = "16-bit reduced to 8", "alpha blended over white"
 MODE_NOTES = {"1": GREY, "L": GREY, "LA": GREY, "P": PALETTE, "PA": PALETTE}
 PLAIN_MODES = {"RGB", "RGBA", "RGBa", "RGBX"}
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # tags of TIFF, and their values
+SAMPLE_FORMAT, SIGNED = 339, 2
 ARRAY_TYPES = ("uint8", "uint16", "float32", "float64")
 
 # Pillow logs about some broken files. Without a handler Python prints that to stderr.
@@ -60,6 +68,13 @@ class Image:
     height: int
     notes: tuple[str, ...]
     digest: str
+    restored_from: npt.NDArray[Any] | None = None  # what the U-Net gets, where that is not `pixels`
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The (height, width) of what is restored, or else looked at."""
+        height, width, _ = (self.pixels if self.restored_from is None else self.restored_from).shape
+        return height, width
 
 
 def read_image(source: Source, *, min_side: int = 224, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> Image:
@@ -85,6 +100,48 @@ def read_image(source: Source, *, min_side: int = 224, max_pixels: int | None = 
     return Image(pixels, width, height, tuple(notes), digest.hexdigest())
 
 
+def read_for(source: Source, manifest: Manifest, *, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> Image:
+    """Read an image and prepare it as an engine's model was trained. Its digest is that of the pixels as given.
+
+    Every failure is an `ImageError`.
+    """
+    image, how = read_image(source, min_side=manifest.crop.size, max_pixels=max_pixels), manifest.preparation
+    try:
+        seen, restored_from = prepare(image.pixels, how)
+    except MemoryError as exc:
+        raise ImageError(f"{_name(source)}: {_reason(exc)}") from exc
+    if seen is image.pixels:
+        return image
+    size = image.size
+    notes = [
+        f"{done} to {width}×{height}"
+        for done, before, (height, width) in (
+            ("resized", size, how.restored(*size)),
+            ("squashed", how.restored(*size), how.seen(*size)),
+        )
+        if before != (height, width)
+    ]
+    for pixels in (seen, restored_from):
+        pixels.setflags(write=False)
+    other = restored_from if manifest.kinds != (Kind.DIS,) else None
+    return replace(image, pixels=seen, restored_from=other, notes=(*image.notes, *notes))
+
+
+def prepare(pixels: Array, how: Preparation) -> tuple[Array, Array]:
+    """Return what the heads see of an image, and what the U-Net restores: `pixels` itself if there is nothing to do.
+
+    The authors' programs scale the image twice, on 8 bits: for the heads by OpenCV's bicubic filter, for the U-Net by
+    Pillow's bilinear one.
+    """
+    size = pixels.shape[0], pixels.shape[1]
+    seen, restored = how.seen(*size), how.restored(*size)
+    if seen == restored == size:
+        return pixels, pixels
+    pixels = to_pixels(to_plane(pixels)) if pixels.dtype != np.uint8 else pixels
+    to_restore = pixels if restored == size else _resized(pixels, restored[::-1], PIL.Image.Resampling.BILINEAR)
+    return bicubic(pixels, *seen), to_restore
+
+
 def synthetic(seed: int | tuple[int, ...], height: int, width: int) -> npt.NDArray[np.uint8]:
     """Return a random picture for checks and timings. Like photographs it has detail at several scales."""
     generator = np.random.default_rng(seed)
@@ -104,7 +161,15 @@ def readable_suffixes() -> frozenset[str]:
 def _formats() -> tuple[str, ...]:
     # Pillow loads its plugins when it meets an unknown file. If two threads do so at once, one may find none.
     PIL.Image.init()
+    _init_heif()
     return tuple(name for name in PIL.Image.ID if name not in UNREAD_FORMATS)
+
+
+@functools.cache
+def _init_heif() -> None:
+    """Let Pillow read the photographs of iPhones, if the extra `heif` is installed."""
+    with suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
 
 
 class _Listener(threading.local):
@@ -193,6 +258,7 @@ def _from_pillow(image: PIL.Image.Image, max_pixels: int | None, notes: list[str
     if frames > 1 and image.format != "PSD":  # the "frames" of PSD are layers; Pillow reads the merged picture
         place = image.tell() + 1
         notes.append(f"first of {frames} frames" if place == 1 else f"frame {place} of {frames}")
+    _refuse_measurements(image)
     if _is_reduced_by_pillow(image):
         notes.append(DEEP)
     comes_upright = image.format == "TIFF" and _orientation(image, []) != 1  # Pillow turns these as it decodes them
@@ -233,31 +299,49 @@ def _turn(pixels: Array, orientation: int) -> Array:
     return pixels
 
 
-def _is_reduced_by_pillow(image: PIL.Image.Image) -> bool:
-    """Return whether Pillow cuts 16-bit colour to its upper 8 bits; known for PNG, TIFF, SGI and PPM."""
+def _tiles(image: PIL.Image.Image) -> Iterator[tuple[str, str, list[Any]]]:
+    """Return the codec, the raw mode and other options of each part of a file that is not decoded yet."""
     for codec, *_, options in getattr(image, "tile", ()):
         raw_mode, *rest = options if isinstance(options, tuple) else (options,)
+        yield codec, str(raw_mode), rest
+
+
+def _refuse_measurements(image: PIL.Image.Image) -> None:
+    """Raise ImageError for whole numbers of which nobody knows which one is white: of 32 bits, or with a sign."""
+    tags = cast("Any", image).tag_v2 if image.format == "TIFF" and image.mode != "LAB" else {}
+    signed = SIGNED in tags.get(SAMPLE_FORMAT, ())
+    if signed or any(re.match(r"I;(32|16.?S)", raw_mode) for _, raw_mode, _ in _tiles(image)):
+        kind = "signed" if signed else "32-bit"
+        raise ImageError(f"{kind} whole numbers, whose white is not known; save it with 8 or 16 bits without a sign")
+
+
+def _is_reduced_by_pillow(image: PIL.Image.Image) -> bool:
+    """Return whether Pillow cuts 16-bit colour to its upper 8 bits; known for PNG, TIFF, SGI and PPM."""
+    for codec, raw_mode, rest in _tiles(image):
         if codec.startswith("ppm"):
             return image.mode == "RGB" and rest[0] > 255  # the largest value of the file
-        if re.fullmatch(r"(LA|RGB.?|CMYK);16[BLN]", str(raw_mode)):
+        if re.fullmatch(r"(LA|RGB.?|CMYK);16[BLN]", raw_mode):
             return True
     return False
 
 
 def _rgb(image: PIL.Image.Image, notes: list[str]) -> Array:
     mode = image.mode
-    if mode == "F":
-        return _from_array(np.asarray(image), None, notes)
-    if mode == "I" or mode.startswith("I;16"):
-        return _from_16_bit(np.asarray(image), image.info.get("transparency"), notes)
+    image = to_srgb(image, notes)
+    if mode in {"F", "I"} or mode.startswith("I;16"):
+        values = np.asarray(image)
+        if image.format == "TIFF" and cast("Any", image).tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+            values = (1 if mode == "F" else 65535) - values  # Pillow sees to this for 8 bits only
+        if mode == "F":
+            return _from_array(values, None, notes)
+        return _from_16_bit(values, image.info.get("transparency"), notes)
     if mode in MODE_NOTES:
         notes.append(MODE_NOTES[mode])
     elif mode not in PLAIN_MODES:
-        profile = ", its colour profile not applied" if image.info.get("icc_profile") else ""
-        notes.append(f"{mode} converted to RGB{profile}")
+        notes.append(f"{mode} converted to RGB")
     if image.has_transparency_data:
         return _over_white(np.asarray(image.convert("RGBA")), notes)
-    return np.asarray(image if mode == "RGB" else image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _from_16_bit(values: Array, transparent: object, notes: list[str]) -> Array:
@@ -333,10 +417,13 @@ def _upscale(pixels: Array, min_side: int, max_pixels: int | None, notes: list[s
             f"{wide}×{high}, more than {max_pixels} pixels; crop it"
         )
     notes.append(f"upscaled from {width}×{height} to {wide}×{high}")
-    lanczos = PIL.Image.Resampling.LANCZOS
+    return _resized(pixels, (wide, high), PIL.Image.Resampling.LANCZOS)
+
+
+def _resized(pixels: Array, size: tuple[int, int], by: PIL.Image.Resampling) -> Array:
     if pixels.dtype == np.uint8:
-        return np.asarray(PIL.Image.fromarray(np.ascontiguousarray(pixels)).resize((wide, high), lanczos))
-    planes = (PIL.Image.fromarray(np.ascontiguousarray(pixels[..., c])).resize((wide, high), lanczos) for c in range(3))
+        return np.asarray(PIL.Image.fromarray(np.ascontiguousarray(pixels)).resize(size, by))
+    planes = (PIL.Image.fromarray(np.ascontiguousarray(pixels[..., c])).resize(size, by) for c in range(3))
     return np.stack([np.asarray(plane) for plane in planes], axis=2).clip(0, 1)  # Lanczos overshoots at edges
 
 
@@ -362,7 +449,7 @@ def _reason(exc: Exception) -> str:
         case OSError(strerror=str(reason)):
             return f"cannot be read: {reason}"
         case PIL.UnidentifiedImageError():
-            return f"not an image in any format that Pillow {PIL.__version__} reads here"
+            return f"not an image, or of a kind that Pillow {PIL.__version__} does not read here: save it as PNG"
         case PIL.Image.DecompressionBombError():
             return f"{text} If it is meant to be so large, {ALLOW_MORE}"
         case MemoryError():

@@ -3,13 +3,14 @@
 The executors of host and GPU carry out the same plan. Modes and tiles are decided here, and only here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from ..engine.crops import Crop, crop_grid, padded_size
+from ..engine.crops import Crop, padded_size, place_crops
 from ..engine.manifest import Manifest
+from ..engine.pixels import ImageForm
 from .results import Mode, Options
 
 TILE = 512  # side of a tile, pixels
@@ -40,6 +41,12 @@ class Plan:
     windows: tuple[Window, ...]
     crops: tuple[Crop, ...]
     crop_size: int
+    squashed: bool = False  # the one crop is the whole image: restored, and then scaled to the crop's size
+
+    @property
+    def cut(self) -> tuple[int, int]:
+        """The size (height, width) of what is cut out of the image and its restorations."""
+        return (self.height, self.width) if self.squashed else (self.crop_size, self.crop_size)
 
     def noise_origin(self, window: Window) -> tuple[int, int]:
         """Return where a window lies in the noise image."""
@@ -49,14 +56,14 @@ class Plan:
         """Return the indices of the crops that read pixels of a window."""
         if self.mode is Mode.CROP:
             return [self.windows.index(window)]
-        size = self.crop_size
+        height, width = self.cut
         return [
             index
             for index, crop in enumerate(self.crops)
             if crop.top < window.top + window.height
-            and window.top < crop.top + size
+            and window.top < crop.top + height
             and crop.left < window.left + window.width
-            and window.left < crop.left + size
+            and window.left < crop.left + width
         ]
 
     def blend_weight(self, window: Window) -> npt.NDArray[np.float32] | None:
@@ -69,25 +76,30 @@ class Plan:
 
 
 def make_plan(height: int, width: int, manifest: Manifest, options: Options) -> Plan:
-    """Decide mode, windows and crops for an image whose sides are at least the crop size."""
-    size = manifest.crop.size
-    crops = crop_grid(height, width, size, options.crops or manifest.crop.count)
+    """Decide mode, windows and crops for an image that `read_for` has prepared for this engine."""
+    size, mode = manifest.crop.size, options.mode
+    squashed = manifest.image_form is ImageForm.SQUASHED and (height, width) != (size, size)
+    count = options.crops or manifest.crop.count
+    if squashed:
+        mode = Mode.WHOLE if mode is Mode.CROP else mode  # the one crop is the whole image
+        crops: tuple[Crop, ...] = (Crop(0, 0),)
+    else:
+        crops = place_crops(manifest.crop.places, height, width, size, count, options.seed)
     padded = padded_size(height, width, manifest.alignment)
-    mode = options.mode
     if mode is Mode.WHOLE and padded[0] * padded[1] > options.pixel_budget:
         mode = Mode.TILE
     if mode is Mode.CROP:
         windows = tuple(Window(c.top, c.left, size, size, lane) for lane, c in enumerate(crops))
         return Plan(mode, height, width, (height, width), (size, size), windows, crops, size)
     whole = (Window(0, 0, *padded),)
-    plan = Plan(mode, height, width, padded, padded, whole, crops, size)
+    plan = Plan(mode, height, width, padded, padded, whole, crops, size, squashed)
     if mode is Mode.TILE:
         tops, tile_height = _tile_offsets(padded[0])
         lefts, tile_width = _tile_offsets(padded[1])
         tiles = (Window(top, left, tile_height, tile_width) for top in tops for left in lefts)
         # Tiles that no crop reads are not restored: a score costs what its crops cost, not the whole image.
         windows = tuple(tile for tile in tiles if plan.readers(tile))
-        plan = Plan(mode, height, width, padded, padded, windows, crops, size)
+        plan = replace(plan, windows=windows)
     return plan
 
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +23,10 @@ from ..data.pictures import Pictures, Pixels
 from ..engine.agreement import plcc, srcc
 from ..engine.atomic import writing
 from ..engine.codec import encode
-from ..engine.crops import Crop, crop_grid, padded_size
+from ..engine.crops import Crop, padded_size, place_crops
 from ..engine.manifest import StageName
 from ..engine.noise import NoiseField
-from ..engine.pixels import FloatArray, to_plane
+from ..engine.pixels import FloatArray, ImageForm, as_tapped, squash_planes, to_plane
 from ..errors import DatasetError, OutputError
 from ..evaluation.correlation import rmse
 from ..export.graph import export_graph
@@ -39,6 +39,7 @@ from ..model.unet import UNet
 from ..runtime.host.executor import BoundDenoiser
 from ..runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from ..runtime.host.sampler import restore
+from ..runtime.images import prepare
 from .config import VERSIONS, ScoreConfig, digest, identity
 from .loop import QUIETLY, Conduct, Machine, Result, Sample, Verdict, open_machine, picked, train
 from .start import begin, weights_digest
@@ -110,11 +111,15 @@ class Restorations:
         return sum(sizes)
 
     def _restored(self, pixels: Pixels, method: Callable[[FloatArray], FloatArray]) -> npt.NDArray[np.float16]:
+        config = self._model.config
+        _, pixels = prepare(pixels, config.preparation)
         height, width = pixels.shape[:2]
-        unet = self._model.config.unet
-        rows, columns = padded_size(height, width, unet.alignment if unet else 1)
+        rows, columns = padded_size(height, width, config.alignment)
         padding = ((0, 0), (0, rows - height), (0, columns - width))
         planes = method(np.pad(to_plane(pixels), padding, mode="reflect"))[:, :, :height, :width]
+        planes = as_tapped(planes, config.tap_form)
+        if config.image_form is ImageForm.SQUASHED:
+            planes = squash_planes(planes, config.crop)
         return planes.astype(np.float16)
 
     def _by_torch(self, device: torch.device) -> Callable[[FloatArray], FloatArray]:
@@ -132,7 +137,7 @@ class Restorations:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "unet.onnx")
             (plan,) = (plan for plan in stage_plans(model) if plan.name is StageName.UNET)
-            export_graph(plan, path, config.unet.alignment if config.unet else 1)
+            export_graph(plan, path, config.alignment)
             stage = OnnxStage(path, OnnxRuntime())
 
         def restored(image: FloatArray) -> FloatArray:
@@ -147,7 +152,7 @@ class Restorations:
 
 def restoration_key(pixels: Pixels, unet_digest: str, config: ModelConfig, seed: int) -> str:
     """Return the hash of all that restorations depend on: any other ingredient gives another key."""
-    fields = {
+    fields: dict[str, Any] = {
         "schema": KEY_SCHEMA,
         "shape": list(pixels.shape),
         "pixels": hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest(),
@@ -158,6 +163,8 @@ def restoration_key(pixels: Pixels, unet_digest: str, config: ModelConfig, seed:
         "kinds": [str(kind) for kind in config.kinds],
         "seed": seed,
     }
+    if config.as_trained:
+        fields |= {"as_trained": config.as_trained, "crop": config.crop}
     return digest(fields)
 
 
@@ -189,7 +196,9 @@ class Features:
         if picture not in self._files:
             task, config = self._task, self._task.config
             restored = task.restorations.file(pictures, index).name if task.restores else ""
-            causes = {"picture": picture.name, "restored": restored, "encoder": self._weights}
+            causes: dict[str, Any] = {"picture": picture.name, "restored": restored, "encoder": self._weights}
+            if config.model.as_trained:
+                causes["as_trained"] = config.model.as_trained
             key = digest(causes | {"crop": config.model.crop, "crops": config.validation_crops})
             self._files[picture] = self._cache / f"{key}.npy"
         return self._files[picture]
@@ -205,7 +214,9 @@ class Features:
             crops = torch.from_numpy(self._task.grid(pictures, index)).to(machine.device)
             # With channels last a CPU takes half of the time.
             images = crops.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-            seen = vda.lite0(images).reshape(*crops.shape[:2], -1).cpu().numpy() if vda else crops.numpy()
+            seen = (
+                vda.lite0(vda.normalise(images)).reshape(*crops.shape[:2], -1).cpu().numpy() if vda else crops.numpy()
+            )
             with writing(self.file(pictures, index)) as stream:
                 np.save(stream, seen.astype(np.float16))
             if (count + 1) % 100 == 0:
@@ -294,8 +305,7 @@ class ScoreTask:
         if self.features:
             seen = self.features.of(pictures, number)
             return Sample((seen[int(draw.integers(len(seen)))].astype(np.float32), label), str(pictures.paths[number]))
-        size = config.model.crop
-        top, left = (int(draw.integers(length - size + 1)) for length in pictures[number].shape[:2])
+        top, left = (int(draw.integers(length - config.model.crop + 1)) for length in self._size(pictures, number))
         crop = self.crop(pictures, number, Crop(top, left))
         if config.flip and draw.random() < 0.5:
             crop = np.ascontiguousarray(crop[..., ::-1])
@@ -305,18 +315,26 @@ class ScoreTask:
         """Return the same crop of an image and its restorations, (kinds, 3, crop, crop), or of it alone (1, …)."""
         size = self.config.model.crop
         rows, columns = slice(place.top, place.top + size), slice(place.left, place.left + size)
-        pixels = pictures[number]
+        pixels, model = pictures[number], self.config.model
+        pixels, _ = prepare(pixels, model.preparation)
         planes = [to_plane(pixels[rows, columns])[None]]
         if self.restores:
             restored = np.load(self.restorations.file(pictures, number), mmap_mode="r")
-            planes.append(restored[:, :, rows, columns].astype(np.float32))
+            # Again, as float16 is not exact: this undoes its rounding of 8 bits.
+            planes.append(as_tapped(restored[:, :, rows, columns].astype(np.float32), model.tap_form))
         return np.concatenate(planes)
 
     def grid(self, pictures: Pictures, number: int) -> FloatArray:
         """Return the crops of an image that scoring looks at, (crops, kinds, 3, crop, crop)."""
-        height, width = pictures[number].shape[:2]
-        grid = crop_grid(height, width, self.config.model.crop, self.config.validation_crops)
-        return np.stack([self.crop(pictures, number, place) for place in grid])
+        model = self.config.model
+        size = *self._size(pictures, number), model.crop
+        places = place_crops(model.crop_places, *size, self.config.validation_crops)
+        return np.stack([self.crop(pictures, number, place) for place in places])
+
+    def _size(self, pictures: Pictures, number: int) -> tuple[int, int]:
+        """Return the size (height, width) of what crops are cut from."""
+        model, (height, width, _) = self.config.model, pictures[number].shape
+        return model.preparation.seen(height, width)
 
     def losses(self, network: Callable[..., object], batch: Sequence[Tensor]) -> Tensor:
         """Return each crop's squared error, that of each branch times its weight, and the terms of the batch.

@@ -22,7 +22,7 @@ from ..engine.manifest import EngineDirectory, Manifest, Precision, Source, Stag
 from ..errors import EngineError, UsageError
 from ..export.precision import PrecisionPlan, StagePrecision, cast, in_8_bits, replace_nodes, resolve_plan, rounded
 from ..runtime.backends import Inductor
-from ..runtime.executor import Call, FloatArray, StageRunner
+from ..runtime.executor import Call, Planes, StageRunner
 from ..runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from ..runtime.host.stages import load_stages
 from ..runtime.plan import Plan
@@ -43,7 +43,7 @@ class Party:
 
 
 # Scores an image all on a GPU. Returns the score, whether a CUDA graph gave the same bits, and why there was no graph.
-Whole = Callable[[FloatArray, Plan, int], tuple[float, bool | None, str]]
+Whole = Callable[[Planes, Plan, int], tuple[float, bool | None, str]]
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,8 @@ def _checkpoint(given: Given, path: Path, manifest: Manifest) -> Side:
     if encode(loaded.model.config) != manifest.model:
         raise UsageError(
             f"{given.engine} is a {manifest.model_name} model of another configuration than {path}, a "
-            f"{loaded.model.config.name}; verify it against the checkpoint that it was exported from"
+            f"{loaded.model.config.name}; verify it against the checkpoint that it was exported from, with the options "
+            f"that were given then in {path.stem}.toml beside it"
         )
     _require_same_weights(given, manifest.provenance.sources, loaded.sources)
     digest = hashlib.sha256(repr(sorted(s.sha256 for s in loaded.sources)).encode()).hexdigest()[:16]
@@ -214,7 +215,7 @@ class _TorchStage:
 
 def _require_same_model(given: Given, mine: Manifest, other: Manifest) -> None:
     """Raise UsageError unless both engines should give the same scores."""
-    alike = ("model", "schedule", "taps", "kinds", "alignment")
+    alike = ("model", "schedule", "taps", "kinds", "alignment", "tap_form", "sides", "image_form")
     different = [name for name in alike if getattr(mine, name) != getattr(other, name)]
     if mine.crop.size != other.crop.size:
         different.append("crop size")

@@ -20,14 +20,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from ...engine.manifest import Manifest, StageName
+from ...engine.pixels import TapForm, as_tapped, squash_planes, to_plane
 from ...engine.schedule import Kind
 from ...errors import BackendError, UsageError
 from ...kernels.launch import Storage, Window, crop_table, gather_crops, normalise_pad, source_table, window_table
-from ..executor import Branch, FloatArray, Outcome, Task, Verdict, paste
+from ..executor import Branch, FloatArray, Outcome, Task, Verdict, both, paste
 from ..plan import Plan
 from ..plan import Window as PlanWindow
 from ..results import Mode
@@ -75,7 +77,7 @@ class DeviceExecutor:
 
     def run(
         self,
-        image: FloatArray | Bytes,
+        image: FloatArray | Bytes | tuple[FloatArray | Bytes, FloatArray | Bytes],
         plan: Plan,
         seed: int,
         cancelled: Callable[[], bool] = lambda: False,
@@ -83,7 +85,7 @@ class DeviceExecutor:
         pictures: bool = True,
         form: Form | None = None,
     ) -> Outcome:
-        """Restore and score one image: pixels (height, width, 3), or a plane (3, height, width) in [-1, 1].
+        """Restore and score one image: pixels (height, width, 3), or a plane (3, height, width) in [-1, 1]; or a pair.
 
         Without `pictures` the outcome has verdicts alone: its crops are empty and its planes none. `form` replaces the
         executor's for this run. Raises Cancelled before the next launch once `cancelled()`: a step, or where there is a
@@ -127,7 +129,7 @@ class DeviceExecutor:
 
     def _attempt(self, dock: Dock, job: "_Job") -> list[Outcome]:
         """Carry it out with a dock that the caller has locked. Where memory runs out, give all of it up and raise."""
-        images = [image for image, _ in job.tasks]
+        images = job.images
         self._refuse_if_closed()
         self._layer.enter()
         try:
@@ -178,9 +180,13 @@ class DeviceExecutor:
         images, each = len(job.tasks), len(job.plan.crops)
         kinds, size, count = len(self._manifest.kinds), job.plan.crop_size, images * each
         self._batch_in_use = 1
+        planes_from = self._planes_of(dock, job.size)
+        # Behind those to restore stand those to look at, if they are others.
+        others = len(dock.images) - images
         job = replace(
             job,
-            plane=self._planes_of(dock, job.size),
+            condition=planes_from,
+            plane=planes_from + others * 3 * math.prod(job.size) * _FLOAT,
             crops=self._images.get("crops", count * self._crop_bytes(job.plan)),
             notes=[self._memory_note] if self._memory_note else [],
         )
@@ -224,11 +230,8 @@ class DeviceExecutor:
         plan, first = job.plan, job.plan.windows[0]
         height, width, size = first.height, first.width, plan.crop_size
         alone = height * width == math.prod(plan.padded)
-        blend = (
-            _Blend(plan, len(job.tasks), len(self._manifest.kinds))
-            if plan.mode is not Mode.CROP and not alone
-            else None
-        )
+        on_host = plan.squashed or (plan.mode is not Mode.CROP and not alone)
+        blend = _Blend(plan, len(job.tasks), len(self._manifest.kinds)) if on_host else None
         if not any(self._bindings.takes_windows(n, height, width) for n in range(1, self._limit + 1)):
             raise BackendError(
                 f"this build's U-Net takes no images of {width}×{height}; use tile or crop mode, or build again with: "
@@ -248,7 +251,13 @@ class DeviceExecutor:
             loop = self._bindings.loop(batch.size, height, width)
             corners = [(i, window.top, window.left) for i, window in members]
             self._gather(
-                [job.plane], job.size, corners, len(job.tasks), loop.condition, (height, width), loop.buffers.storage
+                [job.condition],
+                job.size,
+                corners,
+                len(job.tasks),
+                loop.condition,
+                (height, width),
+                loop.buffers.storage,
             )
             noise = [
                 Window(job.tasks[i][1], plan.noise_size, *plan.noise_origin(window), lane=window.lane)
@@ -262,7 +271,7 @@ class DeviceExecutor:
                 given = job.plane + batch.start * 3 * math.prod(job.size) * _FLOAT
                 out = job.crops + batch.start * len(plan.crops) * self._crop_bytes(plan)
                 places = job.places[: batch.used * len(plan.crops)]
-                self._gather([given, *loop.taps], job.size, places, batch.used, out, size)
+                self._gather([given, *loop.taps], job.size, places, batch.used, out, size, form=self._manifest.tap_form)
                 if planes is not None:
                     self._take_planes(job, loop, planes[batch.start : batch.start + batch.used])
             else:
@@ -270,13 +279,14 @@ class DeviceExecutor:
                 self._gather([job.plane], job.size, corners[: batch.used], len(job.tasks), dis, size)
                 self._collect(job, dis, loop.taps, batch)
         if blend:
-            self._take_blended(job, blend.finish())
+            (self._take_squashed if plan.squashed else self._take_blended)(job, blend.finish())
 
     def _take_planes(self, job: "_Job", loop: Loop, planes: Sequence[dict[Kind, FloatArray]]) -> None:
         """Copy restored images, their padding cut off."""
         for kind, restored in self._download_restored(loop).items():
             for place, found in enumerate(planes):
-                found[kind] = restored[place, :, : job.plan.height, : job.plan.width].copy()
+                plane = restored[place, :, : job.plan.height, : job.plan.width].copy()
+                found[kind] = as_tapped(plane, self._manifest.tap_form)
 
     def _download_restored(self, loop: Loop) -> dict[Kind, FloatArray]:
         """Wait for a loop and return each restored kind (batch, 3, height, width); the next call overwrites them."""
@@ -297,11 +307,18 @@ class DeviceExecutor:
         addresses = [address + kind * pieces[0].nbytes for kind in range(len(pieces))]
         self._collect(job, dis, addresses, _Batch(0, count, count))
 
+    def _take_squashed(self, job: "_Job", restored: FloatArray) -> None:
+        """Squash restorations (kinds - 1, images, 3, height, width), and upload them beside the squashed images."""
+        seen = [both(image)[0] for image, _ in job.tasks]
+        planes = [to_plane(image) if image.dtype == np.uint8 else image for image in seen]
+        small = (squash_planes(kind, job.plan.crop_size) for kind in as_tapped(restored, self._manifest.tap_form))
+        self._layer.upload(job.crops, np.stack([planes, *small], axis=1))
+
     def _collect(self, job: "_Job", dis: int, restored: Sequence[int], batch: "_Batch") -> None:
         """Put crops of all kinds together: `dis` and each of `restored` (batch, 3, size, size), in order of kinds."""
         size, out = job.plan.crop_size, job.crops + batch.start * self._crop_bytes(job.plan)
         places = [(i, 0, 0) for i in range(batch.used)]
-        self._gather([dis, *restored], (size, size), places, batch.used, out, size)
+        self._gather([dis, *restored], (size, size), places, batch.used, out, size, form=self._manifest.tap_form)
 
     def _crop_bytes(self, plan: Plan) -> int:
         """Return the size of a crop of all kinds."""
@@ -344,13 +361,17 @@ class DeviceExecutor:
         out: int,
         crop_size: int | tuple[int, int],
         storage: Storage = Storage.F32,
+        form: TapForm = TapForm.FLOAT,
     ) -> None:
-        """Cut crops out of float32 sources (images, 3, *size), at places (image, top, left)."""
+        """Cut crops out of float32 sources (images, 3, *size), at places (image, top, left).
+
+        All sources but the first take the `form`: they are restorations.
+        """
         crop = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
         rows = crop_table(places, images, size, crop)
         # One table serves all gathers: the stream reads it before it copies the next one there.
         table = self._images.get("table", round_up(_CROP_ROWS + rows.nbytes, 4096))
-        self._layer.upload(table, source_table([(address, Storage.F32) for address in sources]))
+        self._layer.upload(table, source_table([(address, Storage.F32) for address in sources], form))
         self._layer.upload(table + _CROP_ROWS, rows)
         self._layer.launch(gather_crops(table, len(sources), size, table + _CROP_ROWS, len(places), out, crop, storage))
 
@@ -422,8 +443,8 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Job:
-    """What `run_together` is asked for and, once its images are on the device, where: float32, `plane` (images, 3,
-    *size), and `crops` of all of them (crops, kinds, 3, crop, crop).
+    """What `run_together` is asked for and, once its images are on the device, where: float32, `condition` and `plane`
+    (images, 3, *size), and `crops` of all of them (crops, kinds, 3, crop, crop).
     """
 
     tasks: Sequence[Task]
@@ -431,9 +452,17 @@ class _Job:
     cancelled: Callable[[], bool]
     pictures: bool
     form: Form | None
-    plane: int = 0
+    condition: int = 0  # what the U-Net restores
+    plane: int = 0  # what the heads see
     crops: int = 0
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def images(self) -> list[Any]:
+        """What the device needs: images to restore, then those to look at if they are others and not squashed."""
+        seen, restored_from = zip(*(both(image) for image, _ in self.tasks), strict=True)
+        alike = all(a is b for a, b in zip(seen, restored_from, strict=True))
+        return [*restored_from, *(() if alike or self.plan.squashed else seen)]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -446,12 +475,12 @@ class _Job:
 
 
 class _Blend:
-    """Overlapping tiles on their way into crops, blended on the host by the code that `host/executor.py` uses."""
+    """Tiles, or images to squash, on their way into crops: on the host, by the code that `host/executor.py` uses."""
 
     def __init__(self, plan: Plan, images: int, kinds: int) -> None:
-        self._plan, size = plan, plan.crop_size
-        self._crops = np.zeros((images * len(plan.crops), kinds, 3, size, size), np.float32)
-        self._shares = np.zeros((images * len(plan.crops), size, size), np.float32)
+        self._plan = plan
+        self._crops = np.zeros((images * len(plan.crops), kinds, 3, *plan.cut), np.float32)
+        self._shares = np.zeros((images * len(plan.crops), *plan.cut), np.float32)
 
     def add(self, tiles: Sequence[tuple[int, PlanWindow]], restored: Mapping[Kind, FloatArray]) -> None:
         """Add tiles, each of an image, to the crops that read them; each kind is (tiles, 3, height, width)."""
@@ -463,7 +492,7 @@ class _Blend:
                 paste(*at, self._plan, index, window, here, self._plan.blend_weight(window))
 
     def finish(self) -> FloatArray:
-        """Return the restored kinds of all crops (kinds - 1, crops, 3, size, size)."""
+        """Return the restored kinds of all crops (kinds - 1, crops, 3, height, width)."""
         np.divide(self._crops[:, 1:], self._shares[:, None, None], out=self._crops[:, 1:])
         return np.moveaxis(self._crops[:, 1:], 1, 0)
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from ...engine.manifest import Manifest, StageName
 from ...engine.noise import NoiseField
+from ...engine.pixels import as_tapped, squash_planes
 from ...engine.schedule import Kind
-from ..executor import Branch, Call, Cancelled, FloatArray, Outcome, StageRunner, Task, Verdict, paste
+from ..executor import Branch, Call, Cancelled, FloatArray, Outcome, Planes, StageRunner, Task, Verdict, both, paste
 from ..plan import Plan
 from .sampler import restore
 
@@ -28,23 +29,29 @@ class HostExecutor:
 
     def run(
         self,
-        image: FloatArray,
+        image: Planes,
         plan: Plan,
         seed: int,
         cancelled: Callable[[], bool] = lambda: False,
         *,
         pictures: bool = True,
     ) -> Outcome:
-        """Restore and score one image (3, height, width) in [-1, 1]. Raises Cancelled soon after `cancelled()`."""
+        """Restore and score one image (3, height, width) in [-1, 1], or a pair: see `both`.
+
+        Raises Cancelled soon after `cancelled()`.
+        """
         start = time.perf_counter()
-        kinds, size = self._manifest.kinds, plan.crop_size
-        crops = np.empty((len(plan.crops), len(kinds), 3, size, size), np.float32)
-        for index, crop in enumerate(plan.crops):
-            crops[index, 0] = image[:, crop.top : crop.top + size, crop.left : crop.left + size]
+        seen, restored_from = both(image)
+        height, width = plan.cut
+        crops = np.empty((len(plan.crops), len(self._manifest.kinds), 3, height, width), np.float32)
+        for index, crop in enumerate(() if plan.squashed else plan.crops):
+            crops[index, 0] = seen[:, crop.top : crop.top + height, crop.left : crop.left + width]
         planes: dict[Kind, FloatArray] = {}
         with self._workspace() as work:
             if StageName.UNET in self._stages:
-                planes = self._restore(work, image, plan, seed, crops, cancelled)
+                planes = self._restore(work, restored_from, plan, seed, crops, cancelled)
+            if plan.squashed:
+                crops = np.stack([seen, *squash_planes(crops[0, 1:], plan.crop_size)])[None]
             verdicts = []
             for index in range(len(plan.crops)):
                 if cancelled():
@@ -71,12 +78,16 @@ class HostExecutor:
         crops: FloatArray,
         cancelled: Callable[[], bool],
     ) -> dict[Kind, FloatArray]:
-        """Fill `crops[:, 1:]` from the restored windows. Return whole planes if one window is the whole image."""
+        """Fill `crops[:, 1:]` from the restored windows. Return whole planes if they are cut from one window.
+
+        Restorations take the form of the taps last, after tiles are blended: who trained heads on files saved whole
+        images, so all that heads see here has the values that such files hold.
+        """
         m = self._manifest
         below, right = plan.padded[0] - plan.height, plan.padded[1] - plan.width
         padded = np.pad(image, ((0, 0), (0, below), (0, right)), mode="reflect") if below or right else image
         crops[:, 1:] = 0
-        shares = np.zeros((len(plan.crops), plan.crop_size, plan.crop_size), np.float32)
+        shares = np.zeros((len(plan.crops), *plan.cut), np.float32)
         restored: dict[Kind, FloatArray] = {}
         for window in plan.windows:
             top, left = plan.noise_origin(window)
@@ -92,10 +103,15 @@ class HostExecutor:
             weight = plan.blend_weight(window)
             for index in plan.readers(window):
                 paste(crops[index], shares[index], plan, index, window, restored, weight)
-        if plan.windows[0].height * plan.windows[0].width == plan.padded[0] * plan.padded[1]:
-            return {kind: plane[:, : plan.height, : plan.width] for kind, plane in restored.items()}
-        np.divide(crops[:, 1:], shares[:, None, None], out=crops[:, 1:])
-        return {}
+        planes: dict[Kind, FloatArray] = {}
+        alone = plan.windows[0].height * plan.windows[0].width == plan.padded[0] * plan.padded[1]
+        if alone and not plan.squashed:
+            for kind, plane in restored.items():
+                planes[kind] = as_tapped(plane[:, : plan.height, : plan.width], m.tap_form)
+        else:
+            np.divide(crops[:, 1:], shares[:, None, None], out=crops[:, 1:])
+        as_tapped(crops[:, 1:], m.tap_form)
+        return planes
 
     @contextlib.contextmanager
     def _workspace(self) -> Iterator["_Workspace"]:

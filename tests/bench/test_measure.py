@@ -102,13 +102,15 @@ def test_fewer_steps_are_measured_with_taps_at_the_same_share(directory: EngineD
         with_steps(directory.manifest, 2)
 
 
-def test_generated_images_are_the_same_for_a_seed_and_differ_from_each_other(tmp_path: Path) -> None:
+def test_generated_images_are_the_same_for_a_seed_and_differ_from_each_other(
+    tmp_path: Path, directory: EngineDirectory
+) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
     first, again = (generate(tmp_path / name, [(40, 48)], 2, seed=1).by_size[40, 48] for name in "ab")
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
     assert first[0].read_bytes() != first[1].read_bytes()
-    assert sort_by_size(first, 32).by_size == {(40, 48): first}
+    assert sort_by_size(first, directory.manifest).by_size == {(40, 48): first}
 
 
 def counts(case: Case) -> tuple[int, int]:

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 
-from diffiqa.engine.crops import Crop, crop_grid, padded_size
+from diffiqa.engine.crops import Crop, CropPlaces, crop_grid, padded_size, place_crops
+
+from .test_noise import BIG_SEED, scalar_philox
 
 
 def sizes(seed: int) -> list[tuple[int, int, int]]:
@@ -80,3 +82,28 @@ def test_odd_room_rounds_to_whole_pixels() -> None:
     assert [crop.left for crop in crop_grid(224, 227, 224, 3)] == [0, 2, 3]  # halves round up
     assert padded_size(15, 33, 16) == (16, 48)
     assert all(isinstance(n, int) for n in padded_size(15, 33, 16))
+
+
+@pytest.mark.parametrize("seed", [0, 7, BIG_SEED])
+def test_random_crops_are_drawn_from_their_own_words_of_the_seed(seed: int) -> None:
+    crops = place_crops(CropPlaces.RANDOM, 300, 524, 224, 20, seed)
+    for k, crop in enumerate(crops):
+        top, left, *_ = scalar_philox((k, 0, 0, 1), (seed % 2**32, seed // 2**32))
+        assert crop == Crop(top * 77 // 2**32, left * 301 // 2**32)
+    assert len(crops) == 20
+    assert crops[:5] == place_crops(CropPlaces.RANDOM, 300, 524, 224, 5, seed)
+    assert crops != place_crops(CropPlaces.RANDOM, 300, 524, 224, 20, seed + 1)
+
+
+def test_random_crops_reach_every_place_about_as_often() -> None:
+    crops = place_crops(CropPlaces.RANDOM, 34, 33, 32, 6000)
+    counts = [crops.count(Crop(top, left)) for top in range(3) for left in range(2)]
+    assert sum(counts) == 6000
+    assert min(counts) > 850  # of 1000; five standard deviations are 144
+
+
+def test_an_image_of_a_crops_size_has_one_crop_wherever_crops_lie() -> None:
+    assert {place_crops(places, 224, 224, 224, 20) for places in CropPlaces} == {(Crop(0, 0),)}
+    assert place_crops(CropPlaces.GRID, 424, 424, 224, 9, 5) == crop_grid(424, 424, 224, 9)
+    with pytest.raises(ValueError, match="no 4 crops"):
+        place_crops(CropPlaces.RANDOM, 200, 300, 224, 4)

@@ -59,6 +59,30 @@ def test_engine_id_follows_stages_and_scoring_but_not_provenance(engine: Path) -
 
 
 @pytest.mark.parametrize(
+    ("field", "value"),
+    [("tap_form", "clamped"), ("tap_form", "png8"), ("sides", "resized"), ("image_form", "squashed")],
+)
+def test_engine_id_and_file_follow_how_images_are_prepared(engine: Path, field: str, value: str) -> None:
+    before, text = read_manifest(engine).engine_id, (engine / MANIFEST).read_text()
+    assert field not in json.loads(text)  # the default, as earlier versions wrote it
+    edit(engine, lambda d: d.update({field: value}))
+    changed = read_manifest(engine)
+    assert changed.engine_id != before
+    assert json.loads(changed.to_json())[field] == value
+    edit(engine, lambda d: d.update({field: {"tap_form": "float", "sides": "padded", "image_form": "as-is"}[field]}))
+    assert read_manifest(engine).engine_id == before
+    assert read_manifest(engine).to_json() == text
+
+
+def test_engine_id_follows_the_places_of_crops_but_not_their_number(engine: Path) -> None:
+    before = read_manifest(engine).engine_id
+    edit(engine, lambda d: d["crop"].update(count=20))
+    assert read_manifest(engine).engine_id == before
+    edit(engine, lambda d: d["crop"].update(places="random"))
+    assert read_manifest(engine).engine_id != before
+
+
+@pytest.mark.parametrize(
     ("change", "says"),
     [
         pytest.param(lambda d: d.update(schema=2), "schema version 2", id="newer schema"),

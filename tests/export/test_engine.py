@@ -5,19 +5,22 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from diffiqa.engine.manifest import Manifest, Source, Stage, StageName, file_sha256, open_engine, read_manifest
+from diffiqa.engine.pixels import ImageForm
 from diffiqa.errors import DiffiqaError, EngineError, ExportError
 from diffiqa.export import engine as engine_module
 from diffiqa.export import pytorch
-from diffiqa.export.engine import StageCost, check_target, export_engine
+from diffiqa.export.engine import StageCost, check_target, export_engine, manifest_of, plan_names, preparation_of
 from diffiqa.export.pytorch import compare_with_pytorch, reference
 from diffiqa.export.stages import StagePlan, stage_plans
 from diffiqa.model.checkpoint import Loaded
+from diffiqa.model.config import PRESETS
 from diffiqa.model.network import build
 
 from ..tiny import TINY
@@ -30,7 +33,7 @@ def quick(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copy stages from the tiny engine instead of exporting them: what is tested is the directory around them."""
     made = read_manifest(tiny_engine)
 
-    def copy(_model: object, plan: StagePlan, work: Path, _say: object) -> StageCost:
+    def copy(_model: object, plan: StagePlan, work: Path, _say: object, **_options: object) -> StageCost:
         stage = made.stage(plan.name)
         assert stage is not None
         (work / "onnx").mkdir(exist_ok=True)
@@ -201,7 +204,7 @@ def test_the_current_directory_is_no_target(tmp_path: Path, monkeypatch: pytest.
             check_target(target, force=True)
 
 
-def _interrupt(*_args: object) -> None:
+def _interrupt(*_args: object, **_options: object) -> None:
     raise KeyboardInterrupt
 
 
@@ -218,7 +221,8 @@ def test_a_disk_too_small_is_noticed_before_the_work(
     [
         (
             lambda x: x + 3e-4,
-            r"ONNX Runtime differs from PyTorch by 0\.0003 > .*30 times the rounding of PyTorch itself",
+            r"^stage vda, output score, .* ONNX Runtime differs from PyTorch by 0\.0003 > [^,]+, [^,]+ of the largest "
+            r"value, which is more than 30 times the rounding of PyTorch itself: .* --accept-drift",
         ),
         (lambda _: float("nan"), "returns NaN"),
     ],
@@ -241,8 +245,49 @@ def test_a_stage_that_disagrees_with_pytorch_fails_the_export(
         compare_with_pytorch(tiny_loaded.model, plan, tiny_engine / "onnx" / "vda.onnx", seed=1)
 
 
+def test_drift_is_written_where_that_is_accepted_and_the_manifest_says_how_far(
+    tiny_loaded: Loaded, tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tampered(change: float) -> None:
+        monkeypatch.setattr(pytorch, "reference", lambda *given: tuple(x + change for x in reference(*given)))
+
+    tampered(3e-4)
+    made, _ = export_engine(tiny_loaded, tmp_path / "engine", stages=VDA, accept_drift=True)
+    assert "score of vda by 0.0003 where " in made.drift
+    assert made.drift.count(" of vda by ") == 3
+    assert read_manifest(tmp_path / "engine") == made
+    assert read_manifest(tiny_engine).drift == ""
+    tampered(float("nan"))
+    with pytest.raises(ExportError, match="PyTorch itself returns NaN"):
+        export_engine(tiny_loaded, tmp_path / "other", stages=VDA, accept_drift=True)
+
+
 def test_the_manifest_names_no_directory_of_this_machine(tiny_engine: Path) -> None:
     text = (tiny_engine / "manifest.json").read_text()
     assert str(tiny_engine.parent) not in text
     assert str(Path(__file__).parents[2]) not in text
     assert json.loads(text)["provenance"]["versions"]["diffiqa"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "says"),
+    [
+        ("paper", "sides padded to multiples of 16, 9 crops of 224×224, restorations as floats"),
+        (
+            "authors",
+            "sides resized to multiples of 16, 1 random crop of 224×224, restorations as 8-bit PNG files hold them",
+        ),
+        ("maniqa", "20 random crops of 224×224"),
+        ("mini", "sides padded to multiples of 16, 9 crops of 112×112, restorations as floats"),
+    ],
+)
+def test_the_manifest_has_the_presets_way_with_images(preset: str, says: str) -> None:
+    config = PRESETS[preset]
+    stages = tuple(SimpleNamespace(name=name) for name in plan_names(config))
+    loaded = SimpleNamespace(model=SimpleNamespace(config=config), sources=(), notes=())
+    manifest = manifest_of(loaded, stages)  # type: ignore[arg-type]
+    assert preparation_of(manifest) == says
+    found = (manifest.tap_form, manifest.sides, manifest.image_form, manifest.crop.places, manifest.crop.count)
+    assert found == (config.tap_form, config.sides, config.image_form, config.crop_places, config.crop_count)
+    squashed = dataclasses.replace(manifest, image_form=ImageForm.SQUASHED)
+    assert f"squashed to {config.crop}×{config.crop}" in preparation_of(squashed)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from diffiqa.engine.pixels import TapForm, as_tapped
 from diffiqa.kernels.launch import Storage, crop_table, gather_crops, normalise_pad, source_table
 
 from .devices import Array, Device
@@ -114,3 +115,24 @@ def test_one_kind_may_be_looked_at_twice(device: Device) -> None:
     out = device.like((1, 2, 3, 224, 224), np.float32)
     device.run(gather_crops(sources, 2, (256, 240), crops, 1, out, (224, 224), Storage.F32))
     np.testing.assert_array_equal(device.get(out), np.stack([image[:, :, 32:, 13:237]] * 2, 1))
+
+
+@both
+@pytest.mark.parametrize("form", TapForm)
+def test_restorations_take_their_form_to_the_bit_and_the_first_kind_stays(
+    device: Device, rng: np.random.Generator, storage: Storage, form: TapForm
+) -> None:
+    given, restored = rng.normal(0, 1.1, (2, 2, 3, 32, 48)).astype(np.float32)
+    # At and beside the middles of two bytes.
+    middles = ((np.arange(255, dtype=np.float32) + np.float32(0.5)) / np.float32(127.5)) - 1
+    middles = np.concatenate([np.nextafter(middles, np.float32(-9)), middles, np.nextafter(middles, np.float32(9))])
+    restored.reshape(-1)[: middles.size] = middles
+    restored[1, 2, 3, 4] = np.nan
+    sources = [(device.put(given), Storage.F32), (device.put(restored), Storage.F32)]
+    places = [(0, 0, 1), (1, 3, 0), (0, 16, 20)]
+    out = device.like((3, 2, 3, 16, 28), storage.dtype)
+    table = device.put(crop_table(places, 2, (32, 48), (16, 28)))
+    device.run(gather_crops(device.put(source_table(sources, form)), 2, (32, 48), table, 3, out, (16, 28), storage))
+    kinds = np.stack([given, as_tapped(restored.copy(), form)], axis=1)
+    expected = [kinds[i, :, :, top : top + 16, left : left + 28] for i, top, left in places]
+    np.testing.assert_array_equal(device.get(out), np.stack(expected).astype(storage.dtype))

@@ -4,11 +4,13 @@ Slow and plain on purpose. Weights are a mapping from state-dict name to array; 
 Images and maps are (batch, channel, height, width), token sequences (batch, token, width), unless said otherwise.
 """
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import PIL.Image
 
 from diffiqa.engine.schedule import Kind
 from diffiqa.model.config import ModelConfig, Norm, SwinConfig, UNetConfig, VCGConfig, VDAConfig, ViTConfig
@@ -456,3 +458,37 @@ def sampling_step(bars: Array, i: int, y: Array, eps: Array, z: Array) -> tuple[
     if i > 0:
         mean = mean + math.sqrt(max(beta * (1 - before) / (1 - bar), 1e-20)) * z
     return mean, x0
+
+
+# Files
+
+
+def through_png(plane: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Save a (3, H, W) plane as SR3's program does, really as a PNG, and read it as MANIQA's reader does."""
+    unit = (plane.transpose(1, 2, 0).clip(-1, 1) - np.float32(-1)) / np.float32(2)
+    file = io.BytesIO()
+    PIL.Image.fromarray((unit * np.float32(255)).round().astype(np.uint8)).save(file, "PNG")
+    read = np.asarray(PIL.Image.open(file)).astype(np.float32) / np.float32(255)
+    return ((read - np.float32(0.5)) / np.float32(0.5)).transpose(2, 0, 1)
+
+
+def bicubic(pixels: npt.NDArray[np.uint8], height: int, width: int) -> Array:
+    """(H, W, 3) → (height, width, 3), before rounding: Keys' kernel with a = -3/4 at 4×4 pixels, ends repeated."""
+
+    def kernel(t: float) -> float:
+        t, a = abs(t), -0.75
+        if t <= 1:
+            return (a + 2) * t**3 - (a + 3) * t**2 + 1
+        return a * (t**3 - 5 * t**2 + 8 * t - 4) if t < 2 else 0.0
+
+    def matrix(length: int, size: int) -> Array:
+        out = np.zeros((size, length))
+        for row in range(size):
+            centre = (row + 0.5) * length / size - 0.5
+            for place in range(math.floor(centre) - 1, math.floor(centre) + 3):
+                out[row, min(max(place, 0), length - 1)] += kernel(place - centre)
+        return out
+
+    rows, columns = matrix(pixels.shape[0], height), matrix(pixels.shape[1], width)
+    out: Array = np.einsum("rh,cw,hwk->rck", rows, columns, pixels.astype(np.float64))
+    return out

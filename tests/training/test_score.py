@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from diffiqa.data.pictures import Pictures
-from diffiqa.engine.crops import Crop
+from diffiqa.engine.crops import Crop, crop_grid
 from diffiqa.engine.manifest import StageName
+from diffiqa.engine.pixels import ImageForm, Sides, TapForm, bicubic, squash_planes, to_plane
 from diffiqa.engine.schedule import Kind, Schedule, Taps
 from diffiqa.errors import CheckpointError, ConfigError, DatasetError, OutputError
 from diffiqa.export.stages import StagePlan
@@ -24,6 +26,7 @@ from diffiqa.training.loop import Conduct, read_checkpoint, train
 from diffiqa.training.score import Rated, Restorations, ScoreTask, ranking_loss, restoration_key, run_score
 from diffiqa.training.start import weights_digest
 
+from ..model.reference import through_png
 from .runs import CPU, restore_config, write_photos
 
 MODEL = dataclasses.replace(TINY, dropout=0.0)
@@ -81,8 +84,9 @@ def key(pixels: Any = PIXELS, weights: str = "w", config: ModelConfig = MODEL, s
         {"config": dataclasses.replace(MODEL, schedule=Schedule(steps=7))},
         {"config": dataclasses.replace(MODEL, taps=Taps(t1=1, t2=4))},
         {"config": dataclasses.replace(MODEL, vda=None, vcg=FEWER_KINDS)},
+        {"config": dataclasses.replace(MODEL, tap_form=TapForm.PNG8)},
     ],
-    ids=["one pixel", "shape", "weights", "seed", "unet", "schedule", "taps", "kinds"],
+    ids=["one pixel", "shape", "weights", "seed", "unet", "schedule", "taps", "kinds", "form"],
 )
 def test_the_key_of_a_restoration_changes_with(changed: dict[str, Any]) -> None:
     assert key(**changed) != key()
@@ -353,3 +357,25 @@ def test_a_unet_of_another_size_is_refused(rated: list[Rated], tmp_path: Path) -
 def test_freezing_everything_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="not all 0"):
         score_config(rates=Rates(0, 0, 0))
+
+
+@pytest.mark.parametrize("image_form", ImageForm)
+def test_training_sees_images_and_restorations_as_scoring_does(tmp_path: Path, image_form: ImageForm) -> None:
+    """To the bit, though restorations are kept as float16."""
+    rated = [Rated(path, index / 4) for index, path in enumerate(write_photos(tmp_path / "images", 5, side=43))]
+    model = dataclasses.replace(MODEL, tap_form=TapForm.PNG8, image_form=image_form, sides=Sides.RESIZED)
+    config = score_config(model=model)
+    task = task_of(config, rated, tmp_path)
+    pictures = task.training[0]
+    picture = Image.open(pictures.paths[0])
+    resized = np.asarray(picture.resize((48, 40), Image.Resampling.BILINEAR))  # of 51×43, multiples of 4
+    condition = torch.from_numpy(to_plane(resized))[None]
+    restored = [through_png(plane[0].numpy()) for plane in build(model, config.seed).restore(condition).values()]
+    seen = bicubic(np.asarray(picture), *((32, 32) if image_form is ImageForm.SQUASHED else (40, 48)))
+    kinds = squash_planes(np.stack(restored), 32) if image_form is ImageForm.SQUASHED else np.stack(restored)
+    planes = np.concatenate([to_plane(seen)[None], kinds])
+    places = crop_grid(seen.shape[0], seen.shape[1], 32, config.validation_crops)
+    for place, crop in zip(places, task.grid(pictures, 0), strict=True):
+        rows, columns = slice(place.top, place.top + 32), slice(place.left, place.left + 32)
+        np.testing.assert_array_equal(crop, planes[..., rows, columns])
+    assert task.sample(0, 0).arrays[0].shape == (4, 3, 32, 32)

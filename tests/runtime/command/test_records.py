@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from diffiqa.runtime.command.order import Sort, arrange
 from diffiqa.runtime.command.records import (
     COLUMNS,
     CSV_HEADER,
+    EARLIER_COLUMNS,
     Format,
     Record,
     RunSettings,
@@ -28,6 +30,7 @@ from diffiqa.runtime.command.records import (
     document,
     from_line,
     from_row,
+    text_in_cell,
     to_line,
 )
 from diffiqa.runtime.command.table import emit
@@ -50,6 +53,9 @@ SCORE = Score(
     engine="0123456789abcdef",
     backend="onnxruntime cpu",
     seconds=1.25,
+    percentile=72.5,
+    opinion=3.5,
+    opinion_error=0.5,
 )
 RECORD = Record.of(SCORE, SETTINGS)
 LINE_FORMATS = [Format.JSONL, Format.CSV]
@@ -118,7 +124,16 @@ def test_record_of_a_score_is_flat_and_in_the_documented_order() -> None:
         "notes": ["alpha over white", "rotated by EXIF, 90°"],
         "error": None,
         "settings": "crops=4 seed=7 seeds=2 mode=whole pixel_budget=1048576",
+        "percentile": 72.5,
+        "opinion": 3.5,
+        "opinion_error": 0.5,
     }
+
+
+def test_an_engine_that_knows_no_percentile_writes_json_as_earlier_versions_did() -> None:
+    record = replace(RECORD, percentile=None, opinion=None, opinion_error=None)
+    assert list(json.loads(to_line(record, Format.JSONL))) == list(EARLIER_COLUMNS)
+    assert EARLIER_COLUMNS[-1] == "settings"
 
 
 def test_record_of_a_failure_has_error_engine_and_settings_only() -> None:
@@ -151,7 +166,7 @@ def test_any_name_round_trips(name: str) -> None:
 def test_any_name_of_random_hostile_characters_round_trips(form: Format) -> None:
     source = random.Random(20)  # noqa: S311
     for _ in range(2000):
-        name = "".join(source.choices('\n\r",\\u05c dfD;=\udcff\udc80é🦊', k=source.randint(1, 12)))
+        name = "".join(source.choices('\n\r",\\u023bcd+-@\t 5fD;=\udcff\udc80é🦊', k=source.randint(1, 12)))
         record = replace(RECORD, image=name, error=name)
         assert reread(to_line(record, form), form) == record
 
@@ -181,7 +196,8 @@ def test_jsonl_is_one_line_per_record_in_utf_8() -> None:
 
 
 def test_csv_is_what_other_csv_readers_expect() -> None:
-    names = [name for name in NAMES.values() if not any("\ud800" <= c <= "\udfff" or c == "\\" for c in name)]
+    spelt = re.compile("[\ud800-\udfff\\\\]|^[=+@\t\r\n-]")
+    names = [name for name in NAMES.values() if not spelt.search(name)]
     data = written([replace(RECORD, image=name) for name in names] + [failed("b.png")], Format.CSV)
     assert data.startswith(CSV_HEADER)
     rows = list(csv.DictReader(io.StringIO(data.decode("utf-8"), newline="")))
@@ -196,6 +212,17 @@ def test_csv_is_what_other_csv_readers_expect() -> None:
 def test_csv_spells_bytes_that_are_no_utf_8() -> None:
     line = to_line(replace(RECORD, image=os.fsdecode(b"caf\xe9.png")), Format.CSV)
     assert line.decode("utf-8").startswith(r"caf\udce9.png,")
+
+
+@pytest.mark.parametrize("start", "=+-@\t\r\n")
+def test_no_text_in_csv_starts_like_a_formula(start: str) -> None:
+    name = start + "HYPERLINK(A1).png"
+    line = to_line(replace(failed(name), error=name, notes=(name,)), Format.CSV)
+    (row,) = csv.reader(io.StringIO(line.decode(), newline=""), strict=True)
+    assert not [cell for cell in row if cell[:1] == start]
+    assert row[0] == f"\\u{ord(start):04x}HYPERLINK(A1).png"
+    assert text_in_cell(row[0]) == name
+    assert to_line(replace(RECORD, image="a=b.png", score=-0.5), Format.CSV).startswith(b"a=b.png,ok,-0.5,")
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
@@ -221,7 +248,7 @@ NO_RECORDS = {
     "a score that is text": json.dumps(JSON | {"score": "0.5"}).encode() + b"\n",
     "NaN": json.dumps(JSON | {"score": math.nan}).encode() + b"\n",
     "a new entry": json.dumps(JSON | {"verdict": 1}).encode() + b"\n",
-    "no image": json.dumps({key: JSON[key] for key in COLUMNS[1:]}).encode() + b"\n",
+    "no image": json.dumps({key: JSON[key] for key in EARLIER_COLUMNS[1:]}).encode() + b"\n",
 }
 
 
