@@ -19,6 +19,7 @@ from .export.cli import (
     convert,
     print_exported,
     print_preview,
+    prompts,
     read_weights,
     weight_options,
 )
@@ -138,7 +139,7 @@ def export(
         print_exported(output, loaded, done)
 
 
-for command in (export, build, calibrate, quantise, verify, run, convert, train, evaluate, bench):
+for command in (export, build, calibrate, quantise, verify, run, convert, prompts, train, evaluate, bench):
     main.add_command(command)
 
 if __name__ == "__main__":

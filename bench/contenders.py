@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine.manifest import Library, Manifest, StageName, open_engine
-from ..engine.pixels import to_plane
+from ..engine.pixels import ImageForm, to_plane
 from ..errors import BackendError, UsageError
 from ..runtime.backends import BACKENDS, Backend, GpuBackend, HostBackend, OnnxOnGpu, OnnxRuntime, OpenVino
 from ..runtime.executor import Call, StageRunner
@@ -190,8 +190,8 @@ def _torch_loop(ground: Ground, precision: str, way: str) -> tuple[Score, str]:
     manifest = open_engine(ground.engine).manifest
 
     def score(ask: Ask) -> float:
-        pixels = read_for(ask.image, manifest).pixels
-        return scorer.score(pixels, with_steps(manifest, ask.steps), Options(crops=ask.crops, seed=ask.seed))
+        image, options = read_for(ask.image, manifest), Options(crops=ask.crops, seed=ask.seed)
+        return scorer.score(image.pixels, with_steps(manifest, ask.steps), options, image.restored_from)
 
     return score, version
 
@@ -244,6 +244,8 @@ def plain_loop(ground: Ground) -> tuple[Score, str]:
     from ..engine.schedule import Kind
 
     manifest = open_engine(ground.engine).manifest
+    if manifest.image_form is ImageForm.SQUASHED:
+        raise Missing("it squashes no images")
     model.to(device)
     trained = model.config
 
@@ -252,11 +254,13 @@ def plain_loop(ground: Ground) -> tuple[Score, str]:
         stepped = with_steps(manifest, ask.steps)
         model.config = replace(trained, schedule=stepped.schedule, taps=stepped.taps)
         size = manifest.crop.size
-        pixels = read_for(ask.image, manifest).pixels
-        height, width = pixels.shape[:2]
+        read = read_for(ask.image, manifest)
+        pixels, (height, width) = read.pixels, read.size
         rows, columns = padded_size(height, width, manifest.alignment)
         padding = ((0, 0), (0, rows - height), (0, columns - width))
-        image = torch.from_numpy(np.pad(to_plane(pixels), padding, mode="reflect"))[None].to(device)
+        image = torch.from_numpy(
+            np.pad(to_plane(pixels if read.restored_from is None else read.restored_from), padding, mode="reflect")
+        )[None].to(device)
         with tempfile.TemporaryDirectory() as folder:
             files = {kind: Path(folder, f"{kind}.png") for kind in manifest.kinds}
             Image.fromarray(pixels.astype(np.uint8, copy=False)).save(files[Kind.DIS])

@@ -32,10 +32,9 @@ class Measurement:
         self.workload, self._clock, self._watch = workload, clock, runtime.watch
         manifest = with_steps(directory.manifest, workload.steps)
         self._directory, self._item_bytes = replace(directory, manifest=manifest), runtime.item_bytes
-        read = {path: read_for(path, manifest).pixels for path in dict.fromkeys(workload.images)}
-        self._pixels = [read[path] for path in workload.images]
-        height, width, _ = self._pixels[0].shape  # as prepared for this engine
-        self._plan = make_plan(height, width, manifest, workload.options)
+        read = {path: read_for(path, manifest) for path in dict.fromkeys(workload.images)}
+        self._pixels = [read[path].pixels for path in workload.images]
+        self._plan = make_plan(*read[workload.images[0]].size, manifest, workload.options)
         self._end_to_end: list[float] = []
         self._joules: list[float] = []
         self._samples: list[Sample] = []

@@ -72,15 +72,22 @@ class TorchScorer:
         self._step = _fast(self._placed(_Step(unet, dtype)), way) if isinstance(unet, UNet) else None
 
     @torch.inference_mode()
-    def score(self, pixels: npt.NDArray[Any], manifest: Manifest, options: Options) -> float:
-        """Return the score of pixels (height, width, 3), uint8 or float in [0, 1]."""
+    def score(
+        self,
+        pixels: npt.NDArray[Any],
+        manifest: Manifest,
+        options: Options,
+        restored_from: npt.NDArray[Any] | None = None,
+    ) -> float:
+        """Return the score of pixels (height, width, 3), uint8 or float in [0, 1], restored from others if given."""
         plan = make_plan(pixels.shape[0], pixels.shape[1], manifest, options)
         if plan.mode is not Mode.WHOLE:
             raise UsageError(f"{plan.width}×{plan.height} pixels are more than this peer restores, which has no tiles")
         if plan.squashed:
             raise UsageError("this peer squashes no images")
         plane = self._plane(pixels, plan)
-        restored = self._restore(self._step, plane, manifest, options.seed) if self._step else {}
+        condition = plane if restored_from is None else self._plane(restored_from, plan)
+        restored = self._restore(self._step, condition, manifest, options.seed) if self._step else {}
         planes = torch.cat([plane, *restored.values()])[:, :, : plan.height, : plan.width]
         crops = _cut(planes, plan)
         scores = [self._assess(crops[start : start + BATCH]) for start in range(0, len(crops), BATCH)]

@@ -65,7 +65,7 @@ def sort_by_size(paths: Sequence[Path], manifest: Manifest) -> Images:
     left_out = []
     for path in paths:
         try:
-            height, width = read_for(path, manifest).pixels.shape[:2]
+            height, width = read_for(path, manifest).size
             by_size[height, width].append(path)
         except ImageError as exc:
             left_out.append(str(exc))

@@ -26,7 +26,7 @@ from ..errors import BackendError, EngineError, ImageError, OutputError, UsageEr
 from ..export.precision import PLAN_SCHEMA, Kept, PrecisionPlan, element_types, plan_stage
 from ..runtime.executor import Call
 from ..runtime.host.onnx_stage import OnnxRuntime, make_session
-from ..runtime.images import read_for, read_image
+from ..runtime.images import read_image
 from ..runtime.results import Options
 from ..runtime.scorer import Scorer
 from . import ranges
@@ -152,8 +152,7 @@ def collect(
         scorer = Scorer(directory.manifest, recorders, backend="calibration")
     for done, (digest, name) in enumerate(todo.items()):
         say(f"calibrating: {done + 1} of {len(todo)}, {name}")
-        image = read_for(name, directory.manifest)
-        scorer.score(image.pixels, Options(seed=seed, crops=crops))  # the recorders add to the statistics in place
+        scorer.score(name, Options(seed=seed, crops=crops))  # the recorders add to the statistics in place
         samples = sorted(
             (*statistics.samples, CalibrationImage(name, digest, seed)), key=lambda seen: (seen.digest, seen.seed)
         )

@@ -10,7 +10,7 @@ import PIL.Image
 
 from ..engine.atomic import writing
 from ..errors import DatasetError, ImageError
-from ..runtime.images import read_image, shrunk
+from ..runtime.images import read_image
 from .outputs import make_folder
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3), RGB
@@ -26,8 +26,7 @@ class Pictures:
 
     Runs and processes may share `cache`: the name of a file there is the hash of what it was made from. A picture
     smaller than `min_side` is enlarged if `enlarge`, as scoring does, and else left out. One larger than `longest_side`
-    is reduced. Of what is larger than `window` the middle is kept. Sides become multiples of `multiple`, by scaling, as
-    scoring makes them. Raises DatasetError if no picture is left.
+    is reduced. Of what is larger than `window` the middle is kept. Raises DatasetError if no picture is left.
     """
 
     def __init__(
@@ -39,10 +38,9 @@ class Pictures:
         enlarge: bool = False,
         longest_side: int = 0,
         window: int = 0,
-        multiple: int = 1,
     ) -> None:
         self._cache, self._min_side, self._enlarge, self._longest_side = cache, min_side, enlarge, longest_side
-        self._window, self._multiple = window, multiple
+        self._window = window
         self.skipped: list[str] = []
         self.paths: list[Path] = []
         self.files: list[Path] = []  # the cached pixels of each
@@ -76,7 +74,6 @@ class Pictures:
             raise ImageError(f"{path}: {exc.strerror or exc}") from exc
         made_of = f"{SCHEMA} {self._min_side} {self._enlarge} {self._longest_side} {hashlib.sha256(data).hexdigest()}"
         made_of += f" {self._window}" if self._window else ""
-        made_of += f" multiples of {self._multiple}" if self._multiple > 1 else ""
         file = self._cache / f"{hashlib.sha256(made_of.encode()).hexdigest()}.npy"
         if not file.exists():
             pixels = self._decoded(path)
@@ -94,7 +91,7 @@ class Pictures:
         if self._window:
             top, left = (max(0, length - self._window) // 2 for length in pixels.shape[:2])
             pixels = pixels[top : top + self._window, left : left + self._window]
-        return shrunk(pixels, self._multiple, [])
+        return pixels
 
 
 def read_pixels(source: Path | bytes, *, min_side: int = 1) -> Pixels:

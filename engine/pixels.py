@@ -1,6 +1,7 @@
 """From pixels to the networks' range and back, in NumPy."""
 
 import enum
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,27 @@ class ImageForm(enum.StrEnum):
 
     AS_IS = "as-is"  # the image
     SQUASHED = "squashed"  # the image, scaled to the size of one crop whatever its proportions
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """The sizes of what the U-Net restores of an image, and of what the heads see of it."""
+
+    sides: Sides
+    image_form: ImageForm
+    alignment: int
+    crop: int
+
+    def restored(self, height: int, width: int) -> tuple[int, int]:
+        """Return (height, width) of what the U-Net restores, before padding."""
+        if self.sides is Sides.PADDED:
+            return height, width
+        return height - height % self.alignment, width - width % self.alignment
+
+    def seen(self, height: int, width: int) -> tuple[int, int]:
+        """Return (height, width) of what crops are cut from."""
+        squashed = self.image_form is ImageForm.SQUASHED
+        return (self.crop, self.crop) if squashed else self.restored(height, width)
 
 
 def to_plane(pixels: npt.NDArray[Any]) -> FloatArray:
@@ -68,14 +90,14 @@ def as_tapped(planes: FloatArray, form: TapForm) -> FloatArray:
     return planes
 
 
-def squash(pixels: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
-    """Scale (H, W, 3) pixels to size×size as MANIQA's readers do: OpenCV's bicubic filter.
+def bicubic(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
+    """Scale (H, W, 3) pixels to (height, width, 3) as the authors' and MANIQA's readers do: OpenCV's bicubic filter.
 
     It looks at 4×4 pixels however large the image is: unlike Pillow's it does not smooth what it reduces. Weights are
     multiples of 1/2048, and sums are whole numbers.
     """
     sums: npt.NDArray[Any] = pixels
-    for axis in (1, 0):
+    for axis, size in ((1, width), (0, height)):
         places, weights = _cubic(pixels.shape[axis], size)
         column = (-1, 1, 1) if axis == 0 else (-1, 1)
         sums = sum(
@@ -87,10 +109,8 @@ def squash(pixels: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
 
 
 def squash_planes(planes: FloatArray, size: int) -> FloatArray:
-    """Squash planes (…, 3, H, W) in [-1, 1], rounded to 8 bits, to (…, 3, size, size)."""
-    flat = planes.reshape(-1, *planes.shape[-3:])
-    small = np.stack([to_plane(squash(to_pixels(plane), size)) for plane in flat])
-    return small.reshape(*planes.shape[:-2], size, size)
+    """Scale planes (N, 3, H, W) in [-1, 1], as files of 8 bits hold them, to (N, 3, size, size)."""
+    return np.stack([to_plane(bicubic(to_pixels(plane), size, size)) for plane in planes])
 
 
 def _cubic(length: int, size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

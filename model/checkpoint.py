@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..engine.manifest import Source
-from ..errors import CheckpointError, ConfigError, UsageError
+from ..engine.manifest import Source, weights_id
+from ..engine.reference import Reference, read_reference
+from ..errors import CheckpointError, ConfigError, DatasetError, UsageError
 from . import hub
 from .bundle import Bundle, read_description
 from .config import PRESETS, Encoder, ModelConfig
 from .config import preset as preset_config
-from .naming import BUNDLE, DDPM, IQA, SR3, Format, adapt, find, is_average
+from .naming import BUNDLE, DDPM, DEIQT, IQA, SR3, Format, adapt, find, is_average
 from .network import DiffV2IQA, build
 from .options import OPTIONS, Values, apply, as_text, parse_options, read_options
 from .sr3 import in_words, read_size
@@ -62,13 +63,14 @@ class Setting:
 class Loaded:
     """A float32 model in eval mode, its source files, and notes on what was ignored or is untrained.
 
-    An untrained part has a source with role "seed" and no hash.
+    An untrained part has a source with role "seed" and no hash. `reference` says what scores mean to a person.
     """
 
     model: DiffV2IQA
     sources: tuple[Source, ...]
     notes: tuple[str, ...]
     settings: tuple[Setting, ...] = ()
+    reference: Reference | None = None
 
 
 @dataclass(frozen=True)
@@ -102,14 +104,16 @@ def load(
     seed: int | None = None,
     options: Mapping[str, object] | None = None,
     options_file: Path | None = None,
+    reference: Path | None = None,
 ) -> Loaded:
     """Load a model from a bundle, the authors' network or MANIQA; `unet`, `vit`, `resnet`, `lite0` replace these parts.
 
     The configuration is that of `preset`, else the bundle's own, else the preset that fits the weights. With a `seed`,
     a part that is in no file keeps its seeded initial values, and `sources` and `notes` say so. Without a seed it is
     an error. `options` say what weights do not tell, by the names in `options.OPTIONS`. Those they leave out come from
-    `options_file`, else from `NAME.toml` beside a checkpoint `NAME.pt`. Raises CheckpointError, ConfigError (no such
-    preset or option) or UsageError.
+    `options_file`, else from `NAME.toml` beside a checkpoint `NAME.pt`. `reference` is a file of `iqa-eval
+    --reference`, about an engine of these files alone. Without one, a bundle that is used as it is brings its own.
+    Raises CheckpointError, ConfigError (no such preset or option), DatasetError (the reference) or UsageError.
     """
     if ckpt is None and (preset is None or seed is None):
         raise UsageError("without a checkpoint there must be a preset and a seed, for the parts that no file gives")
@@ -135,12 +139,16 @@ def load(
         notes.append("given: " + ", ".join(f"{name} {as_text(values)}" for name, (values, _) in stated.items()))
     if base and base.bundle and preset and base.bundle.config != own:
         notes.append(f"{base.name}: its configuration {base.bundle.config.name!r} gives way to preset {preset!r}")
-    return Loaded(
-        model.eval(),
-        (*(g.source for g in given), *inherited, *untrained),
-        (*old_notes, *notes, *map(_untrained_note, untrained)),
-        settings,
-    )
+    sources = (*(g.source for g in given), *inherited, *untrained)
+    known = base.bundle.reference if base and base.bundle and base.bundle.config == config and not parts else None
+    if reference:
+        known = read_reference(reference)
+        if known.weights != weights_id(sources):
+            raise DatasetError(
+                f"{reference} is of an engine with other weights than {_paths(given)}: score {known.name} with an "
+                f"engine of these, and make a reference anew with iqa-eval --reference"
+            )
+    return Loaded(model.eval(), sources, (*old_notes, *notes, *map(_untrained_note, untrained)), settings, known)
 
 
 def load_part(path: Path, part: str) -> tuple[dict[str, Tensor], Source] | None:
@@ -207,6 +215,8 @@ def _open(option: str, path: Path) -> _Given:
             f"{path} is the {form.words}, which is told the number of the step where SR3 is told the noise level; "
             f"restoring needs SR3's own: train it with which_model_G = sr3"
         )
+    if form is DEIQT:
+        raise CheckpointError(f"{path} is {form.words}'s network, a part of PFD-IQA; this command wants Diff-V²-IQA")
     if file.average or is_average(prefix):
         remarks.append(f"the moving average of its weights is taken ({file.average or prefix.removesuffix('.')})")
     if prefix:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from ..engine.codec import LATER
 from ..engine.crops import CropPlaces
-from ..engine.pixels import ImageForm, Sides, TapForm
+from ..engine.pixels import ImageForm, Preparation, Sides, TapForm
 from ..engine.schedule import Kind, Schedule, Taps
 from ..errors import ConfigError
 
@@ -180,8 +180,13 @@ class ModelConfig:
         return self.unet.alignment if self.unet else 1
 
     @property
-    def preparation(self) -> dict[str, str]:
-        """How images are prepared, as far as it is not the default: for keys of what depends on it."""
+    def preparation(self) -> Preparation:
+        """How images are prepared."""
+        return Preparation(self.sides, self.image_form, self.alignment, self.crop)
+
+    @property
+    def as_trained(self) -> dict[str, str]:
+        """How taps and images are prepared, as far as it is not the default: for keys of what depends on it."""
         defaults = {
             "tap_form": TapForm.FLOAT,
             "sides": Sides.PADDED,

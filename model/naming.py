@@ -61,6 +61,17 @@ SR3 = Format(
 DDPM = Format("U-Net of SR3's DDPM variant", "unet", part="unet.")
 VIT = Format("timm ViT", "vit", part="vcg.vit.", renames=((r"", "vcg.vit."),))
 LITE0 = Format("efficientnet-lite-pytorch", "lite0", part="vda.lite0.", renames=((r"", "vda.lite0."),))
+# Its ViT may come alone, as DeiT-III. It is no part of Diff-V²-IQA: see pfd/checkpoint.py.
+DEIQT = Format(
+    "DEIQT",
+    "deiqt",
+    renames=(
+        (r"head\.bunch_decoder\.layers\.0\.", "decoder.layer."),
+        (r"head\.bunch_embedding$", "decoder.panels"),
+        (r"head\.heads\.", "decoder.head."),
+        (r"", "encoder."),
+    ),
+)
 RESNET = Format("torchvision ResNet", "resnet", part="vda.resnet.", renames=((r"", "vda.resnet."),))
 
 MAX_PREFIX = 3  # names before those of the network: `state.ema.model.`
@@ -72,6 +83,7 @@ UNUSED = (
     (r"vcg\.swin[12]\.(.+\.)?downsample\.", "strided convolutions of the Swin stages, which nothing calls"),
     (r"vcg\.swin[12]\..+\.(relative_position_index|attn_mask)$", "index and mask tables of Swin, computed here"),
     (r"vda\.lite0\._fc\.", "the classifier of EfficientNet-Lite0"),
+    (r"encoder\.(head|fc_norm)\.", "the classifier of DeiT"),
     (r"(noise_embedding|bn1|rq_score)\.", "layers the authors left in and never call"),
     (
         r"(betas|((log|sqrt)_(one_minus_|recip_|recipm1_)?)?alphas_cumprod(_prev)?"
@@ -96,7 +108,7 @@ def recognise(names: Collection[str]) -> Format | None:
     if has("denoise_fn.") or (has("noise_level_mlp.") and has("downs.")):
         return SR3
     if has("patch_embed.") and has("blocks.0.attn."):
-        return VIT
+        return DEIQT if has("blocks.0.gamma_1") else VIT
     if has("_conv_stem.") and has("_blocks.0._depthwise_conv."):
         return LITE0
     if has("layer1.0.conv1.") and has("fc."):

@@ -95,21 +95,24 @@ class DiffV2IQA(nn.Module):
         return {kind: tapped[config.taps.step_of(kind)] for kind in config.kinds if kind is not Kind.DIS}
 
     @torch.no_grad()
-    def score(self, images: Tensor, seed: int = 0, crops: int | None = None) -> Scores:
+    def score(
+        self, images: Tensor, seed: int = 0, crops: int | None = None, *, restored_from: Tensor | None = None
+    ) -> Scores:
         """Score whole images (B, 3, H, W) in [-1, 1]: restore, cut the same crops from all kinds, mean over crops.
 
-        Where the configuration resizes images, their sides must be aligned.
+        A model that resizes or squashes images takes what the heads see, and what the U-Net restores beside it.
         """
         config, size = self.config, self.config.crop
-        height, width = images.shape[2:]
+        condition = images if restored_from is None else restored_from
+        height, width = condition.shape[2:]
         rows, columns = padded_size(height, width, config.alignment)
         if config.sides is Sides.RESIZED and (rows, columns) != (height, width):
             raise ValueError(f"{config.name!r} takes images with sides that are multiples of {config.alignment}")
-        padded = nn.functional.pad(images, (0, columns - width, 0, rows - height), mode="reflect")
-        restored = (as_tapped(x[..., :height, :width], config.tap_form) for x in self.restore(padded, seed).values())
-        planes = torch.stack([images, *restored], dim=1)
+        padded = nn.functional.pad(condition, (0, columns - width, 0, rows - height), mode="reflect")
+        restored = [as_tapped(x[..., :height, :width], config.tap_form) for x in self.restore(padded, seed).values()]
         if config.image_form is ImageForm.SQUASHED:
-            planes = torch.from_numpy(squash_planes(planes.cpu().numpy(), size)).to(images)
+            restored = [torch.from_numpy(squash_planes(x.cpu().numpy(), size)).to(images) for x in restored]
+        planes = torch.stack([images, *restored], dim=1)
         height, width = planes.shape[-2:]
         places = place_crops(config.crop_places, height, width, size, crops or config.crop_count, seed)
         of_crops = [self(planes[..., c.top : c.top + size, c.left : c.left + size]) for c in places]

@@ -11,8 +11,14 @@ from ..engine.schedule import Kind
 from .plan import Plan, Window
 
 FloatArray = npt.NDArray[np.float32]
+Planes = FloatArray | tuple[FloatArray, FloatArray]  # an image, or a pair: see `both`
 Call = Callable[[], None]
 Task = tuple[Any, int]  # an image, as its executor takes it, and a seed
+
+
+def both(image: Any) -> tuple[Any, Any]:
+    """Return what the heads see of an image, and what the U-Net restores: one array, unless it is a pair."""
+    return image if isinstance(image, tuple) else (image, image)
 
 
 class StageRunner(Protocol):

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import PIL.Image
 
 from ..engine.manifest import Manifest
-from ..engine.pixels import ImageForm, Sides, squash, to_pixels, to_plane
+from ..engine.pixels import Preparation, bicubic, to_pixels, to_plane
 from ..engine.schedule import Kind
 from ..errors import ImageError
 from .arrays import Exchangeable, GpuArray, is_foreign, to_numpy
@@ -68,6 +68,13 @@ class Image:
     height: int
     notes: tuple[str, ...]
     digest: str
+    restored_from: npt.NDArray[Any] | None = None  # what the U-Net gets, where that is not `pixels`
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The (height, width) of what is restored, or else looked at."""
+        height, width, _ = (self.pixels if self.restored_from is None else self.restored_from).shape
+        return height, width
 
 
 def read_image(source: Source, *, min_side: int = 224, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> Image:
@@ -96,33 +103,43 @@ def read_image(source: Source, *, min_side: int = 224, max_pixels: int | None = 
 def read_for(source: Source, manifest: Manifest, *, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> Image:
     """Read an image and prepare it as an engine's model was trained. Its digest is that of the pixels as given.
 
-    What is restored first is squashed later, by the executor. Every failure is an `ImageError`.
+    Every failure is an `ImageError`.
     """
-    size = manifest.crop.size
-    image = read_image(source, min_side=size, max_pixels=max_pixels)
-    pixels, notes = image.pixels, list(image.notes)
+    image, how = read_image(source, min_side=manifest.crop.size, max_pixels=max_pixels), manifest.preparation
     try:
-        if manifest.sides is Sides.RESIZED:
-            pixels = shrunk(pixels, manifest.alignment, notes)
-        height, width = pixels.shape[:2]
-        if manifest.image_form is ImageForm.SQUASHED and (height, width) != (size, size):
-            notes.append(f"squashed from {width}×{height} to {size}×{size}")
-            if manifest.kinds == (Kind.DIS,):
-                pixels = squash(to_pixels(to_plane(pixels)), size)
+        seen, restored_from = prepare(image.pixels, how)
     except MemoryError as exc:
         raise ImageError(f"{_name(source)}: {_reason(exc)}") from exc
-    pixels.setflags(write=False)
-    return replace(image, pixels=pixels, notes=tuple(notes))
+    if seen is image.pixels:
+        return image
+    size = image.size
+    notes = [
+        f"{done} to {width}×{height}"
+        for done, before, (height, width) in (
+            ("resized", size, how.restored(*size)),
+            ("squashed", how.restored(*size), how.seen(*size)),
+        )
+        if before != (height, width)
+    ]
+    for pixels in (seen, restored_from):
+        pixels.setflags(write=False)
+    other = restored_from if manifest.kinds != (Kind.DIS,) else None
+    return replace(image, pixels=seen, restored_from=other, notes=(*image.notes, *notes))
 
 
-def shrunk(pixels: Array, multiple: int, notes: list[str]) -> Array:
-    """Scale pixels to the multiples below their sides: by Pillow's bilinear filter, as the authors' restorer does."""
-    height, width = pixels.shape[:2]
-    size = width - width % multiple, height - height % multiple
-    if size == (width, height):
-        return pixels
-    notes.append(f"resized from {width}×{height} to {size[0]}×{size[1]}")
-    return _resized(pixels, size, PIL.Image.Resampling.BILINEAR)
+def prepare(pixels: Array, how: Preparation) -> tuple[Array, Array]:
+    """Return what the heads see of an image, and what the U-Net restores: `pixels` itself if there is nothing to do.
+
+    The authors' programs scale the image twice, on 8 bits: for the heads by OpenCV's bicubic filter, for the U-Net by
+    Pillow's bilinear one.
+    """
+    size = pixels.shape[0], pixels.shape[1]
+    seen, restored = how.seen(*size), how.restored(*size)
+    if seen == restored == size:
+        return pixels, pixels
+    pixels = to_pixels(to_plane(pixels)) if pixels.dtype != np.uint8 else pixels
+    to_restore = pixels if restored == size else _resized(pixels, restored[::-1], PIL.Image.Resampling.BILINEAR)
+    return bicubic(pixels, *seen), to_restore
 
 
 def synthetic(seed: int | tuple[int, ...], height: int, width: int) -> npt.NDArray[np.uint8]:

@@ -114,7 +114,7 @@ class Scorer:
             return score
         read = ((self._read(image), _name(image, index)) for index, image in enumerate(images))
         scores: list[Score] = []
-        for _, same in itertools.groupby(read, lambda item: item[0].pixels.shape):
+        for _, same in itertools.groupby(read, lambda item: item[0].size):
             while group := list(itertools.islice(same, self._group_size(chosen))):
                 scores += self._score(group, chosen, pictures)
         return scores
@@ -220,13 +220,13 @@ class Scorer:
         if executor is None:
             raise UsageError("this scorer is closed; load the engine again")
         m = self._manifest
-        height, width = images[0][0].pixels.shape[:2]
+        height, width = images[0][0].size
         plan = make_plan(height, width, m, options)
         seeds = tuple(range(options.seed, options.seed + options.seeds))
         outcomes: list[Outcome] = []  # of every seed of the first image, then of the second, …
         try:
-            given = [_given(image, executor) for image, _ in images]
-            tasks = [(pixels, seed) for pixels in given for seed in seeds]
+            arrays = [given(image, pixels=executor.takes_pixels) for image, _ in images]
+            tasks = [(array, seed) for array in arrays for seed in seeds]
             for start in range(0, len(tasks), executor.together):
                 some = tasks[start : start + executor.together]
                 # Pictures show the first seed only.
@@ -238,8 +238,10 @@ class Scorer:
             # ONNX Runtime has no exception type for too little memory.
             why = _too_large(plan) if "allocat" in str(exc) else exc
             raise ImageError(f"{images[0][1]}: {why}") from exc
+        reference = m.score.reference
+        caveat = reference.caveat(options.crops or m.crop.count, options.mode) if reference else None
         return [
-            self._result(image, name, plan, seeds, outcomes[i * len(seeds) :][: len(seeds)], pictures)
+            self._result(image, name, plan, seeds, outcomes[i * len(seeds) :][: len(seeds)], pictures, caveat)
             for i, (image, name) in enumerate(images)
         ]
 
@@ -251,6 +253,7 @@ class Scorer:
         seeds: tuple[int, ...],
         outcomes: Sequence[Outcome],
         pictures: bool,
+        caveat: str | None,
     ) -> Score:
         """Return the score of one image, from the outcomes of its seeds."""
         m, verdicts = self._manifest, [outcome.verdicts for outcome in outcomes]
@@ -258,10 +261,11 @@ class Scorer:
         crops = tuple(
             _crop_score(m, plan, index, [found[index] for found in verdicts]) for index in range(len(plan.crops))
         )
-        notes = (*image.notes, *(note for outcome in outcomes for note in outcome.notes))
+        notes = (*image.notes, *(note for outcome in outcomes for note in outcome.notes), *filter(None, [caveat]))
+        score = statistics.fmean(per_seed)
         return Score(
             source=name,
-            score=statistics.fmean(per_seed),
+            score=score,
             vcg=_mean([crop.vcg for crop in crops]),
             vda=_mean([crop.vda for crop in crops]),
             spread=statistics.stdev(per_seed) if len(per_seed) > 1 else None,
@@ -275,15 +279,21 @@ class Scorer:
             engine=m.engine_id,
             backend=self._backend,
             seconds=sum(outcome.seconds for outcome in outcomes),
+            percentile=m.score.percentile(score),
+            opinion=m.score.opinion(score),
+            opinion_error=m.score.reference.error if m.score.reference else None,
             pictures=_pictures(m, plan, image, outcomes[0]) if pictures else None,
         )
 
 
-def _given(image: Image, executor: Executor) -> npt.NDArray[Any]:
-    """Return the pixels in the form that the executor takes."""
-    if executor.takes_pixels and image.pixels.dtype == np.uint8:
-        return image.pixels
-    return to_plane(image.pixels)
+def given(image: Image, *, pixels: bool = False) -> Any:
+    """Return an image as an executor takes it: a plane, or bytes if it takes `pixels`; a pair if there are two."""
+
+    def form(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return array if pixels and array.dtype == np.uint8 else to_plane(array)
+
+    seen = form(image.pixels)
+    return seen if image.restored_from is None else (seen, form(image.restored_from))
 
 
 def _next_group(decoding: "collections.deque[_Decoding]", most: int) -> "list[_Decoding]":
@@ -298,7 +308,7 @@ def _next_group(decoding: "collections.deque[_Decoding]", most: int) -> "list[_D
 def _shape(decoding: "_Decoding") -> tuple[int, ...] | None:
     """Wait for an image and return its shape; None if it could not be read."""
     error = decoding[0].exception()
-    return None if error else decoding[0].result().pixels.shape
+    return None if error else decoding[0].result().size
 
 
 def load(
@@ -380,11 +390,9 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def _pictures(m: Manifest, plan: Plan, image: Image, outcome: Outcome) -> Pictures:
     """Place the restored planes and the heads' maps over the image."""
-    size, shape = plan.crop_size, (plan.height, plan.width)
-    given = image.pixels if image.pixels.dtype == np.uint8 else to_pixels(to_plane(image.pixels))
-    if plan.squashed:
-        shape, given = (size, size), to_pixels(outcome.crops[0, 0])
-    planes: dict[Kind, Picture] = {Kind.DIS: given.astype(np.uint8, copy=False)}
+    size, shape = plan.crop_size, image.pixels.shape[:2]
+    seen = image.pixels if image.pixels.dtype == np.uint8 else to_pixels(to_plane(image.pixels))
+    planes: dict[Kind, Picture] = {Kind.DIS: seen.astype(np.uint8, copy=False)}
     for row, kind in enumerate(m.kinds[1:], start=1):
         if kind in outcome.planes:
             planes[kind] = to_pixels(outcome.planes[kind])

@@ -113,7 +113,7 @@ def ablate_recipes(
 def judge(bundle: Path, config: ScoreConfig, rated: Sequence[Rated], cache: Path, machine: Machine) -> dict[str, float]:
     """Return how well a trained bundle scores images, as validation does: on the same grid of crops."""
     model = load(bundle).model.to(machine.device).eval()
-    pictures, items = prepared(rated, cache / "pictures", config.model, QUIETLY.say)
+    pictures, items = prepared(rated, cache / "pictures", config.model.crop, QUIETLY.say)
     restorations = Restorations(model, config.restore_seed, cache / "restored")
     restorations.fill(pictures, machine, QUIETLY.say)
     labelled = pictures, [item.quality for item in items]

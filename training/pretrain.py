@@ -161,7 +161,7 @@ def run_pretrain(
     begun = begin(config.model, config.seed, {start: asked} if start else {})
     with open_machine(conduct.device, config.optimisation.precision) as machine:
         sets = [
-            prepared(rated, (cache or folder / "cache") / "pictures", config.model, conduct.say)
+            prepared(rated, (cache or folder / "cache") / "pictures", config.model.crop, conduct.say)
             for rated in (training, validation)
         ]
         task = PretrainTask(config, begun.model, sets[0], sets[1])

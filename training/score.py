@@ -26,7 +26,7 @@ from ..engine.codec import encode
 from ..engine.crops import Crop, padded_size, place_crops
 from ..engine.manifest import StageName
 from ..engine.noise import NoiseField
-from ..engine.pixels import FloatArray, ImageForm, Sides, as_tapped, squash, squash_planes, to_plane
+from ..engine.pixels import FloatArray, ImageForm, as_tapped, squash_planes, to_plane
 from ..errors import DatasetError, OutputError
 from ..evaluation.correlation import rmse
 from ..export.graph import export_graph
@@ -39,6 +39,7 @@ from ..model.unet import UNet
 from ..runtime.host.executor import BoundDenoiser
 from ..runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from ..runtime.host.sampler import restore
+from ..runtime.images import prepare
 from .config import VERSIONS, ScoreConfig, digest, identity
 from .loop import QUIETLY, Conduct, Machine, Result, Sample, Verdict, open_machine, picked, train
 from .start import begin, weights_digest
@@ -110,8 +111,9 @@ class Restorations:
         return sum(sizes)
 
     def _restored(self, pixels: Pixels, method: Callable[[FloatArray], FloatArray]) -> npt.NDArray[np.float16]:
-        height, width = pixels.shape[:2]
         config = self._model.config
+        _, pixels = prepare(pixels, config.preparation)
+        height, width = pixels.shape[:2]
         rows, columns = padded_size(height, width, config.alignment)
         padding = ((0, 0), (0, rows - height), (0, columns - width))
         planes = method(np.pad(to_plane(pixels), padding, mode="reflect"))[:, :, :height, :width]
@@ -161,8 +163,8 @@ def restoration_key(pixels: Pixels, unet_digest: str, config: ModelConfig, seed:
         "kinds": [str(kind) for kind in config.kinds],
         "seed": seed,
     }
-    if config.preparation:
-        fields |= {"preparation": config.preparation, "crop": config.crop}
+    if config.as_trained:
+        fields |= {"as_trained": config.as_trained, "crop": config.crop}
     return digest(fields)
 
 
@@ -195,8 +197,8 @@ class Features:
             task, config = self._task, self._task.config
             restored = task.restorations.file(pictures, index).name if task.restores else ""
             causes: dict[str, Any] = {"picture": picture.name, "restored": restored, "encoder": self._weights}
-            if config.model.preparation:
-                causes["preparation"] = config.model.preparation
+            if config.model.as_trained:
+                causes["as_trained"] = config.model.as_trained
             key = digest(causes | {"crop": config.model.crop, "crops": config.validation_crops})
             self._files[picture] = self._cache / f"{key}.npy"
         return self._files[picture]
@@ -314,8 +316,7 @@ class ScoreTask:
         size = self.config.model.crop
         rows, columns = slice(place.top, place.top + size), slice(place.left, place.left + size)
         pixels, model = pictures[number], self.config.model
-        if model.image_form is ImageForm.SQUASHED:
-            pixels = squash(pixels, size)
+        pixels, _ = prepare(pixels, model.preparation)
         planes = [to_plane(pixels[rows, columns])[None]]
         if self.restores:
             restored = np.load(self.restorations.file(pictures, number), mmap_mode="r")
@@ -333,7 +334,7 @@ class ScoreTask:
     def _size(self, pictures: Pictures, number: int) -> tuple[int, int]:
         """Return the size (height, width) of what crops are cut from."""
         model, (height, width, _) = self.config.model, pictures[number].shape
-        return (model.crop, model.crop) if model.image_form is ImageForm.SQUASHED else (height, width)
+        return model.preparation.seen(height, width)
 
     def losses(self, network: Callable[..., object], batch: Sequence[Tensor]) -> Tensor:
         """Return each crop's squared error, that of each branch times its weight, and the terms of the batch.
@@ -553,7 +554,7 @@ def _filled(
     say: Callable[[str], None],
 ) -> Group:
     """Return a set of which all pictures are decoded and, where the run wants that, restored."""
-    pictures, items = prepared(rated, place / "pictures", config.model, say, config.window)
+    pictures, items = prepared(rated, place / "pictures", config.model.crop, say, config.window)
     if config.restored:
         size = restorations.fill(pictures, machine, say)
         say(f"{len(pictures)} images, {size / 1e9:.2f} GB of restorations in {place / 'restored'}")
@@ -570,20 +571,13 @@ def lot(rated: Sequence[Rated], count: int) -> list[Rated]:
 
 
 def prepared(
-    rated: Sequence[Rated], cache: Path, model: ModelConfig, say: Callable[[str], None], window: int = 0
+    rated: Sequence[Rated], cache: Path, crop: int, say: Callable[[str], None], window: int = 0
 ) -> tuple[Pictures, list[Rated]]:
-    """Return the pictures that can be used, and the labels of each. Scoring would give them these sizes, too.
+    """Return the pictures that can be used, and the labels of each. Those smaller than a crop are enlarged.
 
     With a `window`, so much of the middle stands for a picture.
     """
-    pictures = Pictures(
-        [r.path for r in rated],
-        cache,
-        min_side=model.crop,
-        enlarge=True,
-        window=window,
-        multiple=model.alignment if model.sides is Sides.RESIZED else 1,
-    )
+    pictures = Pictures([r.path for r in rated], cache, min_side=crop, enlarge=True, window=window)
     for text in pictures.skipped:
         say(f"left out: {text}")
     of = {r.path: r for r in rated}

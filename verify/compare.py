@@ -17,14 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..engine.manifest import Manifest
-from ..engine.pixels import to_plane
 from ..errors import ImageError, UsageError
+from ..runtime.executor import Planes
 from ..runtime.images import read_for
 from ..runtime.plan import Plan, make_plan
 from ..runtime.results import Options
+from ..runtime.scorer import given
 from .figures import QUANTILE, Findings, ImageFigures, RunFigures, image_figures, total_score
 from .sides import Side
-from .trace import BROKEN, Answers, FloatArray, Pipeline, Trace
+from .trace import BROKEN, Answers, Pipeline, Trace
 
 Say = Callable[[str], None]
 SPREAD_IMAGES = 4  # that the reference also scores with the other seeds
@@ -45,7 +46,7 @@ class Subject:
 
     name: str
     digest: str
-    plane: FloatArray  # (3, height, width) in [-1, 1]
+    plane: Planes  # (3, height, width) in [-1, 1]
     plan: Plan
 
 
@@ -59,8 +60,8 @@ def read_subjects(paths: Sequence[Path], manifest: Manifest, options: Options) -
         except ImageError as exc:
             raise UsageError(f"{exc}; mend this image, or leave it out") from exc
         dark += not image.pixels.any()
-        plan = make_plan(image.pixels.shape[0], image.pixels.shape[1], manifest, options)
-        subjects.append(Subject(str(path), image.digest, to_plane(image.pixels), plan))
+        plan = make_plan(*image.size, manifest, options)
+        subjects.append(Subject(str(path), image.digest, given(image), plan))
     if dark == len(subjects):
         raise UsageError(f"{_all(subjects)} black, and black images show no difference; give photographs")
     if len(subjects) > 1 and len({subject.digest for subject in subjects}) == 1:

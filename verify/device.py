@@ -18,7 +18,7 @@ from ..engine.manifest import EngineDirectory, Library, Manifest
 from ..errors import BackendError, EngineError
 from ..runtime.backends import GpuBackend
 from ..runtime.builds import NotForShapesError, build_command, choose_profile
-from ..runtime.executor import Call, FloatArray, Outcome
+from ..runtime.executor import Call, FloatArray, Outcome, Planes
 from ..runtime.gpu.executor import DeviceExecutor
 from ..runtime.gpu.graphs import Form
 from ..runtime.gpu.layer import ITEM_BYTES, BoundStage, Layer, LoadedStage
@@ -141,7 +141,7 @@ class _Bound:
 
 
 def score_whole(
-    manifest: Manifest, executor: DeviceExecutor, image: FloatArray, plan: Plan, seed: int
+    manifest: Manifest, executor: DeviceExecutor, image: Planes, plan: Plan, seed: int
 ) -> tuple[float, bool | None, str]:
     """Score an image as `iqa-run` does: without a graph, then captured, then replayed. Returns what a `Whole` does."""
     try:

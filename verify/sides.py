@@ -22,7 +22,7 @@ from ..engine.manifest import EngineDirectory, Manifest, Precision, Source, Stag
 from ..errors import EngineError, UsageError
 from ..export.precision import PrecisionPlan, StagePrecision, cast, in_8_bits, replace_nodes, resolve_plan, rounded
 from ..runtime.backends import Inductor
-from ..runtime.executor import Call, FloatArray, StageRunner
+from ..runtime.executor import Call, Planes, StageRunner
 from ..runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from ..runtime.host.stages import load_stages
 from ..runtime.plan import Plan
@@ -43,7 +43,7 @@ class Party:
 
 
 # Scores an image all on a GPU. Returns the score, whether a CUDA graph gave the same bits, and why there was no graph.
-Whole = Callable[[FloatArray, Plan, int], tuple[float, bool | None, str]]
+Whole = Callable[[Planes, Plan, int], tuple[float, bool | None, str]]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..engine.manifest import Manifest, StageName
 from ..runtime.builds import NotForShapesError
-from ..runtime.executor import Call, Outcome, StageRunner
+from ..runtime.executor import Call, Outcome, Planes, StageRunner
 from ..runtime.host.executor import BoundDenoiser, HostExecutor
 from ..runtime.plan import Plan
 
@@ -65,7 +65,7 @@ class Pipeline:
         self._recorders = {name: _Recorder(stage, _WATCHED[name]) for name, stage in stages.items()}
         self._executor = HostExecutor(manifest, self._recorders)
 
-    def trace(self, image: FloatArray, plan: Plan, seed: int) -> Trace:
+    def trace(self, image: Planes, plan: Plan, seed: int) -> Trace:
         """Score a (3, height, width) image in [-1, 1] and return all that was recorded."""
         for name, recorder in self._recorders.items():
             recorder.start(self.manifest.schedule.steps if name is StageName.UNET else HEAD_CALLS)
@@ -84,7 +84,7 @@ class Pipeline:
             vda=vda,
         )
 
-    def scores(self, image: FloatArray, plan: Plan, seed: int) -> tuple[FloatArray, FloatArray]:
+    def scores(self, image: Planes, plan: Plan, seed: int) -> tuple[FloatArray, FloatArray]:
         """Return the branches' scores of the crops; record nothing."""
         for recorder in self._recorders.values():
             recorder.start(0)

@@ -52,7 +52,7 @@ class Display:
         elif not wanted.file:
             shown = arrange(self.records, wanted.sort, descending=wanted.descending, top=self._top, bottom=self._bottom)
             if self._form is Format.TABLE:
-                show_table(shown, meaning, summary, sys.stdout)
+                show_table(shown, meaning, summary, sys.stdout, wanted.scale)
                 return
             for piece in document(shown, self._form):
                 emit(sys.stdout.buffer, piece)

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from ...engine.pixels import TapForm, as_tapped, squash_planes, to_plane
 from ...engine.schedule import Kind
 from ...errors import BackendError, UsageError
 from ...kernels.launch import Storage, Window, crop_table, gather_crops, normalise_pad, source_table, window_table
-from ..executor import Branch, FloatArray, Outcome, Task, Verdict, paste
+from ..executor import Branch, FloatArray, Outcome, Task, Verdict, both, paste
 from ..plan import Plan
 from ..plan import Window as PlanWindow
 from ..results import Mode
@@ -76,7 +77,7 @@ class DeviceExecutor:
 
     def run(
         self,
-        image: FloatArray | Bytes,
+        image: FloatArray | Bytes | tuple[FloatArray | Bytes, FloatArray | Bytes],
         plan: Plan,
         seed: int,
         cancelled: Callable[[], bool] = lambda: False,
@@ -84,7 +85,7 @@ class DeviceExecutor:
         pictures: bool = True,
         form: Form | None = None,
     ) -> Outcome:
-        """Restore and score one image: pixels (height, width, 3), or a plane (3, height, width) in [-1, 1].
+        """Restore and score one image: pixels (height, width, 3), or a plane (3, height, width) in [-1, 1]; or a pair.
 
         Without `pictures` the outcome has verdicts alone: its crops are empty and its planes none. `form` replaces the
         executor's for this run. Raises Cancelled before the next launch once `cancelled()`: a step, or where there is a
@@ -128,7 +129,7 @@ class DeviceExecutor:
 
     def _attempt(self, dock: Dock, job: "_Job") -> list[Outcome]:
         """Carry it out with a dock that the caller has locked. Where memory runs out, give all of it up and raise."""
-        images = [image for image, _ in job.tasks]
+        images = job.images
         self._refuse_if_closed()
         self._layer.enter()
         try:
@@ -179,9 +180,13 @@ class DeviceExecutor:
         images, each = len(job.tasks), len(job.plan.crops)
         kinds, size, count = len(self._manifest.kinds), job.plan.crop_size, images * each
         self._batch_in_use = 1
+        planes_from = self._planes_of(dock, job.size)
+        # Behind those to restore stand those to look at, if they are others.
+        others = len(dock.images) - images
         job = replace(
             job,
-            plane=self._planes_of(dock, job.size),
+            condition=planes_from,
+            plane=planes_from + others * 3 * math.prod(job.size) * _FLOAT,
             crops=self._images.get("crops", count * self._crop_bytes(job.plan)),
             notes=[self._memory_note] if self._memory_note else [],
         )
@@ -246,7 +251,13 @@ class DeviceExecutor:
             loop = self._bindings.loop(batch.size, height, width)
             corners = [(i, window.top, window.left) for i, window in members]
             self._gather(
-                [job.plane], job.size, corners, len(job.tasks), loop.condition, (height, width), loop.buffers.storage
+                [job.condition],
+                job.size,
+                corners,
+                len(job.tasks),
+                loop.condition,
+                (height, width),
+                loop.buffers.storage,
             )
             noise = [
                 Window(job.tasks[i][1], plan.noise_size, *plan.noise_origin(window), lane=window.lane)
@@ -297,10 +308,11 @@ class DeviceExecutor:
         self._collect(job, dis, addresses, _Batch(0, count, count))
 
     def _take_squashed(self, job: "_Job", restored: FloatArray) -> None:
-        """Squash whole images and their restorations (kinds - 1, images, 3, height, width), and upload them."""
-        given = [to_plane(image) if image.dtype == np.uint8 else image for image, _ in job.tasks]
-        whole = np.stack([given, *as_tapped(restored, self._manifest.tap_form)], axis=1)
-        self._layer.upload(job.crops, squash_planes(whole, job.plan.crop_size))
+        """Squash restorations (kinds - 1, images, 3, height, width), and upload them beside the squashed images."""
+        seen = [both(image)[0] for image, _ in job.tasks]
+        planes = [to_plane(image) if image.dtype == np.uint8 else image for image in seen]
+        small = (squash_planes(kind, job.plan.crop_size) for kind in as_tapped(restored, self._manifest.tap_form))
+        self._layer.upload(job.crops, np.stack([planes, *small], axis=1))
 
     def _collect(self, job: "_Job", dis: int, restored: Sequence[int], batch: "_Batch") -> None:
         """Put crops of all kinds together: `dis` and each of `restored` (batch, 3, size, size), in order of kinds."""
@@ -431,8 +443,8 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Job:
-    """What `run_together` is asked for and, once its images are on the device, where: float32, `plane` (images, 3,
-    *size), and `crops` of all of them (crops, kinds, 3, crop, crop).
+    """What `run_together` is asked for and, once its images are on the device, where: float32, `condition` and `plane`
+    (images, 3, *size), and `crops` of all of them (crops, kinds, 3, crop, crop).
     """
 
     tasks: Sequence[Task]
@@ -440,9 +452,17 @@ class _Job:
     cancelled: Callable[[], bool]
     pictures: bool
     form: Form | None
-    plane: int = 0
+    condition: int = 0  # what the U-Net restores
+    plane: int = 0  # what the heads see
     crops: int = 0
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def images(self) -> list[Any]:
+        """What the device needs: images to restore, then those to look at if they are others and not squashed."""
+        seen, restored_from = zip(*(both(image) for image, _ in self.tasks), strict=True)
+        alike = all(a is b for a, b in zip(seen, restored_from, strict=True))
+        return [*restored_from, *(() if alike or self.plan.squashed else seen)]
 
     @property
     def size(self) -> tuple[int, int]:

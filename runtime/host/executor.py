@@ -11,7 +11,7 @@ from ...engine.manifest import Manifest, StageName
 from ...engine.noise import NoiseField
 from ...engine.pixels import as_tapped, squash_planes
 from ...engine.schedule import Kind
-from ..executor import Branch, Call, Cancelled, FloatArray, Outcome, StageRunner, Task, Verdict, paste
+from ..executor import Branch, Call, Cancelled, FloatArray, Outcome, Planes, StageRunner, Task, Verdict, both, paste
 from ..plan import Plan
 from .sampler import restore
 
@@ -29,25 +29,29 @@ class HostExecutor:
 
     def run(
         self,
-        image: FloatArray,
+        image: Planes,
         plan: Plan,
         seed: int,
         cancelled: Callable[[], bool] = lambda: False,
         *,
         pictures: bool = True,
     ) -> Outcome:
-        """Restore and score one image (3, height, width) in [-1, 1]. Raises Cancelled soon after `cancelled()`."""
+        """Restore and score one image (3, height, width) in [-1, 1], or a pair: see `both`.
+
+        Raises Cancelled soon after `cancelled()`.
+        """
         start = time.perf_counter()
+        seen, restored_from = both(image)
         height, width = plan.cut
         crops = np.empty((len(plan.crops), len(self._manifest.kinds), 3, height, width), np.float32)
-        for index, crop in enumerate(plan.crops):
-            crops[index, 0] = image[:, crop.top : crop.top + height, crop.left : crop.left + width]
+        for index, crop in enumerate(() if plan.squashed else plan.crops):
+            crops[index, 0] = seen[:, crop.top : crop.top + height, crop.left : crop.left + width]
         planes: dict[Kind, FloatArray] = {}
         with self._workspace() as work:
             if StageName.UNET in self._stages:
-                planes = self._restore(work, image, plan, seed, crops, cancelled)
+                planes = self._restore(work, restored_from, plan, seed, crops, cancelled)
             if plan.squashed:
-                crops = squash_planes(crops, plan.crop_size)
+                crops = np.stack([seen, *squash_planes(crops[0, 1:], plan.crop_size)])[None]
             verdicts = []
             for index in range(len(plan.crops)):
                 if cancelled():

@@ -34,9 +34,10 @@ from diffiqa.bench.contenders import (
 from diffiqa.bench.peers import EXACT
 from diffiqa.bench.torch_loop import TorchScorer, Way, normals
 from diffiqa.bench.workload import with_steps
+from diffiqa.engine.crops import CropPlaces
 from diffiqa.engine.manifest import Manifest, open_engine
 from diffiqa.engine.noise import WEYL, NoiseField, split_seed
-from diffiqa.engine.pixels import to_plane
+from diffiqa.engine.pixels import Sides, TapForm, to_plane
 from diffiqa.engine.schedule import Kind
 from diffiqa.errors import UsageError
 from diffiqa.model.bundle import save_bundle
@@ -47,6 +48,7 @@ from diffiqa.runtime.gpu import cuda
 from diffiqa.runtime.gpu.onnx_stage import CUDA
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, providers_here
 from diffiqa.runtime.host.stages import OnHost, load_stages
+from diffiqa.runtime.images import read_for
 from diffiqa.runtime.results import Mode, Options
 from diffiqa.runtime.scorer import Scorer
 
@@ -109,6 +111,20 @@ def test_scores_are_ours(
         assert torch_scorer.score(pixels, manifest, options) == pytest.approx(
             scorer.score(pixels, options).score, abs=SUMS
         )
+
+
+def test_restorations_as_trained_and_random_crops_are_ours(
+    tiny_engine: Path, tiny_model: DiffV2IQA, manifest: Manifest
+) -> None:
+    crop = replace(manifest.crop, places=CropPlaces.RANDOM)
+    trained = replace(manifest, crop=crop, tap_form=TapForm.PNG8, sides=Sides.RESIZED)
+    ours = Scorer(trained, load_stages(open_engine(tiny_engine), OnnxRuntime(threads=1)), backend="test")
+    pixels, options = photo(6, 45, 70), Options(crops=3, seed=4)
+    image = read_for(pixels, trained)
+    found = TorchScorer(tiny_model, CPU).score(image.pixels, trained, options, image.restored_from)
+    # Sums in another order may round a value between two bytes to the other.
+    assert found == pytest.approx(ours.score(pixels, options).score, abs=2e-5)
+    assert abs(found - TorchScorer(tiny_model, CPU).score(image.pixels, manifest, options)) > 2e-4
 
 
 def test_floating_point_pixels_are_taken_as_they_are(scorer: Scorer, tiny_model: DiffV2IQA, manifest: Manifest) -> None:

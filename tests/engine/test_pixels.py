@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from diffiqa.engine.pixels import FloatArray, TapForm, as_tapped, squash, squash_planes, to_pixels, to_plane
+from diffiqa.engine.pixels import FloatArray, TapForm, as_tapped, bicubic, squash_planes, to_pixels, to_plane
 from diffiqa.model.network import as_tapped as as_tapped_by_torch
 
-from ..model.reference import bicubic, through_png
+from ..model import reference
 
 
 def test_a_plane_has_the_channels_first_and_runs_from_minus_one_to_one() -> None:
@@ -51,7 +51,7 @@ def some_states(seed: int) -> FloatArray:
 @pytest.mark.parametrize("seed", [1, 2])
 def test_png8_is_the_way_through_a_file_to_the_bit(seed: int) -> None:
     states = some_states(seed)
-    expected = through_png(states)
+    expected = reference.through_png(states)
     assert as_tapped(states.copy(), TapForm.PNG8).tobytes() == expected.tobytes()
     assert as_tapped(expected.copy(), TapForm.PNG8).tobytes() == expected.tobytes()  # twice is once
     # The heads get what they get for a picture of these bytes.
@@ -69,22 +69,23 @@ def test_numpy_and_torch_give_taps_the_same_bits(form: TapForm) -> None:
     assert np.nanmax(np.abs(expected)) == limit
 
 
-@pytest.mark.parametrize(("height", "width", "size"), [(61, 83, 32), (32, 32, 32), (20, 50, 32), (3, 4, 16)])
-def test_squashing_is_a_bicubic_filter_of_16_pixels(height: int, width: int, size: int) -> None:
-    pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
-    small, exact = squash(pixels, size), bicubic(pixels, size)
-    assert small.shape == (size, size, 3)
-    assert small.dtype == np.uint8
+@pytest.mark.parametrize(
+    ("size", "small"), [((61, 83), (32, 32)), ((45, 70), (44, 68)), ((20, 50), (32, 32)), ((3, 4), (16, 20))]
+)
+def test_the_bicubic_filter_looks_at_16_pixels(size: tuple[int, int], small: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(size[0]).integers(0, 256, (*size, 3), np.uint8)
+    found, exact = bicubic(pixels, *small), reference.bicubic(pixels, *small).clip(0, 255)
+    assert found.shape == (*small, 3)
+    assert found.dtype == np.uint8
     # Weights of 11 bits: their rounding moves a sum by less than half a level.
-    assert np.abs(small - exact.clip(0, 255)).max() < 1
-    assert (small == np.rint(exact.clip(0, 255))).mean() > 0.9
-    if (height, width) == (size, size):
-        np.testing.assert_array_equal(small, pixels)
+    assert np.abs(found - exact).max() < 1
+    assert (found == np.rint(exact)).mean() > 0.9
+    np.testing.assert_array_equal(bicubic(pixels, *size), pixels)
 
 
 def test_planes_are_squashed_as_their_pixels_are() -> None:
     pixels = np.random.default_rng(9).integers(0, 256, (2, 40, 50, 3), np.uint8)
-    planes = squash_planes(np.stack([to_plane(each) for each in pixels])[:, None], 16)
-    assert planes.shape == (2, 1, 3, 16, 16)
-    for plane, each in zip(planes[:, 0], pixels, strict=True):
-        np.testing.assert_array_equal(plane, to_plane(squash(each, 16)))
+    planes = squash_planes(np.stack([to_plane(each) for each in pixels]), 16)
+    assert planes.shape == (2, 3, 16, 16)
+    for plane, each in zip(planes, pixels, strict=True):
+        np.testing.assert_array_equal(plane, to_plane(bicubic(each, 16, 16)))

@@ -5,19 +5,22 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from diffiqa.engine.manifest import Manifest, Source, Stage, StageName, file_sha256, open_engine, read_manifest
+from diffiqa.engine.pixels import ImageForm
 from diffiqa.errors import DiffiqaError, EngineError, ExportError
 from diffiqa.export import engine as engine_module
 from diffiqa.export import pytorch
-from diffiqa.export.engine import StageCost, check_target, export_engine
+from diffiqa.export.engine import StageCost, check_target, export_engine, manifest_of, plan_names, preparation_of
 from diffiqa.export.pytorch import compare_with_pytorch, reference
 from diffiqa.export.stages import StagePlan, stage_plans
 from diffiqa.model.checkpoint import Loaded
+from diffiqa.model.config import PRESETS
 from diffiqa.model.network import build
 
 from ..tiny import TINY
@@ -264,3 +267,27 @@ def test_the_manifest_names_no_directory_of_this_machine(tiny_engine: Path) -> N
     assert str(tiny_engine.parent) not in text
     assert str(Path(__file__).parents[2]) not in text
     assert json.loads(text)["provenance"]["versions"]["diffiqa"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "says"),
+    [
+        ("paper", "sides padded to multiples of 16, 9 crops of 224×224, restorations as floats"),
+        (
+            "authors",
+            "sides resized to multiples of 16, 1 random crop of 224×224, restorations as 8-bit PNG files hold them",
+        ),
+        ("maniqa", "20 random crops of 224×224"),
+        ("mini", "sides padded to multiples of 16, 9 crops of 112×112, restorations as floats"),
+    ],
+)
+def test_the_manifest_has_the_presets_way_with_images(preset: str, says: str) -> None:
+    config = PRESETS[preset]
+    stages = tuple(SimpleNamespace(name=name) for name in plan_names(config))
+    loaded = SimpleNamespace(model=SimpleNamespace(config=config), sources=(), notes=())
+    manifest = manifest_of(loaded, stages)  # type: ignore[arg-type]
+    assert preparation_of(manifest) == says
+    found = (manifest.tap_form, manifest.sides, manifest.image_form, manifest.crop.places, manifest.crop.count)
+    assert found == (config.tap_form, config.sides, config.image_form, config.crop_places, config.crop_count)
+    squashed = dataclasses.replace(manifest, image_form=ImageForm.SQUASHED)
+    assert f"squashed to {config.crop}×{config.crop}" in preparation_of(squashed)

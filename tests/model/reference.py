@@ -472,8 +472,8 @@ def through_png(plane: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return ((read - np.float32(0.5)) / np.float32(0.5)).transpose(2, 0, 1)
 
 
-def bicubic(pixels: npt.NDArray[np.uint8], size: int) -> Array:
-    """(H, W, 3) → (size, size, 3), before rounding: Keys' kernel with a = -3/4 at 4×4 pixels, ends repeated."""
+def bicubic(pixels: npt.NDArray[np.uint8], height: int, width: int) -> Array:
+    """(H, W, 3) → (height, width, 3), before rounding: Keys' kernel with a = -3/4 at 4×4 pixels, ends repeated."""
 
     def kernel(t: float) -> float:
         t, a = abs(t), -0.75
@@ -481,7 +481,7 @@ def bicubic(pixels: npt.NDArray[np.uint8], size: int) -> Array:
             return (a + 2) * t**3 - (a + 3) * t**2 + 1
         return a * (t**3 - 5 * t**2 + 8 * t - 4) if t < 2 else 0.0
 
-    def matrix(length: int) -> Array:
+    def matrix(length: int, size: int) -> Array:
         out = np.zeros((size, length))
         for row in range(size):
             centre = (row + 0.5) * length / size - 0.5
@@ -489,6 +489,6 @@ def bicubic(pixels: npt.NDArray[np.uint8], size: int) -> Array:
                 out[row, min(max(place, 0), length - 1)] += kernel(place - centre)
         return out
 
-    rows, columns = matrix(pixels.shape[0]), matrix(pixels.shape[1])
+    rows, columns = matrix(pixels.shape[0], height), matrix(pixels.shape[1], width)
     out: Array = np.einsum("rh,cw,hwk->rck", rows, columns, pixels.astype(np.float64))
     return out

@@ -295,7 +295,7 @@ def raw_bundle(path: Path, description: dict[str, Any], weights: Weights | None 
 @pytest.mark.parametrize(
     ("description", "message"),
     [
-        ({"format": 2, "config": {}, "from": "the future"}, "format 2; this version reads 1"),
+        ({"format": 4, "config": {}, "from": "the future"}, "format 4; this version reads 3"),
         ({"config": encode(TINY)}, "format None"),
         ({"format": 1}, "lacks 'config'"),
         ({"format": 1, "config": encode(TINY), "code": "x"}, "unknown entries: 'code'"),

@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffiqa.engine.crops import Crop, CropPlaces, place_crops
 from diffiqa.engine.manifest import EngineDirectory, Manifest, open_engine
-from diffiqa.engine.pixels import ImageForm, Sides, TapForm, squash, to_plane
+from diffiqa.engine.pixels import ImageForm, Sides, TapForm, bicubic, to_plane
 from diffiqa.engine.schedule import Kind
 from diffiqa.errors import ConfigError
 from diffiqa.model.network import DiffV2IQA
@@ -21,6 +21,7 @@ from diffiqa.runtime.gpu.executor import DeviceExecutor
 from diffiqa.runtime.host.executor import HostExecutor
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime
 from diffiqa.runtime.host.stages import load_stages
+from diffiqa.runtime.images import Image as ImageRead
 from diffiqa.runtime.images import read_for, read_image
 from diffiqa.runtime.plan import make_plan
 from diffiqa.runtime.results import Mode, Options, Picture
@@ -125,11 +126,14 @@ def test_scores_are_those_of_the_pytorch_reference(
     pixels, options = photo(5, 45, 70), Options(crops=4, seed=8)
     score = Scorer(manifest, stages, backend="test").score(pixels, options)
     plain = Scorer(directory.manifest, stages, backend="test").score(pixels, options)
+    seen = restored_from = pixels
     if "sides" in fields:
         assert (score.height, score.width) == (44, 68)
-        pixels = np.asarray(Image.fromarray(pixels).resize((68, 44), Image.Resampling.BILINEAR))
-    image = torch.from_numpy(to_plane(pixels))[None]
-    expected = as_configured(tiny_model, monkeypatch, **fields).score(image, 8, crops=4).total.item()
+        restored_from = np.asarray(Image.fromarray(pixels).resize((68, 44), Image.Resampling.BILINEAR))
+        seen = bicubic(pixels, *((32, 32) if "image_form" in fields else (44, 68)))
+    images = [torch.from_numpy(to_plane(each))[None] for each in (seen, restored_from)]
+    model = as_configured(tiny_model, monkeypatch, **fields)
+    expected = model.score(images[0], 8, crops=4, restored_from=images[1]).total.item()
     # Float32 sums in another order may round a value that lies between two bytes to the other.
     assert score.score == pytest.approx(expected, abs=2e-5)
     assert abs(score.score - plain.score) > 2e-4
@@ -146,17 +150,19 @@ def test_whole_images_and_restorations_are_squashed_to_one_crop(
     pixels, manifest = photo(6, height, width), changed(directory, **SQUASHED)
     plan = make_plan(height, width, manifest, Options(mode=mode, crops=4))
     assert (plan.squashed, plan.mode) == (True, Mode.WHOLE if mode is Mode.CROP else mode)
-    found = HostExecutor(manifest, stages).run(to_plane(pixels), plan, 1)
+    seen = bicubic(pixels, 32, 32)
+    found = HostExecutor(manifest, stages).run((to_plane(seen), to_plane(pixels)), plan, 1)
     assert (len(found.verdicts), found.crops.shape) == (1, (1, 4, 3, 32, 32))
-    np.testing.assert_array_equal(found.crops[0, 0], to_plane(squash(pixels, 32)))
+    np.testing.assert_array_equal(found.crops[0, 0], to_plane(seen))
     if plan.mode is Mode.WHOLE:
         as_is = make_plan(height, width, directory.manifest, Options())
         restored = HostExecutor(directory.manifest, stages).run(to_plane(pixels), as_is, 1).planes
         for row, kind in enumerate((Kind.Y0, Kind.T1, Kind.T2), start=1):
             file = np.rint((through_png(restored[kind]) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)
-            np.testing.assert_array_equal(found.crops[0, row], to_plane(squash(file, 32)))
+            np.testing.assert_array_equal(found.crops[0, row], to_plane(bicubic(file, 32, 32)))
     executor = DeviceExecutor(manifest, layer, fake_stages(layer, directory, batches=("1", "2")), together=2)
-    for outcome in executor.run_together([(pixels, 1), (to_plane(pixels), 1)], plan):
+    tasks = [((seen, pixels), 1), ((to_plane(seen), to_plane(pixels)), 1)]
+    for outcome in executor.run_together(tasks, plan):
         np.testing.assert_array_equal(outcome.crops[0, 0], found.crops[0, 0])
         # A value between two bytes may fall to the other: the device's noise has other last bits.
         assert np.abs(outcome.crops - found.crops).max() < 0.1
@@ -169,11 +175,11 @@ def test_pictures_of_a_squashed_image_are_those_the_heads_saw(
     pixels = photo(7, 40, 60)
     score = Scorer(changed(directory, **SQUASHED), stages, backend="test").score(pixels, pictures=True)
     assert score.pictures
-    np.testing.assert_array_equal(score.pictures.planes[Kind.DIS], squash(pixels, 32))
+    np.testing.assert_array_equal(score.pictures.planes[Kind.DIS], bicubic(pixels, 32, 32))
     assert {plane.shape for plane in score.pictures.planes.values()} == {(32, 32, 3)}
     assert np.isfinite(score.pictures.score_map).all()
     assert score.pictures.score_map.shape == (32, 32)
-    assert score.notes == ("squashed from 60×40 to 32×32",)
+    assert score.notes == ("squashed to 32×32",)
 
 
 def test_random_crops_follow_the_first_seed(directory: EngineDirectory, stages: dict[Any, Any]) -> None:
@@ -186,42 +192,58 @@ def test_random_crops_follow_the_first_seed(directory: EngineDirectory, stages: 
     assert again.score == scorer.score(photo(8, 60, 50), Options(crops=7, seed=3)).score != other.score
 
 
-def prepared(pixels: Picture, manifest: Manifest) -> tuple[Any, tuple[str, ...]]:
+def prepared(pixels: Picture, manifest: Manifest) -> ImageRead:
     image = read_for(pixels, manifest)
     assert image.digest == read_image(pixels, min_side=1).digest
     assert not image.pixels.flags.writeable
-    again = read_for(image.pixels, manifest)
-    np.testing.assert_array_equal(again.pixels, image.pixels)
-    return image.pixels, image.notes
+    return image
 
 
-def test_sides_are_resized_to_the_multiples_below_as_pillow_does(directory: EngineDirectory) -> None:
+def test_sides_are_resized_to_the_multiples_below_once_for_each_reader(directory: EngineDirectory) -> None:
+    """By Pillow for the U-Net, and by OpenCV's filter for the heads: they are two programs."""
     manifest = changed(directory, alignment=16, sides=Sides.RESIZED)
     pixels = photo(1, 75, 100)
-    found, notes = prepared(pixels, manifest)
-    np.testing.assert_array_equal(
-        found, np.asarray(Image.fromarray(pixels).resize((96, 64), Image.Resampling.BILINEAR))
-    )
-    assert notes == ("resized from 100×75 to 96×64",)
-    floats, _ = prepared((pixels / 255).astype(np.float32), manifest)
-    np.testing.assert_allclose(floats * 255, found, atol=1.01)  # bytes are rounded between the two directions
-    aligned = photo(2, 64, 96)
-    found, notes = prepared(aligned, manifest)
-    np.testing.assert_array_equal(found, aligned)
-    assert notes == ()
-    assert make_plan(64, 96, manifest, Options()).padded == (64, 96)
-    assert read_for(pixels, changed(directory, alignment=16)).pixels.shape == pixels.shape  # padded by the executor
+    image = prepared(pixels, manifest)
+    by_pillow = np.asarray(Image.fromarray(pixels).resize((96, 64), Image.Resampling.BILINEAR))
+    assert image.restored_from is not None
+    np.testing.assert_array_equal(image.restored_from, by_pillow)
+    np.testing.assert_array_equal(image.pixels, bicubic(pixels, 64, 96))
+    assert image.notes == ("resized to 96×64",)
+    assert make_plan(*image.size, manifest, Options()).padded == image.size == (64, 96)
+    floats = read_for((pixels / np.float32(255)).astype(np.float32), manifest)
+    np.testing.assert_array_equal(floats.pixels, image.pixels)
+    aligned = prepared(photo(2, 64, 96), manifest)
+    np.testing.assert_array_equal(aligned.pixels, photo(2, 64, 96))
+    assert (aligned.restored_from, aligned.notes) == (None, ())
+    padded = prepared(pixels, changed(directory, alignment=16))
+    assert (padded.size, padded.restored_from, padded.notes) == ((75, 100), None, ())
+
+
+@pytest.mark.parametrize("mode", [Mode.WHOLE, Mode.CROP])
+def test_the_unet_and_the_heads_each_get_their_picture(
+    directory: EngineDirectory, stages: dict[Any, Any], layer: FakeLayer, mode: Mode
+) -> None:
+    seen, restored_from = photo(4, 40, 48), photo(5, 40, 48)
+    plan = make_plan(40, 48, directory.manifest, Options(mode=mode, crops=3))
+    host = HostExecutor(directory.manifest, stages)
+    found = host.run((to_plane(seen), to_plane(restored_from)), plan, 1)
+    np.testing.assert_array_equal(found.crops[:, 0], host.run(to_plane(seen), plan, 1).crops[:, 0])
+    np.testing.assert_array_equal(found.crops[:, 1:], host.run(to_plane(restored_from), plan, 1).crops[:, 1:])
+    executor = DeviceExecutor(directory.manifest, layer, fake_stages(layer, directory, batches=("1", "2")), together=2)
+    tasks = [((seen, restored_from), 1), ((seen, seen), 1)]
+    pair, one = executor.run_together(tasks, plan)
+    np.testing.assert_allclose(pair.crops, found.crops, atol=1e-4)
+    np.testing.assert_array_equal(pair.crops[:, 0], found.crops[:, 0])
+    np.testing.assert_allclose(one.crops, host.run(to_plane(seen), plan, 1).crops, atol=1e-4)
 
 
 def test_without_a_unet_the_image_itself_is_squashed(directory: EngineDirectory) -> None:
     manifest = changed(directory, kinds=(Kind.DIS,), alignment=1, image_form=ImageForm.SQUASHED)
     pixels = photo(3, 40, 50)
-    found, notes = prepared(pixels, manifest)
-    np.testing.assert_array_equal(found, squash(pixels, 32))
-    assert notes == ("squashed from 50×40 to 32×32",)
-    floats, _ = prepared((pixels / 255).astype(np.float32), manifest)
-    np.testing.assert_array_equal(floats, found)
-    plan = make_plan(32, 32, manifest, Options(crops=9))
+    image = prepared(pixels, manifest)
+    np.testing.assert_array_equal(image.pixels, bicubic(pixels, 32, 32))
+    assert (image.notes, image.restored_from) == (("squashed to 32×32",), None)
+    plan = make_plan(*image.size, manifest, Options(crops=9))
     assert (plan.crops, plan.squashed) == ((Crop(0, 0),), False)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from diffiqa.data.pictures import Pictures
 from diffiqa.engine.crops import Crop, crop_grid
 from diffiqa.engine.manifest import StageName
-from diffiqa.engine.pixels import ImageForm, Sides, TapForm, squash_planes, to_plane
+from diffiqa.engine.pixels import ImageForm, Sides, TapForm, bicubic, squash_planes, to_plane
 from diffiqa.engine.schedule import Kind, Schedule, Taps
 from diffiqa.errors import CheckpointError, ConfigError, DatasetError, OutputError
 from diffiqa.export.stages import StagePlan
@@ -23,7 +23,7 @@ from diffiqa.model.network import DiffV2IQA, build
 from diffiqa.tests.tiny import TINY, photo
 from diffiqa.training.config import Optimisation, Rates, Reporting, ScoreConfig
 from diffiqa.training.loop import Conduct, read_checkpoint, train
-from diffiqa.training.score import Rated, Restorations, ScoreTask, prepared, ranking_loss, restoration_key, run_score
+from diffiqa.training.score import Rated, Restorations, ScoreTask, ranking_loss, restoration_key, run_score
 from diffiqa.training.start import weights_digest
 
 from ..model.reference import through_png
@@ -360,32 +360,22 @@ def test_freezing_everything_is_a_config_error() -> None:
 
 
 @pytest.mark.parametrize("image_form", ImageForm)
-def test_training_sees_restorations_as_files_hold_them(
-    rated: list[Rated], tmp_path: Path, image_form: ImageForm
-) -> None:
-    """To the bit, though they are kept as float16."""
+def test_training_sees_images_and_restorations_as_scoring_does(tmp_path: Path, image_form: ImageForm) -> None:
+    """To the bit, though restorations are kept as float16."""
+    rated = [Rated(path, index / 4) for index, path in enumerate(write_photos(tmp_path / "images", 5, side=43))]
     model = dataclasses.replace(MODEL, tap_form=TapForm.PNG8, image_form=image_form, sides=Sides.RESIZED)
     config = score_config(model=model)
     task = task_of(config, rated, tmp_path)
-    (pictures, _), (height, width) = task.training, task.training[0][0].shape[:2]
-    assert (height, width) == (44, 52)
-    image = torch.from_numpy(to_plane(pictures[0]))[None]
-    restored = [through_png(plane[0].numpy()) for plane in build(model, config.seed).restore(image).values()]
-    planes, size = np.stack([to_plane(pictures[0]), *restored]), (height, width)
-    if image_form is ImageForm.SQUASHED:
-        planes, size = squash_planes(planes, 32), (32, 32)
-    grid = task.grid(pictures, 0)
-    for place, crop in zip(crop_grid(*size, 32, config.validation_crops), grid, strict=True):
+    pictures = task.training[0]
+    picture = Image.open(pictures.paths[0])
+    resized = np.asarray(picture.resize((48, 40), Image.Resampling.BILINEAR))  # of 51×43, multiples of 4
+    condition = torch.from_numpy(to_plane(resized))[None]
+    restored = [through_png(plane[0].numpy()) for plane in build(model, config.seed).restore(condition).values()]
+    seen = bicubic(np.asarray(picture), *((32, 32) if image_form is ImageForm.SQUASHED else (40, 48)))
+    kinds = squash_planes(np.stack(restored), 32) if image_form is ImageForm.SQUASHED else np.stack(restored)
+    planes = np.concatenate([to_plane(seen)[None], kinds])
+    places = crop_grid(seen.shape[0], seen.shape[1], 32, config.validation_crops)
+    for place, crop in zip(places, task.grid(pictures, 0), strict=True):
         rows, columns = slice(place.top, place.top + 32), slice(place.left, place.left + 32)
         np.testing.assert_array_equal(crop, planes[..., rows, columns])
     assert task.sample(0, 0).arrays[0].shape == (4, 3, 32, 32)
-
-
-def test_pictures_have_the_sizes_that_scoring_gives_them(rated: list[Rated], tmp_path: Path) -> None:
-    unet = dataclasses.replace(MODEL.unet or UNetConfig(), multipliers=(1, 1, 1, 1))
-    model = dataclasses.replace(MODEL, unet=unet, sides=Sides.RESIZED)
-    pictures, _ = prepared(rated, tmp_path, model, print)
-    assert pictures[0].shape == (40, 48, 3)  # of 44×52, multiples of 8
-    expected = Image.open(rated[0].path).resize((48, 40), Image.Resampling.BILINEAR)
-    np.testing.assert_array_equal(pictures[0], np.asarray(expected))
-    assert prepared(rated, tmp_path, MODEL, print)[0][0].shape == (44, 52, 3)  # the same cache
