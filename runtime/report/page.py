@@ -243,8 +243,10 @@ class Page:
         """What the numbers and pictures mean."""
         m = self.manifest.score
         better = "Higher is better." if m.higher_is_better else "Lower is better."
-        best = f"The best images get about {short(m.nominal_maximum)}; some get more."
-        span = f"No score is below {short(m.minimum)}. {best}"
+        low, high = short(m.minimum), short(m.nominal_maximum)
+        span = f"No score is below {low}. The best images get about {high}; some get more."
+        if m.minimum or not m.higher_is_better:
+            span = f"The labels of training go from {low} to {high}; a score may lie outside."
         guided = ", guided by its restorations" if self._restores else ""
         texts = {
             "VCG": f"VCG: a vision transformer rates every place of the image{guided}. ",

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from diffiqa.engine.manifest import Manifest, StageName
+from diffiqa.engine.manifest import Check, Manifest, StageName
 from diffiqa.engine.schedule import Kind
 from diffiqa.errors import OutputError, UsageError
 from diffiqa.runtime.report import svg
@@ -186,6 +186,18 @@ def test_hostile_names_stay_text(name: str, tmp_path: Path) -> None:
     assert {tag for tag, _ in document.tags} <= {tag for tag, _ in reference.tags}
     assert {key for _, attrs in document.tags for key in attrs} <= {key for _, a in reference.tags for key in a}
     assert document.raw == reference.raw, "no text of a user's may reach script or style"
+
+
+def test_other_labels_and_accepted_drift_are_said(tmp_path: Path, page: str) -> None:
+    assert "No score is below 0. The best images get about 1; some get more." in Document(page).text
+    assert "Accepted drift" not in page
+    manifest = fake_manifest()
+    check = Check("score", {"maps": (1,)}, 1, 0.5, 0.1, 1.0, 0.25)
+    stages = (dataclasses.replace(manifest.stages[0], checks=(check,)), *manifest.stages[1:])
+    score = dataclasses.replace(manifest.score, minimum=1, nominal_maximum=5, higher_is_better=False)
+    text = Document(write(tmp_path / "r.html", manifest=dataclasses.replace(manifest, score=score, stages=stages))).text
+    assert "Lower is better. The labels of training go from 1 to 5; a score may lie outside." in text
+    assert f"score of {manifest.stages[0].name} by 0.5 where 0.25 is allowed" in text
 
 
 def test_an_untrained_engine_is_called_so_on_the_page_and_on_every_card(
