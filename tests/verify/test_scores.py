@@ -134,7 +134,7 @@ def test_what_nothing_explains_is_not_explained(tiny_engine: Path, images: list[
 
 
 def test_noise_on_another_scale_is_allowed_as_much_as_on_ours(
-    tiny_engine: Path, images: list[Path], ours: dict[Path, Any], tmp_path: Path
+    tiny_engine: Path, images: list[Path], ours: dict[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = np.random.default_rng(4)
     values = {path: 100 * (score.score + 5e-5 * generator.standard_normal()) for path, score in ours.items()}
@@ -142,6 +142,8 @@ def test_noise_on_another_scale_is_allowed_as_much_as_on_ours(
     assert best.what.startswith("another scale: your scores look like ")
     assert best.enough
     assert 1e-5 < best.left < 2e-4
+    monkeypatch.setattr(module, "SHARE", 1e-5)  # of the range of scores, from 0 to 1
+    assert not any(one.enough for one in compared(tiny_engine, images, tmp_path, values).explanations)
 
 
 def test_the_spread_over_seeds_is_allowed(
