@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from .evaluation.api import evaluate
-    from .export.api import build, convert, export
+    from .export.api import build, convert, export, prompts
     from .runtime.backends import Inductor, InductorOnGpu, OnnxOnGpu, OnnxRuntime, OpenVino, TensorRt, best
     from .runtime.command.api import score
     from .runtime.results import CropScore, Failure, Mode, Options, Pictures, Score
@@ -71,6 +71,7 @@ __all__ = [
     "evaluate",
     "export",
     "load",
+    "prompts",
     "quantise",
     "score",
     "verify",
@@ -80,7 +81,7 @@ _HOMES = {
     **dict.fromkeys(["bench"], "bench.api"),
     **dict.fromkeys(["calibrate", "quantise"], "calibration.api"),
     **dict.fromkeys(["evaluate"], "evaluation.api"),
-    **dict.fromkeys(["build", "convert", "export"], "export.api"),
+    **dict.fromkeys(["build", "convert", "export", "prompts"], "export.api"),
     **dict.fromkeys(
         ["Inductor", "InductorOnGpu", "OnnxOnGpu", "OnnxRuntime", "OpenVino", "TensorRt", "best"], "runtime.backends"
     ),

@@ -19,6 +19,7 @@ from .export.cli import (
     convert,
     print_exported,
     print_preview,
+    prompts,
     read_weights,
     weight_options,
 )
@@ -66,6 +67,11 @@ def main() -> None:
     "--calib", multiple=True, metavar="IMAGES", help="Calibration images for int8, fp8 and mixed (repeatable)."
 )
 @click.option("--force", is_flag=True, help="Replace an engine that is already there.")
+@click.option(
+    "--accept-drift",
+    is_flag=True,
+    help="Write stages that differ from PyTorch by more than rounding. The engine then says so wherever it runs.",
+)
 @click.option("--dry-run", is_flag=True, help="Read the weights, print what would be written, and stop.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 def export(
@@ -75,6 +81,7 @@ def export(
     precision: str,
     calib: tuple[str, ...],
     force: bool,
+    accept_drift: bool,
     dry_run: bool,
     quiet: bool,
     **weights: Any,
@@ -89,6 +96,7 @@ def export(
     Examples:
       iqa-export --ckpt model.safetensors -o engine/
       iqa-export --ckpt iqa_net.pt --unet I800000_E40_gen.pth -o engine/
+      iqa-export --ckpt ckpt_valid.pt --swin-scale 0.13 -o engine/
       iqa-export --preset mini --seed 0 -o engine/        untrained, to try things out
 
     Exit codes: 0 exported; 2 nothing was written, or only the ONNX stages because an engine could not be built.
@@ -103,8 +111,10 @@ def export(
         raise UsageError("give --ckpt FILE; or --preset NAME --seed N for an untrained model")
     if precision == "fp32" and calib:
         raise UsageError("--calib is for --precision int8, fp8 or mixed; float32 stages need no calibration")
-    if precision != "fp32" and (stages or not calib or target not in {None, "none"}):
-        raise UsageError(f"--precision {precision} needs --calib IMAGES and whole models: no --stage, no --target")
+    if precision != "fp32" and (stages or not calib or accept_drift or target not in {None, "none"}):
+        raise UsageError(
+            f"--precision {precision} needs --calib IMAGES and whole models: no --stage, no --target, no --accept-drift"
+        )
     check_target(output, force=force)
     console = Console(stderr=True, quiet=quiet)
     loaded = read_weights(console, **weights)
@@ -116,12 +126,20 @@ def export(
             made = export_quantised(loaded, output, calib, precision=precision, force=force, say=status.update)
             print_quantised(console, output, made, quiet=quiet)
             return
-        done = export_float32(loaded, output, stages=stages, target=target, force=force, say=status.update)
+        done = export_float32(
+            loaded,
+            output,
+            stages=stages,
+            target=target,
+            force=force,
+            accept_drift=accept_drift,
+            say=status.update,
+        )
     if not quiet:
-        print_exported(output, done)
+        print_exported(output, loaded, done)
 
 
-for command in (export, build, calibrate, quantise, verify, run, convert, train, evaluate, bench):
+for command in (export, build, calibrate, quantise, verify, run, convert, prompts, train, evaluate, bench):
     main.add_command(command)
 
 if __name__ == "__main__":

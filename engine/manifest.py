@@ -17,8 +17,8 @@ account made it. `export/engine.py` writes the directory; `export/builds.py` wri
 import enum
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,6 +28,7 @@ from ..errors import EngineError, first_line
 from .codec import LATER, decode, encode, shown
 from .crops import CropPlaces
 from .pixels import ImageForm, Preparation, Sides, TapForm
+from .reference import Reference
 from .schedule import Kind, Schedule, Taps
 
 SCHEMA = 1
@@ -82,6 +83,11 @@ class Check:
     mean_abs_error: float
     max_abs_reference: float
     tolerance: float  # on max_abs_error
+
+    @property
+    def within(self) -> bool:
+        """Whether the error is tolerable; others are exported with --accept-drift alone."""
+        return self.max_abs_error <= self.tolerance
 
 
 @dataclass(frozen=True)
@@ -189,6 +195,18 @@ class ScoreMeaning:
     minimum: float = 0.0
     nominal_maximum: float = 1.0  # labels are scaled to [0, 1]; a score may exceed it
     higher_is_better: bool = True
+    reference: Reference | None = field(default=None, metadata=LATER)
+
+    def percentile(self, score: float) -> float | None:
+        """Return the percentage of the reference's images that this score is better than; None without a reference."""
+        return self.reference.percentile(self._turned(score)) if self.reference else None
+
+    def opinion(self, score: float) -> float | None:
+        """Return the opinion that a score stands for, from 1 to 5; None without a reference."""
+        return self.reference.opinions(self._turned(score)) if self.reference else None
+
+    def _turned(self, score: float) -> float:
+        return score if self.higher_is_better else -score
 
 
 @dataclass(frozen=True)
@@ -200,6 +218,11 @@ class Source:
     bytes: int
     sha256: str
     format: str
+
+
+def weights_id(sources: Iterable[Source]) -> str:
+    """Return sixteen hex digits that name the weights files, whatever they were exported to."""
+    return hashlib.sha256(" ".join(source.sha256 for source in sources).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -257,9 +280,28 @@ class Manifest:
         """How images are prepared."""
         return Preparation(self.sides, self.image_form, self.alignment, self.crop.size)
 
+    @property
+    def scoring_id(self) -> str:
+        """What `engine_id` is, but for the networks: two exports of the same weights differ in their files."""
+        return replace(self, stages=()).engine_id
+
     def stage(self, name: StageName) -> Stage | None:
         """Return a stage, or None where the model has none of that name."""
         return next((stage for stage in self.stages if stage.name is name), None)
+
+    @property
+    def drift(self) -> str:
+        """How far stages differ from PyTorch beyond its rounding, if that was accepted; "" for every other engine."""
+        worst = {
+            (stage.name, check.output): check
+            for stage in self.stages
+            for check in sorted(stage.checks, key=lambda check: check.max_abs_error)
+            if not check.within
+        }
+        return ", ".join(
+            f"{output} of {stage} by {check.max_abs_error:.3g} where {check.tolerance:.3g} is allowed"
+            for (stage, output), check in worst.items()
+        )
 
     def to_json(self) -> str:
         """Return the text of `manifest.json`."""
@@ -386,5 +428,7 @@ def _problem(m: Manifest) -> str | None:
         "crop count must be between 1 and 10000": 1 <= m.crop.count <= 10_000,
         "file sizes must not be negative": all(stage.file.bytes >= 0 for stage in m.stages),
         "a build is listed twice": len({build.key for build in m.builds}) == len(m.builds),
+        f"its reference {m.score.reference and m.score.reference.problem}": m.score.reference is None
+        or m.score.reference.problem is None,
     }
     return next((text for text, ok in rules.items() if not ok), None)

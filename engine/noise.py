@@ -53,7 +53,8 @@ class NoiseField:
     """The noise of one window of one image. `fill` works in scratch memory of its own: one field, one thread.
 
     `size` is (height, width) of the whole padded image; the window starts at (top, left). Widths and `left` are
-    multiples of 4, so that a window reads whole blocks of the image it is cut from.
+    multiples of 4, so that a window reads whole blocks of the image it is cut from. A state of another kind than an
+    image is one plane with one row of elements.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class NoiseField:
         top: int = 0,
         left: int = 0,
         lane: int = 0,
+        planes: int = 3,
     ) -> None:
         height, width = size
         rows, columns = window or size
@@ -72,11 +74,11 @@ class NoiseField:
             raise ValueError(f"noise windows are aligned to 4 pixels: image {size}, window {window} at {left}")
         if not (0 <= top <= height - rows and 0 <= left <= width - columns):
             raise ValueError(f"the window {rows}×{columns} at ({top}, {left}) leaves the image {size}")
-        if 3 * height * width // 4 > _LOW:
+        if planes * height * width // 4 > _LOW:
             raise ValueError(f"an image of {width}×{height} has more elements than the noise counter can number")
-        self.shape = (3, rows, columns)
+        self.shape = (planes, rows, columns)
         self._key, self._lane = split_seed(seed), lane
-        rows_of = (np.arange(3)[:, None] * height + np.arange(top, top + rows)).ravel()
+        rows_of = (np.arange(planes)[:, None] * height + np.arange(top, top + rows)).ravel()
         first = (rows_of * width + left) // 4
         self._blocks = (first[:, None] + np.arange(columns // 4)).ravel().astype(np.uint64)
         n = min(_BLOCK, self._blocks.size)

@@ -9,6 +9,7 @@ from ..data.extra import load_extra
 from ..data.outputs import make_folder, to_csv, write_file
 from ..data.splits import Split
 from ..engine.codec import encode
+from ..engine.reference import Reference
 from ..errors import UsageError
 from ..runtime.backends import Backend
 from ..runtime.command.api import Outputs
@@ -18,6 +19,7 @@ from ..runtime.scorer import load
 from .charts import require_matplotlib, save
 from .findings import Evaluation, compare
 from .gmad import gmad_pairs
+from .reference import Ends, make_reference
 from .scatter import draw_scatter
 from .scores import branches_of, pictures_of, read_branches, read_scores
 from .text import to_text
@@ -39,6 +41,8 @@ def evaluate(
     output: str | Path | None = None,
     resume: bool = False,
     force: bool = False,
+    reference: str | Path | None = None,
+    opinions: tuple[float, float] | None = None,
     backend: Backend | Sequence[Backend] | None = None,
     crops: int | None = None,
     seed: int = 0,
@@ -54,18 +58,25 @@ def evaluate(
     `part` alone is evaluated. `output` is a folder for scores.jsonl, evaluation.json, evaluation.md and scatter.png; an
     engine needs one, so that an interruption loses no score. Unless `quiet`, scoring shows its progress on stderr.
 
+    `reference` is a file to write for `export` or `convert`: it tells later users of the engine where a score lies
+    among these, and which opinion it stands for. `opinions` are the labels that mean 1 and 5 on that scale: without
+    them, the worst and the best of the set.
+
     Raises DatasetError, OutputError, UsageError, and BackendError where SciPy or matplotlib is missing.
     """
     if (engine is None) == (scores is None):
         raise UsageError("give either an engine or a file of scores: where do the scores come from?")
     if engine and not output:
         raise UsageError("name a folder with -o, so that no score is lost if scoring is interrupted")
+    if reference and not engine:
+        raise UsageError("a reference is of an engine's scores: give --engine; with --resume, scores in DIR are kept")
     load_extra("scipy")
     if output:
         require_matplotlib()
     known = read_labels(Path(labels), dataset, lower_is_better=lower_better, need_files=False)
     parts = Split.read(Path(split)) if split else None
     items = parts.items(known, part) if parts else known.items
+    ends = Ends(known, *(opinions or (known.worst, known.best)))
     pictures = pictures_of(items)
     if engine and output:
         with load(engine, backend) as scorer:
@@ -76,13 +87,23 @@ def evaluate(
             files = list(dict.fromkeys(names.values()))
             run_shown(scorer, files, Options(crops, seed), outputs, workers=workers, quiet=quiet)
             branches, source = branches_of(file, names), f"engine {scorer.info.engine}"
+        if reference:
+            scored = [item for item in items if item.image in branches["score"]]
+            made = make_reference(
+                known.name + (f", part {part}" if parts else ""),
+                scorer.manifest,
+                [branches["score"][item.image] for item in scored],
+                ends.opinions(scored),
+                crops=crops or scorer.manifest.crop.count,
+                mode=Options().mode,
+            )
+            write_file(Path(reference), _json(made))
     elif scores:
         branches, source = read_branches(Path(scores), pictures), Path(scores).name
-    found = compare(known, items, branches, scores=source, part=part if parts else None)
+    found = compare(known, items, branches, scores=source, part=part if parts else None, ends=ends)
     if output:
         folder = Path(output)
-        document = json.dumps(encode(found), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        write_file(folder / JSON_NAME, document)
+        write_file(folder / JSON_NAME, _json(found))
         write_file(folder / TEXT_NAME, to_text(found))
         total = branches["score"]
         drawn = [item for item in items if item.image in total]
@@ -90,6 +111,10 @@ def evaluate(
         figure = draw_scatter(known.name, [total[i.image] for i in drawn], [i.label for i in drawn], axis)
         save(figure, folder / SCATTER_NAME)
     return found
+
+
+def _json(found: Evaluation | Reference) -> str:
+    return json.dumps(encode(found), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def compete(

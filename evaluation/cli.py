@@ -22,6 +22,19 @@ _PATH = click.Path(path_type=Path)
 @click.option("--dataset", metavar="NAME", help="Which one it is, such as kadid10k.")
 @click.option("--split", type=_PATH, metavar="FILE", help="Evaluate a part of this split only.")
 @click.option("--part", default="test", show_default=True, metavar="NAME", help="Which one.")
+@click.option(
+    "--reference",
+    type=_PATH,
+    metavar="FILE",
+    help="Write what iqa-export and iqa-convert take with --reference: later scores then have a percentile among these "
+    "images, and the opinion that they stand for.",
+)
+@click.option(
+    "--opinions",
+    type=(float, float),
+    metavar="WORST BEST",
+    help="The labels that are an opinion of 1 and of 5. Default: the worst and the best label of the set.",
+)
 @click.option("-o", "--output", type=_PATH, metavar="DIR", help="Folder for scores and findings.")
 @click.option("--resume", is_flag=True, help="Go on with the scores in DIR.")
 @click.option("--force", is_flag=True, help="Start over if DIR holds scores.")
@@ -50,6 +63,7 @@ def evaluate(
       iqa-eval --engine engine/ --data kadid10k/ --dataset kadid10k --split split.json -o results/kadid
       iqa-eval --scores scores.csv --labels labels.csv
       iqa-eval --gmad ours.jsonl theirs.csv
+      iqa-eval --engine engine/ --labels labels.csv -o results/ --reference reference.json
 
     To test one data set's model on another, as in the paper's Table III: give the engine and the other data set, but
     no --split.
@@ -82,8 +96,12 @@ def evaluate(
 
 # What iqa-eval's options are for, where not for all of its three sources.
 _SCORING = ("resume", "force", "crops", "seed", "threads", "workers", "quiet")
-_COMPARING = ("labels", "lower_better", "data", "dataset", "split", "part")
-_IDLE = {"--engine": ("levels",), "--scores": ("levels", *_SCORING), "--gmad": (*_SCORING, *_COMPARING)}
+_COMPARING = ("labels", "lower_better", "data", "dataset", "split", "part", "opinions")
+_IDLE = {
+    "--engine": ("levels",),
+    "--scores": ("levels", "reference", *_SCORING),
+    "--gmad": ("reference", *_SCORING, *_COMPARING),
+}
 
 
 def _refuse_idle(source: str) -> None:

@@ -3,17 +3,20 @@
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..data.datasets import Dataset, Item
 from ..data.distortions import DISTORTIONS
 from ..engine.agreement import srcc
+from ..engine.codec import LATER
 from ..errors import DatasetError
-from .correlation import GroupRow, per_group
+from .correlation import GroupRow, per_group, rmse
+from .reference import Ends
 
 SCHEMA_VERSION = 1
 ORDERED = 0.9  # what the median of |Spearman| over levels must reach for a distortion to count as put in order
 BRANCHES = {"score": "total", "vcg": "VCG alone", "vda": "VDA alone"}  # by the columns of score files
+PEOPLE = ("percentile", "opinion", "opinion_error")  # more of their columns, where the engine has a reference
 
 # Facts about levels. CSV files are taken to name distortions as `iqa-train rate` and KADID-10k do.
 _SHIFT, _CONTRAST, _LAB, _BLUR = (DISTORTIONS[number].name for number in (18, 25, 8, 1))
@@ -49,6 +52,18 @@ class Originals:
 
 
 @dataclass(frozen=True)
+class Opinions:
+    """How far the opinions that the engine gives are from people's, from 1 to 5."""
+
+    images: int
+    worst: float  # the label that is a 1
+    best: float  # the label that is a 5
+    error: float  # root mean square
+    stated: float  # the error that the engine states, on its own reference
+    percentile: float  # the median of the images' percentiles in that reference
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """All findings about one set of scores. For correlations, labels are turned so that higher is better."""
 
@@ -63,6 +78,7 @@ class Evaluation:
     levels: tuple[LevelRow, ...]
     originals: Originals | None
     schema_version: int = SCHEMA_VERSION
+    opinions: Opinions | None = field(default=None, metadata=LATER)
 
     @property
     def put_in_order(self) -> tuple[int, int]:
@@ -72,11 +88,18 @@ class Evaluation:
 
 
 def compare(
-    dataset: Dataset, items: Sequence[Item], branches: Mapping[str, Scores], *, scores: str, part: str | None = None
+    dataset: Dataset,
+    items: Sequence[Item],
+    branches: Mapping[str, Scores],
+    *,
+    scores: str,
+    part: str | None = None,
+    ends: Ends | None = None,
 ) -> Evaluation:
-    """Compare scores with the labels of `items`; `branches` has the keys of BRANCHES, at least "score".
+    """Compare scores with the labels of `items`; `branches` has keys of BRANCHES and PEOPLE, at least "score".
 
-    Images without a score are listed. Raises DatasetError if fewer than two have one.
+    `ends`, of the labels, are those of the set unless they are given. Images without a score are listed. Raises
+    DatasetError if fewer than two have one.
     """
     total = branches["score"]
     scored = [item for item in items if item.image in total]
@@ -106,6 +129,22 @@ def compare(
         distortions=distortions,
         levels=_levels(dataset, distorted, total),
         originals=_originals(dataset, scored, total),
+        opinions=_opinions(ends or Ends(dataset, dataset.worst, dataset.best), scored, branches),
+    )
+
+
+def _opinions(ends: Ends, items: Sequence[Item], branches: Mapping[str, Scores]) -> Opinions | None:
+    percentiles, opinions, errors = (branches.get(column, {}) for column in PEOPLE)
+    known = [item for item in items if item.image in opinions]
+    if len(known) < 2:
+        return None
+    return Opinions(
+        images=len(known),
+        worst=ends.worst,
+        best=ends.best,
+        error=rmse([opinions[item.image] for item in known], ends.opinions(known)),
+        stated=errors[known[0].image],
+        percentile=statistics.median(percentiles[item.image] for item in known),
     )
 
 

@@ -10,14 +10,14 @@ from ..data.labelfiles import read_csv
 from ..errors import DatasetError, OutputError
 from ..runtime.command.recordfile import read_records
 from ..runtime.command.records import Format, text_in_cell
-from .findings import BRANCHES
+from .findings import BRANCHES, PEOPLE
 
 
 def read_scores(path: Path, column: str = "score") -> dict[str, float]:
     """Return the scores by image of a file that `iqa-run` wrote (.jsonl, .json, .csv) or of any CSV image,score.
 
-    `column` may also be one of the branches, vcg or vda. Images without a score (failed ones) are left out, and so are
-    all where the file has no such branch. Raises DatasetError.
+    `column` may also be one of the branches, vcg or vda, or one of PEOPLE. Images without a score (failed ones) are
+    left out, and so are all where the file has no such column. Raises DatasetError.
     """
     try:
         if path.suffix.lower() == ".csv":
@@ -48,13 +48,13 @@ def pictures_of(items: Iterable[Item]) -> dict[str, Path]:
 
 
 def read_branches(path: Path, pictures: Mapping[str, Path]) -> dict[str, dict[str, float]]:
-    """Return the scores of a file by branch and by the labels' names of the images. Raises DatasetError."""
+    """Return the scores of a file by column and by the labels' names of the images. Raises DatasetError."""
     return branches_of(path, _matched(pictures, read_scores(path), path))
 
 
 def branches_of(path: Path, names: Mapping[str, str]) -> dict[str, dict[str, float]]:
-    """Return the scores of a file by branch, with what it calls each image in `names`. Raises DatasetError."""
-    columns = {column: read_scores(path, column) for column in BRANCHES}
+    """Return the scores of a file by column, with what it calls each image in `names`. Raises DatasetError."""
+    columns = {column: read_scores(path, column) for column in (*BRANCHES, *PEOPLE)}
     return {
         column: {image: values[name] for image, name in names.items() if name in values}
         for column, values in columns.items()

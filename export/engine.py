@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from ..engine.pixels import ImageForm, TapForm
 from ..engine.schedule import Kind
 from ..errors import EngineError, ExportError
 from ..model.checkpoint import Loaded
-from ..model.config import ModelConfig
+from ..model.config import Better, Labels, ModelConfig
 from ..model.network import DiffV2IQA, count_parameters
 from .graph import OPSET, export_graph
 from .macs import count_macs
@@ -44,6 +44,7 @@ from .stages import StagePlan, stage_plans
 
 SEED = 20240222  # of the verification inputs
 TRAINED = "Predicted quality on the scale of the checkpoint's training labels, scaled to 0 … 1."
+ON_LABELS = "Predicted quality on the scale of the checkpoint's training labels, {worst:g} (worst) to {best:g} (best)."
 UNTRAINED = "Untrained: some weights are seeded random numbers, so the scores mean nothing."
 
 
@@ -73,10 +74,12 @@ def export_engine(
     *,
     stages: tuple[StageName, ...] = (),
     force: bool = False,
+    accept_drift: bool = False,
     say: Callable[[str], None] = lambda _text: None,
 ) -> tuple[Manifest, list[StageCost]]:
     """Export every stage (or those named), compare it with PyTorch, and write the engine directory `target`.
 
+    `accept_drift`: a stage that differs from PyTorch by more than rounding is written too; the manifest has how far.
     Raises EngineError if `target` must not be replaced, ExportError if a stage fails. Until everything is done the old
     directory stays as it is.
     """
@@ -91,7 +94,7 @@ def export_engine(
         if free < needed:
             raise ExportError(f"{work.parent} has {free / 1e6:.0f} MB free, the engine needs {needed / 1e6:.0f} MB")
         plans = (plan for plan in stage_plans(model) if plan.name in wanted)
-        costs = [_export_stage(model, plan, work, say) for plan in plans]
+        costs = [_export_stage(model, plan, work, say, accept_drift=accept_drift) for plan in plans]
         manifest = manifest_of(loaded, tuple(cost.stage for cost in costs))
         (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         sync(work / MANIFEST)
@@ -165,7 +168,9 @@ def check_target(target: Path, *, force: bool) -> None:
         raise EngineError(f"cannot use {target}: {exc.strerror or exc}") from exc
 
 
-def _export_stage(model: DiffV2IQA, plan: StagePlan, work: Path, say: Callable[[str], None]) -> StageCost:
+def _export_stage(
+    model: DiffV2IQA, plan: StagePlan, work: Path, say: Callable[[str], None], *, accept_drift: bool
+) -> StageCost:
     relative = f"onnx/{plan.name}.onnx"
     path = work / relative
     path.parent.mkdir(exist_ok=True)
@@ -184,7 +189,7 @@ def _export_stage(model: DiffV2IQA, plan: StagePlan, work: Path, say: Callable[[
         del graph, floats
         exported = time.perf_counter()
         say(f"{plan.name}: comparing with PyTorch")
-        checks = compare_with_pytorch(model, plan, path, seed=SEED)
+        checks = compare_with_pytorch(model, plan, path, seed=SEED, accept_drift=accept_drift)
         sync(path)
         entry = FileEntry(relative, path.stat().st_size, file_sha256(path))
     except OSError as exc:
@@ -202,9 +207,12 @@ def manifest_of(loaded: Loaded, stages: tuple[Stage, ...]) -> Manifest:
     """Return the manifest of a model with these stages, whether their files are there or not."""
     c = loaded.model.config
     trained = all(source.role != "seed" for source in loaded.sources)
-    meaning = TRAINED if trained else UNTRAINED
+    labels, higher = c.labels, c.labels.better is Better.HIGHER
+    worst, best = sorted((labels.minimum, labels.maximum), reverse=not higher)
+    meaning = TRAINED if labels == Labels() else ON_LABELS.format(worst=worst, best=best)
+    meaning = meaning if trained else UNTRAINED
     packages = {name: version(name) for name in ("torch", "onnx", "onnxruntime", "onnxscript")}
-    return Manifest(
+    manifest = Manifest(
         schema=SCHEMA,
         model=encode(c),
         schedule=c.schedule,
@@ -212,7 +220,9 @@ def manifest_of(loaded: Loaded, stages: tuple[Stage, ...]) -> Manifest:
         kinds=c.kinds,
         alignment=c.alignment,
         crop=CropPolicy(c.crop, c.crop_count, c.crop_places),
-        score=ScoreMeaning(c.vcg_weight, c.vda_weight, meaning, trained),
+        score=ScoreMeaning(
+            c.vcg_weight, c.vda_weight, meaning, trained, labels.minimum, labels.maximum, higher_is_better=higher
+        ),
         stages=stages,
         complete={stage.name for stage in stages} == set(plan_names(c)),
         provenance=Provenance(
@@ -225,6 +235,11 @@ def manifest_of(loaded: Loaded, stages: tuple[Stage, ...]) -> Manifest:
         sides=c.sides,
         image_form=c.image_form,
     )
+    reference = loaded.reference
+    if reference and reference.scoring != manifest.scoring_id:
+        note = f"the reference {reference.name} is left out: it was made with another sampler or other crops"
+        return replace(manifest, provenance=replace(manifest.provenance, notes=(*loaded.notes, note)))
+    return replace(manifest, score=replace(manifest.score, reference=reference))
 
 
 def preparation_of(m: Manifest) -> str:

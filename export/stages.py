@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..engine.manifest import StageName
+from ..engine.pixels import TapForm
+from ..engine.schedule import Kind
 from ..model.config import Encoder, ModelConfig
 from ..model.heads import VCG, VDA, Readout
 from ..model.lite0 import Block, Lite0
@@ -20,8 +22,8 @@ from ..model.network import DiffV2IQA
 from ..model.resnet import Bottleneck, ResNet
 from ..model.unet import SelfAttention, UNet
 from ..model.unet import Stage as UNetStage
-from ..model.vit import ViT
 
+DISTORTED = torch.tensor(0.999)  # the level of the little noise on the image as given
 Shape = tuple[int | str, ...]
 Draw = Callable[[int, tuple[int, int], torch.Generator], tuple[Tensor, ...]]  # (batch, (H, W), generator)
 
@@ -40,13 +42,13 @@ class StagePlan:
 class VitStage(nn.Module):
     """Images (N, 3, crop, crop) → ViT maps (N, layers, tokens, width)."""
 
-    def __init__(self, vit: ViT, layers: tuple[int, ...]) -> None:
+    def __init__(self, vcg: VCG) -> None:
         super().__init__()
-        self.vit, self.layers = vit, layers
+        self.normalise, self.vit, self.layers = vcg.normalise, vcg.vit, vcg.config.layers
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the maps of the selected blocks."""
-        out: Tensor = self.vit(image, self.layers)
+        out: Tensor = self.vit(self.normalise(image), self.layers)
         return out
 
 
@@ -72,10 +74,10 @@ def stage_plans(model: DiffV2IQA) -> list[StagePlan]:
     if model.unet:
         image: Shape = ("B", 3, "H", "W")
         inputs: dict[str, Shape] = {"y": image, "condition": image, "noise_level": ("B", 1)}
-        plans.append(StagePlan(StageName.UNET, fold_unet(model.unet), inputs, {"noise": image}, _draw_unet))
+        plans.append(StagePlan(StageName.UNET, fold_unet(model.unet), inputs, {"noise": image}, _draw_unet(c)))
     if model.vcg and c.vcg:
         maps: Shape = (len(c.vcg.layers), c.tokens, c.vcg.vit.width)
-        vit = VitStage(model.vcg.vit, c.vcg.layers)
+        vit = VitStage(model.vcg)
         head = HeadStage(merge_squeeze(model.vcg), model.tabs)
         plans += [
             StagePlan(StageName.VIT, vit, {"image": ("N", 3, size, size)}, {"maps": ("N", *maps)}, _draw_images(c)),
@@ -84,7 +86,7 @@ def stage_plans(model: DiffV2IQA) -> list[StagePlan]:
     if model.vda:
         shape: Shape = ("B", kinds, 3, size, size)
         head = HeadStage(fold_vda(model.vda), model.tabs)
-        plans.append(StagePlan(StageName.VDA, head, {"images": shape}, verdict, _draw_images(c, kinds)))
+        plans.append(StagePlan(StageName.VDA, head, {"images": shape}, verdict, _draw_crops(c)))
     return plans
 
 
@@ -192,17 +194,31 @@ def _bias(layer: nn.Conv2d | nn.Linear) -> Tensor:
     return layer.bias
 
 
-def _draw_unet(batch: int, size: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, ...]:
-    condition = torch.rand(batch, 3, *size, generator=generator) * 2 - 1
-    level = torch.rand(batch, 1, generator=generator)
-    noise = torch.randn(batch, 3, *size, generator=generator)
-    y = condition * level[:, :, None, None] + noise * (1 - level[:, :, None, None] ** 2).sqrt()
-    return y, condition, level
+def _draw_unet(c: ModelConfig) -> Draw:
+    """Draw states of the loop: pictures at the noise level of a step."""
+
+    def draw(batch: int, size: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, ...]:
+        steps = torch.randint(c.schedule.steps, (batch,), generator=generator)
+        level = torch.from_numpy(c.schedule.coefficients.noise_level)[steps][:, None]
+        condition = pictures(batch, size, generator)
+        return _noisy(condition, level[:, :, None, None], generator), condition, level
+
+    return draw
 
 
-def _draw_images(c: ModelConfig, *inner: int) -> Draw:
+def _draw_images(c: ModelConfig) -> Draw:
+    """Draw what the heads see, kind by kind as far as they go."""
+
     def draw(batch: int, _size: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, ...]:
-        return (torch.rand(batch, *inner, 3, c.crop, c.crop, generator=generator) * 2 - 1,)
+        groups = -(-batch // len(c.kinds))
+        return (_seen(c, groups, generator).flatten(0, 1)[:batch],)
+
+    return draw
+
+
+def _draw_crops(c: ModelConfig) -> Draw:
+    def draw(batch: int, _size: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, ...]:
+        return (_seen(c, batch, generator),)
 
     return draw
 
@@ -210,8 +226,47 @@ def _draw_images(c: ModelConfig, *inner: int) -> Draw:
 def _draw_maps(c: ModelConfig, vit: "VitStage") -> Draw:
     @torch.no_grad()
     def draw(batch: int, _size: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, ...]:
-        images = torch.rand(batch * len(c.kinds), 3, c.crop, c.crop, generator=generator) * 2 - 1
-        maps = vit(images)  # real maps: their range is what the head must cope with
+        maps = vit(_seen(c, batch, generator).flatten(0, 1))  # real maps: their range is what the head must cope with
         return (maps.reshape(batch, len(c.kinds), *maps.shape[1:]),)
 
     return draw
+
+
+def _seen(c: ModelConfig, batch: int, generator: torch.Generator) -> Tensor:
+    """Return crops of all kinds (B, kinds, 3, crop, crop): a picture, and it with the noise that each tap has left."""
+    picture = pictures(batch, (c.crop, c.crop), generator)
+
+    def left(kind: Kind) -> Tensor:
+        if kind is Kind.DIS:
+            return _noisy(picture, DISTORTED, generator).clamp(-1, 1)
+        step = c.taps.step_of(kind)
+        y = (
+            _noisy(picture, torch.from_numpy(c.schedule.coefficients.noise_level)[step - 1], generator)
+            if step
+            else picture
+        )
+        return y if c.tap_form is TapForm.FLOAT else y.clamp(-1, 1)
+
+    return torch.stack([left(kind) for kind in c.kinds], dim=1)
+
+
+def _noisy(picture: Tensor, level: Tensor, generator: torch.Generator) -> Tensor:
+    return picture * level + torch.randn(picture.shape, generator=generator) * (1 - level**2).sqrt()
+
+
+def pictures(batch: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Return pictures (B, 3, H, W) from −1 to 1 that are to a network what photographs are.
+
+    Two surfaces, whose amplitudes fall with the frequency as behind a lens, and the sharp outline where one covers the
+    other. Random networks answer white noise 20 to 40 times as strongly.
+    """
+    frequency = (torch.fft.fftfreq(size[0])[:, None] ** 2 + torch.fft.rfftfreq(size[1]) ** 2).sqrt()
+    period = 1 / frequency.clamp(min=1 / max(size))
+
+    def surface(channels: int, power: float = 1.5) -> Tensor:
+        white = torch.randn(batch, channels, *size, generator=generator)
+        values: Tensor = torch.fft.irfft2(torch.fft.rfft2(white) * period**power, s=size)
+        return values / values.std(dim=(1, 2, 3), keepdim=True)
+
+    near, far = (0.8 * surface(1) + 0.4 * surface(3) for _ in range(2))  # grey and colour
+    return torch.where(surface(1, 2.5) > 0, 0.35 * near + 0.3, 0.35 * far - 0.3).clamp(-1, 1)

@@ -2,17 +2,18 @@
 
     python figures/people.py lot --data ChallengeDB_release/ --dataset clive --count 200 -o lot.csv
     iqa-eval --engine engine/ --labels lot.csv -o results/
-    python figures/people.py agree --scores results/scores.jsonl --labels lot.csv -o agree.json
+    python figures/people.py agree --scores results/scores.jsonl --labels lot.csv --on clive --who loop -o people.json
 
     python figures/people.py encoder --config training/recipes/mini-people.toml --model models/mini/model.safetensors \
         --biq2021 BIQ2021/ --clive ChallengeDB_release/ --levels levels/ --cache cache/ -o encoder.json
     iqa-eval --scores encoder.csv --labels levels/labels.csv --split levels/split.json -o levels-results/
 
-`lot` draws images, for when there is no time for all. `agree` compares scores that an engine gave. `encoder` asks what
-the pictures alone tell: a ridge regression on the encoder's features, and the VDA branch where each picture stands for
-its restorations. Both look at the crops of the configuration, learn from BIQ2021's part "train", and are judged on all
-of CLIVE; the ridge's strength is the best of a few on the part "validation". Beside the JSON
-file it writes the VDA branch's scores of the part "test" of what `iqa-train rate` made.
+`lot` draws images, for when there is no time for all; of BIQ2021 also from one part of our split. `agree` compares
+scores of an engine or of another program, and adds what it finds to the JSON file. `encoder` asks what the pictures
+alone tell: a ridge regression on the encoder's features, and the VDA branch where each picture stands for its
+restorations. Both look at the crops of the configuration, learn from BIQ2021's part "train", and are judged on all of
+CLIVE; the ridge's strength is the best of a few on the part "validation". Beside the JSON file it writes the VDA
+branch's scores of the part "test" of what `iqa-train rate` made.
 """
 
 import argparse
@@ -25,11 +26,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffiqa.data.datasets import Dataset, load_csv, read_labels
+from diffiqa.data.datasets import Dataset, Item, load_csv, read_labels
 from diffiqa.data.pictures import Pictures
 from diffiqa.data.rate import LABELS, SPLIT
 from diffiqa.data.splits import Split, split_by_content
 from diffiqa.engine.agreement import plcc, srcc
+from diffiqa.evaluation.findings import BRANCHES
+from diffiqa.evaluation.scores import pictures_of, read_branches
 from diffiqa.model.checkpoint import load
 from diffiqa.model.network import DiffV2IQA
 from diffiqa.training.config import ScoreConfig, read_config
@@ -55,7 +58,14 @@ def agreement(scores: Sequence[float], labels: Sequence[float]) -> dict[str, obj
 def draw_lot(given: argparse.Namespace) -> None:
     """Write a label file of images that are drawn by their names' hashes."""
     dataset = read_labels(given.data, given.dataset)
-    drawn = sorted(dataset.items, key=lambda item: hashlib.sha256(f"{SEED}/{item.image}".encode()).digest())
+    items = split_by_content(dataset, SEED).items(dataset, given.part) if given.part else dataset.items
+
+    def key(item: Item) -> bytes:
+        # A part has what the split's own hash of the content chose. Drawn by that hash, near-copies would come first:
+        # they are there by the hash of another picture's name.
+        return hashlib.sha256((item.path.name if given.part else f"{SEED}/{item.image}").encode()).digest()
+
+    drawn = sorted(items, key=key)
     with given.output.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["image", "score"])
@@ -63,16 +73,16 @@ def draw_lot(given: argparse.Namespace) -> None:
 
 
 def compare_scores(given: argparse.Namespace) -> dict[str, object]:
-    """Compare scores.jsonl of iqa-eval or iqa-run with a label file: both branches, and each alone."""
-    labels = {item.path.resolve(): item.label for item in read_labels(given.labels, given.dataset).items}
-    records = [json.loads(line) for line in given.scores.read_text().splitlines()]
-    scored = [record for record in records if record.get("score") is not None]
-    truth = [labels[Path(record["image"]).resolve()] for record in scored]
-    return {
-        name: agreement([record[name] for record in scored], truth)
-        for name in ("score", "vcg", "vda")
-        if scored[0].get(name) is not None
-    }
+    """Compare a file of scores with a label file: both branches, and each alone. Adds to what the output file has."""
+    items = read_labels(given.labels, given.dataset).items
+    found = json.loads(given.output.read_text()) if given.output.exists() else {}
+    for name, scores in read_branches(given.scores, pictures_of(items)).items():
+        scored = [item for item in items if item.image in scores]
+        if name in BRANCHES and scored:
+            who = given.who if name == "score" else f"{given.who}, {name}"
+            agreed = agreement([scores[item.image] for item in scored], [item.label for item in scored])
+            found.setdefault(given.on, {})[who] = agreed
+    return found
 
 
 def ask_encoder(given: argparse.Namespace) -> dict[str, object]:
@@ -166,6 +176,10 @@ def main() -> None:
         command.add_argument("--dataset")
         if what == "lot":
             command.add_argument("--count", type=int, required=True)
+            command.add_argument("--part")
+        if what == "agree":
+            command.add_argument("--on", required=True, help="The images, such as clive.")
+            command.add_argument("--who", required=True, help="Whose scores they are.")
     given = parser.parse_args()
     if given.what == "lot":
         draw_lot(given)

@@ -24,6 +24,8 @@ from diffiqa.bench import report
 from diffiqa.bench.results import read
 from diffiqa.errors import DiffiqaError
 from diffiqa.figures.gpu.page import gpu, gpu_speed
+from diffiqa.figures.people_tables import damage, opinions, papers, people, restored
+from diffiqa.figures.pfd import pfd_choices, pfd_cost
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "figures" / "results"
@@ -256,7 +258,12 @@ def _read(results: Path, name: str) -> Any:
 
 
 SINGLE: dict[str, Callable[[Path], str]] = {
-    made.__name__: made for made in (figures, speed, precision, precisions, tried, gpu, gpu_speed)
+    made.__name__: made
+    for made in (
+        *(figures, speed, precision, precisions, tried, gpu, gpu_speed),
+        *(people, opinions, damage, restored, papers),
+        *(pfd_choices, pfd_cost),
+    )
 }
 
 

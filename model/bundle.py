@@ -6,31 +6,52 @@ the other fields of `Bundle` and "weights".
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from ..engine.atomic import replacing
-from ..engine.codec import decode, encode
+from ..engine.codec import LATER, decode, encode
 from ..engine.manifest import Source
+from ..engine.reference import Reference
 from ..errors import CheckpointError, ConfigError, OutputError, UsageError
 from .config import ModelConfig
 from .network import DiffV2IQA
 from .weightfile import listed, not_finite, shown
 
-FORMAT = 1
+# What a bundle of each format is. To a version of diffiqa that knows fewer of them, the others are too new.
+FORMATS = {1: "a Diff-V²-IQA checkpoint", 2: "a PFD-IQA checkpoint", 3: "a file of prompts"}
+C = TypeVar("C")
+B = TypeVar("B", bound="Description[Any]")
 
 
 @dataclass(frozen=True)
-class Bundle:
-    """What a bundle says about itself. `sources` and `notes` are those of the files it was made from."""
+class Description(Generic[C]):
+    """What a bundle says about itself. `sources` and `notes` are those of the files it was made from.
+
+    `reference` says what scores of this configuration with these weights mean to a person.
+    """
+
+    FORMAT: ClassVar[int]
 
     format: int
-    config: ModelConfig
+    config: C
     sources: tuple[Source, ...] = ()
     notes: tuple[str, ...] = ()
+    reference: Reference | None = field(default=None, metadata=LATER)
+
+
+@dataclass(frozen=True)
+class Bundle(Description[ModelConfig]):
+    """A bundle of Diff-V²-IQA."""
+
+    FORMAT = 1
+
+    config: ModelConfig
 
 
 def save_bundle(
@@ -40,8 +61,18 @@ def save_bundle(
     half: bool = False,
     sources: Iterable[Source] = (),
     notes: Iterable[str] = (),
+    reference: Reference | None = None,
 ) -> None:
     """Write weights and configuration to a `.safetensors` or `.pt` file, atomically. `half` stores float16.
+
+    Raises UsageError (another suffix), OutputError (cannot be written) or CheckpointError (weights not finite).
+    """
+    bundle = Bundle(Bundle.FORMAT, model.config, tuple(sources), tuple(notes), reference)
+    write_bundle(bundle, model.state_dict(), path, half=half)
+
+
+def write_bundle(bundle: Description[Any], weights: Mapping[str, Tensor], path: Path, *, half: bool = False) -> None:
+    """Write a bundle of any format as `save_bundle` does.
 
     Raises UsageError (another suffix), OutputError (cannot be written) or CheckpointError (weights not finite).
     """
@@ -50,11 +81,10 @@ def save_bundle(
     dtype = torch.float16 if half else torch.float32
     weights = {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
-        for name, tensor in model.state_dict().items()
+        for name, tensor in weights.items()
     }
     if broken := not_finite(weights):
         raise CheckpointError(f"{path} not saved: weights that are not finite as {dtype}: {listed(broken)}")
-    bundle = Bundle(FORMAT, model.config, tuple(sources), tuple(notes))
     try:
         with replacing(path) as stream:
             if path.suffix == ".pt":
@@ -67,20 +97,31 @@ def save_bundle(
         raise OutputError(f"cannot write {path}: {exc}") from exc
 
 
-def read_description(path: Path, data: Mapping[str, object]) -> Bundle:
-    """Check what the bundle at `path` says about itself; raises CheckpointError."""
-    if data.get("format") != FORMAT:
+def read_description(path: Path, data: Mapping[str, object], kind: type[B] = Bundle) -> B:  # type: ignore[assignment]
+    """Check what the bundle at `path` says about itself; raises CheckpointError, also if it is of another kind."""
+    found = next((known for known in FORMATS if known == data.get("format")), None)
+    if found is None:
         version = shown(str(data.get("format")))
-        raise CheckpointError(f"{path} is a diffiqa bundle of format {version}; this version reads {FORMAT}: update")
+        newest = max(FORMATS)
+        raise CheckpointError(f"{path} is a diffiqa bundle of format {version}; this version reads {newest}: update")
+    check_format(path, found, kind.FORMAT)
 
     def damaged(message: str) -> CheckpointError:
         return CheckpointError(f"{path} is a damaged diffiqa bundle: {shown(message)}")
 
     try:
-        bundle = decode(Bundle, data, "bundle", damaged)
+        bundle = decode(kind, data, "bundle", damaged)
     except ConfigError as exc:
         raise damaged(str(exc)) from exc
     texts = [*bundle.notes, *(text for s in bundle.sources for text in (s.role, s.name, s.sha256, s.format))]
     if not all(text.isprintable() for text in texts):  # they end up in terminals and reports
         raise damaged("its sources or notes are not plain text")
+    if bundle.reference and bundle.reference.problem:
+        raise damaged(f"its reference {bundle.reference.problem}")
     return bundle
+
+
+def check_format(path: Path, found: int, wanted: int) -> None:
+    """Refuse a file of another format than the one that is wanted. Raises CheckpointError."""
+    if found != wanted:
+        raise CheckpointError(f"{path} is {FORMATS[found]}; this command wants {FORMATS[wanted]}")

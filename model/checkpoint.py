@@ -3,20 +3,25 @@
 Names and shapes are compared before any memory is allocated. One message lists everything that does not fit.
 """
 
+import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..engine.manifest import Source
-from ..errors import CheckpointError, UsageError
+from ..engine.manifest import Source, weights_id
+from ..engine.reference import Reference, read_reference
+from ..errors import CheckpointError, ConfigError, DatasetError, UsageError
+from . import hub
 from .bundle import Bundle, read_description
 from .config import PRESETS, Encoder, ModelConfig
 from .config import preset as preset_config
-from .naming import BUNDLE, IQA, MANIQA, SR3, Format, adapt, recognise
+from .naming import BUNDLE, DDPM, DEIQT, IQA, SR3, Format, adapt, find, is_average
 from .network import DiffV2IQA, build
+from .options import OPTIONS, Values, apply, as_text, parse_options, read_options
+from .sr3 import in_words, read_size
 from .weightfile import WeightFile, listed, not_finite, read, shown
 
 # The parts of the model: prefix of their tensors, and name in messages. The first four may have a file of their own.
@@ -36,16 +41,36 @@ MAX_SWIN_TABLE_BYTES = 256 * 2**20
 Misfits = dict[str, list[str]]
 
 
+class Origin(enum.StrEnum):
+    """How a setting became known."""
+
+    READ = "read"  # a file of weights says it
+    ASSUMED = "assumed"
+    GIVEN = "given"  # the user says it
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Something that scores depend on and people should look at once. `where` is the file that says it, if one does."""
+
+    origin: Origin
+    name: str
+    value: str
+    where: str = ""
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A float32 model in eval mode, its source files, and notes on what was ignored or is untrained.
 
-    An untrained part has a source with role "seed" and no hash.
+    An untrained part has a source with role "seed" and no hash. `reference` says what scores mean to a person.
     """
 
     model: DiffV2IQA
     sources: tuple[Source, ...]
     notes: tuple[str, ...]
+    settings: tuple[Setting, ...] = ()
+    reference: Reference | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +81,7 @@ class _Given:
     file: WeightFile
     form: Format
     bundle: Bundle | None
+    remarks: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -76,12 +102,18 @@ def load(
     lite0: Path | None = None,
     preset: str | None = None,
     seed: int | None = None,
+    options: Mapping[str, object] | None = None,
+    options_file: Path | None = None,
+    reference: Path | None = None,
 ) -> Loaded:
     """Load a model from a bundle, the authors' network or MANIQA; `unet`, `vit`, `resnet`, `lite0` replace these parts.
 
     The configuration is that of `preset`, else the bundle's own, else the preset that fits the weights. With a `seed`,
     a part that is in no file keeps its seeded initial values, and `sources` and `notes` say so. Without a seed it is
-    an error. Raises CheckpointError, ConfigError (no such preset) or UsageError.
+    an error. `options` say what weights do not tell, by the names in `options.OPTIONS`. Those they leave out come from
+    `options_file`, else from `NAME.toml` beside a checkpoint `NAME.pt`. `reference` is a file of `iqa-eval
+    --reference`, about an engine of these files alone. Without one, a bundle that is used as it is brings its own.
+    Raises CheckpointError, ConfigError (no such preset or option), DatasetError (the reference) or UsageError.
     """
     if ckpt is None and (preset is None or seed is None):
         raise UsageError("without a checkpoint there must be a preset and a seed, for the parts that no file gives")
@@ -89,23 +121,34 @@ def load(
     files = {"unet": unet, "vit": vit, "resnet": resnet, "lite0": lite0}
     parts = [_open(option, path) for option, path in files.items() if path]
     given = [base, *parts] if base else parts
-    config = _config(base, given, preset, seed)
-    _check_parts(config, base, parts, seed)
+    own = _config(base, given, preset, seed)
+    _check_parts(own, base, parts, seed)
+    stated = _stated(ckpt, options or {}, options_file)
+    config = apply(own, {name: values for name, (values, _) in stated.items()})
+    settings = _settings(config, base, preset, given, stated)
     if base and base.bundle and preset is None:
         seed = None  # a bundle is complete for its own configuration: a hole is damage, which no seed mends
     weights, notes = _gather(config, given)
+    notes += [note for g in given if g.option == "ckpt" for note in _assumptions(g, settings)]
     model = _skeleton(config)
     if problems := misfits(model.state_dict(), weights, seeded=seed is not None):
         raise CheckpointError(_explain(config, given, problems, seed))
     untrained = _fill(model, _copied(weights, given), seed)
     inherited, old_notes = _ancestry(given)
-    if base and base.bundle and base.bundle.config != config:
+    if stated:
+        notes.append("given: " + ", ".join(f"{name} {as_text(values)}" for name, (values, _) in stated.items()))
+    if base and base.bundle and base.bundle.config != own:
         notes.append(f"{base.name}: its configuration {base.bundle.config.name!r} gives way to preset {preset!r}")
-    return Loaded(
-        model.eval(),
-        (*(g.source for g in given), *inherited, *untrained),
-        (*old_notes, *notes, *map(_untrained_note, untrained)),
-    )
+    sources = (*(g.source for g in given), *inherited, *untrained)
+    known = base.bundle.reference if base and base.bundle and base.bundle.config == config and not parts else None
+    if reference:
+        known = read_reference(reference)
+        if known.weights != weights_id(sources):
+            raise DatasetError(
+                f"{reference} is of an engine with other weights than {_paths(given)}: score {known.name} with an "
+                f"engine of these, and make a reference anew with iqa-eval --reference"
+            )
+    return Loaded(model.eval(), sources, (*old_notes, *notes, *map(_untrained_note, untrained)), settings, known)
 
 
 def load_part(path: Path, part: str) -> tuple[dict[str, Tensor], Source] | None:
@@ -158,34 +201,111 @@ def part_of(name: str) -> str:
 
 def _open(option: str, path: Path) -> _Given:
     """Read a file and find out what it is."""
+    remarks = []
+    if hub.is_remote(path):
+        path, note = hub.fetch(path)
+        remarks.append(note)
     file = read(path)
+    path = file.path
     if file.bundle is not None:
-        return _Given(option, file, BUNDLE, read_description(path, file.bundle))
-    form = recognise(file.weights)
-    if form is None:
-        raise CheckpointError(f"{path} holds the weights of some other network: {listed(list(file.weights))}")
-    return _Given(option, file, form, None)
+        return _Given(option, file, BUNDLE, read_description(path, file.bundle), tuple(remarks))
+    form, prefix = find(path, file.weights, parts=option != "ckpt")
+    if form is DDPM:
+        raise CheckpointError(
+            f"{path} is the {form.words}, which is told the number of the step where SR3 is told the noise level; "
+            f"restoring needs SR3's own: train it with which_model_G = sr3"
+        )
+    if form is DEIQT:
+        raise CheckpointError(f"{path} is {form.words}'s network, a part of PFD-IQA; this command wants Diff-V²-IQA")
+    if file.average or is_average(prefix):
+        remarks.append(f"the moving average of its weights is taken ({file.average or prefix.removesuffix('.')})")
+    if prefix:
+        if beside := [name for name in file.weights if not name.startswith(prefix)]:
+            remarks.append(f"tensors beside those under {shown(prefix)} ignored: {listed(beside)}")
+        own = {name.removeprefix(prefix): tensor for name, tensor in file.weights.items() if name.startswith(prefix)}
+        file = replace(file, weights=own)
+    return _Given(option, file, form, None, tuple(remarks))
+
+
+def _stated(
+    ckpt: Path | None, options: Mapping[str, object], options_file: Path | None
+) -> dict[str, tuple[Values, str]]:
+    """Return the options that the user states, and the file that does so: "" for those of the program."""
+    if options_file is None and ckpt and not hub.is_remote(ckpt):
+        beside = ckpt.with_name(f"{ckpt.name if ckpt.is_dir() else ckpt.stem}.toml")
+        options_file = beside if beside.is_file() else None
+    in_file = read_options(options_file) if options_file else {}
+    where = options_file.name if options_file else ""
+    return {name: (values, where) for name, values in in_file.items()} | {
+        name: (values, "") for name, values in parse_options(options).items()
+    }
+
+
+def _settings(
+    config: ModelConfig,
+    base: _Given | None,
+    preset: str | None,
+    given: list[_Given],
+    stated: Mapping[str, tuple[Values, str]],
+) -> tuple[Setting, ...]:
+    """Return what the scores of this model depend on, and who says so."""
+    found = [Setting(Origin.GIVEN if preset else Origin.READ, "model", config.name)]
+    if config.unet and any(g.form is SR3 for g in given):
+        found.append(Setting(Origin.READ, "U-Net", f"{in_words(config.unet)}, {config.unet.norm} norm"))
+    for option in OPTIONS:
+        if not option.concerns(config):
+            continue
+        origin, where = Origin.ASSUMED, ""
+        if option.name in stated:
+            origin, where = Origin.GIVEN, stated[option.name][1]
+        elif base and not preset and (base.bundle or (option.name == "swin-scale" and base.form.swin_scale)):
+            origin = Origin.READ
+        found.append(Setting(origin, option.name, as_text(option.values(config)), where))
+    return tuple(found)
 
 
 def _config(base: _Given | None, given: list[_Given], preset: str | None, seed: int | None) -> ModelConfig:
     """Return the configuration: the one asked for, else the bundle's own, else the preset the weights fit best."""
-    if preset is not None:
-        return preset_config(preset)
-    if base and base.bundle:
+    if base and base.bundle and preset is None:
         return base.bundle.config
-    if base and base.form is MANIQA:
-        return PRESETS["maniqa"]  # whatever else was given along with it
+    if preset is None and base and base.form.role == "iqa" and base.form is not IQA:
+        preset = "maniqa"  # whatever else was given along with it
+    config = _sized(preset_config(preset), given) if preset is not None else _fitting(given, seed)
+    if base and config.vcg and base.form.swin_scale:
+        swin = replace(config.vcg.swin, scale=base.form.swin_scale)
+        return replace(config, vcg=replace(config.vcg, swin=swin))
+    return config
+
+
+def _sized(config: ModelConfig, given: list[_Given]) -> ModelConfig:
+    """Return a configuration with the size of the SR3 U-Net that was given, if that has the norm of its own."""
+    sr3 = next((g for g in given if g.form is SR3), None)
+    if sr3 is None or config.unet is None:
+        return config
+    path = sr3.file.path
+    size = read_size(path, adapt(SR3, sr3.file.weights, vit_blocks=0)[0], config.unet)
+    if size is None or size.norm is not config.unet.norm:
+        return config
+    try:
+        return replace(config, unet=size)
+    except ConfigError as exc:
+        raise CheckpointError(f"{path} is an SR3 U-Net of another size: {in_words(size)}; {exc}") from exc
+
+
+def _fitting(given: list[_Given], seed: int | None) -> ModelConfig:
+    """Return the preset that the weights fit best."""
     distances = _distances(given, seed)
     fitting = [name for name, distance in distances.items() if distance == 0]
     if len(fitting) > 1:
         raise UsageError(f"{_paths(given)}: these weights fit presets {' and '.join(fitting)}; choose with --preset")
-    return PRESETS[min(distances, key=lambda name: distances[name])]
+    return _sized(PRESETS[min(distances, key=lambda name: distances[name])], given)
 
 
 def _distances(given: list[_Given], seed: int | None) -> dict[str, int]:
     """Return how many tensors keep the given files from being each preset."""
     out = {}
-    for name, config in PRESETS.items():
+    for name, preset in PRESETS.items():
+        config = _sized(preset, given)
         problems = misfits(_skeleton(config).state_dict(), _gather(config, given)[0], seeded=seed is not None)
         out[name] = sum(map(len, problems.values()))
     return out
@@ -240,18 +360,24 @@ def _gather(config: ModelConfig, given: list[_Given]) -> tuple[dict[str, Tensor]
 
 def _remarks(config: ModelConfig, g: _Given) -> list[str]:
     """Return notes on entries that were ignored, and on what the weights do not tell."""
-    remarks = []
+    remarks = list(g.remarks)
     if g.file.ignored:
         remarks.append(f"entries beside the weights ignored: {listed(g.file.ignored)}")
     betas = g.file.weights.get("betas")
     if g.form is SR3 and betas is not None and betas.ndim == 1 and len(betas) != config.schedule.steps:
         remarks.append(f"trained with {len(betas)} diffusion steps, sampled here with {config.schedule.steps}")
-    if g.option == "ckpt" and g.form in {IQA, MANIQA} and config.vcg:
-        remarks.append(
-            f"the scale of its Swin stages is not stored in it, {config.vcg.swin.scale} is assumed "
-            "(one public MANIQA checkpoint was trained with 0.13)"
-        )
     return remarks
+
+
+def _assumptions(g: _Given, settings: tuple[Setting, ...]) -> list[str]:
+    """Return notes on assumptions that are known to be wrong for some public checkpoint."""
+    scale = next((s.value for s in settings if s.name == "swin-scale" and s.origin is Origin.ASSUMED), None)
+    if scale is None or g.form.role != "iqa":
+        return []
+    return [
+        f"{g.name}: the scale of its Swin stages is not stored in it, {scale} is assumed "
+        "(one public MANIQA checkpoint was trained with 0.13: --swin-scale 0.13)"
+    ]
 
 
 def _skeleton(config: ModelConfig) -> DiffV2IQA:

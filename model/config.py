@@ -108,6 +108,33 @@ class VDAConfig:
     width: int = 32
 
 
+class Better(enum.StrEnum):
+    """Which scores are the better ones."""
+
+    HIGHER = "higher"
+    LOWER = "lower"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels that the network was trained on, and whose scale its scores are on."""
+
+    minimum: float = 0.0
+    maximum: float = 1.0
+    better: Better = Better.HIGHER
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What the scoring networks see of pixels between 0 and 1: `(pixel − mean) / std`, for red, green and blue.
+
+    The U-Net always sees pixels from −1 to 1.
+    """
+
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A whole Diff-V²-IQA network. `None` for a part is the paper's ablation without it.
@@ -128,6 +155,8 @@ class ModelConfig:
     vda_weight: float = 1.0
     grid: int = 28  # the heads' map is grid × grid tokens
     dropout: float = 0.1  # of the heads, in training
+    labels: Labels = field(default=Labels(), metadata=LATER)
+    pixels: Pixels = field(default=Pixels(), metadata=LATER)
     # How images were prepared when the heads were trained.
     tap_form: TapForm = field(default=TapForm.FLOAT, metadata=LATER)
     sides: Sides = field(default=Sides.PADDED, metadata=LATER)
@@ -205,6 +234,10 @@ def _common_rules(c: ModelConfig) -> dict[str, bool]:
         "grid must be between 1 and 128": 1 <= c.grid <= 128,
         "dropout must be in [0, 1)": 0 <= c.dropout < 1,
         "branch weights must not be negative": min(c.vcg_weight, c.vda_weight) >= 0,
+        "labels.minimum must be below labels.maximum": c.labels.minimum < c.labels.maximum,
+        "pixels.mean and pixels.std must be three numbers, std above 0": (
+            len(c.pixels.mean) == len(c.pixels.std) == 3 and min(c.pixels.std) > 0
+        ),
         "name must be 1 to 64 letters, digits, '-', '_' or '.'": (
             0 < len(c.name) <= 64 and all(ch.isalnum() or ch in "-_." for ch in c.name)
         ),

@@ -3,11 +3,13 @@
 import itertools
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from .attention import ResidualTransposedAttention, TransposedAttention
-from .config import Encoder, ModelConfig, VCGConfig, VDAConfig
+from .config import Encoder, ModelConfig, Pixels, VCGConfig, VDAConfig
 from .lite0 import FEATURES, Lite0
 from .resnet import ResNet
 from .swin import Swin
@@ -24,6 +26,32 @@ class BranchScore(NamedTuple):
     weight_map: Tensor
 
 
+class Normalisation(nn.Module):
+    """Pixels from −1 to 1 → the range that an encoder was trained on."""
+
+    def __init__(self, c: Pixels) -> None:
+        super().__init__()
+        mean, std = np.array(c.mean), np.array(c.std)
+        # from_numpy, so that these are real even in a model built on the meta device
+        self.factor: Tensor
+        self.offset: Tensor
+        self.register_buffer("factor", _channels(0.5 / std), persistent=False)
+        self.register_buffer("offset", _channels((0.5 - mean) / std), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) → the same shape."""
+        return images * self.factor + self.offset
+
+
+def normalisation(c: Pixels) -> nn.Module:
+    """Return what stands before an encoder: nothing where it sees what the U-Net sees."""
+    return nn.Identity() if c == Pixels() else Normalisation(c)
+
+
+def _channels(values: npt.NDArray[np.float64]) -> Tensor:
+    return torch.from_numpy(values.astype(np.float32).reshape(3, 1, 1))
+
+
 class VCG(nn.Module):
     """ViT maps of the crop and its restorations → noise codes → TAB → Swin → TAB → Swin → score."""
 
@@ -31,6 +59,7 @@ class VCG(nn.Module):
         super().__init__()
         width = c.squeeze[-1]
         self.config, self.kinds, self.grid = c, config.kinds, config.grid
+        self.normalise = normalisation(config.pixels)
         self.vit = ViT(c.vit, image=config.crop, blocks=max(c.layers) + 1)
         self.noise_codes = nn.Parameter(torch.zeros(len(c.selection), c.noise_code)) if c.noise_code else None
         widths = [c.channels, *c.squeeze]
@@ -44,7 +73,7 @@ class VCG(nn.Module):
 
     def maps(self, images: Tensor) -> Tensor:
         """Images (N, 3, crop, crop) → the ViT maps VCG reads (N, layers, tokens, width)."""
-        out: Tensor = self.vit(images, self.config.layers)
+        out: Tensor = self.vit(self.normalise(images), self.config.layers)
         return out
 
     def forward(self, maps: Tensor, tabs: nn.ModuleList) -> BranchScore:
@@ -104,6 +133,7 @@ class VDA(nn.Module):
     def __init__(self, config: ModelConfig, c: VDAConfig) -> None:
         super().__init__()
         self.config, self.kinds, self.grid = c, config.kinds, config.grid
+        self.normalise = normalisation(config.pixels)
         if c.encoder is Encoder.LITE0:
             self.lite0 = Lite0()
             self.readout = Readout(FEATURES, c.classes, config.dropout)
@@ -135,7 +165,7 @@ class VDA(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, kinds, 3, crop, crop) → what the encoder sees (B, kinds, classes, of Lite0 FEATURES)."""
         encoder = self.lite0 if self.config.encoder is Encoder.LITE0 else self.resnet
-        seen: Tensor = encoder(images.flatten(0, 1))
+        seen: Tensor = encoder(self.normalise(images.flatten(0, 1)))
         return seen.reshape(*images.shape[:2], -1)
 
 

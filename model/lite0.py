@@ -70,8 +70,8 @@ class Lite0(nn.Module):
         self._conv_head = nn.Conv2d(inputs, HEAD, 1, bias=False)
         self._bn1 = _norm(HEAD)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return means and deviations, from the first map that is read to the last one."""
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Return the maps that are read, from the first to the last one, of 1280 channels."""
         # The published weights want (pixel - 127) / 128. Our images are pixel / 127.5 - 1.
         x = images * (127.5 / 128) + 0.5 / 128
         x = F.relu6(self._bn0(self._conv_stem(x)))
@@ -81,7 +81,16 @@ class Lite0(nn.Module):
             if index in READ:
                 read.append(x)
         read.append(F.relu6(self._bn1(self._conv_head(x))))
-        return torch.cat([part for of_map in map(_moments, read) for part in of_map], dim=1)
+        return read
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return means and deviations, from the first map that is read to the last one."""
+        return moments(self.maps(images))
+
+
+def moments(maps: list[Tensor]) -> Tensor:
+    """Maps of N images → the mean and deviation of each of their channels, (N, FEATURES) for all that Lite0 reads."""
+    return torch.cat([part for of_map in map(_moments, maps) for part in of_map], dim=1)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

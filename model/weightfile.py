@@ -20,17 +20,27 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 
 MAX_BYTES = 16 * 2**30  # the largest network a configuration allows is far smaller
+MAX_INDEX_BYTES = 16 * 2**20
 MAX_SAFETENSORS_HEADER = 100_000_000  # safetensors' own limit
 LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # torch's magic number, pickled
 
+# What training scripts put around a state_dict. A moving average of the weights comes first: people evaluate with it.
+AVERAGES = ("ema_state_dict", "state_dict_ema", "model_ema", "params_ema", "ema_model", "ema")
 WRAPPERS = ("state_dict", "model", "model_state_dict", "params", "net")
 WRAPPED_PREFIXES = {"module", "_orig_mod"}  # DataParallel's, torch.compile's
 
 HOW_TO_RESAVE = (
     "If you trust the file, re-save only its weights, where the code that made it is installed:\n"
-    "  python -c \"import torch; torch.save(torch.load('{name}', weights_only=False, map_location='cpu').state_dict(), "
-    "'weights.pt')\""
+    "  python -c \"import torch; c = torch.load('{name}', weights_only=False, map_location='cpu'); "
+    "torch.save(c['state_dict'] if isinstance(c, dict) else c.state_dict(), 'weights.pt')\""
 )
+INDEX = ".index.json"  # ends the name of the list of a network's shards
+# What a folder is read for, the first that is there: transformers, accelerate and diffusers save under these names.
+IN_FOLDERS = [
+    f"{stem}{suffix}"
+    for stem in ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
+    for suffix in ("", INDEX)
+]
 
 # What people hand over by mistake, by how it begins.
 STRANGERS = {
@@ -47,7 +57,7 @@ STRANGERS = {
 
 @dataclass(frozen=True)
 class WeightFile:
-    """What one file holds. The tensors may be mapped from the file: copy what is kept."""
+    """What a file or its shards hold. The tensors may be mapped from the file: copy what is kept."""
 
     path: Path
     sha256: str
@@ -55,10 +65,60 @@ class WeightFile:
     weights: dict[str, Tensor]
     bundle: dict[str, Any] | None  # what a diffiqa bundle says about itself: format, config, sources, notes
     ignored: tuple[str, ...]  # entries beside the weights that are no tensors
+    average: str = ""  # the entry that the weights are a moving average of, if that was chosen
 
 
 def read(path: Path) -> WeightFile:
-    """Read a file of weights; raises CheckpointError."""
+    """Read a file of weights, the shards of an index, or what a folder has of these; raises CheckpointError."""
+    if path.is_dir():
+        found = next((path / name for name in IN_FOLDERS if (path / name).is_file()), None)
+        if found is None:
+            raise CheckpointError(f"{path} is a directory, and has no {' or '.join(IN_FOLDERS[::2])}: name the file")
+        path = found
+    return _read_shards(path) if path.name.endswith(INDEX) else _read_file(path)
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Return the file beside it in which an index says each tensor is. Raises CheckpointError."""
+    try:
+        if _stat(path).st_size > MAX_INDEX_BYTES:
+            raise CheckpointError(f"{path} has more than {MAX_INDEX_BYTES} bytes, which no index of shards needs")
+        index = json.loads(path.read_bytes())
+        shards = index["weight_map"]
+        entries = {str(name): str(shard) for name, shard in shards.items()}
+    except OSError as exc:
+        raise CheckpointError(f"cannot read {path}: {exc.strerror or exc}") from exc
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as exc:
+        raise CheckpointError(
+            f"{path} is a damaged index of shards: it has no weight_map of tensors and files"
+        ) from exc
+    # Any other name would lead out of the folder. Links may do so: the hub's cache is made of them.
+    if strange := [
+        shard for shard in entries.values() if not re.fullmatch(r"\w[\w.-]{0,200}", shard) or shard.endswith(INDEX)
+    ]:
+        raise CheckpointError(f"{path} names {shown(strange[0])}, which is no file of weights beside it; refused")
+    return entries
+
+
+def _read_shards(path: Path) -> WeightFile:
+    index = read_index(path)
+    weights: dict[str, Tensor] = {}
+    digest, size = hashlib.sha256(), 0
+    for shard in sorted(set(index.values())):
+        part = _read_file(path.with_name(shard))
+        size += part.bytes
+        if size > MAX_BYTES:
+            raise CheckpointError(f"the shards of {path} have more than the {MAX_BYTES // 2**30} GiB that are read")
+        if set(part.weights) != {_unwrapped(name) for name, file in index.items() if file == shard}:
+            raise CheckpointError(f"{part.path} does not hold the tensors that {path} says: copy both again")
+        weights |= part.weights
+        digest.update(bytes.fromhex(part.sha256))
+    if not weights:
+        raise CheckpointError(f"{path} lists no shards")
+    return WeightFile(path, digest.hexdigest(), size, weights, None, ())
+
+
+def _read_file(path: Path) -> WeightFile:
     try:
         before = _stat(path)
         with path.open("rb") as file:
@@ -71,8 +131,8 @@ def read(path: Path) -> WeightFile:
         raise CheckpointError(f"cannot read {path}: {exc.strerror or exc}") from exc
     if changed:
         raise CheckpointError(f"{path} changed while it was read: try again when nothing writes to it")
-    weights, ignored = _named_tensors(path, content)
-    return WeightFile(path, digest, before.st_size, weights, bundle, ignored)
+    weights, ignored, average = _named_tensors(path, content)
+    return WeightFile(path, digest, before.st_size, weights, bundle, ignored, average)
 
 
 def shown(name: str) -> str:
@@ -211,14 +271,17 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any] | None, Any]:
     return bundle, weights
 
 
-def _named_tensors(path: Path, content: Any) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Unwrap what training scripts put around a state_dict → tensors by name, and what was left aside."""
+def _named_tensors(path: Path, content: Any) -> tuple[dict[str, Tensor], tuple[str, ...], str]:
+    """Unwrap what training scripts put around a state_dict → tensors by name, what was left aside, and the average."""
     ignored: list[str] = []
+    average = ""
     for _ in range(4):  # deep enough for any script; a bound, because a pickle may contain itself
         if not isinstance(content, Mapping):
             raise CheckpointError(f"{path} holds a {type(content).__name__}, not tensors by name")
-        wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if wrapper is None:
+        wrapper = next((key for key in AVERAGES if _holds_tensors(content.get(key))), "")
+        average = average or wrapper
+        wrapper = wrapper or next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), "")
+        if not wrapper:
             break
         ignored += [_label(key) for key in content if key != wrapper]
         content = content[wrapper]
@@ -230,7 +293,7 @@ def _named_tensors(path: Path, content: Any) -> tuple[dict[str, Tensor], tuple[s
         if not isinstance(key, str) or not isinstance(value, Tensor):
             ignored.append(_label(key))
             continue
-        name = ".".join(part for part in key.split(".") if part not in WRAPPED_PREFIXES)
+        name = _unwrapped(key)
         if name in weights:
             raise CheckpointError(f"{path} holds {shown(name)} twice, with and without a wrapper's prefix")
         plain = type(value) in {Tensor, nn.Parameter} and "__torch_function__" not in vars(value)
@@ -239,7 +302,18 @@ def _named_tensors(path: Path, content: Any) -> tuple[dict[str, Tensor], tuple[s
         weights[name] = value.detach()
     if not weights:
         raise CheckpointError(f"{path} holds no tensors by name")
-    return weights, tuple(ignored)
+    return weights, tuple(ignored), average
+
+
+def _holds_tensors(value: object) -> bool:
+    """Whether this is a mapping with tensors in it, or a mapping around one."""
+    inner = list(value.values()) if isinstance(value, Mapping) else []
+    inner += [item for entry in inner if isinstance(entry, Mapping) for item in entry.values()]
+    return any(isinstance(item, Tensor) for item in inner)
+
+
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPED_PREFIXES)
 
 
 def _label(key: object) -> str:

@@ -60,6 +60,14 @@ class Options:
                 raise UsageError(text)
 
 
+class Scale(enum.StrEnum):
+    """On what people read a score first."""
+
+    RAW = "raw"  # as the model gives it
+    PERCENTILE = "percentile"  # among the images of the engine's reference
+    MOS = "mos"  # as an opinion from 1 to 5
+
+
 @dataclass(frozen=True)
 class CropScore:
     """The verdict on one crop, averaged over seeds."""
@@ -103,6 +111,9 @@ class Score:
     engine: str
     backend: str
     seconds: float
+    percentile: float | None = None  # of the engine's reference: the percentage of its images that this is better than
+    opinion: float | None = None  # from 1 to 5, that the reference's people would have of it
+    opinion_error: float | None = None  # of the opinion, as root mean square
     pictures: Pictures | None = field(default=None, repr=False, compare=False)
 
 

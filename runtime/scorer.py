@@ -46,6 +46,7 @@ class Info:
     crop_size: int
     crop_count: int
     reason: str = ""  # why this backend, if nobody asked for it by name
+    drift: str = ""  # where the engine differs from PyTorch by more than rounding, if its export accepted that
 
 
 class Scorer:
@@ -81,6 +82,7 @@ class Scorer:
             m.crop.size,
             m.crop.count,
             self._reason,
+            m.drift,
         )
 
     @property
@@ -236,8 +238,10 @@ class Scorer:
             # ONNX Runtime has no exception type for too little memory.
             why = _too_large(plan) if "allocat" in str(exc) else exc
             raise ImageError(f"{images[0][1]}: {why}") from exc
+        reference = m.score.reference
+        caveat = reference.caveat(options.crops or m.crop.count, options.mode) if reference else None
         return [
-            self._result(image, name, plan, seeds, outcomes[i * len(seeds) :][: len(seeds)], pictures)
+            self._result(image, name, plan, seeds, outcomes[i * len(seeds) :][: len(seeds)], pictures, caveat)
             for i, (image, name) in enumerate(images)
         ]
 
@@ -249,6 +253,7 @@ class Scorer:
         seeds: tuple[int, ...],
         outcomes: Sequence[Outcome],
         pictures: bool,
+        caveat: str | None,
     ) -> Score:
         """Return the score of one image, from the outcomes of its seeds."""
         m, verdicts = self._manifest, [outcome.verdicts for outcome in outcomes]
@@ -256,10 +261,11 @@ class Scorer:
         crops = tuple(
             _crop_score(m, plan, index, [found[index] for found in verdicts]) for index in range(len(plan.crops))
         )
-        notes = (*image.notes, *(note for outcome in outcomes for note in outcome.notes))
+        notes = (*image.notes, *(note for outcome in outcomes for note in outcome.notes), *filter(None, [caveat]))
+        score = statistics.fmean(per_seed)
         return Score(
             source=name,
-            score=statistics.fmean(per_seed),
+            score=score,
             vcg=_mean([crop.vcg for crop in crops]),
             vda=_mean([crop.vda for crop in crops]),
             spread=statistics.stdev(per_seed) if len(per_seed) > 1 else None,
@@ -273,6 +279,9 @@ class Scorer:
             engine=m.engine_id,
             backend=self._backend,
             seconds=sum(outcome.seconds for outcome in outcomes),
+            percentile=m.score.percentile(score),
+            opinion=m.score.opinion(score),
+            opinion_error=m.score.reference.error if m.score.reference else None,
             pictures=_pictures(m, plan, image, outcomes[0]) if pictures else None,
         )
 

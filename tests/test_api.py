@@ -13,7 +13,7 @@ import diffiqa
 from diffiqa import cli
 from diffiqa.errors import DiffiqaError
 
-COMMANDS = {"bench", "build", "calibrate", "convert", "evaluate", "export", "quantise", "score", "verify"}
+COMMANDS = {"bench", "build", "calibrate", "convert", "evaluate", "export", "prompts", "quantise", "score", "verify"}
 
 
 def test_every_public_name_can_be_had_and_is_listed_once() -> None:

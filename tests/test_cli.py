@@ -16,7 +16,7 @@ from diffiqa.engine.manifest import StageName, read_manifest
 from diffiqa.model.bundle import save_bundle
 from diffiqa.model.network import DiffV2IQA
 
-COMMANDS = ("export", "build", "calibrate", "quantise", "verify", "run", "convert", "bench")
+COMMANDS = ("export", "build", "calibrate", "quantise", "verify", "run", "convert", "prompts", "bench")
 
 
 def call(*arguments: str | Path) -> Result:
@@ -44,7 +44,7 @@ def test_every_command_is_in_the_group_and_installed_under_its_own_name() -> Non
     assert set(cli.main.commands) == {*COMMANDS, "train", "eval"}
     homes = {
         "diffiqa.calibration.cli": ["calibrate", "quantise"],
-        "diffiqa.export.cli": ["build", "convert"],
+        "diffiqa.export.cli": ["build", "convert", "prompts"],
         "diffiqa.runtime.command.cli": ["run"],
         "diffiqa.cli": ["export"],
         **{f"diffiqa.{name}.cli": [name] for name in ("bench", "verify")},
@@ -93,6 +93,34 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(bundle: Path, t
     assert all(f"onnx/{name}.onnx" in result.stdout for name in StageName)
     assert "nothing was written" in result.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_read_assumed_and_given_is_listed(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.toml").write_text("score-range = [1, 5]\nsteps = 8\n")
+    weights = call("convert", "--ckpt", bundle, "-o", tmp_path / "m.pt", "--swin-scale", "0.13")
+    assert "given    swin-scale 0.13\n" in weights.stdout
+    result = call("export", "--ckpt", tmp_path / "m.pt", "--steps", "7", "-o", tmp_path / "engine", "--dry-run")
+    read, given, *_ = result.stdout.splitlines()
+    assert read.startswith("read     model tiny; swin-scale 0.13; branch-weights 0.5,1.5; taps 1,3;")
+    assert given == "given    steps 7; score-range 1,5 (m.toml)"
+    assert "note: given: swin-scale 0.13" in result.stderr
+    assert "note: given: score-range 1,5, steps 7" in result.stderr
+    unset = call(
+        "export", "--preset", "mini", "--seed", "0", "-o", tmp_path / "engine", "--dry-run"
+    ).stdout.splitlines()
+    assert unset[0] == "given    model mini"
+    assert unset[1].startswith("assumed  swin-scale 0.8; branch-weights 1,1; steps 50; taps 5,10;")
+
+
+def test_wrong_options_end_an_export_before_it_begins(bundle: Path, tmp_path: Path) -> None:
+    def refused(*options: str, why: str) -> None:
+        assert failed(call("export", "--ckpt", bundle, *options, "-o", tmp_path / "engine"), why)
+
+    refused("--taps", "5", why="taps must be T1,T2, not '5'")
+    refused("--norm-groups", "8", why="model 'tiny' has no use for norm-groups")
+    refused("--options", str(tmp_path / "none.toml"), why="none.toml: No such file")
+    (tmp_path / "o.toml").write_text("swin_scale = 1")
+    refused("--options", str(tmp_path / "o.toml"), why="there is no option 'swin_scale'; the nearest is swin-scale")
 
 
 def test_convert_makes_a_bundle_that_exports_to_the_same_model(bundle: Path, tmp_path: Path) -> None:

@@ -214,7 +214,9 @@ class Features:
             crops = torch.from_numpy(self._task.grid(pictures, index)).to(machine.device)
             # With channels last a CPU takes half of the time.
             images = crops.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-            seen = vda.lite0(images).reshape(*crops.shape[:2], -1).cpu().numpy() if vda else crops.numpy()
+            seen = (
+                vda.lite0(vda.normalise(images)).reshape(*crops.shape[:2], -1).cpu().numpy() if vda else crops.numpy()
+            )
             with writing(self.file(pictures, index)) as stream:
                 np.save(stream, seen.astype(np.float16))
             if (count + 1) % 100 == 0:

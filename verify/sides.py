@@ -181,7 +181,8 @@ def _checkpoint(given: Given, path: Path, manifest: Manifest) -> Side:
     if encode(loaded.model.config) != manifest.model:
         raise UsageError(
             f"{given.engine} is a {manifest.model_name} model of another configuration than {path}, a "
-            f"{loaded.model.config.name}; verify it against the checkpoint that it was exported from"
+            f"{loaded.model.config.name}; verify it against the checkpoint that it was exported from, with the options "
+            f"that were given then in {path.stem}.toml beside it"
         )
     _require_same_weights(given, manifest.provenance.sources, loaded.sources)
     digest = hashlib.sha256(repr(sorted(s.sha256 for s in loaded.sources)).encode()).hexdigest()[:16]

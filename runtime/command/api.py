@@ -14,13 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...engine.manifest import Manifest
 from ...errors import ImageError, OutputError, UsageError, member
 from ..backends import Backend
 from ..images import DEFAULT_MAX_PIXELS
 from ..inputs import Images, find_images, names_of
 from ..report.intermediates import prepare_folder, save_intermediates
 from ..report.writer import ReportWriter
-from ..results import Options, Score
+from ..results import Options, Scale, Score
 from ..scorer import Scorer, load
 from .order import Sort, arrange
 from .recordfile import RecordFile
@@ -46,6 +47,7 @@ class Outputs:
     descending: bool = False
     report: Path | None = None
     intermediates: Path | None = None
+    scale: Scale = Scale.RAW  # that table and report show first
 
     def __post_init__(self) -> None:
         """Refuse what cannot be done."""
@@ -57,6 +59,14 @@ class Outputs:
     def order(self, records: list[Record]) -> list[Record]:
         """Return records in the order asked for."""
         return arrange(records, self.sort, descending=self.descending)
+
+    def refuse_scale(self, manifest: Manifest) -> None:
+        """Raise UsageError if the engine does not know what is to be shown."""
+        if self.scale is not Scale.RAW and manifest.score.reference is None:
+            raise UsageError(
+                f"engine {manifest.engine_id} has no reference distribution, so its scores have no {self.scale}: leave "
+                f"out --scale, or make a reference with iqa-eval --reference"
+            )
 
     def refuse_collisions(self, names: Iterable[str]) -> None:
         """Raise UsageError if an output would overwrite an image or another output, or be scored by the next run."""
@@ -103,6 +113,7 @@ def score(
     descending: bool = False,
     report: str | Path | None = None,
     intermediates: str | Path | None = None,
+    scale: str = Scale.RAW,
     workers: int = 1,
     max_pixels: int | None = DEFAULT_MAX_PIXELS,
     say: Callable[[str], None] = _ignore,
@@ -113,14 +124,14 @@ def score(
         print(done.failed, [record.score for record in done.records])
 
     `engine` is an engine directory, run by `backend` as `load` does it; or a scorer that is loaded already. `images`
-    are names, folders and patterns. Without `output`, `report` and `intermediates` no file is written. `form` and
-    `sort` take the words of `iqa-run --help`. Raises DiffiqaError if nothing can be scored or a result cannot be
-    written.
+    are names, folders and patterns. Without `output`, `report` and `intermediates` no file is written. `form`,
+    `sort` and `scale` take the words of `iqa-run --help`. Raises DiffiqaError if nothing can be scored or a result
+    cannot be written.
     """
     names = find_names(images)
     file, page, folder = (Path(path) if path else None for path in (output, report, intermediates))
     written, order = (member(Format, form) if form else None), (member(Sort, sort) if sort else None)
-    outputs = Outputs(file, written, resume, force, order, descending, page, folder)
+    outputs = Outputs(file, written, resume, force, order, descending, page, folder, member(Scale, scale))
     outputs.refuse_collisions(names)
     with (
         contextlib.nullcontext(engine)
@@ -156,6 +167,7 @@ def score_names(
     `watch` is called with every record once it is safe, and with whether it was kept from an earlier run. Whatever ends
     the run early, records that were written stay, and the report covers what was scored.
     """
+    outputs.refuse_scale(scorer.manifest)
     settings = RunSettings.of(scorer.manifest, options)
     form = choose_format(outputs.form, outputs.file, terminal=False) if outputs.file else Format.JSONL
     pictures = outputs.report is not None or outputs.intermediates is not None
@@ -169,7 +181,7 @@ def score_names(
         # Open the file last: with --force, opening it deletes the old results.
         if outputs.intermediates:
             prepare_folder(outputs.intermediates)
-        report = stack.enter_context(_report(outputs.report, scorer, len(names)))
+        report = stack.enter_context(_report(outputs.report, scorer, len(names), outputs.scale))
         file = None
         if outputs.file:
             file = stack.enter_context(
@@ -181,10 +193,11 @@ def score_names(
             if not unchanged:
                 changed.add(name)
                 continue
-            records.append(done[name])
+            record = _kept(done[name], file, scorer.manifest, settings)
+            records.append(record)
             if report:
-                report.add(done[name].result())
-            watch(done[name], True)
+                report.add(record.result())
+            watch(record, True)
         kept = len(records)
         if changed:
             what = "1 picture has" if len(changed) == 1 else f"{len(changed)} pictures have"
@@ -212,6 +225,14 @@ def score_names(
     return Scored(tuple(in_order(records)), kept, len(changed), seconds, outputs)
 
 
+def _kept(record: Record, file: RecordFile | None, manifest: Manifest, settings: RunSettings) -> Record:
+    """Return a record of the earlier run, in the file too, with what its score means if only this engine knows it."""
+    known = record.known_to(manifest, settings)
+    if file and known is not record:
+        file.write(known)
+    return known
+
+
 def _compare(scorer: Scorer, done: Mapping[str, Record]) -> Iterator[tuple[str, bool]]:
     """Yield for each image whether its pixels are those that were scored. One that cannot be read keeps its score."""
 
@@ -228,12 +249,12 @@ def _compare(scorer: Scorer, done: Mapping[str, Record]) -> Iterator[tuple[str, 
 
 
 @contextlib.contextmanager
-def _report(path: Path | None, scorer: Scorer, expected: int) -> Iterator[ReportWriter | None]:
+def _report(path: Path | None, scorer: Scorer, expected: int, scale: Scale) -> Iterator[ReportWriter | None]:
     """Yield a report that is completed even when the run is interrupted: what was scored can be looked at."""
     if path is None:
         yield None
         return
-    writer = ReportWriter(path, scorer.manifest, expected=expected)
+    writer = ReportWriter(path, scorer.manifest, expected=expected, scale=scale)
     try:
         yield writer
     except OutputError:

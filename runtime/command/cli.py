@@ -55,6 +55,13 @@ def provider(text: str) -> str | tuple[str, dict[str, str]]:
     "--sort", type=click.Choice(["score", "name", "vcg", "vda", "spread", "time"]), help="Default: the order of IMAGES."
 )
 @click.option("--descending", is_flag=True, help="Sort from high to low.")
+@click.option(
+    "--scale",
+    type=click.Choice(["raw", "percentile", "mos"]),
+    default="raw",
+    help="What the table and the report show first: the score as it is, its percentile among the images that the "
+    "engine names, or people's opinion of 1 to 5 that it stands for. Records have all.",
+)
 @click.option("--top", type=click.IntRange(1), metavar="N", help="Show only the N best.")
 @click.option("--bottom", type=click.IntRange(1), metavar="N", help="Show only the N worst.")
 @click.option(
@@ -157,7 +164,7 @@ def run(engine: Path, images: tuple[str, ...], **given: Any) -> None:
     """
     from ..backends import from_options
     from ..images import DEFAULT_MAX_PIXELS
-    from ..results import PIXEL_BUDGET, Mode, Options
+    from ..results import PIXEL_BUDGET, Mode, Options, Scale
     from ..scorer import load
     from .api import Outputs, find_names
     from .display import run_shown
@@ -169,6 +176,7 @@ def run(engine: Path, images: tuple[str, ...], **given: Any) -> None:
     outputs = Outputs(
         form=Format(given["form"]) if given["form"] else None,
         sort=Sort(given["sort"]) if given["sort"] else None,
+        scale=Scale(given["scale"]),
         **{name: given[name] for name in ("file", "resume", "force", "descending", "report", "intermediates")},
     )
     if outputs.file and (given["top"] or given["bottom"]):

@@ -45,12 +45,14 @@ class Display:
         seconds = time.monotonic() - self.progress.start
         summary = summary_line(self.records, seconds=seconds, kept=self.progress.kept)
         meaning, wanted = self._info.score, self._outputs
+        if self._info.drift:
+            self.say(f"ACCEPTED DRIFT: this engine differs from PyTorch in {self._info.drift}")
         if self._streaming:
             emit(sys.stdout.buffer, self._header)
         elif not wanted.file:
             shown = arrange(self.records, wanted.sort, descending=wanted.descending, top=self._top, bottom=self._bottom)
             if self._form is Format.TABLE:
-                show_table(shown, meaning, summary, sys.stdout)
+                show_table(shown, meaning, summary, sys.stdout, wanted.scale)
                 return
             for piece in document(shown, self._form):
                 emit(sys.stdout.buffer, piece)

@@ -19,7 +19,18 @@ from typing import Self
 from ...engine.atomic import replacing
 from ...engine.codec import decode
 from ...errors import OutputError, UsageError
-from .records import CSV_HEADER, Format, Record, RunSettings, Status, document, from_line, from_row, to_line
+from .records import (
+    COLUMNS,
+    EARLIER_COLUMNS,
+    Format,
+    Record,
+    RunSettings,
+    Status,
+    document,
+    from_line,
+    from_row,
+    to_line,
+)
 
 # A sync protects from a power cut; a kill -9 loses nothing that was written. It takes 0.13 ms here, 10 ms and more on
 # hard disks and network shares: so every record is synced, unless that would take over 2 % of the time.
@@ -181,9 +192,10 @@ def _read_lines(path: Path) -> list[Record]:
 
 def _read_csv(path: Path) -> list[Record]:
     with path.open(encoding="utf-8", newline="") as stream:
-        if stream.readline() != CSV_HEADER.decode():
+        columns = tuple(stream.readline().removesuffix("\n").split(","))
+        if columns not in {COLUMNS, EARLIER_COLUMNS}:
             raise ValueError("its first line is not the header that this version of diffiqa writes")
-        return [from_row(row) for row in csv.reader(stream, strict=True)]
+        return [from_row(row, columns) for row in csv.reader(stream, strict=True)]
 
 
 def _read_array(path: Path) -> list[Record]:

@@ -14,11 +14,11 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-from ...engine.codec import decode, encode
+from ...engine.codec import LATER, decode, encode
 from ...engine.manifest import Manifest
 from ...errors import UsageError
 from ..results import Failure, Mode, Options, Score
@@ -94,6 +94,10 @@ class Record:
     notes: tuple[str, ...] = ()
     error: str | None = None
     settings: str  # what was asked for, so that a file tells by itself whether a run may continue it
+    # What came later is at the end: files of earlier versions end before it. JSON has it only where it is known.
+    percentile: float | None = field(default=None, metadata=LATER)
+    opinion: float | None = field(default=None, metadata=LATER)
+    opinion_error: float | None = field(default=None, metadata=LATER)
 
     @classmethod
     def of(cls, result: Score | Failure, settings: RunSettings) -> Self:
@@ -118,6 +122,16 @@ class Record:
             settings=str(settings),
         )
 
+    def known_to(self, manifest: Manifest, settings: RunSettings) -> Self:
+        """Return it with what its score means to a person, if the engine has learned that since it was written."""
+        meaning, reference = manifest.score, manifest.score.reference
+        if self.score is None or self.percentile is not None or reference is None:
+            return self
+        if reference.caveat(settings.crops, settings.mode):
+            return self
+        percentile, opinion = meaning.percentile(self.score), meaning.opinion(self.score)
+        return replace(self, percentile=percentile, opinion=opinion, opinion_error=reference.error)
+
     def result(self) -> Score | Failure:
         """Return the result this record was made of, as far as it holds it: without pictures and single crops."""
         if self.seed is None or self.seeds is None or self.score is None:
@@ -127,8 +141,12 @@ class Record:
         return Score(source=self.image, crops=(), seeds=seeds, notes=self.notes, **same)
 
 
-_SAME_IN_SCORE = ("score", "vcg", "vda", "spread", "width", "height", "mode", "engine", "backend", "seconds", "digest")
+_SAME_IN_SCORE = (
+    *("score", "vcg", "vda", "spread", "width", "height", "mode", "engine", "backend", "seconds", "digest"),
+    *("percentile", "opinion", "opinion_error"),
+)
 COLUMNS = tuple(f.name for f in fields(Record))
+EARLIER_COLUMNS = COLUMNS[: COLUMNS.index("settings") + 1]
 CSV_HEADER = (",".join(COLUMNS) + "\n").encode()
 _NUMBERS = {f.name for f in fields(Record) if f.type in {float | None, int | None}}
 
@@ -138,9 +156,9 @@ def to_line(record: Record, form: Format) -> bytes:
     if form is not Format.CSV:
         text = json.dumps(encode(record), ensure_ascii=False, allow_nan=False) + "\n"
         return text.encode("utf-8", "backslashreplace")  # only lone surrogates need it, and so it is their JSON escape
-    line = io.StringIO(newline="")
+    line, data = io.StringIO(newline=""), encode(record)
     # The module quotes the characters of its line end, and must quote both of these.
-    csv.writer(line, lineterminator="\r\n").writerow([_to_cell(value) for value in encode(record).values()])
+    csv.writer(line, lineterminator="\r\n").writerow([_to_cell(data.get(name)) for name in COLUMNS])
     return line.getvalue().removesuffix("\r\n").encode() + b"\n"
 
 
@@ -152,11 +170,11 @@ def from_line(line: bytes) -> Record:
         raise ValueError(str(exc)) from exc
 
 
-def from_row(cells: Sequence[str]) -> Record:
-    """Return the record in a row of CSV; raise ValueError where it is none."""
-    if len(cells) != len(COLUMNS):
-        raise ValueError(f"it has not {len(COLUMNS)} columns")
-    data = {name: _from_cell(name, cell) for name, cell in zip(COLUMNS, cells, strict=True)}
+def from_row(cells: Sequence[str], columns: Sequence[str] = COLUMNS) -> Record:
+    """Return the record in a row of CSV with these columns; raise ValueError where it is none."""
+    if len(cells) != len(columns):
+        raise ValueError(f"it has not {len(columns)} columns")
+    data = {name: _from_cell(name, cell) for name, cell in zip(columns, cells, strict=True)}
     return decode(Record, data, "record", ValueError)
 
 

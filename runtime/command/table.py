@@ -15,29 +15,35 @@ from rich.table import Table
 from rich.text import Text
 
 from ...engine.manifest import ScoreMeaning
+from ...engine.reference import opinion_text, percent_text
 from ...errors import OutputError
+from ..results import Scale
 from .records import Record
 
 NAME_WIDTH = 24  # least width of names; if there is no room, columns are left out from the right, never the score
 SPACING = 2
 
 
-def show_table(records: Sequence[Record], meaning: ScoreMeaning, summary: str, stream: TextIO) -> None:
-    """Write records as a table as wide as the terminal. Colours only on a terminal, and not with NO_COLOR."""
+def show_table(
+    records: Sequence[Record], meaning: ScoreMeaning, summary: str, stream: TextIO, scale: Scale = Scale.RAW
+) -> None:
+    """Write records as a table as wide as the terminal; `scale` comes first. No colours in a file or with NO_COLOR."""
     console = _console(stream)
     with console.capture() as capture:
         if scored := [record for record in records if record.score is not None]:
-            console.print(_table(scored, console.width))
+            console.print(_table(scored, meaning, scale, console.width))
         for record in records:
             if record.score is None:
                 console.print(Text(f"failed: {printable(_error(record))}", "red"))
         direction = "higher is better" if meaning.higher_is_better else "lower is better"
-        scale = f"{direction} · {meaning.minimum:g} to about {meaning.nominal_maximum:g}"
+        span = f"{direction} · {meaning.minimum:g} to about {meaning.nominal_maximum:g}"
         if meaning.trained:
-            console.print(Text(f"Score: {scale} · {printable(meaning.meaning)}"))
+            console.print(Text(f"Score: {span} · {printable(meaning.meaning)}"))
         else:
-            console.print(Text(f"Score: {scale}"))
+            console.print(Text(f"Score: {span}"))
             console.print(Text(f"UNTRAINED ENGINE · {printable(meaning.meaning)}", "bold yellow"))
+        if meaning.reference:
+            console.print(Text(" ".join(meaning.reference.explained)))
         console.print(Text(summary))
     # A terminal without `×` shows `?`: a long run must not end with an error.
     encoding = stream.encoding or "utf-8"
@@ -144,11 +150,19 @@ def _console(stream: TextIO) -> Console:
     return Console(file=stream, force_terminal=terminal, color_system=None if plain else "auto", highlight=False)
 
 
-def _table(records: Sequence[Record], width: int) -> Table:
+def _table(records: Sequence[Record], meaning: ScoreMeaning, scale: Scale, width: int) -> Table:
     numbers = {
         name: ["" if (value := getattr(record, name.lower())) is None else f"{value:.4f}" for record in records]
         for name in ("score", "VCG", "VDA", "spread")
     }
+    # Of the score, not the record's own: an earlier run's file may lack them.
+    scores = [record.score or 0.0 for record in records]
+    people = {
+        "percentile": [percent_text(meaning.percentile(score)) for score in scores],
+        "opinion": [opinion_text(meaning.opinion(score)) for score in scores],
+    }
+    first = {Scale.RAW: "score", Scale.PERCENTILE: "percentile", Scale.MOS: "opinion"}[scale]
+    numbers = {first: (numbers | people)[first], "score": numbers["score"]} | people | numbers
     numbers["size"] = [f"{record.width}×{record.height}" if record.width else "" for record in records]
     numbers["time"] = [f"{record.seconds:.2f} s" if record.seconds is not None else "" for record in records]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, SPACING, 0, 0), pad_edge=False, show_edge=False)
@@ -156,7 +170,7 @@ def _table(records: Sequence[Record], width: int) -> Table:
     left = width - NAME_WIDTH - SPACING
     for name, cells in list(numbers.items()):
         needed = max(map(len, [name, *cells])) + SPACING
-        if name == "score" or (any(cells) and needed <= left):
+        if name == first or (any(cells) and needed <= left):
             left -= needed
             table.add_column(name, justify="right", no_wrap=True)
         else:

@@ -12,8 +12,9 @@ from string import Template
 
 from ... import __version__
 from ...engine.manifest import Manifest, StageName
+from ...engine.reference import opinion_text, percent_text
 from ...engine.schedule import Kind
-from ..results import CropScore, Failure, Mode, Score
+from ..results import CropScore, Failure, Mode, Scale, Score
 from .frame import asset, policy
 from .heatmap import COLOURS, Heatmap, palette, to_png
 from .histogram import Histogram, make_histogram, strip, to_svg, to_table
@@ -58,8 +59,8 @@ class Collected:
 class Page:
     """Renders the parts of one report."""
 
-    def __init__(self, manifest: Manifest, title: str) -> None:
-        self.manifest, self.title = manifest, title
+    def __init__(self, manifest: Manifest, title: str, scale: Scale = Scale.RAW) -> None:
+        self.manifest, self.title, self.scale = manifest, title, scale
         self.labels = make_labels(manifest)
         self._restores = len(manifest.kinds) > 1
         self._branches = [name.upper() for name in (StageName.VCG, StageName.VDA) if manifest.stage(name)]
@@ -98,7 +99,10 @@ class Page:
         place = f"rank {rank} of {len(collected.sorted_scores)}" if ranked else None
         place = place if self.manifest.score.trained else "untrained: meaningless"
         path = tag("p", tag("bdi", folder), class_="folder") if folder else None
-        number_ = tag("span", "Score ", class_="unseen"), tag("b", number_text(score.score)), _SPACE
+        name_, text = self._on_scales(score.score)[self.scale]
+        if self.scale is not Scale.RAW:
+            place = f"{name_.lower()}, {place}" if place else name_.lower()
+        number_ = tag("span", f"{name_} ", class_="unseen"), tag("b", text), _SPACE
         shown = tag("p", *number_, tag("small", place) if place else None, class_="score")
         among = strip(collected.histogram, score.score) if ranked and collected.histogram else None
         none = tag("p", "No pictures: this score is from an earlier run.", class_="quiet")
@@ -123,7 +127,8 @@ class Page:
 
     def facts(self, score: Score) -> Html:
         """Return the numbers of one image besides its score, and what was done to it before scoring."""
-        facts = [(name, number_text(value)) for name, value in _branch_scores(score)]
+        facts = [fact for scale, fact in self._on_scales(score.score).items() if scale is not self.scale]
+        facts += [(name, number_text(value)) for name, value in _branch_scores(score)]
         if score.spread is not None:
             facts.append((f"Spread over {len(score.seeds)} seeds", number_text(score.spread)))
         facts += [
@@ -186,6 +191,15 @@ class Page:
             if score.crops
             else None,
         )
+
+    def _on_scales(self, score: float) -> dict[Scale, tuple[str, str]]:
+        """Return name and text of a score on every scale that the engine knows."""
+        meaning, texts = self.manifest.score, {Scale.RAW: ("Score", number_text(score))}
+        if meaning.reference:
+            texts[Scale.PERCENTILE] = ("Percentile", percent_text(meaning.percentile(score)))
+            opinion = f"{opinion_text(meaning.opinion(score))} ± {meaning.reference.error:.1f}"
+            texts[Scale.MOS] = ("Opinion", opinion)
+        return texts
 
     def _warnings(self, collected: Collected) -> Html:
         warnings = {}
@@ -256,6 +270,7 @@ class Page:
         )
         return join(
             tag("p", tag("strong", better), f" {span} {m.meaning}"),
+            tag("p", *m.reference.explained) if m.reference else None,
             tag(
                 "p",
                 f"Score = {total}. ",
@@ -278,10 +293,12 @@ class Page:
             return Html()
         columns = [("name", "Image"), ("score", "Score")]
         columns += [(name.lower(), name) for name in self._branches]
+        columns += [(scale.value, name) for scale, (name, _) in self._on_scales(0.0).items() if scale is not Scale.RAW]
         columns += [("spread", "Spread"), ("size", "Size"), ("seconds", "Time")]
         rows = []
         for number, score in enumerate(collected.scores, start=1):
             texts = {key: number_text(getattr(score, key)) for key in ("score", "vcg", "vda", "spread")}
+            texts |= {scale.value: text for scale, (_, text) in self._on_scales(score.score).items()}
             texts |= {"size": f"{score.width} × {score.height}", "seconds": seconds_text(score.seconds)}
             link = tag("a", tag("bdi", score.source), href=f"#image-{number}")
             cells = [tag("td", texts[key], class_=key) for key, _ in columns[1:]]
@@ -309,6 +326,7 @@ class Page:
             ("With", ", ".join(f"{name} {version}" for name, version in p.versions.items())),
             *((f"Weights: {s.role}", f"{s.name}, {s.format}, SHA-256 {s.sha256}") for s in p.sources),
             *(("Note", note) for note in p.notes),
+            *([("Accepted drift", f"differs from PyTorch in {self.manifest.drift}")] if self.manifest.drift else []),
         ]
         return _definitions(facts, "small")
 

@@ -17,7 +17,7 @@ from PIL import Image, features
 from ...engine.atomic import check_folder_of, replacing
 from ...engine.manifest import Manifest
 from ...errors import OutputError, UsageError
-from ..results import Failure, Picture, Pictures, Score
+from ..results import Failure, Picture, Pictures, Scale, Score
 from .heatmap import FloatMap, Heatmap, block_mean, to_heatmap
 from .intermediates import difference, save_intermediates
 from .labels import DIFFERENCE, PRODUCT, SCORE_MAP, WEIGHT_MAP
@@ -43,11 +43,17 @@ class ReportWriter:
     """
 
     def __init__(
-        self, path: Path, manifest: Manifest, *, title: str = "Image quality report", expected: int | None = None
+        self,
+        path: Path,
+        manifest: Manifest,
+        *,
+        title: str = "Image quality report",
+        expected: int | None = None,
+        scale: Scale = Scale.RAW,
     ) -> None:
         """Raise OutputError if the page cannot be written there: better now than after an hour of scoring."""
         self._path = Path(os.path.realpath(path))  # a link is followed, not replaced
-        self._page = Page(manifest, title)
+        self._page = Page(manifest, title, scale)
         self._side = next((side for side, most in _SIDES if expected is not None and expected <= most), _SMALLEST_SIDE)
         self._results: list[Score | Failure] = []
         self._ranges: dict[str, list[tuple[float, float]]] = {}

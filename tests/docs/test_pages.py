@@ -1,6 +1,7 @@
 """What the documents show works: commands parse, cheap ones run, Python blocks run, and what is named exists."""
 
 import dataclasses
+import json
 import re
 import shlex
 import shutil
@@ -15,7 +16,10 @@ from PIL import Image
 
 import diffiqa
 from diffiqa import Failure, Score, cli
-from diffiqa.engine.manifest import MANIFEST, Source, file_sha256, read_manifest
+from diffiqa.engine.codec import encode
+from diffiqa.engine.manifest import MANIFEST, Source, file_sha256, read_manifest, weights_id
+from diffiqa.engine.monotone import Monotone
+from diffiqa.engine.reference import Reference
 from diffiqa.model.bundle import save_bundle
 from diffiqa.model.network import DiffV2IQA
 
@@ -129,7 +133,11 @@ def world(tiny_engine: Path, tiny_model: DiffV2IQA, tmp_path: Path, monkeypatch:
     source = Source("bundle", weights.name, weights.stat().st_size, file_sha256(weights), "diffiqa bundle")
     manifest = read_manifest(Path("engine"))
     made_of = dataclasses.replace(manifest.provenance, sources=(source,))
-    Path("engine", MANIFEST).write_text(dataclasses.replace(manifest, provenance=made_of).to_json())
+    opinions, places = Monotone((0.0, 1.0), (1.0, 5.0)), (weights_id([source]), manifest.scoring_id)
+    reference = Reference("rated", 100, 9, "whole", tuple(range(101)), opinions, 0.5, *places)
+    Path("reference.json").write_text(json.dumps(encode(reference)))
+    known = dataclasses.replace(manifest.score, reference=reference)
+    Path("engine", MANIFEST).write_text(dataclasses.replace(manifest, provenance=made_of, score=known).to_json())
     for index, name in enumerate(["photo.jpg", "a.png", *pictures]):
         Path(name).parent.mkdir(exist_ok=True)
         Image.fromarray(photo(index, 40, 48)).save(name)

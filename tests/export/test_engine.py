@@ -33,7 +33,7 @@ def quick(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copy stages from the tiny engine instead of exporting them: what is tested is the directory around them."""
     made = read_manifest(tiny_engine)
 
-    def copy(_model: object, plan: StagePlan, work: Path, _say: object) -> StageCost:
+    def copy(_model: object, plan: StagePlan, work: Path, _say: object, **_options: object) -> StageCost:
         stage = made.stage(plan.name)
         assert stage is not None
         (work / "onnx").mkdir(exist_ok=True)
@@ -204,7 +204,7 @@ def test_the_current_directory_is_no_target(tmp_path: Path, monkeypatch: pytest.
             check_target(target, force=True)
 
 
-def _interrupt(*_args: object) -> None:
+def _interrupt(*_args: object, **_options: object) -> None:
     raise KeyboardInterrupt
 
 
@@ -221,7 +221,8 @@ def test_a_disk_too_small_is_noticed_before_the_work(
     [
         (
             lambda x: x + 3e-4,
-            r"ONNX Runtime differs from PyTorch by 0\.0003 > .*30 times the rounding of PyTorch itself",
+            r"^stage vda, output score, .* ONNX Runtime differs from PyTorch by 0\.0003 > [^,]+, [^,]+ of the largest "
+            r"value, which is more than 30 times the rounding of PyTorch itself: .* --accept-drift",
         ),
         (lambda _: float("nan"), "returns NaN"),
     ],
@@ -242,6 +243,23 @@ def test_a_stage_that_disagrees_with_pytorch_fails_the_export(
     monkeypatch.setattr(pytorch, "reference", tampered)
     with pytest.raises(ExportError, match=says):
         compare_with_pytorch(tiny_loaded.model, plan, tiny_engine / "onnx" / "vda.onnx", seed=1)
+
+
+def test_drift_is_written_where_that_is_accepted_and_the_manifest_says_how_far(
+    tiny_loaded: Loaded, tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tampered(change: float) -> None:
+        monkeypatch.setattr(pytorch, "reference", lambda *given: tuple(x + change for x in reference(*given)))
+
+    tampered(3e-4)
+    made, _ = export_engine(tiny_loaded, tmp_path / "engine", stages=VDA, accept_drift=True)
+    assert "score of vda by 0.0003 where " in made.drift
+    assert made.drift.count(" of vda by ") == 3
+    assert read_manifest(tmp_path / "engine") == made
+    assert read_manifest(tiny_engine).drift == ""
+    tampered(float("nan"))
+    with pytest.raises(ExportError, match="PyTorch itself returns NaN"):
+        export_engine(tiny_loaded, tmp_path / "other", stages=VDA, accept_drift=True)
 
 
 def test_the_manifest_names_no_directory_of_this_machine(tiny_engine: Path) -> None:

@@ -1,4 +1,4 @@
-"""Makes lite0_goldens.json: what the published package computes with weights that anyone can make again.
+"""Makes lite0_goldens.json: what the published package computes in float64 with weights that anyone can make again.
 
 pip install efficientnet-lite-pytorch && python tests/model/lite0_goldens.py
 """
@@ -48,7 +48,9 @@ def main() -> None:
     from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-not-found]
 
     with torch.no_grad():
-        found = published(fill(EfficientNet.from_name("efficientnet-lite0", image_size=SIDE)), images())
+        found = published(
+            fill(EfficientNet.from_name("efficientnet-lite0", image_size=SIDE)).double(), images().double()
+        )
     FILE.write_text(json.dumps({"means": found[:, ::80][:, :PICKED].tolist()}, indent=1) + "\n")
 
 

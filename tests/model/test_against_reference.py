@@ -9,13 +9,11 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffiqa.engine.noise import NoiseField
@@ -28,9 +26,8 @@ from diffiqa.model.vit import ViT
 from diffiqa.runtime.host.sampler import restore
 
 from . import reference as ref
+from .comparing import Array, Weights, agree, images, randomised
 
-Array = npt.NDArray[np.float64]
-Module = TypeVar("Module", bound=nn.Module)
 TOLERANCE = 1e-9
 
 LEVELS3 = UNetConfig(width=8, multipliers=(1, 2, 2), blocks=2, attention_levels=(1,), groups=4)
@@ -61,70 +58,6 @@ MANIQA = replace(
     vda=None,
     vcg=replace(VCG, selection={Kind.DIS: (0, 1, 2, 3)}, noise_code=0, squeeze=(16,)),
 )
-
-
-class Weights(dict[str, Array]):
-    """A module's weights in NumPy, and which of them the reference has read."""
-
-    def __init__(self, module: nn.Module, prefix: str = "") -> None:
-        super().__init__()
-        for name, tensor in module.state_dict().items():
-            if tensor.is_floating_point() and tensor.numel():
-                self[prefix + name] = tensor.numpy()
-        self.read: set[str] = set()
-
-    def __getitem__(self, name: str) -> Array:
-        self.read.add(name)
-        return super().__getitem__(name)
-
-    def unread(self) -> set[str]:
-        return set(self) - self.read
-
-
-def randomised(module: Module, seed: int) -> Module:
-    """Set every weight and statistic to float64 noise of a fitting size, so that nothing saturates or dies."""
-    random = np.random.default_rng(seed)
-    module.double().eval()
-    for name, tensor in sorted(module.state_dict().items()):
-        shape = tuple(tensor.shape)
-        noise = random.standard_normal(shape)
-        last = name.rpartition(".")[2]
-        if last == "num_batches_tracked":
-            continue
-        if last == "running_var":
-            value = random.uniform(0.5, 1.5, shape)
-        elif last == "weight" and len(shape) == 1:
-            value = 1 + 0.3 * noise
-        elif name.endswith("fc.weight"):
-            value = noise * 4 / math.sqrt(shape[1])  # small random ResNets tell images apart only a little
-        elif last == "weight":
-            value = noise * 0.8 / math.sqrt(math.prod(shape[1:]))
-        elif name.endswith("score.3.bias"):
-            value = 0.8 + 0 * noise  # some tokens score and some are cut off by the last ReLU
-        elif last in {"bias", "running_mean"}:
-            value = 0.3 * noise
-        elif last in {"cls_token", "pos_embed", "noise_codes", "relative_position_bias_table"}:
-            value = noise
-        else:
-            raise AssertionError(f"what is {name}?")
-        tensor.copy_(torch.from_numpy(value))
-    return module
-
-
-def images(random: np.random.Generator, *shape: int) -> Array:
-    """Noise in [-1, 1] of another colour and contrast in every image, so that averages over it differ too."""
-    colour = random.uniform(-1, 1, (*shape[:-2], 1, 1))
-    contrast = random.uniform(0, 1, (*shape[:-3], 1, 1, 1))
-    return np.clip(colour + contrast * random.uniform(-2, 2, shape), -1, 1)
-
-
-def agree(actual: Tensor, expected: Array, what: str = "output") -> None:
-    assert actual.dtype == torch.float64
-    assert tuple(actual.shape) == expected.shape
-    assert np.isfinite(expected).all()
-    assert expected.std() > 1e-4, f"{what}: constant, so nothing is compared"
-    atol = TOLERANCE * float(np.abs(expected).max())
-    np.testing.assert_allclose(actual.numpy(), expected, rtol=0, atol=atol, err_msg=what)
 
 
 def agree_scores(actual: tuple[Tensor, Tensor, Tensor], expected: ref.Scored) -> None:

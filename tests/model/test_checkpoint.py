@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,22 @@ from diffiqa.engine.codec import encode
 from diffiqa.engine.manifest import Source
 from diffiqa.engine.schedule import Kind
 from diffiqa.errors import CheckpointError, ConfigError, DiffiqaError, OutputError, UsageError
-from diffiqa.model import checkpoint
+from diffiqa.model import checkpoint, hub
 from diffiqa.model.bundle import save_bundle
-from diffiqa.model.checkpoint import load
-from diffiqa.model.config import PRESETS, ModelConfig, Norm, SwinConfig, UNetConfig, VCGConfig, VDAConfig, ViTConfig
+from diffiqa.model.checkpoint import Origin, Setting, load
+from diffiqa.model.config import (
+    PRESETS,
+    Labels,
+    ModelConfig,
+    Norm,
+    SwinConfig,
+    UNetConfig,
+    VCGConfig,
+    VDAConfig,
+    ViTConfig,
+)
 from diffiqa.model.network import DiffV2IQA, build, count_parameters
+from diffiqa.model.unet import UNet
 
 Weights = dict[str, Tensor]
 
@@ -283,7 +295,7 @@ def raw_bundle(path: Path, description: dict[str, Any], weights: Weights | None 
 @pytest.mark.parametrize(
     ("description", "message"),
     [
-        ({"format": 2, "config": {}, "from": "the future"}, "format 2; this version reads 1"),
+        ({"format": 4, "config": {}, "from": "the future"}, "format 4; this version reads 3"),
         ({"config": encode(TINY)}, "format None"),
         ({"format": 1}, "lacks 'config'"),
         ({"format": 1, "config": encode(TINY), "code": "x"}, "unknown entries: 'code'"),
@@ -436,7 +448,150 @@ def test_maniqa_loads_alone(tmp_path: Path) -> None:
     assert loaded.model.config == MANIQA
     assert_same(loaded.model, model)
     assert [(s.role, s.format) for s in loaded.sources] == [("iqa", "MANIQA")]
-    assert any("0.8 is assumed" in note for note in loaded.notes)
+    assert any("0.8 is assumed" in note and note.endswith("--swin-scale 0.13)") for note in loaded.notes)
+
+
+def test_a_file_beside_the_checkpoint_says_what_weights_cannot_and_a_program_wins_over_it(tmp_path: Path) -> None:
+    model = build(MANIQA, SEED)
+    path = saved(tmp_path / "maniqa.pt", iqa_file(model))
+    (tmp_path / "maniqa.toml").write_text("swin-scale = 0.13\nscore-range = [0, 100]\n")
+    loaded = load(path, options={"score-range": (1, 5)})
+    assert loaded.model.config.vcg is not None
+    assert loaded.model.config.vcg.swin.scale == 0.13
+    assert loaded.model.config.labels == Labels(1, 5)
+    assert {(s.name, s.value, s.where) for s in loaded.settings if s.origin is Origin.GIVEN} == {
+        ("swin-scale", "0.13", "maniqa.toml"),
+        ("score-range", "1,5", ""),
+    }
+    assert not any("is assumed" in note for note in loaded.notes)
+    elsewhere = tmp_path / "other.toml"
+    elsewhere.write_text("swin-scale = 0.5\n")
+    other = load(path, options_file=elsewhere).model.config
+    assert other.vcg is not None
+    assert (other.vcg.swin.scale, other.labels) == (0.5, Labels())  # the file beside is not read then
+
+
+def test_what_was_read_and_assumed_is_told_apart(tmp_path: Path) -> None:
+    def by(origin: Origin, *args: Any, **options: Any) -> list[str]:
+        return [s.name for s in load(*args, **options).settings if s.origin is origin]
+
+    iqa, unet = (saved(tmp_path / n, f(build(AUTHORS, SEED))) for n, f in (("a.pt", iqa_file), ("u.pth", sr3_file)))
+    assert by(Origin.READ, iqa, unet=unet) == ["model", "U-Net"]
+    assert by(Origin.ASSUMED, iqa, unet=unet)[:5] == ["swin-scale", "branch-weights", "steps", "taps", "norm-groups"]
+    save_bundle(build(AUTHORS, SEED), tmp_path / "m.pt")
+    assert by(Origin.ASSUMED, tmp_path / "m.pt") == []
+    assert by(Origin.GIVEN, tmp_path / "m.pt", preset="authors") == ["model"]
+    assert "swin-scale" in by(Origin.ASSUMED, tmp_path / "m.pt", preset="authors")
+
+
+def test_maniqa_of_march_2022_brings_the_scale_of_its_code(tmp_path: Path) -> None:
+    model = build(MANIQA, SEED)
+    names = {name.replace("tablock", "channel_attn"): tensor for name, tensor in iqa_file(model).items()}
+    loaded = load(saved(tmp_path / "manna.pt", names))
+    assert_same(loaded.model, model)
+    assert loaded.model.config.vcg is not None
+    assert loaded.model.config.vcg.swin.scale == 0.13
+    assert Setting(Origin.READ, "swin-scale", "0.13") in loaded.settings
+    assert not any("assumed" in note for note in loaded.notes)
+
+
+def test_checkpoint_of_lightning_loads(tmp_path: Path) -> None:
+    model = build(MANIQA, SEED)
+    weights = {f"model.{name}": tensor for name, tensor in iqa_file(model).items()}
+    weights["criterion.weight"] = torch.ones(1)
+    content = {"state_dict": weights, "hyper_parameters": {"lr": 1e-5}, "callbacks": {}, "epoch": 3}
+    loaded = load(saved(tmp_path / "last.ckpt", content))
+    assert_same(loaded.model, model)
+    assert "last.ckpt: tensors beside those under model. ignored: criterion.weight" in loaded.notes
+    assert any(note.endswith("ignored: hyper_parameters, callbacks, epoch") for note in loaded.notes)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["under a prefix", "as an entry"])
+def test_moving_average_is_taken_and_that_is_said(tmp_path: Path, inside: bool) -> None:
+    raw, average = iqa_file(build(MANIQA, 1)), iqa_file(build(MANIQA, 2))
+    prefixed = {f"net.{n}": t for n, t in raw.items()} | {f"net_ema.{n}": t for n, t in average.items()}
+    loaded = load(saved(tmp_path / "m.pt", prefixed if inside else {"net": raw, "params_ema": average}))
+    assert_same(loaded.model, build(MANIQA, 2))
+    key = "net_ema" if inside else "params_ema"
+    assert f"m.pt: the moving average of its weights is taken ({key})" in loaded.notes
+
+
+def test_folder_of_shards_loads(tmp_path: Path) -> None:
+    model = build(MANIQA, SEED)
+    weights = {name: tensor.contiguous() for name, tensor in iqa_file(model).items()}
+    shards = {"a.safetensors": list(weights)[:40], "b.safetensors": list(weights)[40:]}
+    for shard, names in shards.items():
+        safetensors.torch.save_file({name: weights[name] for name in names}, tmp_path / shard)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: shard for shard, names in shards.items() for name in names}}))
+    tmp_path.with_name(f"{tmp_path.name}.toml").write_text("swin-scale = 0.13")
+    loaded = load(tmp_path)
+    assert_same(loaded.model, model)
+    assert loaded.sources[0].name == index.name
+    assert any(s.name == "swin-scale" and s.origin is Origin.GIVEN for s in loaded.settings)
+
+
+def test_address_on_the_hub_loads_and_the_commit_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path / "m.pt", iqa_file(build(MANIQA, SEED)))
+    monkeypatch.setattr(hub, "fetch", lambda url: (path, f"downloaded from {url}, commit ab"))
+    loaded = load(Path("hf://owner/name/m.pt"))
+    assert loaded.sources[0].name == "m.pt"
+    assert any(note.startswith("m.pt: downloaded from hf:") and note.endswith("commit ab") for note in loaded.notes)
+
+
+OTHER_SIZE = UNetConfig(width=6, multipliers=(1, 3, 2), blocks=2, attention_levels=(0, 2), norm=Norm.GROUP, groups=2)
+
+
+def test_sr3_unet_of_another_size_brings_its_size(tmp_path: Path) -> None:
+    made = replace(AUTHORS, unet=OTHER_SIZE)
+    model = build(made, SEED)
+    iqa, unet = saved(tmp_path / "iqa.pt", iqa_file(model)), saved(tmp_path / "u.pth", sr3_file(model))
+    for preset, options, groups in ((None, {}, 2), ("authors", {"norm-groups": 3}, 3)):
+        loaded = load(iqa, unet=unet, preset=preset, options=options)
+        assert loaded.model.config == replace(made, unet=replace(OTHER_SIZE, groups=groups))
+        assert_same(loaded.model, model)
+    size = "6 channels × 1-3-2, 2 residual blocks a level, attention at 1/1, 1/4, group norm"
+    assert Setting(Origin.READ, "U-Net", size) in loaded.settings
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"multipliers": (1, 1, 1, 1, 1, 1)}, "of another size: 6 channels × 1-1-1-1-1-1, .* must be 2 to 5 numbers"),
+        ({"width": 2}, "of another size: 2 channels .* must be an even number between 4 and 1024"),
+    ],
+)
+def test_sr3_unet_of_a_size_that_ours_cannot_have_is_refused_in_one_sentence(
+    tmp_path: Path, change: dict[str, Any], why: str
+) -> None:
+    with torch.device("meta"):
+        sizes = UNet(replace(OTHER_SIZE, groups=1, **change)).state_dict()
+    weights = {f"denoise_fn.{name}": torch.zeros(tensor.shape) for name, tensor in sizes.items()}
+    iqa = saved(tmp_path / "iqa.pt", iqa_file(build(AUTHORS, SEED)))
+    message = refusal(iqa, unet=saved(tmp_path / "u.pth", weights))
+    assert re.search(rf"u\.pth is an SR3 U-Net {why}", message), message
+    assert "\n" not in message
+    assert "block1" not in message
+
+
+def test_sr3_unets_of_another_kind_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    iqa = saved(tmp_path / "iqa.pt", iqa_file(build(AUTHORS, SEED)))
+    plain = sr3_file(build(AUTHORS, SEED))
+    name = "denoise_fn.downs.1.res_block.noise_func.noise_func.0.weight"
+    affine = plain | {name: torch.ones(2 * plain[name].shape[0], 8)}
+    single = plain | {"denoise_fn.downs.0.weight": torch.ones(8, 3, 3, 3)}
+    ddpm = {
+        n.replace("noise_level_mlp", "time_mlp").replace("noise_func.noise_func.0", "mlp.1"): t
+        for n, t in plain.items()
+    }
+    for weights, why in (
+        (affine, "trained with use_affine_level, which is not supported"),
+        (single, "an SR3 U-Net with 3 input channels; one that restores has 6"),
+        (ddpm, "the U-Net of SR3's DDPM variant, which is told the number of the step"),
+    ):
+        message = refusal(iqa, unet=saved(tmp_path / "u.pth", weights))
+        assert why in message
+        assert "\n" not in message
 
 
 def test_maniqa_has_no_use_for_a_unet(tmp_path: Path) -> None:

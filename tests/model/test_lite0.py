@@ -29,10 +29,10 @@ def with_lite0(config: ModelConfig = TINY) -> ModelConfig:
 
 @torch.no_grad()
 def test_computes_what_the_published_package_computed() -> None:
-    seen = fill(Lite0())(images())
-    expected = torch.tensor(json.loads(FILE.read_text())["means"])
+    seen = fill(Lite0()).double()(images().double())  # in float32 CPUs differ by 3e-5
+    expected = torch.tensor(json.loads(FILE.read_text())["means"], dtype=torch.float64)
     assert expected.std() > 0.1
-    torch.testing.assert_close(seen[:, LAST][:, ::80][:, :PICKED], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(seen[:, LAST][:, ::80][:, :PICKED], expected, atol=1e-9, rtol=1e-9)
 
 
 @torch.no_grad()

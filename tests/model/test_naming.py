@@ -4,10 +4,13 @@ The names are written down here from the published structure of each network, no
 """
 
 import dataclasses
+from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
+from diffiqa.errors import CheckpointError
 from diffiqa.model import checkpoint
 from diffiqa.model import naming as foreign
 from diffiqa.model.checkpoint import misfits, part_of
@@ -203,6 +206,59 @@ def test_full_size_authors_network_and_unet_map_completely() -> None:
 def test_full_size_maniqa_maps_completely() -> None:
     left_out = fits("maniqa", (foreign.MANIQA, maniqa_head(3072, 768)))
     assert len(left_out) == 4
+
+
+def test_full_size_maniqa_of_march_2022_maps_completely() -> None:
+    names = {name.replace("tablock", "channel_attn"): shape for name, shape in maniqa_head(3072, 768).items()}
+    assert fits("maniqa", (foreign.EARLY_MANIQA, names)) == fits("maniqa", (foreign.MANIQA, maniqa_head(3072, 768)))
+
+
+def ddpm_unet() -> Shapes:
+    """The first layers of SR3's DDPM variant: its blocks have `mlp` where SR3's have `noise_func`."""
+    out = {"time_mlp.0.inv_freq": (32,)} | linear("time_mlp.1", 64, 256) | conv("downs.0", 6, 64, 3)
+    return out | linear("downs.1.res_block.mlp.1", 64, 64) | norm("downs.1.res_block.block1.block.0", 64)
+
+
+def test_the_ddpm_variant_is_told_from_sr3() -> None:
+    assert foreign.recognise(ddpm_unet()) is foreign.DDPM
+    assert foreign.recognise(prefixed("denoise_fn.", ddpm_unet())) is foreign.DDPM
+    lookalike = linear("time_mlp.1", 64, 256) | conv("downs.0.0.block1.proj", 64, 64, 3)  # a widespread DDPM's
+    assert foreign.recognise(lookalike) is None
+
+
+MANIQA = maniqa_head(3072, 768)
+HERE = Path("m.pt")
+
+
+@pytest.mark.parametrize(
+    ("names", "prefix"),
+    [
+        (MANIQA, ""),
+        (prefixed("model.", MANIQA) | {"criterion.weight": (1,)}, "model."),
+        (prefixed("state.net.module_.", MANIQA), "state.net.module_."),
+        (prefixed("model.", MANIQA) | prefixed("model_ema.", MANIQA), "model_ema."),
+        (MANIQA | prefixed("ema.", MANIQA), "ema."),
+        (prefixed("online_model.", MANIQA) | prefixed("ema_model.", MANIQA) | {"step": ()}, "ema_model."),
+        (prefixed("schema.", MANIQA), "schema."),
+    ],
+)
+def test_a_network_is_found_under_the_prefix_of_a_training_program(names: Shapes, prefix: str) -> None:
+    assert foreign.find(HERE, names, parts=False) == (foreign.MANIQA, prefix)
+    assert foreign.is_average(prefix) == (prefix in {"model_ema.", "ema.", "ema_model."})
+
+
+def test_two_networks_or_a_strange_one_are_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"m.pt holds several networks, under student., teacher.: save one"):
+        foreign.find(HERE, prefixed("student.", MANIQA) | prefixed("teacher.", MANIQA), parts=False)
+    with pytest.raises(CheckpointError, match=r"some other network: a\.b\.c\.d"):
+        foreign.find(HERE, {"a.b.c.d": (1,)}, parts=True)
+
+
+def test_a_part_under_a_prefix_is_taken_where_one_was_asked_for() -> None:
+    backbone = prefixed("backbone.", torchvision_resnet50()) | {"quality.weight": (1, 1000)}
+    assert foreign.find(HERE, backbone, parts=True) == (foreign.RESNET, "backbone.")
+    with pytest.raises(CheckpointError, match="some other network"):  # and not a MANIQA whose rest is missing
+        foreign.find(HERE, backbone, parts=False)
 
 
 def test_full_size_unet_has_the_names_and_size_of_sr3() -> None:

@@ -1,6 +1,7 @@
 """Reading a weights file: what is refused and in which words, and that nothing in it ever runs."""
 
 import hashlib
+import json
 import os
 import pickle
 import zipfile
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -203,4 +205,149 @@ def test_pickled_module_is_refused_with_the_way_to_its_weights(tmp_path: Path) -
     path = saved(tmp_path / "epoch1", nn.Linear(2, 2))
     message = refusal(path)
     assert "would run Python code (torch.nn.modules.linear.Linear)" in message
-    assert "torch.load('epoch1', weights_only=False, map_location='cpu').state_dict(), 'weights.pt')" in message
+    assert "c = torch.load('epoch1', weights_only=False, map_location='cpu')" in message
+    assert "torch.save(c['state_dict'] if isinstance(c, dict) else c.state_dict(), 'weights.pt')" in message
+
+
+# ---- shards, folders, and what training programs put around the weights ----
+
+
+def sharded(folder: Path, suffix: str = ".safetensors") -> Path:
+    """Write `tensors` as two shards with an index, under the names that accelerate gives them."""
+    stem = "model" if suffix == ".safetensors" else "pytorch_model"
+    names = sorted(tensors())
+    parts = {f"{stem}-0000{i}-of-00002{suffix}": names[i - 1 :: 2] for i in (1, 2)}
+    for file, chosen in parts.items():
+        content = {name: tensors()[name] for name in chosen}
+        safetensors.torch.save_file(content, folder / file) if suffix == ".safetensors" else saved(
+            folder / file, content
+        )
+    index = folder / f"{stem}{suffix}.index.json"
+    weight_map = {name: file for file, chosen in parts.items() for name in chosen}
+    index.write_text(json.dumps({"metadata": {"total_size": 7}, "weight_map": weight_map}))
+    return index
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_shards_are_one_network_by_index_and_by_folder(tmp_path: Path, suffix: str) -> None:
+    index = sharded(tmp_path, suffix)
+    for path in (index, tmp_path):
+        file = read(path)
+        assert file.path == index
+        assert {n: t.tolist() for n, t in file.weights.items()} == {n: t.tolist() for n, t in tensors().items()}
+        assert file.bytes == sum(shard.stat().st_size for shard in tmp_path.glob("*-of-*"))
+    digest = file.sha256
+    shard = next(tmp_path.glob("*00001-of-*"))
+    content = {name: tensor.clone() for name, tensor in read(shard).weights.items()}
+    content |= {sorted(tensors())[0]: torch.full((50, 1), 7.0)}
+    safetensors.torch.save_file(content, shard) if suffix == ".safetensors" else saved(shard, content)
+    assert read(index).sha256 != digest
+
+
+def test_one_file_in_a_folder_is_taken_before_shards(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    safetensors.torch.save_file({"whole": torch.ones(1)}, tmp_path / "model.safetensors")
+    assert list(read(tmp_path).weights) == ["whole"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../m.safetensors",
+        "/etc/passwd",
+        "sub/m.safetensors",
+        "..",
+        ".hidden",
+        "a\\b",
+        "C:m",
+        "",
+        "model.safetensors.index.json",
+    ],
+)
+def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    index = tmp_path / "folder" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"layer.1.weight": name}}))
+    safetensors.torch.save_file(tensors(), tmp_path / "m.safetensors")
+    assert "which is no file of weights beside it; refused" in refusal(index)
+
+
+def test_shards_that_are_not_what_the_index_says_are_refused(tmp_path: Path) -> None:
+    index = sharded(tmp_path)
+    whole = index.read_text()
+    shard = sorted(tmp_path.glob("*-of-*"))[0]
+    index.write_text(whole.replace("layer.1.weight", "layer.1.bias"))
+    assert f"{shard} does not hold the tensors that {index} says" in refusal(index)
+    index.write_text(whole)
+    shard.unlink()
+    assert f"there is no file {shard}" in refusal(index)
+
+
+def test_shards_beyond_the_size_that_is_read_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = sharded(tmp_path)
+    largest = max(shard.stat().st_size for shard in tmp_path.glob("*-of-*"))
+    monkeypatch.setattr(weightfile, "MAX_BYTES", largest)
+    assert "have more than the" in refusal(index)
+    monkeypatch.setattr(weightfile, "MAX_INDEX_BYTES", 10)
+    assert "more than 10 bytes, which no index" in refusal(index)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", "7", '{"weight_map": 3}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "[" * 99999]
+)
+def test_an_index_without_shards_is_refused(tmp_path: Path, text: str) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(text)
+    assert "index" in refusal(index)
+
+
+def test_a_damaged_index_ends_in_one_clear_error_or_in_the_same_weights(tmp_path: Path) -> None:
+    index = sharded(tmp_path)
+    whole = index.read_bytes()
+    generator = np.random.default_rng(SEED)
+    damage = [b"{", b'"', b"\xff", b":", b"..", b"[]", b"", b"\\u0000", b"0" * 5000]
+    refused = 0
+    for _ in range(80):
+        data = bytearray(whole)
+        for _ in range(generator.integers(1, 4)):
+            place = int(generator.integers(len(data)))
+            data[place : place + int(generator.integers(1, 4))] = damage[generator.integers(len(damage))]
+        index.write_bytes(data)
+        try:
+            assert set(read(index).weights) == set(tensors())
+        except CheckpointError as exc:
+            refused += 1
+            assert "\n" not in str(exc)  # noqa: PT017
+            assert len(str(exc)) < 1500  # noqa: PT017
+    assert refused > 40
+
+
+@pytest.mark.parametrize("key", ["ema_state_dict", "state_dict_ema", "model_ema", "params_ema", "ema_model", "ema"])
+def test_a_moving_average_is_taken_before_the_weights(tmp_path: Path, key: str) -> None:
+    content = {"state_dict": {"w": torch.zeros(1)}, key: {"w": torch.ones(1)}, "epoch": 3}
+    file = read(saved(tmp_path / "m.pt", content))
+    assert file.weights["w"].item() == 1
+    assert file.average == key
+    assert file.ignored == ("state_dict", "epoch")
+    nested = read(saved(tmp_path / "n.pt", {"model": {"w": torch.zeros(1)}, key: {"state_dict": {"w": torch.ones(1)}}}))
+    assert (nested.weights["w"].item(), nested.average) == (1, key)
+
+
+def test_an_average_without_tensors_by_name_is_no_weights(tmp_path: Path) -> None:
+    content = {"state_dict": {"w": torch.zeros(1)}, "ema": {"decay": 0.999, "shadow_params": [torch.ones(1)]}}
+    file = read(saved(tmp_path / "m.pt", content))
+    assert (file.weights["w"].item(), file.average) == (0, "")
+
+
+def test_what_lightning_saves_beside_the_weights_is_left_aside(tmp_path: Path) -> None:
+    content = {
+        "epoch": 1,
+        "pytorch-lightning_version": "2.4.0",
+        "state_dict": {"model.w": torch.ones(1)},
+        "callbacks": {"ModelCheckpoint{'monitor': 'srcc'}": {"best_model_score": torch.ones(())}},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(2)}}}],
+        "hyper_parameters": {"lr": 1e-5, "model": "maniqa"},
+    }
+    file = read(saved(tmp_path / "last.ckpt", content))
+    assert list(file.weights) == ["model.w"]
+    assert "hyper_parameters" in file.ignored

@@ -74,6 +74,7 @@ def held(path: Path, form: Format) -> list[Record]:
     return read_records(path, form) if path.exists() else []
 
 
+LATER_COLUMNS = b",percentile,opinion,opinion_error\n"
 ENDS = ["finished", "interrupted", "killed"]
 
 
@@ -294,7 +295,11 @@ def test_files_that_earlier_versions_left_are_resumed(tmp_path: Path, form: Form
     path = tmp_path / "results"
     old = {
         Format.JSONL: (path, lines(*THREE)),
-        Format.CSV: (path, CSV_HEADER + b"".join(to_line(record, Format.CSV) for record in THREE)),
+        # Their CSV had fewer columns.
+        Format.CSV: (
+            path,
+            b"".join(document(THREE, Format.CSV)).replace(LATER_COLUMNS, b"\n").replace(b",,,\n", b"\n"),
+        ),
         Format.JSON: (tmp_path / "results.partial", lines(*THREE)),
     }
     place, content = old[form]
@@ -419,6 +424,7 @@ def foreign_files() -> dict[str, tuple[Format, bytes]]:
         "CSV saved by a spreadsheet": (Format.CSV, (CSV_HEADER + csv[0]).replace(b"\n", b"\r\n")),
         "CSV without header": (Format.CSV, csv[0]),
         "CSV that breaks off": (Format.CSV, CSV_HEADER + csv[0] + csv[1][:40]),
+        "CSV with a row of fewer columns": (Format.CSV, CSV_HEADER + csv[0].removesuffix(b",,,\n") + b"\n"),
         "CSV that breaks off in a header": (Format.CSV, CSV_HEADER[:20]),
         "damage in the middle of JSONL": (Format.JSONL, jsonl[0] + jsonl[1][:40] + b"\n" + jsonl[2]),
         "damage in the middle of CSV": (Format.CSV, CSV_HEADER + csv[0] + b"oops\n" + csv[2]),

@@ -21,6 +21,7 @@ from diffiqa.runtime.command.order import Sort, arrange
 from diffiqa.runtime.command.records import (
     COLUMNS,
     CSV_HEADER,
+    EARLIER_COLUMNS,
     Format,
     Record,
     RunSettings,
@@ -52,6 +53,9 @@ SCORE = Score(
     engine="0123456789abcdef",
     backend="onnxruntime cpu",
     seconds=1.25,
+    percentile=72.5,
+    opinion=3.5,
+    opinion_error=0.5,
 )
 RECORD = Record.of(SCORE, SETTINGS)
 LINE_FORMATS = [Format.JSONL, Format.CSV]
@@ -120,7 +124,16 @@ def test_record_of_a_score_is_flat_and_in_the_documented_order() -> None:
         "notes": ["alpha over white", "rotated by EXIF, 90°"],
         "error": None,
         "settings": "crops=4 seed=7 seeds=2 mode=whole pixel_budget=1048576",
+        "percentile": 72.5,
+        "opinion": 3.5,
+        "opinion_error": 0.5,
     }
+
+
+def test_an_engine_that_knows_no_percentile_writes_json_as_earlier_versions_did() -> None:
+    record = replace(RECORD, percentile=None, opinion=None, opinion_error=None)
+    assert list(json.loads(to_line(record, Format.JSONL))) == list(EARLIER_COLUMNS)
+    assert EARLIER_COLUMNS[-1] == "settings"
 
 
 def test_record_of_a_failure_has_error_engine_and_settings_only() -> None:
@@ -235,7 +248,7 @@ NO_RECORDS = {
     "a score that is text": json.dumps(JSON | {"score": "0.5"}).encode() + b"\n",
     "NaN": json.dumps(JSON | {"score": math.nan}).encode() + b"\n",
     "a new entry": json.dumps(JSON | {"verdict": 1}).encode() + b"\n",
-    "no image": json.dumps({key: JSON[key] for key in COLUMNS[1:]}).encode() + b"\n",
+    "no image": json.dumps({key: JSON[key] for key in EARLIER_COLUMNS[1:]}).encode() + b"\n",
 }
 
 

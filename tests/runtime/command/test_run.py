@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,6 +58,18 @@ def test_a_folder_gives_one_record_per_image_and_exit_code_1_for_the_bad_ones(ti
     assert failed == {"broken.png", "empty.jpg"}
     assert all(name in records[name]["error"] for name in failed)
     assert all(records[name]["score"] is None for name in failed)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "table"])
+def test_an_engine_whose_drift_was_accepted_says_so(tiny_engine: Path, folder: Path, tmp_path: Path, form: str) -> None:
+    engine = shutil.copytree(tiny_engine, tmp_path / "engine")
+    text = json.loads((engine / "manifest.json").read_text())
+    next(check for check in text["stages"][3]["checks"] if check["output"] == "score")["max_abs_error"] = 0.25
+    (engine / "manifest.json").write_text(json.dumps(text))
+    result = call(engine, folder / "a.png", "--format", form)
+    assert result.exit_code == 0
+    assert "ACCEPTED DRIFT: this engine differs from PyTorch in score of vda by 0.25 where " in result.stderr
+    assert "DRIFT" not in call(tiny_engine, folder / "a.png", "--format", form).stderr
 
 
 def test_all_good_is_exit_code_0_and_records_carry_what_the_score_depends_on(

@@ -1,0 +1,128 @@
+"""Files → a `PfdIQA` with every weight in place: our bundles, and encoders of other programs to begin training with."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...engine.manifest import Source
+from ...errors import CheckpointError
+from ..bundle import Bundle, Description, check_format, read_description, write_bundle
+from ..checkpoint import COUNTER, misfits
+from ..naming import DEIQT, IQA, LITE0, MANIQA, PLAIN, SR3, adapt, recognise
+from ..weightfile import WeightFile, listed, not_finite, read, shown
+from .config import Backbone, PfdConfig
+from .network import PfdIQA, build
+from .prompts import PromptSet, with_prompts
+
+DIFF_V2_IQA = (IQA, MANIQA, SR3, PLAIN)
+
+
+@dataclass(frozen=True)
+class PfdBundle(Description[PfdConfig]):
+    """A bundle of PFD-IQA."""
+
+    FORMAT = 2
+
+    config: PfdConfig
+
+
+@dataclass(frozen=True)
+class LoadedPfd:
+    """A float32 model in eval mode, the files it was made from, and notes on what is untrained."""
+
+    model: PfdIQA
+    sources: tuple[Source, ...]
+    notes: tuple[str, ...]
+
+
+def save(
+    model: PfdIQA, path: Path, *, half: bool = False, sources: Iterable[Source] = (), notes: Iterable[str] = ()
+) -> None:
+    """Write weights and configuration to one file, as `bundle.save_bundle` does."""
+    bundle = PfdBundle(PfdBundle.FORMAT, model.config, tuple(sources), tuple(notes))
+    write_bundle(bundle, model.state_dict(), path, half=half)
+
+
+def load(path: Path) -> LoadedPfd:
+    """Load a bundle of PFD-IQA. Raises CheckpointError, also if it is of Diff-V²-IQA."""
+    file = read(path)
+    if file.bundle is None:
+        form = recognise(file.weights)
+        if form in DIFF_V2_IQA:
+            check_format(path, Bundle.FORMAT, PfdBundle.FORMAT)
+        raise CheckpointError(f"{path} is no bundle of PFD-IQA, but {form.words if form else 'some other network'}")
+    bundle = read_description(path, file.bundle, PfdBundle)
+    with torch.device("meta"):
+        model = PfdIQA(bundle.config)
+    _fill(model, file, file.weights, model.state_dict())
+    source = Source("bundle", shown(path.name), file.bytes, file.sha256, "diffiqa bundle")
+    return LoadedPfd(model.eval(), (source, *bundle.sources), bundle.notes)
+
+
+def begin(config: PfdConfig, seed: int, *, encoder: Path | None = None, prompts: PromptSet | None = None) -> LoadedPfd:
+    """Return a model to train: initial values of a seed, what another program's file of the encoder has, and prompts.
+
+    DEIQT's file brings the decoder too. Raises CheckpointError if the file holds something else, ConfigError if the
+    prompts are of another width.
+    """
+    model = build(with_prompts(config, prompts) if prompts else config, seed)
+    sources: list[Source] = []
+    notes: list[str] = []
+    filled: set[str] = set()
+    if prompts:
+        model.prior.distortions.prompts.copy_(prompts.distortions)
+        model.prior.levels.prompts.copy_(prompts.levels)
+        sources.append(prompts.source)
+        filled.add("the prompts")
+    if encoder:
+        source, parts, remarks = _fill_encoder(model, encoder)
+        sources.append(source)
+        notes += [f"{source.name}: {text}" for text in remarks]
+        filled |= parts
+    besides = f", but for {' and '.join(sorted(filled))}" if filled else ""
+    return LoadedPfd(model, tuple(sources), (f"untrained: initial values of seed {seed}{besides}", *notes))
+
+
+def _fill_encoder(model: PfdIQA, path: Path) -> tuple[Source, set[str], list[str]]:
+    """Put another program's weights into a model; return the file, the parts that it had, and what was left out."""
+    config = model.config
+    file = read(path)
+    form = recognise(file.weights)
+    wanted = DEIQT if config.encoder is Backbone.VIT else LITE0
+    if form is not wanted:
+        has = form.words if form else "some other network"
+        raise CheckpointError(f"{path} is {has}; model {config.name!r} wants an encoder of {wanted.words}")
+    ours, remarks = adapt(form, file.weights, vit_blocks=0)
+    used = {re.sub(r"^vda\.lite0\.", "encoder.lite0.", name): tensor for name, tensor in ours.items()}
+    parts = {_part(name) for name in used}
+    expected = {name: tensor for name, tensor in model.state_dict().items() if _part(name) in parts}
+    _fill(model, file, used, expected)
+    return Source("encoder", shown(path.name), file.bytes, file.sha256, form.words), parts, remarks
+
+
+def _part(name: str) -> str:
+    """Return what a file has or lacks as a whole."""
+    return "encoder.lite0" if name.startswith("encoder.lite0.") else name.partition(".")[0]
+
+
+def _fill(model: PfdIQA, file: WeightFile, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Put weights into a model that expects these names and shapes. Raises CheckpointError with all that do not fit."""
+    if problems := misfits(expected, weights):
+        lines = [f"  {title} ({len(names)}): {listed(names)}" for title, names in problems.items()]
+        raise CheckpointError("\n".join([f"{file.path} does not fit model {model.config.name!r}:", *lines]))
+    # One stored number may pose as a tensor of any shape.
+    if sum(tensor.numel() for tensor in weights.values()) > file.bytes:
+        raise CheckpointError(f"{file.path}: the tensors have more numbers than the file has bytes")
+    # Copied, because the file may be mapped and may be replaced.
+    own = {
+        name: tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
+        for name, tensor in weights.items()
+    }
+    if broken := not_finite(own):
+        raise CheckpointError(f"{file.path}: weights that are NaN, infinite or beyond float32: {listed(broken)}")
+    own |= {name: torch.zeros((), dtype=torch.int64) for name in expected if name not in own and name.endswith(COUNTER)}
+    model.load_state_dict(own, strict=False, assign=True)
