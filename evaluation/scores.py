@@ -12,17 +12,22 @@ from ..runtime.command.recordfile import read_records
 from ..runtime.command.records import Format, text_in_cell
 from .findings import BRANCHES, PEOPLE
 
+IMAGE_COLUMNS = ("image", "path", "name")
+
 
 def read_scores(path: Path, column: str = "score") -> dict[str, float]:
     """Return the scores by image of a file that `iqa-run` wrote (.jsonl, .json, .csv) or of any CSV image,score.
 
-    `column` may also be one of the branches, vcg or vda, or one of PEOPLE. Images without a score (failed ones) are
-    left out, and so are all where the file has no such column. Raises DatasetError.
+    The images' column may also be called path or name. `column` may also be one of the branches, vcg or vda, or one of
+    PEOPLE. Images without a score (failed ones) are left out, and so are all where the file has no such column. Raises
+    DatasetError.
     """
     try:
         if path.suffix.lower() == ".csv":
-            rows = read_csv(path, "image", "score")
-            found = [(text_in_cell(row["image"]), float(row[column])) for row in rows if row.get(column)]
+            rows = read_csv(path, "score")
+            header = next((name for name in IMAGE_COLUMNS if rows and name in rows[0]), IMAGE_COLUMNS[0])
+            rows = read_csv(path, header, "score")
+            found = [(text_in_cell(row[header]), float(row[column])) for row in rows if row.get(column)]
         elif path.suffix.lower() in {".jsonl", ".json"}:
             records = read_records(path, Format(path.suffix.lower()[1:]))
             values = [(record.image, getattr(record, column)) for record in records]
@@ -49,7 +54,7 @@ def pictures_of(items: Iterable[Item]) -> dict[str, Path]:
 
 def read_branches(path: Path, pictures: Mapping[str, Path]) -> dict[str, dict[str, float]]:
     """Return the scores of a file by column and by the labels' names of the images. Raises DatasetError."""
-    return branches_of(path, _matched(pictures, read_scores(path), path))
+    return branches_of(path, match_names(pictures, read_scores(path), path))
 
 
 def branches_of(path: Path, names: Mapping[str, str]) -> dict[str, dict[str, float]]:
@@ -61,7 +66,7 @@ def branches_of(path: Path, names: Mapping[str, str]) -> dict[str, dict[str, flo
     }
 
 
-def _matched(pictures: Mapping[str, Path], names: Iterable[str], where: Path) -> dict[str, str]:
+def match_names(pictures: Mapping[str, Path], names: Iterable[str], where: Path) -> dict[str, str]:
     """Return what the score file calls each picture: its path, its name in the labels, or an end of either.
 
     So scores may have been made in another folder. Raises DatasetError where two names would fit.

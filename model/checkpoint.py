@@ -137,7 +137,7 @@ def load(
     inherited, old_notes = _ancestry(given)
     if stated:
         notes.append("given: " + ", ".join(f"{name} {as_text(values)}" for name, (values, _) in stated.items()))
-    if base and base.bundle and base.bundle.config != own:
+    if base and base.bundle and preset and base.bundle.config != own:
         notes.append(f"{base.name}: its configuration {base.bundle.config.name!r} gives way to preset {preset!r}")
     sources = (*(g.source for g in given), *inherited, *untrained)
     known = base.bundle.reference if base and base.bundle and base.bundle.config == config and not parts else None
@@ -232,7 +232,8 @@ def _stated(
 ) -> dict[str, tuple[Values, str]]:
     """Return the options that the user states, and the file that does so: "" for those of the program."""
     if options_file is None and ckpt and not hub.is_remote(ckpt):
-        beside = ckpt.with_name(f"{ckpt.name if ckpt.is_dir() else ckpt.stem}.toml")
+        place = ckpt.absolute()
+        beside = place.parent / f"{place.name if place.is_dir() else place.stem}.toml"
         options_file = beside if beside.is_file() else None
     in_file = read_options(options_file) if options_file else {}
     where = options_file.name if options_file else ""
@@ -267,7 +268,7 @@ def _settings(
 def _config(base: _Given | None, given: list[_Given], preset: str | None, seed: int | None) -> ModelConfig:
     """Return the configuration: the one asked for, else the bundle's own, else the preset the weights fit best."""
     if base and base.bundle and preset is None:
-        return base.bundle.config
+        return _sized(base.bundle.config, given)
     if preset is None and base and base.form.role == "iqa" and base.form is not IQA:
         preset = "maniqa"  # whatever else was given along with it
     config = _sized(preset_config(preset), given) if preset is not None else _fitting(given, seed)

@@ -23,6 +23,7 @@ from .compare import Choices, Say, compare_sides, read_subjects
 from .figures import QUANTILE, Findings
 from .limits import CORRELATIONS, LimitCheck, Limits, check_image, is_within, judge, make_limits
 from .saved import Store, read_saved
+from .scores import is_scores
 from .sides import (
     Given,
     chosen_plan,
@@ -86,6 +87,8 @@ def verify(
 
     Raises UsageError, EngineError, BackendError or OutputError.
     """
+    if against and is_scores(Path(against)):
+        raise UsageError(f"{against} holds scores: compare them with diffiqa.verify.scores.compare_scores")
     given = Given(Path(engine), Path(against) if against else None, plan, _precision(precision), any_weights)
     _refuse_contradictions(given, backend, fail_fast=fail_fast, bisect=bisect)
     changes = limits or {}

@@ -17,6 +17,22 @@ BUILDS = (
     "onnxruntime-gpu",
     "inductor",
 )  # backends that run builds; the last one on the CPU
+# Options that a comparison of scores has no use for.
+_OF_TENSORS = (
+    "precision",
+    "plan_file",
+    "backend",
+    "device",
+    "any_weights",
+    "quantile",
+    "limits_of",
+    "changes",
+    "fail_fast",
+    "save",
+    "saved",
+    "html_file",
+    "bisect_file",
+)
 
 
 @click.command(cls=Command)
@@ -26,7 +42,8 @@ BUILDS = (
     "--against",
     type=_PATH,
     metavar="PATH",
-    help="The reference: another engine directory, or a checkpoint. Default: the engine's own ONNX stages.",
+    help="The reference: another engine directory, a checkpoint, or your program's scores of IMAGES (.csv with the "
+    "columns name and score). Default: the engine's own ONNX stages.",
 )
 @click.option(
     "--precision",
@@ -103,7 +120,13 @@ BUILDS = (
     metavar="FILE",
     help="If a limit is exceeded, find the fewest nodes that must be float32, and write the plan with them.",
 )
-@click.option("--trials", type=click.IntRange(2), default=64, show_default=True, help="Runs that --bisect may take.")
+@click.option(
+    "--trials",
+    type=click.IntRange(2),
+    default=64,
+    show_default=True,
+    help="Runs that --bisect may take; images scored in other ways where your program's scores differ.",
+)
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Default: the CPUs this process may use.")
 @click.option("-q", "--quiet", is_flag=True, help="Print no progress and no table, only set the exit code.")
 def verify(engine: Path | None, images: tuple[str, ...], **given: Any) -> None:
@@ -125,6 +148,7 @@ def verify(engine: Path | None, images: tuple[str, ...], **given: Any) -> None:
     Examples:
       iqa-verify --engine engine/ --precision fp16 photos/ --html verify.html
       iqa-verify --engine int8/ --against engine/ photos/ --save kept/
+      iqa-verify --engine engine/ --against program.csv photos/           your program's scores: why do they differ?
       iqa-verify --engine engine/ --backend inductor photos/ --mode crop
       iqa-verify --saved kept/ --limit score-mean=0.005
       iqa-verify --engine engine/ --plan plan.json photos/ --bisect better.json
@@ -140,7 +164,11 @@ def verify(engine: Path | None, images: tuple[str, ...], **given: Any) -> None:
     from .limits import parse_limit
     from .page import render
     from .report import show, show_culprits, to_json, write
+    from .scores import is_scores
 
+    if given["against"] and is_scores(given["against"]):
+        _against_scores(engine, images, given)
+        return
     _refuse_contradictions(engine, images, given)
     for option in ("json_file", "html_file", "bisect_file"):
         if given[option]:
@@ -179,6 +207,42 @@ def verify(engine: Path | None, images: tuple[str, ...], **given: Any) -> None:
     if result.culprits:
         write(given["bisect_file"], result.culprits.plan.to_json())
     if not result.within:
+        sys.exit(1)
+
+
+def _against_scores(engine: Path | None, images: tuple[str, ...], given: dict[str, Any]) -> None:
+    """Compare with the scores of another program."""
+    from rich.console import Console
+
+    from ..runtime.results import Mode, Options
+    from .report import scores_to_json, show_scores, write
+    from .scores import compare_scores
+
+    if engine is None:
+        raise UsageError("give --engine DIR, whose scores are compared")
+    for name in _OF_TENSORS:
+        if given[name]:
+            option = "--" + name.removesuffix("_file").replace("_", "-").replace("changes", "limit")
+            raise UsageError(
+                f"{option} is about tensors, and {given['against']} has scores alone; leave one of them out"
+            )
+    if given["json_file"]:
+        check_folder_of(given["json_file"])
+    with Console(stderr=True, quiet=given["quiet"]).status("loading") as status:
+        found = compare_scores(
+            engine,
+            images,
+            given["against"],
+            options=Options(given["crops"], given["seed"], given["seeds"], Mode(given["mode"])),
+            trials=given["trials"],
+            threads=given["threads"],
+            say=status.update,
+        )
+    if not given["quiet"]:
+        show_scores(found, sys.stdout)
+    if given["json_file"]:
+        write(given["json_file"], scores_to_json(found))
+    if not found.within:
         sys.exit(1)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,14 +18,22 @@ from ..runtime.command.table import printable
 from .bisect import Culprits
 from .figures import Findings
 from .limits import RULES, LimitCheck, is_within
+from .scores import NOT_TRIED, ScoresFound
 
 SCHEMA = 1
+EXPLANATIONS = 5  # that are shown
 
 
 def to_json(findings: Findings, checks: Sequence[LimitCheck]) -> str:
     """Return everything measured, and the verdict. NaN and infinity become null: JSON does not have them."""
     verdict = {"schema": SCHEMA, "within": is_within(checks), "checks": encode(tuple(checks))}
     data = _finite({**verdict, **encode(findings)})
+    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def scores_to_json(found: ScoresFound) -> str:
+    """Return a comparison of scores."""
+    data = _finite({"schema": SCHEMA, "within": found.within, **encode(found)})
     return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -62,6 +71,31 @@ def show(findings: Findings, checks: Sequence[LimitCheck], stream: TextIO) -> No
     for check in checks:
         if not check.within and check.name in RULES:
             console.print(Text(f"  {check.name}: {RULES[check.name].about}"))
+
+
+def show_scores(found: ScoresFound, stream: TextIO) -> None:
+    """Print how far your program's scores are from ours, what explains that, and the verdict."""
+    d, say = found.distance, partial(print, file=stream)
+    others = f"; scores of other images: {found.unused}" if found.unused else ""
+    say(f"{found.images} images, engine {found.engine}{others}")
+    say(f"  SRCC {number(d.srcc)}, PLCC {number(d.plcc)}")
+    say(f"  difference: {number(d.mean)} on average, {number(d.largest)} at most, at {printable(d.worst)}")
+    say(
+        f"  root mean square {number(d.root)}, allowed {number(found.allowed)}; "
+        f"spread over seeds {number(found.spread)}"
+    )
+    if found.within:
+        say("the engine says what your program says")
+        return
+    best = found.explanations[:EXPLANATIONS]
+    if found.tried_on:
+        say(f"tried on {found.tried_on} of the images; what is left of the difference:")
+    for one in best:
+        say(f"  {number(one.left):>8}  {one.what}" + (f"  [{one.option}]" if one.option else ""))
+    if best and best[0].enough:
+        say(f"explained by: {best[0].what}")
+    else:
+        say(f"nothing that was tried explains the difference; not tried: {NOT_TRIED}")
 
 
 def show_culprits(culprits: Culprits, path: Path, stream: TextIO) -> None:

@@ -554,6 +554,14 @@ def test_sr3_unet_of_another_size_brings_its_size(tmp_path: Path) -> None:
     assert Setting(Origin.READ, "U-Net", size) in loaded.settings
 
 
+def test_sr3_unet_of_another_size_replaces_that_of_a_bundle(tmp_path: Path) -> None:
+    save_bundle(build(AUTHORS, SEED), tmp_path / "m.pt")
+    other = build(replace(AUTHORS, unet=OTHER_SIZE), 1)
+    loaded = load(tmp_path / "m.pt", unet=saved(tmp_path / "u.pth", sr3_file(other)))
+    assert_same(loaded.model, other, "unet.")
+    assert not any("gives way" in note for note in loaded.notes)
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
