@@ -256,11 +256,10 @@ def plain_loop(ground: Ground) -> tuple[Score, str]:
         size = manifest.crop.size
         read = read_for(ask.image, manifest)
         pixels, (height, width) = read.pixels, read.size
+        restored_from = pixels if read.restored_from is None else read.restored_from
         rows, columns = padded_size(height, width, manifest.alignment)
         padding = ((0, 0), (0, rows - height), (0, columns - width))
-        image = torch.from_numpy(
-            np.pad(to_plane(pixels if read.restored_from is None else read.restored_from), padding, mode="reflect")
-        )[None].to(device)
+        image = torch.from_numpy(np.pad(to_plane(restored_from), padding, mode="reflect"))[None].to(device)
         with tempfile.TemporaryDirectory() as folder:
             files = {kind: Path(folder, f"{kind}.png") for kind in manifest.kinds}
             Image.fromarray(pixels.astype(np.uint8, copy=False)).save(files[Kind.DIS])

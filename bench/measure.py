@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..engine.manifest import EngineDirectory
 from ..errors import ImageError
-from ..runtime.images import read_for
+from ..runtime.images import read_for, read_image
 from ..runtime.plan import make_plan
 from ..runtime.results import Failure
 from .machine import resident_mib
@@ -32,9 +32,9 @@ class Measurement:
         self.workload, self._clock, self._watch = workload, clock, runtime.watch
         manifest = with_steps(directory.manifest, workload.steps)
         self._directory, self._item_bytes = replace(directory, manifest=manifest), runtime.item_bytes
-        read = {path: read_for(path, manifest) for path in dict.fromkeys(workload.images)}
-        self._pixels = [read[path].pixels for path in workload.images]
-        self._plan = make_plan(*read[workload.images[0]].size, manifest, workload.options)
+        self._plan = make_plan(*read_for(workload.images[0], manifest).size, manifest, workload.options)
+        read = {path: read_image(path, min_side=manifest.crop.size).pixels for path in dict.fromkeys(workload.images)}
+        self._pixels = [read[path] for path in workload.images]  # the scorer prepares them
         self._end_to_end: list[float] = []
         self._joules: list[float] = []
         self._samples: list[Sample] = []

@@ -80,13 +80,14 @@ class TorchScorer:
         restored_from: npt.NDArray[Any] | None = None,
     ) -> float:
         """Return the score of pixels (height, width, 3), uint8 or float in [0, 1], restored from others if given."""
-        plan = make_plan(pixels.shape[0], pixels.shape[1], manifest, options)
+        whole = pixels if restored_from is None else restored_from
+        plan = make_plan(whole.shape[0], whole.shape[1], manifest, options)
         if plan.mode is not Mode.WHOLE:
             raise UsageError(f"{plan.width}×{plan.height} pixels are more than this peer restores, which has no tiles")
         if plan.squashed:
             raise UsageError("this peer squashes no images")
         plane = self._plane(pixels, plan)
-        condition = plane if restored_from is None else self._plane(restored_from, plan)
+        condition = plane if whole is pixels else self._plane(whole, plan)
         restored = self._restore(self._step, condition, manifest, options.seed) if self._step else {}
         planes = torch.cat([plane, *restored.values()])[:, :, : plan.height, : plan.width]
         crops = _cut(planes, plan)

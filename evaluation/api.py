@@ -19,7 +19,7 @@ from ..runtime.scorer import load
 from .charts import require_matplotlib, save
 from .findings import Evaluation, compare
 from .gmad import gmad_pairs
-from .reference import Ends, make_reference
+from .reference import Ends, make_reference, require_enough
 from .scatter import draw_scatter
 from .scores import branches_of, pictures_of, read_branches, read_scores
 from .text import to_text
@@ -77,6 +77,8 @@ def evaluate(
     parts = Split.read(Path(split)) if split else None
     items = parts.items(known, part) if parts else known.items
     ends = Ends(known, *(opinions or (known.worst, known.best)))
+    if reference:
+        require_enough(known.name, len(items))  # before hours of scoring
     pictures = pictures_of(items)
     if engine and output:
         with load(engine, backend) as scorer:

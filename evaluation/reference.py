@@ -50,8 +50,7 @@ def make_reference(
     Raises DatasetError if they are too few, or if a score says nothing.
     """
     values, known = paired(scores, opinions)
-    if len(values) < MIN_IMAGES:
-        raise DatasetError(f"a reference needs {MIN_IMAGES} images with a score at least, {name} has {len(values)}")
+    require_enough(name, len(values))
     values = values if manifest.score.higher_is_better else -values
     reference = Reference(
         name=name,
@@ -67,6 +66,12 @@ def make_reference(
     if reference.problem:
         raise DatasetError(f"the scores of {name} make no reference: it {reference.problem}")
     return reference
+
+
+def require_enough(name: str, images: int) -> None:
+    """Raise DatasetError if a set has too few images for a reference."""
+    if images < MIN_IMAGES:
+        raise DatasetError(f"a reference needs {MIN_IMAGES} images with a score at least, {name} has {images}")
 
 
 def held_out_error(scores: Array, opinions: Array) -> float:

@@ -11,6 +11,7 @@ scores with the other sign, so that higher is better.
 import argparse
 import csv
 import importlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def main() -> None:
         writer.writerow(["image", "score"])
         for image in images:
             pixels = np.asarray(Image.open(given.labels.parent / image).convert("RGB"))
-            writer.writerow([image, -score(pixels)])
+            found = -score(pixels)
+            writer.writerow([image, found if math.isfinite(found) else ""])  # BRISQUE has none for a flat picture
 
 
 if __name__ == "__main__":

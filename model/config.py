@@ -162,9 +162,7 @@ class ModelConfig:
     sides: Sides = field(default=Sides.PADDED, metadata=LATER)
     image_form: ImageForm = field(default=ImageForm.AS_IS, metadata=LATER)
     crop_places: CropPlaces = field(default=CropPlaces.GRID, metadata=LATER)
-    crop_count: int = field(
-        default=9, metadata=LATER
-    )  # per image unless the user says otherwise: a 3×3 grid on a square image
+    crop_count: int = field(default=9, metadata=LATER)  # unless the user says otherwise; 9 are 3×3 on a square image
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built, before anything is allocated."""
@@ -187,13 +185,8 @@ class ModelConfig:
     @property
     def as_trained(self) -> dict[str, str]:
         """How taps and images are prepared, as far as it is not the default: for keys of what depends on it."""
-        defaults = {
-            "tap_form": TapForm.FLOAT,
-            "sides": Sides.PADDED,
-            "image_form": ImageForm.AS_IS,
-            "crop_places": CropPlaces.GRID,
-        }
-        return {name: str(getattr(self, name)) for name, value in defaults.items() if getattr(self, name) != value}
+        names = ("tap_form", "sides", "image_form", "crop_places")
+        return {name: str(value) for name in names if (value := getattr(self, name)) != getattr(ModelConfig, name)}
 
     @property
     def tokens(self) -> int:

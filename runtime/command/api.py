@@ -226,9 +226,9 @@ def score_names(
 
 
 def _kept(record: Record, file: RecordFile | None, manifest: Manifest, settings: RunSettings) -> Record:
-    """Return a record of the earlier run, in the file too, with what its score means if only this engine knows it."""
+    """Return a record of the earlier run, in the file too, with what the engine says of its score now."""
     known = record.known_to(manifest, settings)
-    if file and known is not record:
+    if file and known != record:
         file.write(known)
     return known
 

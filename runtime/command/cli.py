@@ -67,7 +67,9 @@ def provider(text: str) -> str | tuple[str, dict[str, str]]:
 @click.option(
     "--crops", type=click.IntRange(1, 10_000), metavar="N", help="Crops in each image. Default: the engine's."
 )
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, metavar="N", help="Seed of the noise.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**64 - 1), default=0, metavar="N", help="Seed of the noise, and of random crops."
+)
 @click.option(
     "--seeds",
     type=click.IntRange(1, 1000),

@@ -123,11 +123,9 @@ class Record:
         )
 
     def known_to(self, manifest: Manifest, settings: RunSettings) -> Self:
-        """Return it with what its score means to a person, if the engine has learned that since it was written."""
+        """Return it with what its score means to a person, as the engine knows it now."""
         meaning, reference = manifest.score, manifest.score.reference
-        if self.score is None or self.percentile is not None or reference is None:
-            return self
-        if reference.caveat(settings.crops, settings.mode):
+        if self.score is None or reference is None or reference.caveat(settings.crops, settings.mode):
             return self
         percentile, opinion = meaning.percentile(self.score), meaning.opinion(self.score)
         return replace(self, percentile=percentile, opinion=opinion, opinion_error=reference.error)

@@ -237,6 +237,24 @@ def test_what_the_engine_says_is_compared_with_opinions(knowing: Reference) -> N
     assert (found["images"], found["worst"], found["best"]) == (COUNT, 0, 200)
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("image,score\n1.png,\n2.png,3\n", "a number was expected, not ''"),
+        ("image,score,,\n1.png,4,,\n2.png,3,,\n", "needs 100 images with a score at least, rated has 2"),
+        ("image,mos\n1.png,4\n2.png,3\n", "no column 'score'"),
+    ],
+)
+def test_labels_that_make_no_reference_are_refused_before_anything_is_scored(
+    folder: Path, text: str, says: str
+) -> None:
+    Path("rated.csv").write_text(text)
+    rated = ["eval", "--engine", "engine", "--labels", "rated.csv", "-o", "never", "--reference", "never.json"]
+    refused = call(*rated)
+    assert (refused.exit_code, Path("never").exists(), Path("never.json").exists()) == (2, False, False)
+    assert says in refused.output
+
+
 def test_a_reference_is_of_an_engine(tmp_path: Path) -> None:
     labelled(tmp_path, [1, 2, 3])
     refused = call("eval", "--scores", tmp_path / "s.csv", "--labels", tmp_path / "labels.csv", "--reference", "r.json")

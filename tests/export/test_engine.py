@@ -284,8 +284,7 @@ def test_the_manifest_names_no_directory_of_this_machine(tiny_engine: Path) -> N
 def test_the_manifest_has_the_presets_way_with_images(preset: str, says: str) -> None:
     config = PRESETS[preset]
     stages = tuple(SimpleNamespace(name=name) for name in plan_names(config))
-    loaded = SimpleNamespace(model=SimpleNamespace(config=config), sources=(), notes=())
-    manifest = manifest_of(loaded, stages)  # type: ignore[arg-type]
+    manifest = manifest_of(Loaded(SimpleNamespace(config=config), (), ()), stages)  # type: ignore[arg-type]
     assert preparation_of(manifest) == says
     found = (manifest.tap_form, manifest.sides, manifest.image_form, manifest.crop.places, manifest.crop.count)
     assert found == (config.tap_form, config.sides, config.image_form, config.crop_places, config.crop_count)
