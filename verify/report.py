@@ -92,8 +92,11 @@ def show_scores(found: ScoresFound, stream: TextIO) -> None:
         say(f"tried on {found.tried_on} of the images; what is left of the difference:")
     for one in best:
         say(f"  {number(one.left):>8}  {one.what}" + (f"  [{one.option}]" if one.option else ""))
-    if best and best[0].enough:
-        say(f"explained by: {best[0].what}")
+    enough = [one.what for one in found.explanations if one.enough]
+    if enough[1:]:
+        say(f"several causes would do, the simplest is {enough[0]}; more images, of unlike quality, tell them apart")
+    elif enough:
+        say(f"explained by: {enough[0]}")
     else:
         say(f"nothing that was tried explains the difference; not tried: {NOT_TRIED}")
 

@@ -34,7 +34,6 @@ SHARE = 1e-3  # of the range of scores: more than rounding makes, less than anyb
 SPREADS = 3  # two runs with noise of their own are rarely further apart
 SPREAD_IMAGES = 4
 FEWEST = 4  # images that can tell one cause from another
-FITTED = 2  # numbers in a fit
 UNEXPLAINED = 0.3  # of the deviation of your scores: what a fit may leave
 EXACT = 1e-3  # of the range of scores: a fit that leaves less is no accident, and nothing else is tried
 IMAGENET = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -64,7 +63,7 @@ class Explanation:
     what: str
     option: str
     left: float  # on the scale of our scores
-    changes: int  # how many things it takes to be otherwise
+    changes: int  # how many things are otherwise, each number that was fitted counted
     enough: bool  # whether no more is left than two runs may differ by
 
 
@@ -139,7 +138,8 @@ def compare_scores(
     tried_on = 0
     if distance.root > allowed:
         explanations = list(_readings(theirs, ours, allowed))
-        if all(found.left > EXACT * np.ptp(ours.score) for found in explanations):
+        exact = EXACT * float(np.ptp(ours.score))
+        if all(found.left > exact for found in explanations):
             changes = list(_changes(side.manifest, side.stages, once))
             tried_on = min(len(paths), max(FEWEST, trials // max(1, len(changes))))
             for change in changes:
@@ -148,7 +148,9 @@ def compare_scores(
                 left = _root(theirs[:tried_on] - again.score)
                 explanations.append(Explanation(change.what, change.option, left, 1, left <= allowed))
                 explanations += _readings(theirs[:tried_on], again, allowed, change)
-        explanations.sort(key=lambda found: (not found.enough, found.changes if found.enough else 0, found.left))
+        explanations.sort(
+            key=lambda one: (not one.enough, one.left > exact, one.changes if one.enough else 0, one.left)
+        )
     return ScoresFound(
         side.manifest.engine_id, len(paths), unused, distance, spread, allowed, tuple(explanations), tried_on
     )
@@ -208,14 +210,14 @@ def _distance(paths: Sequence[Path], theirs: Array, ours: Array) -> Distance:
 def _readings(theirs: Array, ours: _Ours, allowed: float, change: _Change | None = None) -> Iterator[Explanation]:
     """Fit our branches to your scores, and our scores, as they are or after a change."""
 
-    def explanation(what: str, option: str, rest: Array, scale: float) -> Explanation:
-        left = math.sqrt(float(rest @ rest) / max(1, len(rest) - FITTED))
+    def explanation(what: str, option: str, rest: Array, scale: float, fitted: int) -> Explanation:
+        left = math.sqrt(float(rest @ rest) / max(1, len(rest) - fitted))
         # A few images of like quality can be fitted by anything: the fit must also follow your scores up and down.
         enough = len(rest) >= FEWEST and left / scale <= allowed and left <= UNEXPLAINED * float(theirs.std())
         words, options = (f"{change.what}, and {what}", f"{change.option} {option}") if change else (what, option)
-        return Explanation(words, options.strip(), left / scale, 2 if change else 1, enough)
+        return Explanation(words, options.strip(), left / scale, fitted + bool(change), enough)
 
-    if len(ours.branches) == FITTED:
+    if len(ours.branches) == 2:
         weights, rest = _fitted(theirs, ours.branches)
         weights[np.abs(weights) < NO_WEIGHT * np.abs(weights).max()] = 0
         (vcg, vda), (own_vcg, own_vda) = map(float, weights), ours.weights
@@ -223,14 +225,14 @@ def _readings(theirs: Array, ours: _Ours, allowed: float, change: _Change | None
         if min(vcg, vda) >= 0 and ratio > NO_WEIGHT * max(ours.weights):
             what = f"branch weights: your scores look like {_rounded(vcg)}·VCG + {_rounded(vda)}·VDA"
             option = f"--branch-weights {_rounded(vcg)},{_rounded(vda)}"
-            yield explanation(what, option, rest, (vcg + vda) / sum(ours.weights))
-    weights, rest = _fitted(theirs, (ours.score, np.ones_like(theirs)))
-    slope, offset = map(float, weights)
-    if slope:
-        what = f"another scale: your scores look like {_rounded(slope)}·ours"
-        if abs(offset) > EXACT * np.ptp(theirs):
-            what += f" {'−' if offset < 0 else '+'} {_rounded(abs(offset))}"
-        yield explanation(what, "", rest, abs(slope))
+            yield explanation(what, option, rest, (vcg + vda) / sum(ours.weights), 2)
+    for columns in ((ours.score,), (ours.score, np.ones_like(theirs))):
+        weights, rest = _fitted(theirs, columns)
+        slope, *offsets = map(float, weights)
+        if slope:
+            what = f"another scale: your scores look like {_rounded(slope)}·ours"
+            what += "".join(f" {'−' if offset < 0 else '+'} {_rounded(abs(offset))}" for offset in offsets)
+            yield explanation(what, "", rest, abs(slope), len(columns))
 
 
 def _fitted(theirs: Array, columns: Sequence[Array]) -> tuple[Array, Array]:
