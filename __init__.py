@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .bench.api import bench
-    from .calibration.api import calibrate, quantise
+    from .calibration.api import calibrate, fit_steps, quantise
     from .errors import (
         BackendError,
         CheckpointError,
@@ -70,6 +70,7 @@ __all__ = [
     "convert",
     "evaluate",
     "export",
+    "fit_steps",
     "load",
     "prompts",
     "quantise",
@@ -79,7 +80,7 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(["bench"], "bench.api"),
-    **dict.fromkeys(["calibrate", "quantise"], "calibration.api"),
+    **dict.fromkeys(["calibrate", "fit_steps", "quantise"], "calibration.api"),
     **dict.fromkeys(["evaluate"], "evaluation.api"),
     **dict.fromkeys(["build", "convert", "export", "prompts"], "export.api"),
     **dict.fromkeys(

@@ -8,6 +8,8 @@ from pathlib import Path
 from ..errors import DiffiqaError, UsageError
 from ..runtime.backends import Backend, OnnxRuntime, OpenVino
 from ..runtime.inputs import Images, find_images, names_of
+from ..runtime.plan import sampling_of
+from ..runtime.results import Options
 from .contenders import peers_for
 from .results import Results
 from .run import Run
@@ -23,6 +25,7 @@ def bench(
     count: int | None = None,
     crops: Sequence[int] = (),
     steps: Sequence[int] = (),
+    fast: bool = False,
     workers: Sequence[int] = (1,),
     batches: Sequence[int] = (1,),
     rounds: int = 10,
@@ -41,9 +44,9 @@ def bench(
 
     Without `images` it makes seeded pictures: `count` of each of `sizes`, which are pairs of height and width. The
     default is two pictures of 224×224. Every combination of size, `crops`, `steps`, `workers` and `batches` is a case;
-    empty `crops` and `steps` are the engine's own. After the cases it scores `soak` images in a row. `peers` adds other
-    ways to score the same images: True for all of them, or their names. Those in PyTorch need `ckpt`, the weights that
-    the engine was exported from.
+    empty `crops` and `steps` are the engine's own. `fast` adds cases with the engine's fast sampling. After the cases
+    it scores `soak` images in a row. `peers` adds other ways to score the same images: True for all of them, or their
+    names. Those in PyTorch need `ckpt`, the weights that the engine was exported from.
 
     `say` is told what is being done. `keep` receives the results once. If Ctrl-C or one of our errors ends the run
     after something was measured, `keep` receives that much before the exception goes on.
@@ -60,8 +63,7 @@ def bench(
     if tuple(batches) != (1,) and not backend.on_gpu:
         raise UsageError(f"batches are for a GPU: {backend.key} scores crops one at a time")
     contenders = peers_for(backend.key, () if isinstance(peers, bool) else peers) if peers else ()
-    if contenders and isinstance(backend, OpenVino) and backend.precision != "fp32":
-        raise UsageError("peers are compared with float32 scores: measure OpenVINO in fp32, or leave out the peers")
+    _refuse_unlike(backend, fast=fast, steps=bool(steps), peers=bool(peers))
 
     sizes, count = tuple(sizes) or ((224, 224),), count or 2
     options = {
@@ -71,6 +73,7 @@ def bench(
         "count": count,
         "crops": tuple(crops),
         "steps": tuple(steps),
+        "fast": fast or None,
         "workers": tuple(workers),
         "batches": tuple(batches),
         "rounds": rounds,
@@ -86,6 +89,7 @@ def bench(
     run = Run(Path(engine), backend, shown, say)
     m, crop = run.directory.manifest, run.directory.manifest.crop.size
     try:
+        quick = [(len(sampling_of(m, Options(fast=True)).steps), True)] if fast else []
         with tempfile.TemporaryDirectory() as folder, contextlib.closing(run):
             if images:
                 say("reading images")
@@ -106,10 +110,11 @@ def bench(
                     workers=workers_,
                     seed=seed,
                     batch=batch,
+                    fast=fast_,
                 )
                 for (height, width), files in found.by_size.items()
                 for crops_ in crops or (m.crop.count,)
-                for steps_ in steps or (m.schedule.steps,)
+                for steps_, fast_ in (*((n, False) for n in steps or (m.schedule.steps,)), *quick)
                 for workers_ in workers
                 for batch in batches
             ]
@@ -128,3 +133,11 @@ def bench(
     results = run.results()
     keep(results)
     return results
+
+
+def _refuse_unlike(backend: Backend, *, fast: bool, steps: bool, peers: bool) -> None:
+    """Refuse to measure side by side what does not compute the same."""
+    if fast and (steps or peers):
+        raise UsageError("fast has steps of its own, which no peer takes: leave out steps and peers")
+    if peers and isinstance(backend, OpenVino) and backend.precision != "fp32":
+        raise UsageError("peers are compared with float32 scores: measure OpenVINO in fp32, or leave out the peers")

@@ -73,6 +73,7 @@ def counts(maximum: int) -> Several:
 )
 @click.option("--crops", type=counts(10_000), metavar="N[,…]", help="Crops per image. Default: the engine's.")
 @click.option("--steps", type=counts(4000), metavar="N[,…]", help="Sampling steps. Default: the engine's.")
+@click.option("--fast", is_flag=True, help="Measure the fast sampling from iqa-calibrate --steps beside all steps.")
 @click.option("--workers", type=counts(64), default="1", metavar="N[,…]", help="Images scored at the same time.")
 @click.option("--batch", type=counts(1024), default="1", metavar="N[,…]", help="Images per batch; needs a GPU.")
 @click.option("--rounds", type=click.IntRange(1, 100_000), default=10, help="How many samples to take of each case.")
@@ -163,6 +164,7 @@ def bench(engine: Path, images: tuple[str, ...], **given: Any) -> None:
         sizes=given["sizes"] or (),
         crops=given["crops"] or (),
         steps=given["steps"] or (),
+        fast=given["fast"],
         batches=given["batch"],
         peers=given["chosen"] or given["peers"],
         keep=keep,

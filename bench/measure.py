@@ -30,7 +30,7 @@ class Measurement:
         self, directory: EngineDirectory, runtime: Runtime, workload: Workload, clock: Clock = time.perf_counter
     ) -> None:
         self.workload, self._clock, self._watch = workload, clock, runtime.watch
-        manifest = with_steps(directory.manifest, workload.steps)
+        manifest = directory.manifest if workload.fast else with_steps(directory.manifest, workload.steps)
         self._directory, self._item_bytes = replace(directory, manifest=manifest), runtime.item_bytes
         self._plan = make_plan(*read_for(workload.images[0], manifest).size, manifest, workload.options)
         read = {path: read_image(path, min_side=manifest.crop.size).pixels for path in dict.fromkeys(workload.images)}

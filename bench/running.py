@@ -15,6 +15,7 @@ from ..runtime.executor import Executor, StageRunner
 from ..runtime.gpu.door import closed_if_it_fails
 from ..runtime.gpu.graphs import Form
 from ..runtime.gpu.tensorrt import gpu_capability, installed_libraries, load_library
+from ..runtime.plan import sampling_of
 from ..runtime.results import Options
 from ..runtime.scorer import Scorer
 from .gpu import GpuWatch
@@ -62,7 +63,7 @@ class HostCase:
     """A case on the CPU."""
 
     def __init__(self, manifest: Manifest, stages: Mapping[StageName, StageRunner], clock: Clock) -> None:
-        self._timed, self._clock, self._steps = timed_stages(stages, clock), clock, manifest.schedule.steps
+        self._timed, self._clock = timed_stages(stages, clock), clock
         self.scorer = Scorer(manifest, self._timed, backend="bench")
         self.timed_calls = 0  # around which the last sample read the clock
         self.calls: dict[StageName, int] = {}  # of networks, in the last sample
@@ -81,7 +82,9 @@ class HostCase:
         spent = {name: stage.spent for name, stage in self._timed.items()}
         self.calls = {name: len(calls) for name, calls in spent.items()}
         self.timed_calls = sum(self.calls.values())
-        return Sample(seconds, {name: sum(calls) for name, calls in spent.items()}, _by_step(spent, self._steps))
+        return Sample(
+            seconds, {name: sum(calls) for name, calls in spent.items()}, _by_step(spent, _steps(self.scorer, options))
+        )
 
     def close(self) -> None:
         """Drop the buffers."""
@@ -127,7 +130,7 @@ class DeviceCase:
         from ..runtime.gpu.executor import DeviceExecutor
         from .device_timing import Replaced, TimedLayer, timed_stages
 
-        self._runtime, self._clock, self._steps = runtime, clock, manifest.schedule.steps
+        self._runtime, self._clock = runtime, clock
         self.layer = TimedLayer(runtime.layer, clock)
         self.executor = DeviceExecutor(
             manifest,
@@ -180,7 +183,7 @@ class DeviceCase:
         return Sample(
             seconds / count,
             {name: sum(calls) / count for name, calls in stages.items()},
-            _by_step(stages, self._steps),
+            _by_step(stages, _steps(self.scorer, options)),
             {name: value / count for name, value in times.items()},
         )
 
@@ -231,6 +234,10 @@ def import_libraries(backend: Backend) -> None:
         torch_on_gpu(backend.device)
     else:
         _ = OnnxRuntime().name
+
+
+def _steps(scorer: Scorer, options: Options) -> int:
+    return len(sampling_of(scorer.manifest, options).steps)
 
 
 def _by_step(calls: Mapping[StageName, Sequence[float]], steps: int) -> list[float]:

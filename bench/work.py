@@ -32,7 +32,7 @@ def count_work(
             name, size = stage.name, (plan.crop_size, plan.crop_size)
             items, batch, macs = len(plan.crops), 1, stage.macs
             if name is StageName.UNET:
-                items, size = len(plan.windows) * directory.manifest.schedule.steps, (window.height, window.width)
+                items, size = len(plan.windows) * len(plan.sampling.steps), (window.height, window.width)
                 if size != (plan.crop_size, plan.crop_size):
                     macs = _unet_macs(directory.file(stage.file), *size)
             elif name is StageName.VIT:

@@ -33,11 +33,12 @@ class Workload:
     workers: int
     seed: int
     batch: int = 1  # images that are restored together, on a GPU
+    fast: bool = False  # `steps` are those of the engine's fast sampling
 
     @property
     def options(self) -> Options:
         """The options of every score."""
-        return Options(crops=self.crops, seed=self.seed)
+        return Options(crops=self.crops, seed=self.seed, fast=self.fast)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..command import Command
+from ..errors import UsageError
 from ..export.cli import PATH, print_table
 
 if TYPE_CHECKING:
@@ -15,6 +16,27 @@ if TYPE_CHECKING:
 
     from .api import Quantised
     from .statistics import Skipped
+    from .steps import FittedSteps
+
+
+class StepCounts(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """Numbers of steps with commas between; `2..10` is all from 2 to 10."""
+
+    name = "steps"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse a text."""
+        found: list[int] = []
+        for part in value.split(","):
+            first, dots, last = part.strip().partition("..")
+            if not (first.isdecimal() and (last.isdecimal() or not dots)):
+                self.fail(f"{value!r} is no number of steps such as 5, 4,8 or 2..10", param, ctx)
+            low, high = int(first), int(last or first)
+            if not 1 <= low <= high <= 4000:
+                self.fail(f"{value!r} does not rise, or leaves 1 to 4000", param, ctx)
+            found += range(low, high + 1)
+        return tuple(found)
+
 
 _ENGINE = click.option("--engine", type=PATH, required=True, metavar="DIR", help="The float32 engine directory.")
 _CALIB = click.option(
@@ -36,27 +58,53 @@ _CALIB = click.option(
     "--crops", type=click.IntRange(1, 100), default=1, show_default=True, help="Crops per image for the heads."
 )
 @click.option("--fp16-plan", type=PATH, metavar="FILE", help="Write the fp16 plan they lead to, for iqa-build --plan.")
-@click.option("--plot", type=PATH, metavar="FILE.png", help="Draw the U-Net's ranges over the steps.")
+@click.option(
+    "--steps",
+    "counts",
+    type=StepCounts(),
+    metavar="N[..M][,…]",
+    help="Instead of statistics: find the fewest of these numbers of steps that keep the scores, and give the engine "
+    "a fast sampling with them.",
+)
+@click.option(
+    "--plot", type=PATH, metavar="FILE.png", help="Draw the U-Net's ranges over the steps, or with --steps drift."
+)
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
-def calibrate(engine: Path, images: tuple[str, ...], quiet: bool, **options: Any) -> None:
+def calibrate(
+    engine: Path, images: tuple[str, ...], counts: tuple[int, ...] | None, quiet: bool, **options: Any
+) -> None:
     """Record the tensors of an engine over the real loop: ranges and histograms, per tensor and step.
 
     FOLDER receives statistics.npz and, for people, statistics.json. Images that it holds already do not run again: an
     interrupted run goes on where it stopped, and more images can be added later.
 
+    With --steps it records nothing. It scores the images with few of the engine's steps and with all, and writes the
+    fewest that keep the scores into DIR/manifest.json, with a correction of their bias. iqa-run --fast uses them.
+
     \b
     Examples:
       iqa-calibrate --engine engine/ --calib photos/ -o stats/
+      iqa-calibrate --engine engine/ --calib photos/ --steps 2..10 --plot drift.png
       iqa-calibrate --engine engine/ --calib photos/ -o stats/ --fp16-plan plan.json
       iqa-calibrate --engine engine/ --calib photos/ -o stats/ --plot ranges.png
 
-    Exit codes: 0 all images were used, 1 some could not be read, 2 nothing was written.
+    Exit codes: 0 all images were used, 1 some could not be read or no number of steps keeps the scores, 2 nothing was
+    written.
     """
     from rich.console import Console
 
     from . import api
 
     console = Console(stderr=True, quiet=quiet)
+    if counts:
+        if options.pop("output") or options.pop("fp16_plan"):
+            raise UsageError("--steps writes into the engine's manifest alone: leave out -o and --fp16-plan")
+        with console.status("reading images") as status:
+            fitted = api.fit_steps(engine, images, counts, **options, say=status.update)
+        print_steps(console, engine, fitted, quiet=quiet)
+        if fitted.skipped or not fitted.fast:
+            click.get_current_context().exit(1)
+        return
     if not images:
         console.print(
             "no --calib: calibrating on 16 made-up pictures; photographs like those that will be scored do better",
@@ -159,6 +207,40 @@ def print_quantised(console: "Console", output: Path, done: "Quantised", *, quie
     titles = ("layers in 8 bits", "in float32", "size", "of float32", "max error")
     print_table(titles, rows, "Error: largest difference from float32 on random inputs, of the largest value.")
     click.echo(f"{output}: engine {done.manifest.engine_id}, {done.manifest.provenance.notes[-1]}")
+
+
+def print_steps(console: "Console", engine: Path, fitted: "FittedSteps", *, quiet: bool) -> None:
+    """Print what was tried as a table, and what was taken."""
+    _print_skipped(console, fitted.skipped)
+    for why in fitted.left_out.values():
+        console.print(f"left out: {why}", highlight=False, markup=False, soft_wrap=True)
+    if not quiet:
+        rows = [
+            (
+                str(len(trial.sampling.steps)),
+                f"{trial.speed:.1f}×",
+                f"{trial.drift:.4f}",
+                f"{trial.bias:+.4f}",
+                f"{trial.corrected_drift:.4f}",
+                f"{trial.corrected_bias:.4f}",
+                f"{trial.srcc:.4f}",
+                " ".join(map(str, trial.sampling.steps)),
+            )
+            for trial in fitted.trials
+        ]
+        titles = ("speed", "change", "bias", "corrected", "its bias", "SRCC", "steps taken")
+        print_table(
+            titles,
+            rows,
+            f"Against all {fitted.all_steps} steps on {len(fitted.images)} images; corrections are fitted on one half "
+            f"for the other. Another seed changes a score by {fitted.other_seed:.4f}.",
+        )
+    if fitted.fast:
+        click.echo(f"{engine}: fast takes {len(fitted.fast.sampling.steps)} of {fitted.all_steps} steps")
+    else:
+        console.print(
+            "no number of steps keeps the scores as another seed does: the engine stays as it was", soft_wrap=True
+        )
 
 
 def _print_skipped(console: "Console", skipped: "Sequence[Skipped]") -> None:

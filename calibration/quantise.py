@@ -501,4 +501,4 @@ def _manifest(
     )
     old = m.provenance
     provenance = dataclasses.replace(old, sources=(*old.sources, source), notes=(*old.notes, note))
-    return dataclasses.replace(m, stages=stages, provenance=provenance, builds=())
+    return dataclasses.replace(m, stages=stages, provenance=provenance, builds=(), fast=None)

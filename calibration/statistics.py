@@ -140,7 +140,7 @@ def collect(
     """
     directory = open_engine(path)
     statistics = _start(directory, output)
-    usable, skipped = _read(images, directory.manifest.crop.size, MIN_IMAGES if minimum is None else minimum)
+    usable, skipped = read_usable(images, directory.manifest.crop.size, MIN_IMAGES if minimum is None else minimum)
     known = {(sample.digest, sample.seed) for sample in statistics.samples}
     todo = {digest: name for digest, name in usable.items() if (digest, seed) not in known}
     saved = time.monotonic()
@@ -369,7 +369,7 @@ def _start(directory: EngineDirectory, output: Path) -> Statistics:
     return Statistics(m.engine_id, (), stages)
 
 
-def _read(images: Sequence[Path], side: int, minimum: int) -> tuple[dict[str, str], tuple[Skipped, ...]]:
+def read_usable(images: Sequence[Path], side: int, minimum: int) -> tuple[dict[str, str], tuple[Skipped, ...]]:
     """Return names of the usable images by digest, and those that cannot be read. Raises UsageError if too few stay."""
     usable: dict[str, str] = {}
     skipped: list[Skipped] = []

@@ -29,6 +29,7 @@ from .codec import LATER, decode, encode, shown
 from .crops import CropPlaces
 from .pixels import ImageForm, Preparation, Sides, TapForm
 from .reference import Reference
+from .sampling import Fast
 from .schedule import Kind, Schedule, Taps
 
 SCHEMA = 1
@@ -254,6 +255,7 @@ class Manifest:
     tap_form: TapForm = field(default=TapForm.FLOAT, metadata=LATER)
     sides: Sides = field(default=Sides.PADDED, metadata=LATER)
     image_form: ImageForm = field(default=ImageForm.AS_IS, metadata=LATER)
+    fast: Fast | None = field(default=None, metadata=LATER)  # from iqa-calibrate --steps
 
     @property
     def model_name(self) -> str:
@@ -410,6 +412,7 @@ def _problem(m: Manifest) -> str | None:
     names = [stage.name for stage in m.stages]
     restored = [kind for kind in m.kinds if kind is not Kind.DIS]
     needs_unet = bool(restored)
+    sampled = m.fast.problem(m.schedule, m.taps, m.kinds) if m.fast and 2 <= m.schedule.steps <= 4000 else None
     rules = {
         "a stage is listed twice": len(set(names)) == len(names),
         "it has neither a VCG nor a VDA stage": not m.complete or StageName.VCG in names or StageName.VDA in names,
@@ -427,6 +430,7 @@ def _problem(m: Manifest) -> str | None:
         "crop size must be a multiple of 16 between 32 and 1024": 32 <= m.crop.size <= 1024 and m.crop.size % 16 == 0,
         "crop count must be between 1 and 10000": 1 <= m.crop.count <= 10_000,
         "file sizes must not be negative": all(stage.file.bytes >= 0 for stage in m.stages),
+        f"the fast sampling cannot be used ({sampled})": sampled is None,
         "a build is listed twice": len({build.key for build in m.builds}) == len(m.builds),
         f"its reference {m.score.reference and m.score.reference.problem}": m.score.reference is None
         or m.score.reference.problem is None,

@@ -38,7 +38,7 @@ class Taps:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The factors of a sampling step: float32, one entry per step index.
+    """The factors of a sampling step: float32, one entry per step.
 
     `x0 = clip(y·y_to_x0 − ε·noise_to_x0, −1, 1)`, then `y ← x0·x0_to_mean + y·y_to_mean + z·sigma`.
     """
@@ -70,18 +70,48 @@ class Schedule:
     @cached_property
     def coefficients(self) -> Coefficients:
         """The sampling table, computed in float64 and rounded once."""
-        bar = self.alpha_bar
-        before = np.concatenate([[1.0], bar[:-1]])
-        alpha = bar / before
-        beta = 1 - alpha
-        sigma = np.sqrt(np.maximum(beta * (1 - before) / (1 - bar), 1e-20))
-        sigma[0] = 0.0  # the last step adds no noise
-        columns = (
-            np.sqrt(bar),
-            np.sqrt(1 / bar),
-            np.sqrt(1 / bar - 1),
-            beta * np.sqrt(before) / (1 - bar),
-            (1 - before) * np.sqrt(alpha) / (1 - bar),
-            sigma,
-        )
-        return Coefficients(*(column.astype(np.float32) for column in columns))
+        return ancestral(self.alpha_bar)
+
+
+def ancestral(alpha_bar: npt.NDArray[np.float64]) -> Coefficients:
+    """Return the factors that walk down these levels (ᾱ, decreasing), each step to the level before it, the last to 1.
+
+    With few of a schedule's levels it is the same chain with larger steps.
+    """
+    bar = alpha_bar
+    before = np.concatenate([[1.0], bar[:-1]])
+    alpha = bar / before
+    beta = 1 - alpha
+    sigma = np.sqrt(np.maximum(beta * (1 - before) / (1 - bar), 1e-20))
+    sigma[0] = 0.0  # the last step adds no noise
+    return _rounded(
+        np.sqrt(bar),
+        np.sqrt(1 / bar),
+        np.sqrt(1 / bar - 1),
+        beta * np.sqrt(before) / (1 - bar),
+        (1 - before) * np.sqrt(alpha) / (1 - bar),
+        sigma,
+    )
+
+
+def ddim(alpha_bar: npt.NDArray[np.float64], eta: float) -> Coefficients:
+    """Return the factors of DDIM over these levels; the noise is that of the clipped estimate.
+
+    It adds `eta` of the noise that `ancestral` adds: with 1 both are the same, with 0 nothing but the start is random.
+    """
+    bar = alpha_bar
+    before = np.concatenate([[1.0], bar[:-1]])
+    sigma = eta * np.sqrt((1 - before) / (1 - bar) * (1 - bar / before))
+    y_to_mean = np.sqrt(np.maximum(1 - before - sigma**2, 0) / (1 - bar))
+    return _rounded(
+        np.sqrt(bar),
+        np.sqrt(1 / bar),
+        np.sqrt(1 / bar - 1),
+        np.sqrt(before) - np.sqrt(bar) * y_to_mean,
+        y_to_mean,
+        sigma,
+    )
+
+
+def _rounded(*columns: npt.NDArray[np.float64]) -> Coefficients:
+    return Coefficients(*(column.astype(np.float32) for column in columns))

@@ -164,7 +164,7 @@ def sampler(
     state = take(4 * 3 * math.prod(size))
     buffers = SamplerBuffers(
         storage,
-        *(batch, height, width, steps),
+        *(batch, height, width, steps, steps),
         state=state,
         y=state if storage is Storage.F32 else take(zeros.nbytes),
         noise=take(zeros.nbytes),
@@ -175,7 +175,7 @@ def sampler(
         progress=take(PROGRESS.itemsize),
     )
     half = np.full(steps, 0.5, np.float32)
-    layer.upload(buffers.table, step_table(dict.fromkeys(COEFFICIENTS, half), []))
+    layer.upload(buffers.table, step_table(dict.fromkeys(COEFFICIENTS, half), [], range(steps)))
     windows = [Window(seed, (height, width)) for seed in range(batch)]
     layer.upload(buffers.windows, window_table(windows, (height, width)))
     layer.upload(buffers.noise, zeros)

@@ -214,6 +214,23 @@ def precisions(results: Path) -> str:
     )
 
 
+def steps(results: Path) -> str:
+    """Return a row for each way to take fewer steps: speed and scores beside all steps."""
+    rows = [
+        [
+            name,
+            " ".join(map(str, way["sampling"]["steps"])),
+            f"{way['speed']:.1f}×",
+            *(f"{way[figure]:.4f}" for figure in ("drift", "corrected_drift", "corrected_bias", "srcc")),
+            f"{way['srcc_with_labels']:.2f}",
+        ]
+        for name, way in _read(results, "steps")["ways"].items()
+        if name != "all"
+    ]
+    head = ["sampler, steps", "steps taken", "speed", "mean change of score", "corrected", "bias left", "SRCC with all"]
+    return report.table([*head, "SRCC with labels"], rows)
+
+
 def tried(results: Path) -> str:
     """Return how long a U-Net step took with what was tried, beside the same step without."""
     constants = _read(results, "score-tables")["seconds_per_step_base_over_constant_median"]
@@ -260,7 +277,7 @@ def _read(results: Path, name: str) -> Any:
 SINGLE: dict[str, Callable[[Path], str]] = {
     made.__name__: made
     for made in (
-        *(figures, speed, precision, precisions, tried, gpu, gpu_speed),
+        *(figures, speed, precision, precisions, steps, tried, gpu, gpu_speed),
         *(people, opinions, damage, restored, papers),
         *(pfd_choices, pfd_cost),
     )

@@ -20,7 +20,7 @@ WINDOW = np.dtype(
     + [(name, "<i4") for name in ("height", "width", "top", "left", "unused")]
 )
 COEFFICIENTS = ("noise_level", "y_to_x0", "noise_to_x0", "x0_to_mean", "y_to_mean", "sigma")
-STEP = np.dtype([(name, "<f4") for name in COEFFICIENTS] + [("tap", "<i4"), ("unused", "<i4")])
+STEP = np.dtype([(name, "<f4") for name in COEFFICIENTS] + [("tap", "<i4"), ("counter", "<i4")])
 PROGRESS = np.dtype([("step", "<i4"), ("ticket", "<u4")])
 SOURCE = np.dtype([("address", "<u8"), ("is_half", "<i4"), ("form", "<i4")])
 CROP = np.dtype([(name, "<i4") for name in ("image", "top", "left", "unused")])
@@ -76,7 +76,7 @@ class SamplerBuffers:
 
     `state` (N,3,H,W) float32 · `y`, `noise` (N,3,H,W) `storage`: the U-Net's input and output · `noise_level` (N,1)
     float32 · `taps` (slots,N,3,H,W) float32, 0 if no step is tapped · `windows` N × WINDOW · `table` `steps` × STEP ·
-    `progress` one PROGRESS. With float32 storage, `y` may be `state`.
+    `progress` one PROGRESS. With float32 storage, `y` may be `state`. `start` is the counter of the first noise.
     """
 
     storage: Storage
@@ -84,6 +84,7 @@ class SamplerBuffers:
     height: int
     width: int
     steps: int
+    start: int
     state: int
     y: int
     noise: int
@@ -102,25 +103,25 @@ class SamplerBuffers:
             raise ValueError("y and state can share memory only if both are float32")
 
     def begin(self) -> Launch:
-        """Fill `state` and `y` with the starting noise and make the last step index the next one to do."""
+        """Fill `state` and `y` with the starting noise and make the last row the next one to do."""
         addresses = (self.state, self.y, self.noise_level, self.windows, self.table, self.progress)
-        return self._launch("noise_init", addresses)
+        return self._launch("noise_init", addresses, self.start)
 
     def step(self) -> Launch:
-        """Advance `state` and `y` past the current step, copy a tap, and move on `progress` and `noise_level`.
+        """Advance `state` and `y` past the current row, copy a tap, and move on `progress` and `noise_level`.
 
-        The same launch serves every step. After the last one it changes nothing any more.
+        The same launch serves every row. After the last one it changes nothing any more.
         """
         addresses = (self.state, self.y, self.noise, self.noise_level, self.taps, self.windows, self.table)
         return self._launch("sampler_step", (*addresses, self.progress))
 
-    def _launch(self, kernel: str, addresses: Sequence[int]) -> Launch:
+    def _launch(self, kernel: str, addresses: Sequence[int], *more: int) -> Launch:
         return Launch(
             "sampler.cu",
             f"{kernel}_{self.storage}",
             _grid(self.height * self.width // 4, 3 * self.batch),
             _BLOCK,
-            (*map(np.uint64, addresses), *map(np.int32, (self.batch, self.height, self.width, self.steps))),
+            (*map(np.uint64, addresses), *map(np.int32, (self.batch, self.height, self.width, self.steps, *more))),
         )
 
 
@@ -182,14 +183,16 @@ def gather_crops(
     )
 
 
-def step_table(coefficients: Mapping[str, npt.NDArray[np.float32]], taps: Sequence[int]) -> Table:
-    """Return the sampling table: a row per step index; after step `taps[slot]` the state is copied to that slot."""
-    steps = len(coefficients["sigma"])
-    table = np.zeros(steps, STEP)
+def step_table(
+    coefficients: Mapping[str, npt.NDArray[np.float32]], taps: Sequence[int], counters: Sequence[int]
+) -> Table:
+    """Return the sampling table: a row adds the noise of its counter; the result of row `taps[slot]` goes there."""
+    table = np.zeros(len(counters), STEP)
     for name in COEFFICIENTS:
         table[name] = coefficients[name]
-    if len(set(taps)) != len(taps) or not all(0 <= step < steps for step in taps):
-        raise ValueError(f"taps are different step indices from 0 to {steps - 1}, not {list(taps)}")
+    if len(set(taps)) != len(taps) or not all(0 <= row < len(table) for row in taps):
+        raise ValueError(f"taps are different rows from 0 to {len(table) - 1}, not {list(taps)}")
+    table["counter"] = counters
     table["tap"] = -1
     table["tap"][list(taps)] = range(len(taps))
     return table

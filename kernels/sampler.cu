@@ -6,8 +6,9 @@
 //   noise  (N,3,H,W) Real       what the U-Net predicted
 //   taps   (slots,N,3,H,W) float
 //   noise_level (N) float       the U-Net's other input
-// A loop is one noise_init, then `steps` times U-Net and sampler_step. Which step it is stands in device memory, so
-// every step is the same launch and one captured graph serves them all.
+// A loop is one noise_init, then U-Net and sampler_step for each row of a table, from the last to the first. Which row
+// it is stands in device memory, so every step is the same launch and one captured graph serves them all. Rows whose
+// noise level is 0 come last and need no U-Net: they make a tap of the state, and leave the state alone.
 #include "device.h"
 #include "noise.h"
 
@@ -19,15 +20,15 @@ struct alignas(16) Window {
     int unused;
 };
 
-// A row of the sampling table, by step index.
+// A row of the sampling table.
 struct alignas(16) Step {
     float noise_level, y_to_x0, noise_to_x0, x0_to_mean, y_to_mean, sigma;
-    int tap;  // slot of `taps` that the state is copied to after this step, or -1
-    int unused;
+    int tap;      // slot of `taps` that the result is copied to, or -1
+    int counter;  // of the noise that is added: the step's index in the schedule of training
 };
 
 struct Progress {
-    int step;         // to do next; -1 when the loop is over
+    int step;         // the row to do next; -1 when the loop is over
     unsigned ticket;  // blocks of the running launch that have read `step`
 };
 
@@ -72,7 +73,7 @@ __device__ inline void set_step(Progress* progress, float* noise_level, const St
 
 template <typename Real>
 __device__ void noise_init(Float4* state, Vec4<Real>* y, float* noise_level, const Window* windows, const Step* table,
-                           Progress* progress, int batch, int height, int width, int steps)
+                           Progress* progress, int batch, int height, int width, int steps, int start)
 {
     if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) {
         progress->ticket = 0;
@@ -83,7 +84,7 @@ __device__ void noise_init(Float4* state, Vec4<Real>* y, float* noise_level, con
         const Window window = windows[plane / 3];
         for (unsigned q = blockIdx.x * blockDim.x + threadIdx.x; q < quads; q += gridDim.x * blockDim.x)
             store_state(state, y, Index{plane} * quads + q,
-                        window_normals(window, plane % 3, q / columns, q % columns, steps));
+                        window_normals(window, plane % 3, q / columns, q % columns, start));
     }
 }
 
@@ -116,11 +117,11 @@ __device__ void sampler_step(Float4* state, Vec4<Real>* y, const Vec4<Real>* __r
             const Float4 before = state[i];
             const Vec4<Real> predicted = noise[i];
             Float4 z = {0, 0, 0, 0};  // worked out while the two loads are under way
-            if (step > 0) z = window_normals(window, plane % 3, q / columns, q % columns, step);
+            if (c.sigma != 0) z = window_normals(window, plane % 3, q / columns, q % columns, c.counter);
             Float4 next = posterior_mean4(c, before, widen4(predicted));
-            if (step > 0)  // the last step adds nothing, not even a zero, which would turn -0 into 0
+            if (c.sigma != 0)  // else nothing is added, not even a zero, which would turn -0 into 0
                 next = {next.x + z.x * c.sigma, next.y + z.y * c.sigma, next.z + z.z * c.sigma, next.w + z.w * c.sigma};
-            store_state(state, y, i, next);
+            if (c.noise_level != 0) store_state(state, y, i, next);
             if (c.tap >= 0) taps[Index(c.tap) * 3 * batch * quads + i] = next;
         }
     }
@@ -134,9 +135,9 @@ __device__ void sampler_step(Float4* state, Vec4<Real>* y, const Vec4<Real>* __r
 #define SAMPLER_KERNELS(suffix, Real)                                                                                  \
     extern "C" __global__ void noise_init_##suffix(Float4* state, Vec4<Real>* y, float* noise_level,                   \
                                                    const Window* windows, const Step* table, Progress* progress,       \
-                                                   int batch, int height, int width, int steps)                        \
+                                                   int batch, int height, int width, int steps, int start)             \
     {                                                                                                                  \
-        noise_init(state, y, noise_level, windows, table, progress, batch, height, width, steps);                      \
+        noise_init(state, y, noise_level, windows, table, progress, batch, height, width, steps, start);               \
     }                                                                                                                  \
     extern "C" __global__ void sampler_step_##suffix(                                                                  \
         Float4* state, Vec4<Real>* y, const Vec4<Real>* noise, float* noise_level, Float4* taps,                       \

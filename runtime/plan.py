@@ -11,6 +11,8 @@ import numpy.typing as npt
 from ..engine.crops import Crop, padded_size, place_crops
 from ..engine.manifest import Manifest
 from ..engine.pixels import ImageForm
+from ..engine.sampling import Sampling, choose_sampling
+from ..errors import UsageError
 from .results import Mode, Options
 
 TILE = 512  # side of a tile, pixels
@@ -41,6 +43,7 @@ class Plan:
     windows: tuple[Window, ...]
     crops: tuple[Crop, ...]
     crop_size: int
+    sampling: Sampling
     squashed: bool = False  # the one crop is the whole image: restored, and then scaled to the crop's size
 
     @property
@@ -86,13 +89,14 @@ def make_plan(height: int, width: int, manifest: Manifest, options: Options) -> 
     else:
         crops = place_crops(manifest.crop.places, height, width, size, count, options.seed)
     padded = padded_size(height, width, manifest.alignment)
+    sampling = sampling_of(manifest, options)
     if mode is Mode.WHOLE and padded[0] * padded[1] > options.pixel_budget:
         mode = Mode.TILE
     if mode is Mode.CROP:
         windows = tuple(Window(c.top, c.left, size, size, lane) for lane, c in enumerate(crops))
-        return Plan(mode, height, width, (height, width), (size, size), windows, crops, size)
+        return Plan(mode, height, width, (height, width), (size, size), windows, crops, size, sampling)
     whole = (Window(0, 0, *padded),)
-    plan = Plan(mode, height, width, padded, padded, whole, crops, size, squashed)
+    plan = Plan(mode, height, width, padded, padded, whole, crops, size, sampling, squashed)
     if mode is Mode.TILE:
         tops, tile_height = _tile_offsets(padded[0])
         lefts, tile_width = _tile_offsets(padded[1])
@@ -101,6 +105,18 @@ def make_plan(height: int, width: int, manifest: Manifest, options: Options) -> 
         windows = tuple(tile for tile in tiles if plan.readers(tile))
         plan = replace(plan, windows=windows)
     return plan
+
+
+def sampling_of(manifest: Manifest, options: Options) -> Sampling:
+    """Return the steps that options ask of an engine. Raises UsageError for those that it cannot take."""
+    if not options.fast:
+        return choose_sampling(manifest.schedule, manifest.taps, manifest.kinds, options.steps, options.sampler)
+    if manifest.fast is None:
+        raise UsageError(
+            "this engine has no fast sampling yet; make one with: iqa-calibrate --engine DIR --calib IMAGES --steps "
+            "2..10"
+        )
+    return manifest.fast.sampling
 
 
 def _tile_offsets(length: int) -> tuple[list[int], int]:

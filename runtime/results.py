@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine.noise import MAX_SEED
+from ..engine.sampling import parse_sampler
 from ..engine.schedule import Kind
 from ..errors import UsageError
 
@@ -35,12 +36,15 @@ class Options:
     seeds: int = 1  # how many consecutive seeds are averaged
     mode: Mode = Mode.WHOLE  # or its text
     pixel_budget: int = PIXEL_BUDGET  # whole images above it are tiled
+    steps: int | None = None  # None: all that the engine was trained with
+    sampler: str | None = None  # ancestral, as trained; ddim; ddim:ETA
+    fast: bool = False  # the steps and the correction that iqa-calibrate --steps gave the engine
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be used. Raises UsageError."""
         try:
             object.__setattr__(self, "mode", Mode(self.mode))
-            for name in ("crops", "seed", "seeds", "pixel_budget"):
+            for name in ("crops", "seed", "seeds", "pixel_budget", "steps"):
                 if (value := getattr(self, name)) is not None:
                     object.__setattr__(self, name, operator.index(value))  # NumPy's integers too
         except ValueError:
@@ -53,11 +57,16 @@ class Options:
             f"seeds run from 0 to {MAX_SEED}; {self.seeds} from {self.seed} on do not fit": (
                 0 <= self.seed <= MAX_SEED - self.seeds + 1
             ),
+            f"steps must be at least 1, not {self.steps}": self.steps is None or self.steps >= 1,
+            "fast has steps and a sampler of its own: leave out the others": not self.fast
+            or (self.steps is None and self.sampler is None),
             f"the pixel budget must be at least 65536 (256×256), not {self.pixel_budget}": self.pixel_budget >= 65536,
         }
         for text, ok in rules.items():
             if not ok:
                 raise UsageError(text)
+        if self.sampler is not None:
+            parse_sampler(self.sampler)
 
 
 class Scale(enum.StrEnum):

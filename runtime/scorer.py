@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ..engine.manifest import EngineDirectory, Manifest, ScoreMeaning, StageName, open_engine
 from ..engine.pixels import MID_GREY, to_pixels, to_plane
+from ..engine.sampling import Sampling
 from ..engine.schedule import Kind, Taps
 from ..engine.score import weighted_sum
 from ..errors import BackendError, EngineError, ImageError, UsageError
@@ -25,7 +26,7 @@ from .backends import Backend, GpuBackend, best
 from .executor import Branch, Executor, Outcome, StageRunner, Verdict
 from .host.executor import HostExecutor
 from .images import DEFAULT_MAX_PIXELS, Image, Source, read_for
-from .plan import Plan, make_plan
+from .plan import Plan, make_plan, sampling_of
 from .results import CropScore, Failure, Options, Picture, Pictures, Score
 
 FloatArray = npt.NDArray[np.float32]
@@ -139,6 +140,7 @@ class Scorer:
         if isinstance(images, str | bytes | Path | np.ndarray) or is_foreign(images):
             raise UsageError("stream takes an iterable of images; for a single one use score")
         chosen = options or Options()
+        sampling_of(self._manifest, chosen)  # what cannot be sampled is refused before an image is read
         return self._stream(images, chosen, pictures, workers, ahead - 1 + self._group_size(chosen))
 
     def digest(self, image: Source) -> str:
@@ -241,7 +243,7 @@ class Scorer:
         reference = m.score.reference
         caveat = reference.caveat(options.crops or m.crop.count, options.mode) if reference else None
         return [
-            self._result(image, name, plan, seeds, outcomes[i * len(seeds) :][: len(seeds)], pictures, caveat)
+            self._result(image, name, plan, options, outcomes[i * len(seeds) :][: len(seeds)], pictures, caveat)
             for i, (image, name) in enumerate(images)
         ]
 
@@ -250,7 +252,7 @@ class Scorer:
         image: Image,
         name: str,
         plan: Plan,
-        seeds: tuple[int, ...],
+        options: Options,
         outcomes: Sequence[Outcome],
         pictures: bool,
         caveat: str | None,
@@ -258,10 +260,13 @@ class Scorer:
         """Return the score of one image, from the outcomes of its seeds."""
         m, verdicts = self._manifest, [outcome.verdicts for outcome in outcomes]
         per_seed = [statistics.fmean(_total(m, verdict) for verdict in found) for found in verdicts]
+        if options.fast and m.fast:
+            per_seed = [m.fast.correction(score) for score in per_seed]
         crops = tuple(
             _crop_score(m, plan, index, [found[index] for found in verdicts]) for index in range(len(plan.crops))
         )
-        notes = (*image.notes, *(note for outcome in outcomes for note in outcome.notes), *filter(None, [caveat]))
+        ran = (note for outcome in outcomes for note in outcome.notes)
+        notes = (*image.notes, *filter(None, [sampling_note(m, options)]), *ran, *filter(None, [caveat]))
         score = statistics.fmean(per_seed)
         return Score(
             source=name,
@@ -272,7 +277,7 @@ class Scorer:
             width=plan.width,
             height=plan.height,
             mode=plan.mode,
-            seeds=seeds,
+            seeds=tuple(range(options.seed, options.seed + options.seeds)),
             crops=crops,
             notes=tuple(dict.fromkeys(notes)),
             digest=image.digest,
@@ -284,6 +289,16 @@ class Scorer:
             opinion_error=m.score.reference.error if m.score.reference else None,
             pictures=_pictures(m, plan, image, outcomes[0]) if pictures else None,
         )
+
+
+def sampling_note(manifest: Manifest, options: Options) -> str:
+    """Return what scores say of steps that are not all of the engine's, as trained; else nothing."""
+    sampling, trained = sampling_of(manifest, options), Sampling.trained(manifest.schedule)
+    if options.fast:
+        return f"fast: {len(sampling.steps)} of {len(trained.steps)} steps, the score corrected for it"
+    if sampling == trained:
+        return ""
+    return f"{len(sampling.steps)} of {len(trained.steps)} steps, {sampling.name}"
 
 
 def given(image: Image, *, pixels: bool = False) -> Any:

@@ -27,6 +27,7 @@ from ..engine.crops import Crop, padded_size, place_crops
 from ..engine.manifest import StageName
 from ..engine.noise import NoiseField
 from ..engine.pixels import FloatArray, ImageForm, as_tapped, squash_planes, to_plane
+from ..engine.sampling import Sampling
 from ..errors import DatasetError, OutputError
 from ..evaluation.correlation import rmse
 from ..export.graph import export_graph
@@ -134,6 +135,7 @@ class Restorations:
     def _by_onnxruntime(self) -> Callable[[FloatArray], FloatArray]:
         """Return what restores an image by the stage that scoring runs: on the CPU in half of PyTorch's time."""
         model, config = self._model, self._model.config
+        rows = Sampling.trained(config.schedule).rows(config.schedule, config.taps, config.kinds)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "unet.onnx")
             (plan,) = (plan for plan in stage_plans(model) if plan.name is StageName.UNET)
@@ -144,7 +146,7 @@ class Restorations:
             size = image.shape[1], image.shape[2]
             denoiser = BoundDenoiser(stage, *size)
             denoiser.condition[:] = image
-            planes = restore(denoiser, NoiseField(self._seed, size), config.schedule, config.taps, config.kinds)
+            planes = restore(denoiser, NoiseField(self._seed, size), rows)
             return np.stack(list(planes.values()))
 
         return restored

@@ -8,7 +8,7 @@ print(result.within, [check.name for check in result.checks if not check.within]
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..engine.manifest import Precision, read_manifest
@@ -16,6 +16,7 @@ from ..errors import UsageError, member
 from ..export.precision import PrecisionPlan
 from ..runtime.backends import GpuBackend, Inductor, OnnxRuntime
 from ..runtime.inputs import Images, find_images
+from ..runtime.plan import sampling_of
 from ..runtime.results import Options
 from ..runtime.scorer import Scorer
 from .bisect import TRIALS, Bisection, Culprits
@@ -31,6 +32,7 @@ from .sides import (
     default_limits,
     emulated_side,
     engine_side,
+    fast_side,
     open_verified,
     plan_id,
     reference_side,
@@ -79,6 +81,9 @@ def verify(
     directory, or a checkpoint), or else the engine's own ONNX stages. `any_weights` compares the two even if they were
     made from different weights files.
 
+    With `options.fast` the candidate takes the steps of the engine's fast sampling, and corrects its score; the
+    reference takes all steps.
+
     `options.seeds` is the number of seeds that the spread of scores is measured with. On the first `forced` images,
     each stage also runs on the reference's inputs. `limits_of` names the precision whose default limits apply, and
     `limits` changes single ones; None lifts a limit. `fail_fast` ends at the first image beyond a limit. `save` names a
@@ -89,8 +94,13 @@ def verify(
     """
     if against and is_scores(Path(against)):
         raise UsageError(f"{against} holds scores: compare them with diffiqa.verify.scores.compare_scores")
-    given = Given(Path(engine), Path(against) if against else None, plan, _precision(precision), any_weights)
+    of = Path(against) if against else None
+    given = Given(Path(engine), of, plan, _precision(precision), any_weights, options.fast)
     _refuse_contradictions(given, backend, fail_fast=fail_fast, bisect=bisect)
+    if given.fast:
+        if bisect or save:
+            raise UsageError("--bisect and --save need a candidate with the reference's steps: leave --fast out")
+        options, forced = replace(options, fast=False), 0  # other steps have other inputs
     changes = limits or {}
     settings = OnnxRuntime(threads=threads)
     choices = Choices(options, forced, quantile)
@@ -99,7 +109,10 @@ def verify(
         paths = find_images(images)
         make_limits("fp32", changes, len(paths))
         _refuse_too_few(paths, changes)
-        subjects = read_subjects(paths, read_manifest(given.engine), options)
+        manifest = read_manifest(given.engine)
+        if given.fast:
+            sampling_of(manifest, Options(fast=True))  # refuses an engine that has none
+        subjects = read_subjects(paths, manifest, options)
         store = Store(Path(save)) if save else None
         directory = open_verified(given.engine)
         low = chosen_plan(given, directory) if backend is None else None
@@ -112,7 +125,9 @@ def verify(
             candidate = opened.enter_context(open_device_side(directory, backend))
         else:
             candidate = emulated_side(directory, low, settings) if low else engine_side(directory, settings)
-        name = limits_of or default_limits(reference.party, candidate.party)
+        name = limits_of or ("fast" if given.fast else default_limits(reference.party, candidate.party))
+        if given.fast:
+            candidate = fast_side(candidate)
         allowed = make_limits(name, changes, len(subjects))
         span = candidate.manifest.score.nominal_maximum - candidate.manifest.score.minimum
         findings = compare_sides(

@@ -202,7 +202,7 @@ class Bisection:
             self._wanted[place] = self._pipeline.trace(subject.plane, subject.plan, findings.seed)
         want = self._wanted[place]
         have, runner = self._stages.trace(groups, place, subject, findings.seed)
-        answers = runner.answer(want) if self._forced else None
+        answers = runner.answer(want, subject.plan) if self._forced else None
         figures = image_figures(self.directory.manifest, subject.name, want, have, answers, findings.quantile)
         return is_within(check_image(figures, self._per_image, findings.span))
 

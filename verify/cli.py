@@ -64,6 +64,7 @@ _OF_TENSORS = (
     "machine.",
 )
 @click.option("--device", type=click.IntRange(0), metavar="N", help="Which GPU runs the build. Default: 0.")
+@click.option("--fast", is_flag=True, help="Verify the fast sampling from iqa-calibrate --steps, against all steps.")
 @click.option("--any-weights", is_flag=True, help="Compare two engines even if they have different weights.")
 @click.option("--crops", type=click.IntRange(1, 10_000), metavar="N", help="Crops per image. Default: the engine's.")
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="The seed of the noise.")
@@ -98,8 +99,8 @@ _OF_TENSORS = (
 @click.option(
     "--limits",
     "limits_of",
-    type=click.Choice(["fp32", "fp16", "bf16", "int8", "fp8"]),
-    help="Apply the default limits of this precision. Default: the precision of the candidate.",
+    type=click.Choice(["fp32", "fp16", "bf16", "int8", "fp8", "fast"]),
+    help="Apply the default limits of this precision. Default: the precision of the candidate, or fast with --fast.",
 )
 @click.option(
     "--limit",
@@ -150,6 +151,7 @@ def verify(engine: Path | None, images: tuple[str, ...], **given: Any) -> None:
       iqa-verify --engine int8/ --against engine/ photos/ --save kept/
       iqa-verify --engine engine/ --against program.csv photos/           your program's scores: why do they differ?
       iqa-verify --engine engine/ --backend inductor photos/ --mode crop
+      iqa-verify --engine engine/ --fast photos/
       iqa-verify --saved kept/ --limit score-mean=0.005
       iqa-verify --engine engine/ --plan plan.json photos/ --bisect better.json
 
@@ -189,7 +191,7 @@ def verify(engine: Path | None, images: tuple[str, ...], **given: Any) -> None:
                 engine,
                 images,
                 backend=_backend(given["backend"], given["device"]),
-                options=Options(given["crops"], given["seed"], given["seeds"], Mode(given["mode"])),
+                options=Options(given["crops"], given["seed"], given["seeds"], Mode(given["mode"]), fast=given["fast"]),
                 quantile=given["quantile"] or QUANTILE,
                 bisect=given["bisect_file"] is not None,
                 say=status.update,
@@ -251,7 +253,7 @@ def _refuse_contradictions(engine: Path | None, images: tuple[str, ...], given: 
     if given["saved"]:
         if images:
             raise UsageError("--saved judges the images that were saved; leave IMAGES out, or run without --saved")
-        for name in ("save", "bisect_file", "fail_fast", "backend", "device"):
+        for name in ("save", "bisect_file", "fail_fast", "backend", "device", "fast"):
             if given[name] is not None and given[name] is not False:
                 option = "--" + name.removesuffix("_file").replace("_", "-")
                 raise UsageError(f"{option} needs a run, and --saved does without; leave one of them out")

@@ -96,17 +96,17 @@ def compare_sides(
         say(f"{place}: reference")
         want = theirs.trace(subject.plane, subject.plan, options.seed)
         say(f"{place}: candidate")
-        have = ours.trace(subject.plane, subject.plan, options.seed)
+        have = ours.trace(subject.plane, candidate.plan(subject.plan), options.seed)
         answers = None
         if number < choices.forced:
             say(f"{place}: the candidate's stages on the reference's inputs")
-            answers = ours.answer(want)
+            answers = ours.answer(want, subject.plan)
         if first is None:
             first = have
             loop = _invariance(candidate, ours, subject, first, options.seed, span, say)
         if keep:
             keep(subject, want, have, answers)
-        images.append(image_figures(manifest, subject.name, want, have, answers, choices.quantile))
+        images.append(image_figures(manifest, subject.name, want, have, answers, choices.quantile, candidate.fast))
         ended = not goes_on(images[-1])
         if ended:
             break
@@ -121,7 +121,7 @@ def compare_sides(
         loop = dataclasses.replace(loop, spread=spread, spread_seeds=options.seeds, spread_images=len(variances))
     if len(subjects) > 1 and not ended and first is not None:
         say("the first image again, after the others")
-        last = ours.trace(subjects[0].plane, subjects[0].plan, options.seed)
+        last = ours.trace(subjects[0].plane, candidate.plan(subjects[0].plan), options.seed)
         loop = dataclasses.replace(loop, order=first.equals(last))
     return Findings(
         reference.party,
@@ -142,12 +142,13 @@ def _invariance(
 ) -> RunFigures:
     """Measure, on the first image, what must not change a result."""
     say("the first image again, and two inputs at once")
-    again = pipeline.trace(subject.plane, subject.plan, seed)
-    found = RunFigures(repeat=first.equals(again), batch=pipeline.batch_difference(first))
+    plan = candidate.plan(subject.plan)
+    again = pipeline.trace(subject.plane, plan, seed)
+    found = RunFigures(repeat=first.equals(again), batch=pipeline.batch_difference(first, plan))
     if candidate.whole is None:
         return found
     say("the first image, all on the GPU")
-    score, same, note = candidate.whole(subject.plane, subject.plan, seed)
+    score, same, note = candidate.whole(subject.plane, plan, seed)
     error = abs(score - total_score(candidate.manifest, first.vcg, first.vda)) / span
     device = error if math.isfinite(error) else BROKEN
     return dataclasses.replace(found, graph=same, graph_note=note, device=device)

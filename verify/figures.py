@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine.manifest import Manifest
+from ..engine.sampling import Fast
 from ..engine.score import weighted_sum
 from .sides import Party
 from .trace import HEAD_CALLS, Answers, Trace
@@ -38,7 +39,7 @@ class ImageFigures:
 
     name: str
     scores: dict[str, tuple[float, float]]  # "score", "vcg", "vda" → (reference, candidate)
-    noise: tuple[Difference, ...]  # by step, T − 1 first: each engine on its own way
+    noise: tuple[Difference, ...]  # by step, T − 1 first: each engine on its own way; empty if steps differ
     state: tuple[Difference, ...]  # what each step starts from, likewise
     forced: tuple[Difference, ...]  # noise by step: the candidate on the reference's inputs; empty: not measured
     taps: dict[str, Difference]
@@ -109,12 +110,21 @@ def _dot(a: Array, b: Array) -> float:
 
 
 def image_figures(
-    manifest: Manifest, name: str, reference: Trace, candidate: Trace, answers: Answers | None, quantile: float
+    manifest: Manifest,
+    name: str,
+    reference: Trace,
+    candidate: Trace,
+    answers: Answers | None,
+    quantile: float,
+    fast: Fast | None = None,
 ) -> ImageFigures:
-    """Return the figures of one image from what both engines computed."""
+    """Return the figures of one image from what both engines computed.
+
+    A `fast` candidate has other steps than its reference, so there are none to compare, and its score is corrected.
+    """
 
     def steps(want: Array, have: Array) -> tuple[Difference, ...]:
-        return tuple(difference(w, h, quantile) for w, h in zip(want, have, strict=True))
+        return () if fast else tuple(difference(w, h, quantile) for w, h in zip(want, have, strict=True))
 
     heads = {}
     if answers:
@@ -126,7 +136,7 @@ def image_figures(
         heads = {stage: difference(want, have, quantile) for stage, (want, have) in pairs.items() if want.size}
     return ImageFigures(
         name=name,
-        scores=_scores(manifest, reference, candidate),
+        scores=_scores(manifest, reference, candidate, fast),
         noise=steps(reference.noise, candidate.noise),
         state=steps(reference.state, candidate.state),
         forced=steps(reference.noise, answers.noise) if answers else (),
@@ -140,12 +150,14 @@ def image_figures(
     )
 
 
-def _scores(manifest: Manifest, reference: Trace, candidate: Trace) -> dict[str, tuple[float, float]]:
+def _scores(
+    manifest: Manifest, reference: Trace, candidate: Trace, fast: Fast | None
+) -> dict[str, tuple[float, float]]:
     """Return the total and the branches' scores of both, means over the crops."""
     branches = {name: (getattr(reference, name), getattr(candidate, name)) for name in ("vcg", "vda")}
     means = {name: (float(w.mean()), float(h.mean())) for name, (w, h) in branches.items() if len(w)}
     want, have = (total_score(manifest, trace.vcg, trace.vda) for trace in (reference, candidate))
-    return {"score": (want, have), **means}
+    return {"score": (want, fast.correction(have) if fast else have), **means}
 
 
 def total_score(manifest: Manifest, vcg: Array, vda: Array) -> float:

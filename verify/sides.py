@@ -19,6 +19,7 @@ from onnx import TensorProto, helper
 from ..calibration.statistics import NAME as STATISTICS
 from ..engine.codec import encode
 from ..engine.manifest import EngineDirectory, Manifest, Precision, Source, Stage, StageName, open_engine, read_manifest
+from ..engine.sampling import Fast
 from ..errors import EngineError, UsageError
 from ..export.precision import PrecisionPlan, StagePrecision, cast, in_8_bits, replace_nodes, resolve_plan, rounded
 from ..runtime.backends import Inductor
@@ -54,6 +55,11 @@ class Side:
     manifest: Manifest
     stages: Mapping[StageName, StageRunner]
     whole: Whole | None = None
+    fast: Fast | None = None  # takes these steps, not those of the reference
+
+    def plan(self, plan: Plan) -> Plan:
+        """Return the plan as this side carries it out."""
+        return dataclasses.replace(plan, sampling=self.fast.sampling) if self.fast else plan
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class Given:
     plan: PrecisionPlan | None = None
     precision: Precision | None = None
     any_weights: bool = False  # compare even if the two have different weights
+    fast: bool = False  # compare the engine's fast sampling with all steps
 
 
 def open_verified(path: Path) -> EngineDirectory:
@@ -91,10 +98,10 @@ def emulated_side(directory: EngineDirectory, plan: PrecisionPlan, settings: Onn
 def chosen_plan(given: Given, directory: EngineDirectory) -> PrecisionPlan | None:
     """Return the plan to emulate, checked against the engine; None if the engine itself is the candidate."""
     if given.plan is None and given.precision is None:
-        if given.against is None:
+        if given.against is None and not given.fast:
             raise UsageError(
-                "there is nothing to compare the engine with: give --precision or --plan to emulate one, or --against "
-                "an engine or checkpoint"
+                "there is nothing to compare the engine with: give --precision or --plan to emulate one, --fast, or "
+                "--against an engine or checkpoint"
             )
         return None
     return resolve_plan(directory, given.precision, given.plan)
@@ -103,6 +110,15 @@ def chosen_plan(given: Given, directory: EngineDirectory) -> PrecisionPlan | Non
 def plan_id(manifest: Manifest, plan: PrecisionPlan) -> str:
     """Return the id of an engine under a plan."""
     return f"{manifest.engine_id}+{hashlib.sha256(plan.to_json().encode()).hexdigest()[:8]}"
+
+
+def fast_side(side: Side) -> Side:
+    """Return a side with its engine's fast sampling."""
+    fast = side.manifest.fast
+    assert fast is not None  # noqa: S101 — refused before anything was loaded
+    label = f"{side.party.label}, {len(fast.sampling.steps)} of {side.manifest.schedule.steps} steps"
+    party = dataclasses.replace(side.party, label=label, id=f"{side.party.id}+fast:{fast.key}")
+    return dataclasses.replace(side, party=party, fast=fast)
 
 
 def default_limits(reference: Party, candidate: Party) -> str:

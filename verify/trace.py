@@ -28,7 +28,7 @@ _WATCHED = {
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """What an engine computed for one image and seed. Steps stand in the order they ran, from T − 1 to 0.
+    """What an engine computed for one image and seed. Steps stand in the order they ran, the noisiest first.
 
     A larger image is restored in several windows: `state`, `noise` and `condition` are those of the first.
     """
@@ -68,7 +68,7 @@ class Pipeline:
     def trace(self, image: Planes, plan: Plan, seed: int) -> Trace:
         """Score a (3, height, width) image in [-1, 1] and return all that was recorded."""
         for name, recorder in self._recorders.items():
-            recorder.start(self.manifest.schedule.steps if name is StageName.UNET else HEAD_CALLS)
+            recorder.start(len(plan.sampling.steps) if name is StageName.UNET else HEAD_CALLS)
         # A candidate may well overflow: that is a finding, not a warning.
         with np.errstate(all="ignore"):
             outcome = self._executor.run(image, plan, seed)
@@ -91,14 +91,13 @@ class Pipeline:
         return branch_scores(self._executor.run(image, plan, seed))
 
     @np.errstate(all="ignore")  # as in `trace`
-    def answer(self, trace: Trace) -> Answers:
-        """Run every stage on the inputs that a trace has for it."""
+    def answer(self, trace: Trace, plan: Plan) -> Answers:
+        """Run every stage on the inputs that a trace of a plan has for it."""
         noise = np.empty_like(trace.noise)
         if len(noise):
             denoiser = BoundDenoiser(self._stages[StageName.UNET], *noise.shape[2:])
             denoiser.condition[:] = trace.condition
-            levels = self.manifest.schedule.coefficients.noise_level[::-1]
-            for index, level in enumerate(levels):
+            for index, level in enumerate(self._levels(plan)):
                 denoiser.y[:] = trace.state[index]
                 denoiser(float(level))
                 noise[index] = denoiser.noise
@@ -111,7 +110,7 @@ class Pipeline:
         vda = [self._run(StageName.VDA, {"images": crop[None]}, "score", (1,))[0] for crop in looked]
         return Answers(noise, maps, np.array(vcg, np.float32), np.array(vda, np.float32))
 
-    def batch_difference(self, trace: Trace) -> dict[str, float]:
+    def batch_difference(self, trace: Trace, plan: Plan) -> dict[str, float]:
         """Return, by stage, how far the answers to two inputs at once are from those in `trace`, one of our own.
 
         As a share of the largest answer. A stage is left out if the trace has no two inputs for it, or if it does not
@@ -125,7 +124,7 @@ class Pipeline:
 
         if len(trace.noise) > 1:
             ends = [0, -1]
-            level = self.manifest.schedule.coefficients.noise_level[::-1][ends].reshape(2, 1)
+            level = self._levels(plan)[ends].reshape(2, 1)
             inputs = {"y": trace.state[ends], "condition": np.stack([trace.condition] * 2), "noise_level": level}
             compare(StageName.UNET, inputs, "noise", trace.noise[ends])
         if len(trace.maps):
@@ -135,6 +134,10 @@ class Pipeline:
         if len(trace.vda) > 1:
             compare(StageName.VDA, {"images": trace.crops[:2]}, "score", trace.vda[:2])
         return {name: _difference(*pair) for name, pair in pairs.items()}
+
+    def _levels(self, plan: Plan) -> FloatArray:
+        """Return the noise levels of a plan's steps, as they run."""
+        return self.manifest.schedule.coefficients.noise_level[list(plan.sampling.steps)][::-1]
 
     def _recorded(self, name: StageName) -> list[dict[str, FloatArray]]:
         return self._recorders[name].calls if name in self._recorders else []

@@ -19,6 +19,7 @@ from ...errors import ImageError, OutputError, UsageError, member
 from ..backends import Backend
 from ..images import DEFAULT_MAX_PIXELS
 from ..inputs import Images, find_images, names_of
+from ..plan import sampling_of
 from ..report.intermediates import prepare_folder, save_intermediates
 from ..report.writer import ReportWriter
 from ..results import Options, Scale, Score
@@ -181,7 +182,7 @@ def score_names(
         # Open the file last: with --force, opening it deletes the old results.
         if outputs.intermediates:
             prepare_folder(outputs.intermediates)
-        report = stack.enter_context(_report(outputs.report, scorer, len(names), outputs.scale))
+        report = stack.enter_context(_report(outputs.report, scorer, len(names), options, outputs.scale))
         file = None
         if outputs.file:
             file = stack.enter_context(
@@ -249,12 +250,15 @@ def _compare(scorer: Scorer, done: Mapping[str, Record]) -> Iterator[tuple[str, 
 
 
 @contextlib.contextmanager
-def _report(path: Path | None, scorer: Scorer, expected: int, scale: Scale) -> Iterator[ReportWriter | None]:
+def _report(
+    path: Path | None, scorer: Scorer, expected: int, options: Options, scale: Scale
+) -> Iterator[ReportWriter | None]:
     """Yield a report that is completed even when the run is interrupted: what was scored can be looked at."""
     if path is None:
         yield None
         return
-    writer = ReportWriter(path, scorer.manifest, expected=expected, scale=scale)
+    steps = len(sampling_of(scorer.manifest, options).steps)
+    writer = ReportWriter(path, scorer.manifest, expected=expected, scale=scale, steps=steps)
     try:
         yield writer
     except OutputError:

@@ -84,6 +84,20 @@ def provider(text: str) -> str | tuple[str, dict[str, str]]:
     help="Restore each image whole, in overlapping tiles, or crop by crop.",
 )
 @click.option(
+    "--steps",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Restore in N of the engine's steps: sooner, with other scores.",
+)
+@click.option(
+    "--sampler",
+    metavar="NAME",
+    help="How a step is made: ancestral (the default, as in training), ddim, or ddim:ETA with a share of its noise.",
+)
+@click.option(
+    "--fast", is_flag=True, help="Take the steps, and correct the score, as iqa-calibrate --steps found best."
+)
+@click.option(
     "--pixel-budget",
     type=click.IntRange(65536),
     metavar="N",
@@ -172,7 +186,8 @@ def run(engine: Path, images: tuple[str, ...], **given: Any) -> None:
     from .records import Format
 
     budget = given["pixel_budget"] or PIXEL_BUDGET
-    options = Options(given["crops"], given["seed"], given["seeds"], Mode(given["mode"]), budget)
+    same = {name: given[name] for name in ("crops", "seed", "seeds", "steps", "sampler", "fast")}
+    options = Options(**same, mode=Mode(given["mode"]), pixel_budget=budget)
     outputs = Outputs(
         form=Format(given["form"]) if given["form"] else None,
         sort=Sort(given["sort"]) if given["sort"] else None,

@@ -20,7 +20,9 @@ from typing import Any, Self
 
 from ...engine.codec import LATER, decode, encode
 from ...engine.manifest import Manifest
+from ...engine.sampling import Sampling
 from ...errors import UsageError
+from ..plan import sampling_of
 from ..results import Failure, Mode, Options, Score
 
 
@@ -50,25 +52,39 @@ class RunSettings:
     seeds: int
     mode: Mode
     pixel_budget: int
+    sampling: str = ""  # empty: all steps, as trained
 
     @classmethod
     def of(cls, manifest: Manifest, options: Options) -> Self:
-        """Return the settings a run of these options has: the engine's crop count where they give none."""
-        crops = options.crops or manifest.crop.count
-        return cls(manifest.engine_id, crops, options.seed, options.seeds, options.mode, options.pixel_budget)
+        """Return the settings a run of these options has: the engine's crop count where they give none.
+
+        Raises UsageError for steps that the engine cannot take.
+        """
+        crops, sampling, name = options.crops or manifest.crop.count, sampling_of(manifest, options), ""
+        if options.fast and manifest.fast:
+            name = f"fast:{manifest.fast.key}"  # the engine may get another one
+        elif sampling != Sampling.trained(manifest.schedule):
+            name = f"{len(sampling.steps)}:{sampling.name}"
+        return cls(manifest.engine_id, crops, options.seed, options.seeds, options.mode, options.pixel_budget, name)
 
     def __str__(self) -> str:
-        """Return all but the engine, which has a column of its own, as `crops=4 seed=0 …`."""
-        return " ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self)[1:])
+        """Return all but the engine, which has a column of its own, as `crops=4 seed=0 …`; no sampling if empty."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)[1:]}
+        return " ".join(f"{name}={value}" for name, value in given.items() if value != "")
 
     def difference(self, record: "Record") -> str | None:
         """Return which settings a record was made with that are not these, or None."""
         if (record.engine, record.settings) == (self.engine, str(self)):
             return None
-        before = {"engine": record.engine} | dict(part.partition("=")[::2] for part in record.settings.split())
-        now = {f.name: str(getattr(self, f.name)) for f in fields(self)}
+        absent = {"sampling": "all steps"}
+        before = absent | {"engine": record.engine} | _parts(record.settings)
+        now = absent | {"engine": self.engine} | _parts(str(self))
         parts = (f"{name} {before.get(name, '?')}, now {now[name]}" for name in now if before.get(name) != now[name])
         return "; ".join(parts) or f"settings {record.settings!r}, now {str(self)!r}"
+
+
+def _parts(settings: str) -> dict[str, str]:
+    return dict(part.partition("=")[::2] for part in settings.split())
 
 
 @dataclass(frozen=True, kw_only=True)

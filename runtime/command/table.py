@@ -4,7 +4,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import IO, Self, TextIO
 
 from rich import box
@@ -31,7 +31,10 @@ def show_table(
     console = _console(stream)
     with console.capture() as capture:
         if scored := [record for record in records if record.score is not None]:
-            console.print(_table(scored, meaning, scale, console.width))
+            shared = set.intersection(*(set(record.notes) for record in scored)) if len(scored) > 1 else set()
+            console.print(_table(scored, meaning, scale, console.width, shared))
+            for note in sorted(shared):
+                console.print(Text(f"all: {printable(note)}", "dim"))
         for record in records:
             if record.score is None:
                 console.print(Text(f"failed: {printable(_error(record))}", "red"))
@@ -150,7 +153,7 @@ def _console(stream: TextIO) -> Console:
     return Console(file=stream, force_terminal=terminal, color_system=None if plain else "auto", highlight=False)
 
 
-def _table(records: Sequence[Record], meaning: ScoreMeaning, scale: Scale, width: int) -> Table:
+def _table(records: Sequence[Record], meaning: ScoreMeaning, scale: Scale, width: int, shared: Set[str]) -> Table:
     numbers = {
         name: ["" if (value := getattr(record, name.lower())) is None else f"{value:.4f}" for record in records]
         for name in ("score", "VCG", "VDA", "spread")
@@ -177,7 +180,7 @@ def _table(records: Sequence[Record], meaning: ScoreMeaning, scale: Scale, width
             del numbers[name]
     for record, *cells in zip(records, *numbers.values(), strict=True):
         image = Text(printable(record.image))
-        for note in record.notes:
+        for note in (note for note in record.notes if note not in shared):
             image.append("\n" + printable(note), "dim")
         table.add_row(image, *cells)
     return table

@@ -7,10 +7,11 @@ buffer grows with the images. When one moves, every context and graph goes, sinc
 import contextlib
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...engine.manifest import Manifest, StageName, TensorSpec
+from ...engine.sampling import Sampling
 from ...engine.schedule import Kind
 from ...errors import EngineError
 from ...kernels.launch import PROGRESS, STEP, WINDOW, SamplerBuffers, Storage, step_table
@@ -20,7 +21,7 @@ from .layer import ITEM_BYTES, BoundStage, Layer, LoadedStage, Shapes
 from .memory import Pool
 
 HEADS = (StageName.VIT, StageName.VCG, StageName.VDA)  # in the order they run
-MAX_LOOPS = 8  # sizes and batches of the U-Net that keep a context and a graph
+MAX_LOOPS = 8  # sizes, batches and samplings of the U-Net that keep a context and a graph
 
 _FLOAT = 4  # bytes
 _IMAGES = {"y", "condition", "noise", "image", "images"}
@@ -67,14 +68,12 @@ class Bindings:
     def __init__(
         self, manifest: Manifest, layer: Layer, stages: Mapping[StageName, LoadedStage], graphs: Graphs
     ) -> None:
-        self._kinds, self._layer, self._stages, self._graphs = len(manifest.kinds), layer, stages, graphs
+        self._manifest, self._kinds = manifest, len(manifest.kinds)
+        self._layer, self._stages, self._graphs = layer, stages, graphs
         self._buffers = Pool(layer)
         self._version = 0  # of `_buffers`, when the bindings below were made
-        self._loops: OrderedDict[tuple[int, int, int], Loop] = OrderedDict()
+        self._loops: OrderedDict[Hashable, Loop] = OrderedDict()
         self._heads: dict[int, Heads] = {}
-        steps = sorted({manifest.taps.step_of(kind) for kind in manifest.kinds[1:]})
-        self._slots = {kind: steps.index(manifest.taps.step_of(kind)) for kind in manifest.kinds[1:]}
-        self._steps = step_table(vars(manifest.schedule.coefficients), steps)
         self._storage = {name: _storages(stage) for name, stage in stages.items()}
         _check_signatures(stages)
 
@@ -106,9 +105,9 @@ class Bindings:
             if name in self._stages
         )
 
-    def loop(self, batch: int, height: int, width: int) -> Loop:
+    def loop(self, batch: int, height: int, width: int, sampling: Sampling) -> Loop:
         """Return the loop for a batch of windows that the U-Net takes, bound and ready to run."""
-        key = batch, height, width
+        key = batch, height, width, sampling
         self._unbind_stale()
         if key in self._loops:
             self._loops.move_to_end(key)
@@ -124,21 +123,24 @@ class Bindings:
         assert profile is not None  # noqa: S101 — the caller has asked `takes_windows`
         largest = shapes["y"] if stage.open_ended else stage.built.profiles[profile]["y"].maximum
         pixels, get = math.prod(largest), self._buffers.get
+        rows = sampling.rows(self._manifest.schedule, self._manifest.taps, self._manifest.kinds)
+        tapped = sorted(set(rows.taps.values()))
+        table = step_table(vars(rows.factors), tapped, rows.steps)
         state = get("state", pixels * _FLOAT)
         size = pixels * storage.dtype.itemsize
         buffers = SamplerBuffers(
             storage,
-            *(batch, height, width, len(self._steps)),
+            *(batch, height, width, len(table), rows.start),
             state=state,
             y=state if storage is Storage.F32 else get("y", size),
             noise=get("noise", size),
             noise_level=get("noise_level", largest[0] * _FLOAT),
-            taps=get("taps", len(set(self._slots.values())) * pixels * _FLOAT),
+            taps=get("taps", len(tapped) * pixels * _FLOAT),
             windows=get("windows", largest[0] * WINDOW.itemsize),
-            table=get("steps", len(self._steps) * STEP.itemsize),
+            table=get(f"steps of {sampling}", len(table) * STEP.itemsize),  # of its own: graphs read it again and again
             progress=get("progress", PROGRESS.itemsize),
         )
-        self._layer.upload(buffers.table, self._steps)
+        self._layer.upload(buffers.table, table)
         condition = get("condition", size)
         addresses = {
             "y": buffers.y,
@@ -153,9 +155,13 @@ class Bindings:
             bound.enqueue()
             launch(step)
 
-        # Steps and taps are the manifest's: one executor has one of each, so the key need not say them.
-        work = Work(key, advance, buffers.steps, lambda: launch(begin), bound.capture_problem)
-        self._loops[key] = Loop(bound, buffers, condition, work, self._slots)
+        def end() -> None:
+            for _ in range(len(table) - rows.calls):
+                launch(step)
+
+        work = Work(key, advance, rows.calls, lambda: launch(begin), end, bound.capture_problem)
+        slots = {kind: tapped.index(row) for kind, row in rows.taps.items()}
+        self._loops[key] = Loop(bound, buffers, condition, work, slots)
         return self._loops[key]
 
     def heads(self, batch: int) -> Heads:

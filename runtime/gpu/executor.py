@@ -248,7 +248,7 @@ class DeviceExecutor:
             )
         for batch in batches:
             members = [windows[i] for i in batch.members]
-            loop = self._bindings.loop(batch.size, height, width)
+            loop = self._bindings.loop(batch.size, height, width, plan.sampling)
             corners = [(i, window.top, window.left) for i, window in members]
             self._gather(
                 [job.condition],

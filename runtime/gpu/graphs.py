@@ -22,12 +22,12 @@ class Form(enum.StrEnum):
 
     NONE = "none"
     STEP = "step"  # one step: its counter is in device memory, so that every step is the same graph
-    LOOP = "loop"  # the beginning and all steps
+    LOOP = "loop"  # the beginning, all steps and the end
 
 
 @dataclass(frozen=True)
 class Work:
-    """Work that is launched often: `begin`, if there is one, then `steps` times `step`.
+    """Work that is launched often: `begin`, if there is one, then `steps` times `step`, then `end` if there is one.
 
     `key` names all that a graph of it depends on (shapes, steps, taps), but for addresses and contexts: see `forget`.
     """
@@ -36,6 +36,7 @@ class Work:
     step: Enqueue
     steps: int = 1
     begin: Enqueue | None = None
+    end: Enqueue | None = None
     problem: Callable[[], str | None] = lambda: None  # why it cannot be captured, where that is known
 
     def enqueue(self, cancelled: Callable[[], bool] = lambda: False) -> None:
@@ -46,6 +47,8 @@ class Work:
             if cancelled():
                 raise Cancelled
             self.step()
+        if self.end:
+            self.end()
 
 
 @dataclass
@@ -87,7 +90,7 @@ class Graphs:
         elif entry.form is Form.LOOP:
             entry.graph.launch()
         else:
-            Work(work.key, entry.graph.launch, work.steps, work.begin).enqueue(cancelled)
+            Work(work.key, entry.graph.launch, work.steps, work.begin, work.end).enqueue(cancelled)
         return entry.note
 
     def forget(self, key: Hashable) -> None:

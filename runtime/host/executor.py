@@ -84,6 +84,7 @@ class HostExecutor:
         images, so all that heads see here has the values that such files hold.
         """
         m = self._manifest
+        rows = plan.sampling.rows(m.schedule, m.taps, m.kinds)
         below, right = plan.padded[0] - plan.height, plan.padded[1] - plan.width
         padded = np.pad(image, ((0, 0), (0, below), (0, right)), mode="reflect") if below or right else image
         crops[:, 1:] = 0
@@ -99,7 +100,7 @@ class HostExecutor:
                 :, window.top : window.top + window.height, window.left : window.left + window.width
             ]
             denoiser.cancelled = cancelled
-            restored = restore(denoiser, field, m.schedule, m.taps, m.kinds)
+            restored = restore(denoiser, field, rows)
             weight = plan.blend_weight(window)
             for index in plan.readers(window):
                 paste(crops[index], shares[index], plan, index, window, restored, weight)

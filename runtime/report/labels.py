@@ -20,16 +20,19 @@ class Label:
     about: str
 
 
-def make_labels(manifest: Manifest) -> dict[str, Label]:
-    """Return the names and explanations of all pictures an engine has, in the order they are shown."""
+def make_labels(manifest: Manifest, taken: int | None = None) -> dict[str, Label]:
+    """Return the names and explanations of all pictures an engine has, in the order they are shown.
+
+    `taken` is the number of steps, if not all of the engine's.
+    """
     labels: dict[str, Label] = {}
     steps = manifest.schedule.steps
     labels[Kind.DIS] = Label(Html("Original"), "Original", "as scored", "The image as it was scored.")
     noise = {kind: _noise(manifest, kind) for kind in manifest.kinds if kind in {Kind.T1, Kind.T2}}
     if Kind.Y0 in manifest.kinds:
         about = (
-            f"The restoration: what the diffusion network makes of the image in {steps} steps. A good image leaves it "
-            "little to restore."
+            f"The restoration: what the diffusion network makes of the image in {taken or steps} steps. A good image "
+            "leaves it little to restore."
         )
         labels[Kind.Y0] = Label(Html("y<sub>0</sub>"), "y0", "restored", about)
     for kind, level in noise.items():

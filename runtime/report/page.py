@@ -59,9 +59,9 @@ class Collected:
 class Page:
     """Renders the parts of one report."""
 
-    def __init__(self, manifest: Manifest, title: str, scale: Scale = Scale.RAW) -> None:
+    def __init__(self, manifest: Manifest, title: str, scale: Scale = Scale.RAW, steps: int | None = None) -> None:
         self.manifest, self.title, self.scale = manifest, title, scale
-        self.labels = make_labels(manifest)
+        self.labels = make_labels(manifest, steps)
         self._restores = len(manifest.kinds) > 1
         self._branches = [name.upper() for name in (StageName.VCG, StageName.VDA) if manifest.stage(name)]
 

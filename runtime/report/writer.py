@@ -39,7 +39,8 @@ class ReportWriter:
     """Collects results and writes the page when closed; nothing appears at `path` before.
 
     A `with` block closes it, or drops everything if it ends in an exception. `expected` is how many images are coming:
-    the fewer, the larger the pictures. Pictures wait in an unnamed temporary file beside `path`, numbers in memory.
+    the fewer, the larger the pictures. `steps` is how many were taken, if not all. Pictures wait in an unnamed
+    temporary file beside `path`, numbers in memory.
     """
 
     def __init__(
@@ -49,11 +50,12 @@ class ReportWriter:
         *,
         title: str = "Image quality report",
         expected: int | None = None,
+        steps: int | None = None,
         scale: Scale = Scale.RAW,
     ) -> None:
         """Raise OutputError if the page cannot be written there: better now than after an hour of scoring."""
         self._path = Path(os.path.realpath(path))  # a link is followed, not replaced
-        self._page = Page(manifest, title, scale)
+        self._page = Page(manifest, title, scale, steps)
         self._side = next((side for side, most in _SIDES if expected is not None and expected <= most), _SMALLEST_SIDE)
         self._results: list[Score | Failure] = []
         self._ranges: dict[str, list[tuple[float, float]]] = {}

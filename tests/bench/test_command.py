@@ -1,7 +1,9 @@
 """`iqa-bench` from the outside: its report, its files, bad input, and Ctrl-C."""
 
+import dataclasses
 import importlib.util
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,9 @@ from diffiqa.bench import report
 from diffiqa.bench.ceilings import host_product, matmul_model
 from diffiqa.bench.results import read
 from diffiqa.cli import main
+from diffiqa.engine.manifest import MANIFEST, read_manifest
+from diffiqa.engine.monotone import Monotone
+from diffiqa.engine.sampling import Fast, Sampling
 
 
 def call(engine: Path | str, *arguments: str | Path) -> Result:
@@ -84,6 +89,9 @@ def test_the_page_stands_alone_and_draws_what_was_measured(finished: tuple[Resul
         (["--engine", "ENGINE", "--size", "64"], "is not WIDTHxHEIGHT"),
         (["--engine", "ENGINE", "--crops", "1,x"], "is not whole numbers"),
         (["--engine", "ENGINE", "--steps", "2"], "2 steps are too few"),
+        (["--engine", "ENGINE", "--fast"], "no fast sampling yet; make one with: iqa-calibrate"),
+        (["--engine", "ENGINE", "--fast", "--steps", "4"], "fast has steps of its own"),
+        (["--engine", "ENGINE", "--fast", "--peer", "openvino"], "which no peer takes"),
         (["--engine", "ENGINE", "--peer", "magic"], "there is no peer 'magic'; choose from"),
         (["--engine", "ENGINE", "--ckpt", "none.pt"], "none.pt is not a file"),
         (["--engine", "ENGINE", "--cpu-precision", "bf16"], "--cpu-precision is an option of the backend openvino"),
@@ -131,6 +139,18 @@ def test_openvino_can_be_what_is_measured_and_the_record_says_so(tiny_engine: Pa
     ours, peer = results.peers
     assert ours.version == peer.version == results.engine.backend.partition(":")[0]
     assert peer.cases[0].drift == 0  # it is the same backend
+
+
+def test_the_fast_sampling_is_a_case_beside_all_steps(tiny_engine: Path, tmp_path: Path) -> None:
+    engine, file = Path(shutil.copytree(tiny_engine, tmp_path / "engine")), tmp_path / "bench.json"
+    fast = Fast(Sampling((0, 2, 5)), Monotone((0.0,), (0.1,), slope_beyond=1), 40)
+    (engine / MANIFEST).write_text(dataclasses.replace(read_manifest(engine), fast=fast).to_json())
+    options = ("--size", "40x40", "--crops", "1", "--rounds", "1", "--starts", "0", "--json", file)
+    assert call(engine, "--fast", *options).exit_code in {0, 1}
+    own, quick = read(file).cases
+    assert (own.steps, quick.steps) == (6, 3)
+    assert (len(own.step_seconds), len(quick.step_seconds)) == (6, 3)
+    assert quick.work["unet"].gflop == pytest.approx(own.work["unet"].gflop / 2)
 
 
 def test_a_bad_image_is_left_out_and_said(tiny_engine: Path, tmp_path: Path) -> None:

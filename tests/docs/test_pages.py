@@ -32,9 +32,11 @@ OTHERS = [ROOT / name for name in ("CONTRIBUTING.md", "models/mini/README.md", "
 
 # Commands that take seconds on the tiny engine. The others are parsed and no more.
 CHEAP = {"run", "verify", "calibrate", "quantise", "convert", "bench"}
-# What the tests have no part of: GPUs, other people's weights, a network of another size, minutes of measuring.
+# What the tests have no part of: GPUs, other people's weights, a network of another size or trained, minutes of
+# measuring.
 ABSENT = re.compile(
     r"tensorrt|onnxruntime-gpu|inductor|CUDAExecution|bf16|iqa_net|maniqa|--preset|--peers|\.deb|--bisect|--spin|mixed"
+    r"|--fast|\d\.\.\d"
 )
 Line = list[str]  # the words of one command line
 

@@ -58,6 +58,28 @@ def test_engine_id_follows_stages_and_scoring_but_not_provenance(engine: Path) -
     assert read_manifest(engine).engine_id != before
 
 
+FAST = {
+    "sampling": {"steps": [0, 2, 5], "sampler": "ancestral", "eta": 0.0, "taps": "state"},
+    "correction": {"inputs": [0.5], "outputs": [0.51], "slope_beyond": 1},
+    "images": 40,
+}
+
+
+def with_fast(data: dict[str, Any], part: str = "sampling", **changes: Any) -> None:
+    data["fast"] = {**FAST, part: {**FAST[part], **changes}}  # type: ignore[dict-item]
+
+
+def test_a_fast_sampling_is_kept_and_is_no_part_of_the_engines_id(engine: Path) -> None:
+    before = read_manifest(engine)
+    edit(engine, with_fast)
+    manifest = open_engine(engine).manifest
+    assert manifest.fast
+    assert manifest.fast.sampling.steps == (0, 2, 5)
+    assert manifest.engine_id == before.engine_id
+    assert json.loads(manifest.to_json())["fast"] == FAST
+    assert "fast" not in json.loads(before.to_json())
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("tap_form", "clamped"), ("tap_form", "png8"), ("sides", "resized"), ("image_form", "squashed")],
@@ -85,6 +107,14 @@ def test_engine_id_follows_the_places_of_crops_but_not_their_number(engine: Path
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        pytest.param(lambda d: with_fast(d, steps=[0, 5]), "needs step 2, and one above it", id="no level of a tap"),
+        pytest.param(lambda d: with_fast(d, steps=[0, 2, 6]), "within 0 to 5", id="a step beyond the last"),
+        pytest.param(lambda d: with_fast(d, steps=[0, 2, 2.5]), r"steps\[2\] must be a whole number", id="half a step"),
+        pytest.param(lambda d: with_fast(d, eta=2.0, sampler="ddim"), "eta must lie between 0 and 1", id="eta"),
+        pytest.param(lambda d: with_fast(d, sampler="euler"), "must be one of ancestral, ddim", id="sampler"),
+        pytest.param(
+            lambda d: with_fast(d, "correction", outputs=[]), "the correction needs as many outputs", id="correction"
+        ),
         pytest.param(lambda d: d.update(schema=2), "schema version 2", id="newer schema"),
         pytest.param(lambda d: d.update(schema="1"), "schema version '1'", id="schema of another type"),
         pytest.param(lambda d: d.pop("stages"), "lacks 'stages'", id="missing entry"),

@@ -8,9 +8,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from diffiqa.engine.manifest import EngineDirectory, Library, Precision, Stage, StageName, open_engine, read_manifest
+from diffiqa.engine.sampling import choose_sampling
 from diffiqa.engine.schedule import Schedule
 from diffiqa.errors import ExportError
 from diffiqa.export.builds import BuildOptions, build_engines
@@ -54,6 +55,17 @@ def test_every_level_of_the_schedule_gives_the_same_bits(
     after = rounded(cast(tabulated, changed, precision)).SerializeToString()
     for feed in feeds(directory):
         np.testing.assert_array_equal(run_onnx(after, feed)[0], run_onnx(before, feed)[0])
+
+
+def test_fewer_steps_find_their_rows_in_the_table(directory: EngineDirectory, unet: Stage) -> None:
+    m = directory.manifest
+    tabulated, _ = tabulate(onnx.load(directory.file(unet.file)), resolve_plan(directory).stage(unet.name), m.schedule)
+    names = [tensor.name for tensor in tabulated.graph.initializer]
+    levels = numpy_helper.to_array(tabulated.graph.initializer[names.index("steps.levels")])
+    for sampler in ("ancestral", "ddim", "ddim:0.5"):
+        rows = choose_sampling(m.schedule, m.taps, m.kinds, 4, sampler).rows(m.schedule, m.taps, m.kinds)
+        asked = rows.factors.noise_level[rows.factors.noise_level > 0]
+        assert set(asked) <= set(levels[0])
 
 
 def test_levels_are_told_apart_in_float32(directory: EngineDirectory, unet: Stage) -> None:

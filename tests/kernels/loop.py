@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from diffiqa.engine.schedule import Schedule
+from diffiqa.engine.sampling import Rows, Sampling
+from diffiqa.engine.schedule import Schedule, Taps
 from diffiqa.kernels.launch import PROGRESS, SamplerBuffers, Storage, Window, step_table, window_table
 
 from .devices import Array, Device
@@ -19,23 +20,25 @@ class Loop:
     windows: list[Window]
     size: tuple[int, int]
     schedule: Schedule = field(default_factory=lambda: Schedule(steps=4))
-    taps: tuple[int, ...] = ()
+    taps: tuple[int, ...] = ()  # rows
+    walk: Rows | None = None  # the schedule's own
     in_place: bool = False  # y is the state
 
     def __post_init__(self) -> None:
+        self.rows = self.walk or Sampling.trained(self.schedule).rows(self.schedule, Taps(), ())
         self.shape = (len(self.windows), 3, *self.size)
         device, real = self.device, self.storage.dtype
         state = device.like(self.shape, np.float32)
         self.buffers = SamplerBuffers(
             self.storage,
-            *(len(self.windows), *self.size, self.schedule.steps),
+            *(len(self.windows), *self.size, len(self.rows.steps), self.rows.start),
             state=state,
             y=state if self.in_place else device.like(self.shape, real),
             noise=device.like(self.shape, real),
             noise_level=device.like((len(self.windows), 1), np.float32),
             taps=device.like((len(self.taps), *self.shape), np.float32) if self.taps else 0,
             windows=device.put(window_table(self.windows, self.size)),
-            table=device.put(step_table(vars(self.schedule.coefficients), self.taps)),
+            table=device.put(step_table(vars(self.rows.factors), self.taps, self.rows.steps)),
             progress=device.like((), PROGRESS),
         )
 

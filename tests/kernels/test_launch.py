@@ -26,7 +26,15 @@ COEFFICIENTS = vars(Schedule(steps=6).coefficients)
 def buffers(**changes: Any) -> SamplerBuffers:
     names = ("state", "y", "noise", "noise_level", "taps", "windows", "table", "progress")
     addresses = {name: 4096 * (i + 1) for i, name in enumerate(names)}
-    fields: dict[str, Any] = {"storage": Storage.F16, "batch": 2, "height": 32, "width": 48, "steps": 50, **addresses}
+    fields: dict[str, Any] = {
+        "storage": Storage.F16,
+        "batch": 2,
+        "height": 32,
+        "width": 48,
+        "steps": 50,
+        "start": 50,
+        **addresses,
+    }
     return SamplerBuffers(**{**fields, **changes})
 
 
@@ -114,7 +122,8 @@ def test_rejects_crops_that_are_not_whole_quads() -> None:
 
 
 def test_step_table_holds_coefficients_and_tap_slots() -> None:
-    table = step_table(COEFFICIENTS, (0, 5, 2))
+    table = step_table(COEFFICIENTS, (0, 5, 2), (1, 3, 4, 7, 8, 9))
+    assert table["counter"].tolist() == [1, 3, 4, 7, 8, 9]
     assert table["tap"].tolist() == [0, -1, 2, -1, -1, 1]
     for name, column in COEFFICIENTS.items():
         np.testing.assert_array_equal(table[name], column)
@@ -122,8 +131,8 @@ def test_step_table_holds_coefficients_and_tap_slots() -> None:
 
 @pytest.mark.parametrize("taps", [(6,), (-1,), (1, 1)], ids=str)
 def test_rejects_taps_that_are_no_step_or_twice_the_same(taps: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="step indices from 0 to 5"):
-        step_table(COEFFICIENTS, taps)
+    with pytest.raises(ValueError, match="rows from 0 to 5"):
+        step_table(COEFFICIENTS, taps, range(6))
 
 
 def test_window_table_splits_the_seed() -> None:

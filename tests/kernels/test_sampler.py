@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from diffiqa.engine.noise import NoiseField
+from diffiqa.engine.sampling import Sampler, Sampling, TapRule
 from diffiqa.engine.schedule import Kind, Schedule, Taps
 from diffiqa.kernels.launch import COEFFICIENTS, PROGRESS, Storage, Window
 from diffiqa.runtime.host.sampler import restore, step
@@ -217,8 +218,15 @@ def test_a_prediction_that_overflowed_is_treated_as_in_numpy(device: Device, sto
     assert np.isnan(loop.state).sum() == np.isnan(bad)
 
 
-def test_whole_loop_agrees_with_the_host_loop(device: Device) -> None:
+@pytest.mark.parametrize("name", ["trained", "some steps", "half the noise", "re-noised"])
+def test_whole_loop_agrees_with_the_host_loop(device: Device, name: str) -> None:
     size, schedule, taps = (16, 32), Schedule(steps=20), Taps(t1=3, t2=7)
+    sampling = {
+        "trained": Sampling.trained(schedule),
+        "some steps": Sampling((2, 6, 11, 18)),
+        "half the noise": Sampling((2, 4, 6, 19), Sampler.DDIM, eta=0.5),
+        "re-noised": Sampling((5, 17), Sampler.DDIM, taps=TapRule.RENOISED),
+    }[name]
     window = Window(11, (64, 64), top=16, left=32, lane=2)
 
     class Denoiser:
@@ -232,14 +240,20 @@ def test_whole_loop_agrees_with_the_host_loop(device: Device) -> None:
 
     noise = NoiseField(window.seed, window.size, window=size, top=window.top, left=window.left, lane=window.lane)
     kinds = (Kind.Y0, Kind.T1, Kind.T2)
-    expected = restore(Denoiser(), noise, schedule, taps, kinds)
+    rows = sampling.rows(schedule, taps, kinds)
+    expected = restore(Denoiser(), noise, rows)
 
-    loop = Loop(device, Storage.F32, [window], size, schedule, tuple(taps.step_of(kind) for kind in kinds))
+    loop = Loop(device, Storage.F32, [window], size, schedule, tuple(rows.taps[kind] for kind in kinds), rows)
     loop.begin()
-    for _ in range(schedule.steps):
+    for _ in range(rows.calls):
         level = device.get(loop.buffers.noise_level)[0, 0]
         loop.predict(np.tanh(loop.y) * np.float32(1 - float(level)))
         loop.step()
+    restored = loop.state
+    for _ in range(len(rows.steps) - rows.calls):
+        loop.step()
+    np.testing.assert_array_equal(bits(loop.state), bits(restored))  # what makes taps of it leaves it alone
+    assert loop.progress == (-1, 0)
     for found, kind in zip(device.get(loop.buffers.taps), kinds, strict=True):
         # Normals differ by some ulp; nothing in the loop makes that grow by more than a few times.
         np.testing.assert_allclose(found[0], expected[kind], rtol=0, atol=2e-5)

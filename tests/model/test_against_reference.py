@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffiqa.engine.noise import NoiseField
+from diffiqa.engine.sampling import Sampling
 from diffiqa.engine.schedule import Kind, Schedule, Taps
 from diffiqa.model.config import PRESETS, ModelConfig, Norm, SwinConfig, UNetConfig, VCGConfig, VDAConfig, ViTConfig
 from diffiqa.model.network import DiffV2IQA, build
@@ -149,7 +150,8 @@ def test_six_steps_of_restoration_with_a_unet_and_their_taps(seed: int) -> None:
     net.get_parameter("final_conv.block.3.weight").mul_(0.3)
     weights, condition = Weights(net), images(random, 3, 8, 12)
     field = NoiseField(seed, (8, 12))
-    restored = restore(TorchDenoiser(net, condition), field, schedule, taps, tuple(Kind))
+    rows = Sampling.trained(schedule).rows(schedule, taps, tuple(Kind))
+    restored = restore(TorchDenoiser(net, condition), field, rows)
 
     z32 = np.empty((3, 8, 12), np.float32)
     bars, states, inside = ref.alpha_bars(6), {}, {}

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import io
 import random
 import statistics
@@ -17,7 +18,10 @@ from PIL import Image
 
 import diffiqa
 from diffiqa import Failure, ImageError, Mode, Options, Score, Scorer, UsageError
+from diffiqa.engine.manifest import open_engine
+from diffiqa.engine.monotone import Monotone
 from diffiqa.engine.pixels import to_plane
+from diffiqa.engine.sampling import Fast, choose_sampling
 from diffiqa.engine.schedule import Kind
 from diffiqa.errors import BackendError
 from diffiqa.runtime import scorer as scorer_module
@@ -210,6 +214,11 @@ def test_an_image_object_keeps_its_file_name(scorer: Scorer, tmp_path: Path) -> 
         ({"seed": "1"}, "seed must be a whole number, not '1'"),
         ({"mode": "nonsense"}, "mode must be one of whole, tile, crop, not 'nonsense'"),
         ({"pixel_budget": 5}, "pixel budget must be at least"),
+        ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"steps": 2.5}, "steps must be a whole number, not 2.5"),
+        ({"sampler": "euler"}, "a sampler is ancestral, ddim or ddim:ETA"),
+        ({"sampler": "ddim:2"}, "eta must lie between 0 and 1, not 2"),
+        ({"fast": True, "steps": 4}, "fast has steps and a sampler of its own"),
     ],
 )
 def test_options_nothing_can_be_done_with_are_refused(options: dict[str, Any], says: str) -> None:
@@ -227,6 +236,56 @@ def test_a_mode_may_be_given_as_text(scorer: Scorer) -> None:
     as_text = scorer.score(picture, Options(mode="crop"))  # type: ignore[arg-type]
     assert as_text.mode is Mode.CROP
     assert same(as_text, scorer.score(picture, Options(mode=Mode.CROP)))
+
+
+def test_all_steps_by_name_are_the_engines_own_and_others_say_what_they_are(scorer: Scorer) -> None:
+    picture = photo(9, 60, 60)
+    own = scorer.score(picture, Options(crops=1))
+    assert same(scorer.score(picture, Options(crops=1, steps=6, sampler="ancestral")), own)
+    assert own.notes == ()
+    seen = {own.score}
+    for options, note in (
+        ({"steps": 4}, "4 of 6 steps, ancestral"),
+        ({"steps": 4, "sampler": "ddim:0.5"}, "4 of 6 steps, ddim:0.5"),
+        ({"sampler": "ddim"}, "6 of 6 steps, ddim"),
+        ({"steps": 1, "sampler": "ddim"}, "1 of 6 steps, ddim"),
+    ):
+        score = scorer.score(picture, Options(crops=1, **options))
+        assert score.notes == (note,)
+        seen.add(score.score)
+    assert len(seen) == 5
+
+
+def test_fast_takes_its_steps_and_corrects_the_score_of_each_seed(tiny_engine: Path, scorer: Scorer) -> None:
+    directory = open_engine(tiny_engine)
+    plain = choose_sampling(scorer.manifest.schedule, scorer.manifest.taps, scorer.manifest.kinds, 4, None)
+    shift = Monotone((0.0, 1.0), (0.5, 2.5), slope_beyond=1)
+    manifest = dataclasses.replace(directory.manifest, fast=Fast(plain, shift, 40))
+    picture = photo(9, 60, 60)
+    with load(dataclasses.replace(directory, manifest=manifest)) as fast:
+        quick = fast.score(picture, Options(crops=2, seeds=2, fast=True))
+        assert same(fast.score(picture, Options(crops=2, seeds=2)), scorer.score(picture, Options(crops=2, seeds=2)))
+    few = [scorer.score(picture, Options(crops=2, seed=seed, steps=4)).score for seed in (0, 1)]
+    assert quick.score == pytest.approx(sum(map(shift, few)) / 2, abs=1e-12)
+    assert quick.spread == pytest.approx(abs(shift(few[0]) - shift(few[1])) / 2**0.5, abs=1e-12)
+    assert quick.notes == ("fast: 4 of 6 steps, the score corrected for it",)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (Options(steps=7), "7 steps are more than the 6"),
+        (Options(steps=2), "2 of 6 steps cannot hold the noise levels"),
+        (Options(fast=True), "no fast sampling yet; make one with: iqa-calibrate --engine DIR --calib IMAGES --steps"),
+    ],
+)
+def test_steps_that_an_engine_cannot_take_are_refused_before_an_image_is_read(
+    scorer: Scorer, options: Options, says: str
+) -> None:
+    with pytest.raises(UsageError, match=says):
+        scorer.stream(iter(["missing.png"]), options)
+    with pytest.raises(UsageError, match=says):
+        scorer.score(photo(1, 40, 40), options)
 
 
 @pytest.mark.parametrize("settings", [{"threads": 0}, {"threads": "2"}, {"providers": []}, {"providers": "CPU"}])

@@ -15,11 +15,15 @@ from PIL import Image
 from diffiqa import cli
 from diffiqa.calibration.quantise import Number, Recipe, quantise_engine
 from diffiqa.engine.manifest import MANIFEST, Precision, StageName, read_manifest
+from diffiqa.engine.monotone import Monotone
+from diffiqa.engine.sampling import Fast, Sampler, Sampling, TapRule
 from diffiqa.errors import UsageError
 from diffiqa.export.precision import PrecisionPlan, plan_stage, read_plan
 from diffiqa.model.bundle import save_bundle
 from diffiqa.model.network import DiffV2IQA, build
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime
+from diffiqa.runtime.results import Options
+from diffiqa.runtime.scorer import load
 from diffiqa.verify.api import load_emulated, verify, verify_saved
 from diffiqa.verify.limits import make_limits
 from diffiqa.verify.report import to_json
@@ -341,3 +345,61 @@ def test_options_that_contradict_each_other_are_refused(tiny_engine: Path, saved
 def test_a_folder_that_holds_something_is_not_saved_into(tiny_engine: Path, images: Path, saved: Path) -> None:
     arguments = ("--engine", tiny_engine, "--precision", "fp16", images, *CALM)
     assert refused(call(*arguments, "--save", saved / "kept"), "not empty")
+
+
+@pytest.fixture
+def fast(tiny_engine: Path, tmp_path: Path) -> Path:
+    engine = Path(shutil.copytree(tiny_engine, tmp_path / "engine"))
+    sampling = Sampling((1, 3, 5), Sampler.DDIM, taps=TapRule.RENOISED)  # its last step is not the trained loop's
+    quick = Fast(sampling, Monotone((0.0,), (0.0,), slope_beyond=1), 40)
+    (engine / MANIFEST).write_text(dataclasses.replace(read_manifest(engine), fast=quick).to_json())
+    return engine
+
+
+def test_fast_is_judged_against_all_steps_by_limits_of_its_own(fast: Path, images: Path, tmp_path: Path) -> None:
+    lifted = [
+        word
+        for name in ("spread", "score-mean", "tap-psnr", "tap-mean", "maps-mean")
+        for word in ("--limit", f"{name}=none")
+    ]
+    result = call("--engine", fast, "--fast", images, *CALM, *lifted, "--json", tmp_path / "a.json")
+    assert result.exit_code == 0, result.output
+    data = json.loads((tmp_path / "a.json").read_text())
+    assert data["candidate"]["id"].startswith(f"{data['reference']['id']}+fast:")
+    assert "3 of 6 steps" in data["candidate"]["label"]
+    with load(fast) as scorer:
+        for found in data["images"]:
+            assert [len(found[name]) for name in ("noise", "state", "forced", "heads")] == [0, 0, 0, 0]
+            want, have = (scorer.score(found["name"], Options(fast=way)).score for way in (False, True))
+            assert found["scores"]["score"] == pytest.approx([want, have], abs=1e-6)
+    checked = {check["name"]: check for check in data["checks"]}
+    assert checked["score"]["limit"] == make_limits("fast", {}, 3)["score"]
+    assert all(checked[name]["within"] for name in ("repeat", "order", "batch"))
+
+
+def test_a_fast_sampling_with_a_wrong_correction_is_caught(fast: Path, images: Path) -> None:
+    manifest = read_manifest(fast)
+    assert manifest.fast
+    wrong = dataclasses.replace(manifest.fast, correction=Monotone((0.0,), (0.2,), slope_beyond=1))
+    (fast / MANIFEST).write_text(dataclasses.replace(manifest, fast=wrong).to_json())
+    result = call("--engine", fast, "--fast", images, *CALM)
+    assert result.exit_code == 1
+    assert "score-mean" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--bisect", "plan.json", "--precision", "fp16"], "need a candidate with the reference's steps"),
+        (["--save", "kept"], "need a candidate with the reference's steps"),
+    ],
+)
+def test_fast_goes_without_what_compares_steps(
+    fast: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert refused(call("--engine", fast, "--fast", images, *arguments), says)
+
+
+def test_fast_of_an_engine_that_has_none_names_the_command(tiny_engine: Path, images: Path) -> None:
+    assert refused(call("--engine", tiny_engine, "--fast", images), "make one with: iqa-calibrate")

@@ -58,8 +58,9 @@ def test_a_trace_holds_every_step_of_the_first_window_and_the_first_maps(tiny: P
 
 
 def test_an_engine_answers_its_own_trace_with_the_same(tiny: Pipeline) -> None:
-    trace = tiny.trace(to_plane(PIXELS), plan_of(tiny), 0)
-    answers = tiny.answer(trace)
+    plan = plan_of(tiny)
+    trace = tiny.trace(to_plane(PIXELS), plan, 0)
+    answers = tiny.answer(trace, plan)
     np.testing.assert_array_equal(answers.noise, trace.noise)
     np.testing.assert_array_equal(answers.maps, trace.maps)
     np.testing.assert_array_equal(answers.vcg, trace.vcg[:HEAD_CALLS])
@@ -72,7 +73,7 @@ def test_what_is_wrong_in_one_stage_shows_there_alone(tiny: Pipeline, tiny_engin
     wrong = pipeline(edited(tiny_engine, tmp_path / "e", StageName.VDA, scale_weights))
     plan, plane = plan_of(tiny), to_plane(PIXELS)
     want = tiny.trace(plane, plan, 0)
-    figures = image_figures(tiny.manifest, "a", want, wrong.trace(plane, plan, 0), wrong.answer(want), 0.99)
+    figures = image_figures(tiny.manifest, "a", want, wrong.trace(plane, plan, 0), wrong.answer(want, plan), 0.99)
     assert figures.heads["vda"].max > 1e-4
     assert figures.heads["vcg"].max == figures.heads["vit"].max == figures.forced[-1].max == 0
     assert figures.taps["y0"].max == 0
@@ -84,7 +85,7 @@ def test_errors_of_the_unet_add_up_when_it_runs_freely(tiny: Pipeline, tiny_engi
     wrong = pipeline(edited(tiny_engine, tmp_path / "e", StageName.UNET, scale_weights))
     plan, plane = plan_of(tiny), to_plane(PIXELS)
     want = tiny.trace(plane, plan, 0)
-    figures = image_figures(tiny.manifest, "a", want, wrong.trace(plane, plan, 0), wrong.answer(want), 0.99)
+    figures = image_figures(tiny.manifest, "a", want, wrong.trace(plane, plan, 0), wrong.answer(want, plan), 0.99)
     assert figures.state[0].max == 0  # both start from the same noise
     assert 0 < figures.state[1].mean < figures.state[-1].mean
     assert figures.forced[0] == figures.noise[0]
@@ -93,6 +94,7 @@ def test_errors_of_the_unet_add_up_when_it_runs_freely(tiny: Pipeline, tiny_engi
 
 
 def test_two_inputs_at_once_give_what_each_gives_alone(tiny: Pipeline) -> None:
-    trace = tiny.trace(to_plane(PIXELS), plan_of(tiny), 0)
-    assert set(tiny.batch_difference(trace)) == {"unet", "vit", "vcg", "vda"}
-    assert max(tiny.batch_difference(trace).values()) < 1e-5
+    plan = plan_of(tiny)
+    trace = tiny.trace(to_plane(PIXELS), plan, 0)
+    assert set(tiny.batch_difference(trace, plan)) == {"unet", "vit", "vcg", "vda"}
+    assert max(tiny.batch_difference(trace, plan).values()) < 1e-5

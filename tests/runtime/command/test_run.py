@@ -1,6 +1,7 @@
 """`iqa-run`: every image gets a record, whatever happens to the others or to the process."""
 
 import csv
+import dataclasses
 import json
 import os
 import random
@@ -19,6 +20,9 @@ from PIL import Image
 
 from diffiqa import Scorer
 from diffiqa.cli import main
+from diffiqa.engine.manifest import MANIFEST, read_manifest
+from diffiqa.engine.monotone import Monotone
+from diffiqa.engine.sampling import Fast, Sampling
 from diffiqa.runtime.command.recordfile import read_records
 from diffiqa.runtime.command.records import Format, to_line
 from diffiqa.runtime.host import onnx_stage
@@ -212,6 +216,66 @@ def test_what_cannot_run_at_all_is_exit_code_2_and_one_line(tiny_engine: Path, a
     assert result.exit_code == 2, result.output
     assert says in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_scores_with_other_steps_never_mix_in_a_file(tiny_engine: Path, folder: Path, tmp_path: Path) -> None:
+    """A file of an earlier version, whose settings say nothing of steps, goes on with all steps alone."""
+    file, four = tmp_path / "all.jsonl", ("--steps", "4")
+    call(tiny_engine, folder / "a.png", "-o", file, "-q")
+    assert "sampling" not in lines(file.read_text())[0]["settings"]
+    refused = call(tiny_engine, folder / "c.bmp", "-o", file, "--resume", *four)
+    assert refused.exit_code == 2
+    assert "other settings (sampling all steps, now 4:ancestral)" in refused.stderr
+    again = call(tiny_engine, folder / "a.png", folder / "c.bmp", "-o", file, "--resume", "--steps", "6", "-q")
+    assert again.exit_code == 0, again.stderr
+    assert len(lines(file.read_text())) == 2
+
+    csv_file = tmp_path / "four.csv"
+    call(tiny_engine, folder / "a.png", "-o", csv_file, "-q", *four)
+    with csv_file.open() as stream:
+        (row,) = csv.DictReader(stream)
+    assert "sampling=4:ancestral" in row["settings"]
+    assert row["notes"] == "4 of 6 steps, ancestral"
+    for other in ((), ("--steps", "5"), (*four, "--sampler", "ddim"), (*four, "--sampler", "ddim:1")):
+        refused = call(tiny_engine, folder / "c.bmp", "-o", csv_file, "--resume", *other)
+        assert refused.exit_code == 2
+        assert "sampling 4:ancestral, now " in refused.stderr
+    assert call(tiny_engine, folder / "c.bmp", "-o", csv_file, "--resume", "-q", *four).exit_code == 0
+
+
+def test_fast_scores_of_another_calibration_do_not_mix(tiny_engine: Path, folder: Path, tmp_path: Path) -> None:
+    engine, file = Path(shutil.copytree(tiny_engine, tmp_path / "engine")), tmp_path / "fast.jsonl"
+    manifest = read_manifest(engine)
+
+    def calibrated(offset: float) -> None:
+        fast = Fast(Sampling((0, 2, 5)), Monotone((0.0,), (offset,), slope_beyond=1), 40)
+        (engine / MANIFEST).write_text(dataclasses.replace(manifest, fast=fast).to_json())
+
+    assert "no fast sampling yet" in call(engine, folder / "a.png", "--fast").stderr
+    calibrated(0.25)
+    assert call(engine, folder / "a.png", "-o", file, "-q", "--fast").exit_code == 0
+    plain = lines(call(engine, folder / "a.png", "--steps", "3", "--format", "jsonl").stdout)[0]["score"]
+    (record,) = lines(file.read_text())
+    assert record["score"] == pytest.approx(plain + 0.25)
+    assert call(engine, folder / "c.bmp", "-o", file, "--resume", "-q", "--fast").exit_code == 0
+    assert "sampling fast:" in call(engine, folder / "c.bmp", "-o", file, "--resume", "--steps", "3").stderr
+    calibrated(0.5)
+    refused = call(engine, folder / "b.jpg", "-o", file, "--resume", "--fast")
+    assert refused.exit_code == 2
+    assert "was begun with other settings (sampling fast:" in refused.stderr
+
+
+def test_the_table_says_once_what_all_images_have_in_common(tiny_engine: Path, folder: Path) -> None:
+    shown = call(tiny_engine, folder / "a.png", folder / "c.bmp", "--steps", "4", "--format", "table").stdout
+    assert shown.count("4 of 6 steps") == 1
+    assert "all: 4 of 6 steps, ancestral" in shown
+
+
+def test_the_report_says_how_many_steps_were_taken(tiny_engine: Path, folder: Path, tmp_path: Path) -> None:
+    call(tiny_engine, folder / "a.png", "--steps", "4", "--report", tmp_path / "r.html", "-q")
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "4 of 6 steps, ancestral" in page
+    assert "makes of the image in 4 steps" in page
 
 
 @pytest.mark.parametrize(

@@ -281,6 +281,44 @@ def test_graphs_of_moved_memory_are_dropped(directory: EngineDirectory, layer: F
         assert same(executor.run(tiny, plans[0], 4), expected)
 
 
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "four": {"steps": 4},
+    "three": {"steps": 3},
+    "re-noised": {"steps": 2, "sampler": "ddim"},
+    "half the noise": {"steps": 4, "sampler": "ddim:0.5"},
+}
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize("form", Form)
+def test_other_steps_are_the_hosts_and_a_graph_changes_no_bit(
+    directory: EngineDirectory, host: HostExecutor, layer: FakeLayer, form: Form, name: str
+) -> None:
+    pixels = photo(5, 48, 64)
+    plan, executor = planned(directory, pixels, crops=2, **SAMPLINGS[name]), device(layer, directory, form)
+    plain = device(FakeLayer(layer.driver), directory, Form.NONE)
+    expected = {seed: plain.run(pixels, plan, seed) for seed in (7, 8)}
+    check_close(expected[7], host.run(to_plane(pixels), plan, 7))
+    assert same(executor.run(pixels, plan, 7), expected[7])
+    assert layer.log.count("unet") == SAMPLINGS[name]["steps"]
+    for seed in (8, 7, 8):  # what another run leaves behind must not look like a result
+        assert same(executor.run(pixels, plan, seed), expected[seed])
+
+
+@pytest.mark.parametrize("form", Form)
+def test_samplings_that_take_turns_keep_their_own_tables(
+    directory: EngineDirectory, layer: FakeLayer, form: Form
+) -> None:
+    """A graph reads its table at every replay: one table for all would hold the steps of whoever came last."""
+    pixels = photo(5, 48, 64)
+    executor = device(layer, directory, form)
+    plans = [planned(directory, pixels, crops=1, **options) for options in ({}, *SAMPLINGS.values())]
+    expected = [device(FakeLayer(layer.driver), directory, Form.NONE).run(pixels, plan, 3) for plan in plans]
+    for _ in range(3):
+        for plan, wanted in zip(plans, expected, strict=True):
+            assert same(executor.run(pixels, plan, 3), wanted)
+
+
 def test_only_so_many_shapes_keep_their_contexts_and_graphs(
     directory: EngineDirectory, layer: FakeLayer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -334,7 +334,7 @@ def _sampler(layer: CudaLayer, steps: int) -> tuple[SamplerBuffers, Callable[[],
     state = layer.allocate(4 * pixels)
     buffers = SamplerBuffers(
         Storage.F32,
-        *(1, 16, 16, steps),
+        *(1, 16, 16, steps, steps),
         state=state,
         y=state,
         noise=layer.allocate(4 * pixels),
@@ -346,7 +346,7 @@ def _sampler(layer: CudaLayer, steps: int) -> tuple[SamplerBuffers, Callable[[],
     )
     layer.upload(buffers.noise, np.random.default_rng(0).normal(size=pixels).astype(np.float32))
     layer.upload(buffers.windows, window_table([Window(3, (16, 16))], (16, 16)))
-    layer.upload(buffers.table, step_table(vars(Schedule(steps=steps).coefficients), ()))
+    layer.upload(buffers.table, step_table(vars(Schedule(steps=steps).coefficients), (), range(steps)))
 
     def result() -> tuple[bytes, int]:
         found, progress = np.empty(pixels, np.float32), np.empty(1, PROGRESS)
