@@ -103,9 +103,9 @@ def fit_steps(
 ) -> FittedSteps:
     """Find the fewest of these numbers of steps that keep the scores, and give the engine a fast sampling with them.
 
-    They keep the scores if, corrected, they change them at most 1.2 times as much as another seed does, and their SRCC
-    is at least 0.99. A single number is taken whatever it does. `plot` is a file to draw the drift in. Raises
-    UsageError for what cannot be tried.
+    They keep the scores if, corrected, they change them no more than another seed does, and their SRCC is at least
+    0.99. A single number is taken whatever it does. `plot` is a file to draw the drift in. Raises UsageError for what
+    cannot be tried.
     """
     if plot:
         check_folder_of(Path(plot))

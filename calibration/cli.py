@@ -239,7 +239,9 @@ def print_steps(console: "Console", engine: Path, fitted: "FittedSteps", *, quie
         click.echo(f"{engine}: fast takes {len(fitted.fast.sampling.steps)} of {fitted.all_steps} steps")
     else:
         console.print(
-            "no number of steps keeps the scores as another seed does: the engine stays as it was", soft_wrap=True
+            "no number of steps keeps the scores as another seed does: the engine stays as it was. "
+            "A single number, as in --steps 5, is taken all the same.",
+            soft_wrap=True,
         )
 
 

@@ -169,7 +169,9 @@ def test_the_command_prints_the_cause_and_writes_json(
     scores = saved(tmp_path / "s.csv", {path: score.vcg + 5 * score.vda for path, score in ours.items()}, "path")
     result = call(tiny_engine, scores, images[0].parent, "--json", tmp_path / "found.json")
     assert result.exit_code == 1, result.output
-    assert "several causes would do, the simplest is branch weights: your scores look like 1·VCG + 5·VDA" in result.stdout
+    assert (
+        "several causes would do, the simplest is branch weights: your scores look like 1·VCG + 5·VDA" in result.stdout
+    )
     data = json.loads((tmp_path / "found.json").read_text())
     assert (data["within"], data["explanations"][0]["option"]) == (False, "--branch-weights 1,5")
     same = saved(
