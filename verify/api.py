@@ -225,7 +225,6 @@ def _refuse_contradictions(
 def _refuse_too_few(paths: Sequence[Path], changes: Mapping[str, float | None]) -> None:
     if not paths:
         raise UsageError("no images found; give files, folders or glob patterns")
-    wanted = [name for name in CORRELATIONS if changes.get(name, 0.0) is not None]
+    wanted = [name for name in CORRELATIONS if changes.get(name) is not None]
     if len(paths) < 2 and wanted:
-        leave = " ".join(f"--limit {name}=none" for name in wanted)
-        raise UsageError(f"a correlation needs two images, and there is one; give more, or {leave}")
+        raise UsageError(f"{' and '.join(wanted)} compares the order of images, and there is one; give more")

@@ -301,11 +301,11 @@ def test_bad_sets_of_images_are_named_with_the_way_out(tiny_engine: Path, images
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     assert refused(call(*fp16), "no images")
-    assert refused(call(*fp16, images / "0.png"), "two images", "--limit srcc=none --limit plcc=none")
+    assert refused(call(*fp16, images / "0.png", "--limit", "srcc=0.9"), "srcc compares the order of images")
     assert refused(call(*fp16, black), "all 2 images are black", "photographs")
     assert refused(call(*fp16, twice), "same picture")
     assert refused(call(*fp16, images, broken), "broken.png", "leave it out")
-    assert call(*fp16, images / "0.png", *CALM).exit_code == 0
+    assert call(*fp16, images / "0.png", *CALM[-2:]).exit_code == 0
     assert call(*fp16, images, black, *CALM).exit_code == 0  # some may be
 
 

@@ -22,7 +22,6 @@ GOOD = Difference(
 LOOP = RunFigures(
     spread=0.01, spread_seeds=3, spread_images=2, repeat=True, order=True, batch={"unet": 0.0}, graph=True, device=1e-7
 )
-UNCORRELATED: dict[str, float | None] = {"srcc": None, "plcc": None}
 LIFTED: dict[str, float | None] = dict.fromkeys(RULES)
 
 
@@ -212,13 +211,15 @@ def test_a_run_that_ended_early_has_no_correlations_to_judge() -> None:
 
 def test_what_was_not_measured_says_so() -> None:
     bare = [figures("a", forced=(), heads={})]
-    found = judged(bare, fp16(changes=UNCORRELATED), RunFigures(repeat=True))
+    found = judged(bare, fp16(), RunFigures(repeat=True))
     assert found["spread"].value is None
+    assert "two images" in found["srcc"].where
+    assert "two images" in found["plcc"].where
     assert "--seeds 2" in found["spread"].where
     assert "two images" in found["order"].where
     assert "unet-max" not in found
     assert all(check.within for check in found.values())
-    found = judged(bare, fp16(changes=UNCORRELATED), RunFigures(spread=0.0, device=0.0, graph_note="no graph today"))
+    found = judged(bare, fp16(), RunFigures(spread=0.0, device=0.0, graph_note="no graph today"))
     assert "same score" in found["spread"].where
     assert "no graph today" in found["graph"].where
     assert found["device"].value == 0
