@@ -42,12 +42,16 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class Quantised:
-    """A quantised engine: its stages in 8 bits, the trials of `mixed`, and the images that could not be read."""
+    """A quantised engine: its stages in 8 bits, the trials of `mixed`, and the images that could not be read.
+
+    `made_up`: it was calibrated on made-up pictures, for want of others.
+    """
 
     manifest: Manifest
     stages: tuple[QuantisedStage, ...]
     trials: tuple[Trial, ...]
     skipped: tuple[Skipped, ...]
+    made_up: bool = False
 
 
 def calibrate(
@@ -137,7 +141,8 @@ def quantise(
 ) -> Quantised:
     """Write an engine directory whose stages compute in 8 bits, from a float32 one.
 
-    The ranges come from the folder `statistics`, or else ENGINE/calibration; `images` are calibrated on first.
+    The ranges come from the folder `statistics`, or else ENGINE/calibration; `images` are calibrated on first. Where
+    there is nothing of all this, it calibrates on 16 made-up pictures.
     `precision` is int8, fp8 or mixed: int8 in those stages that together change the score by at most `limit` in the
     mean, tried on `images`. `target` is whose form of Q/DQ to write: onnxruntime, or tensorrt (the default for fp8).
 
@@ -155,9 +160,11 @@ def quantise(
     check_target(output, force=force)
     folder = Path(statistics) if statistics else engine / "calibration"
     skipped: tuple[Skipped, ...] = ()
-    found = find_images(images)
-    if found:
-        _, skipped = collect(engine, found, folder, say=say)
+    made_up = not images and not statistics and not (folder / f"{NAME}.npz").exists()
+    with _made_up(engine, folder) if made_up else contextlib.nullcontext(images) as used:
+        found = find_images(used)
+        if found:
+            _, skipped = collect(engine, found, folder, say=say)
     trials: list[Trial] = []
     only = tuple(StageName)
     if mixed:
@@ -168,7 +175,7 @@ def quantise(
         if not only:
             raise _none_taken(trials)
     manifest, stages = quantise_engine(engine, output, folder, recipe, only=only, force=force, say=say)
-    return Quantised(manifest, tuple(stages), tuple(trials), skipped)
+    return Quantised(manifest, tuple(stages), tuple(trials), skipped, made_up)
 
 
 def export_quantised(

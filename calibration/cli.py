@@ -45,8 +45,9 @@ _CALIB = click.option(
     multiple=True,
     metavar="IMAGES",
     help="Calibration images: a file, folder or pattern (repeatable). Give 16 to 64 like those that will be scored. "
-    "Default of iqa-calibrate: 16 made-up pictures.",
+    "Default: 16 made-up pictures, where there are no statistics.",
 )
+_MADE_UP = "on 16 made-up pictures; photographs like those that will be scored do better"
 
 
 @click.command(cls=Command)
@@ -106,10 +107,7 @@ def calibrate(
             click.get_current_context().exit(1)
         return
     if not images:
-        console.print(
-            "no --calib: calibrating on 16 made-up pictures; photographs like those that will be scored do better",
-            soft_wrap=True,
-        )
+        console.print(f"no --calib: calibrating {_MADE_UP}", soft_wrap=True)
     with console.status("reading calibration images") as status:
         done = api.calibrate(engine, images, **options, say=status.update)
     _print_skipped(console, done.skipped)
@@ -164,6 +162,7 @@ def quantise(engine: Path, output: Path, quiet: bool, **options: Any) -> None:
     \b
     Examples:
       iqa-quantise --engine engine/ --calib photos/ -o engine-int8/
+      iqa-quantise --engine engine/ -o engine-int8/                      on made-up pictures
       iqa-quantise --engine engine/ --statistics stats/ --ranges max -o engine-int8/
       iqa-quantise --engine engine/ --calib photos/ --precision mixed --drift 0.005 -o engine-mixed/
       iqa-quantise --engine engine/ --statistics stats/ --precision fp8 -o engine-fp8/     for TensorRT only
@@ -185,6 +184,8 @@ def quantise(engine: Path, output: Path, quiet: bool, **options: Any) -> None:
 def print_quantised(console: "Console", output: Path, done: "Quantised", *, quiet: bool) -> None:
     """Print what was left out and tried, on `console`, and a table of the stages in 8 bits."""
     _print_skipped(console, done.skipped)
+    if done.made_up:
+        console.print(f"no --calib: calibrated {_MADE_UP}", soft_wrap=True)
     for trial in done.trials:
         verdict = "int8" if trial.taken else "stays float32"
         why = trial.why or f"the score changes by {trial.change:.1e}"

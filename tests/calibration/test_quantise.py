@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from diffiqa.calibration.cli import quantise
 from diffiqa.calibration.quantise import Number, Recipe, StageQuantisation, Target, quantise_engine, quantise_stage
 from diffiqa.calibration.ranges import Method
-from diffiqa.calibration.statistics import StageStatistics, Statistics, watched, write
+from diffiqa.calibration.statistics import StageStatistics, Statistics, read, watched, write
 from diffiqa.cli import export
 from diffiqa.engine.manifest import EngineDirectory, StageName, open_engine
 from diffiqa.errors import EngineError, UsageError
@@ -305,8 +306,20 @@ def test_export_refuses_options_that_contradict_each_other(tmp_path: Path, argum
     assert message in result.stderr
 
 
-def test_quantise_needs_statistics_or_images(tiny_engine: Path, tmp_path: Path) -> None:
+def test_quantise_wants_statistics_where_it_is_sent(tiny_engine: Path, tmp_path: Path) -> None:
     nothing = ["--engine", str(tiny_engine), "--statistics", str(tmp_path), "-o", str(tmp_path / "e")]
     result = CliRunner().invoke(quantise, nothing)
     assert result.exit_code == 2
     assert "holds no statistics.npz; make it with iqa-calibrate" in result.stderr
+
+
+def test_quantise_alone_draws_its_pictures(tiny_engine: Path, tmp_path: Path) -> None:
+    engine = shutil.copytree(tiny_engine, tmp_path / "engine")
+    alone = ["--engine", str(engine), "-o", str(tmp_path / "e")]
+    result = CliRunner().invoke(quantise, alone)
+    assert result.exit_code == 0, result.output
+    assert "no --calib: calibrated on 16 made-up pictures" in " ".join(result.stderr.split())
+    assert len(read(engine / "calibration").samples) == 16
+    again = CliRunner().invoke(quantise, [*alone, "--force"])  # by the statistics that are there now
+    assert again.exit_code == 0, again.output
+    assert "made-up" not in again.stderr
