@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from diffiqa.engine.manifest import EngineDirectory, open_engine
+from diffiqa.engine.sampling import Sampling
 from diffiqa.errors import BackendError
 from diffiqa.runtime.executor import Outcome
 from diffiqa.runtime.gpu import executor as executor_module
@@ -122,7 +124,8 @@ def test_what_lost_its_memory_to_a_failure_is_bound_anew(
 ) -> None:
     """Also where nobody gives up the rest, as Ctrl-C does not."""
     bindings = device(layer, directory, batches=("1", "4"))._bindings
-    ask: Callable[..., Loop | Heads] = bindings.loop if part == "loop" else bindings.heads
+    whole = partial(bindings.loop, sampling=Sampling.trained(directory.manifest.schedule))
+    ask: Callable[..., Loop | Heads] = whole if part == "loop" else bindings.heads
     small, large = ((1, 32, 32), (1, 64, 64)) if part == "loop" else ((1,), (4,))
     for nth in itertools.count(1):
         bindings.release()
