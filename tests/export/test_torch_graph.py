@@ -101,12 +101,46 @@ def test_what_it_does_not_know_is_refused_when_the_module_is_made(
         ("MaxPool", {"kernel_shape": [2, 2], "ceil_mode": 1}),
         ("MaxPool", {"kernel_shape": [2, 2], "pads": [0, 0, 1, 1]}),
         ("MaxPool", {"kernel_shape": [2, 2], "auto_pad": "SAME_UPPER"}),
+        ("Conv", {"auto_pad": "SAME_UPPER"}),
+        ("Pad", {"mode": "reflect"}),
     ],
 )
 def test_attributes_that_change_the_result_are_not_passed_over(op: str, attributes: dict[str, Any]) -> None:
-    module = OnnxModule(graph_of(helper.make_node(op, ["x"], ["y"], **attributes)))
-    with pytest.raises(ExportError, match=f"{op} has attributes"):
+    seconds: dict[str, dict[str, np.ndarray]] = {
+        "Conv": {"w": np.ones((1, 2, 1, 1), np.float32)},
+        "Pad": {"pads": np.array([0, 0, 0, 0, 0, 0, 1, 1], np.int64)},
+    }
+    second = seconds.get(op, {})
+    module = OnnxModule(graph_of(helper.make_node(op, ["x", *second], ["y"], **attributes), constants=second))
+    with pytest.raises(ExportError, match=f"a {op} has attributes"):
         module(torch.zeros(1, 2, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("op", "constants", "attributes"),
+    [
+        pytest.param(
+            "Pad",
+            {"pads": np.array([0, 1, 0, 2, 0, 0, 1, 0], np.int64), "value": np.array(0.7, np.float32)},
+            {},
+            id="pad with a value",
+        ),
+        pytest.param("MaxPool", {}, {"kernel_shape": [2, 3]}, id="max pool without strides"),
+        pytest.param("ReduceMean", {"axes": np.array([1], np.int64)}, {"keepdims": 0}, id="mean, dimension dropped"),
+        pytest.param("ReduceMean", {"axes": np.array([2, 3], np.int64)}, {}, id="mean, dimensions kept"),
+        pytest.param("ReduceMean", {}, {}, id="mean of all"),
+    ],
+)
+def test_a_node_computes_what_onnx_runtime_does(
+    op: str, constants: dict[str, np.ndarray], attributes: dict[str, Any]
+) -> None:
+    model = graph_of(helper.make_node(op, ["x", *constants], ["y"], **attributes), constants=constants)
+    model.ir_version, model.opset_import[0].version = 10, 20
+    x = np.random.default_rng(1).standard_normal((2, 2, 6, 5)).astype(np.float32)
+    (want,) = run_onnx(model.SerializeToString(), {"x": x})
+    (have,) = OnnxModule(model)(torch.from_numpy(x))
+    assert tuple(have.shape) == want.shape
+    np.testing.assert_allclose(have.numpy(), want, atol=1e-6)
 
 
 def _sizes(*nodes: onnx.NodeProto, constants: dict[str, list[int]]) -> onnx.ModelProto:
