@@ -98,10 +98,16 @@ def test_the_plan_keeps_the_noise_embedding_and_the_score_reduction_and_says_why
 
 def test_layer_norms_have_float32_statistics_by_definition(directory: EngineDirectory) -> None:
     for name in (StageName.VIT, StageName.VCG):
-        _, model = stage_of(directory, name)
+        stage, model = stage_of(directory, name)
         norms = [node for node in model.graph.node if node.op_type == "LayerNormalization"]
         assert norms
         assert all(a.i == 1 for node in norms for a in node.attribute if a.name == "stash_type")
+        assert "LayerNormalization" not in {kept.op for kept in plan_stage(model, stage, Precision.FP16).float32}
+        norms[0].attribute.extend([helper.make_attribute("stash_type", TensorProto.FLOAT16)])
+        for attribute in [a for a in norms[0].attribute if a.name == "stash_type" and a.i == TensorProto.FLOAT]:
+            norms[0].attribute.remove(attribute)
+        low = [kept.node for kept in plan_stage(model, stage, Precision.FP16).float32]
+        assert norms[0].name in low
 
 
 def test_an_fp32_plan_changes_nothing(directory: EngineDirectory) -> None:

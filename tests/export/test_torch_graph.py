@@ -59,7 +59,8 @@ def test_a_stage_computes_what_onnx_runtime_does(tiny_engine: Path, name: StageN
 
 def test_group_norm_too(tmp_path: Path) -> None:
     path = grouped(tmp_path)
-    check(EngineDirectory(path, read_manifest(path)), StageName.UNET, Precision.FP32)
+    for precision in (Precision.FP32, Precision.FP16):
+        check(EngineDirectory(path, read_manifest(path)), StageName.UNET, precision)
 
 
 def graph_of(*nodes: onnx.NodeProto, constants: dict[str, np.ndarray] | None = None) -> onnx.ModelProto:
