@@ -74,3 +74,9 @@ def member(kind: type[E], word: str) -> E:
 def first_line(exc: BaseException) -> str:
     """Return the first line of another library's exception, to quote in ours; its type if it has no message."""
     return (str(exc).splitlines() or [type(exc).__name__])[0]
+
+
+def one_line(text: str, longest: int = 200) -> str:
+    """Return a text of other people as ours can quote it: short, on one line that can be printed."""
+    line = " ".join(text.split())[:longest]
+    return line if line.isprintable() else ascii(line)

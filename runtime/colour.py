@@ -7,6 +7,8 @@ import numpy as np
 import PIL.Image
 from PIL import ImageCms
 
+from ..errors import one_line
+
 SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}  # what a profile calls the colours of a Pillow mode
 GREYS, COLOURS = {"1", "L", "LA"}, {"RGB", "RGBA", "RGBa", "RGBX", "P", "PA"}
 SAME = 2  # of 255 levels: profiles that are sRGB in other words differ by their rounding
@@ -26,10 +28,10 @@ def to_srgb(image: PIL.Image.Image, notes: list[str]) -> PIL.Image.Image:
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
         space = profile.profile.xcolor_space.strip()
-        name = _shown(profile.profile.profile_description or "an unnamed profile")
+        name = one_line(profile.profile.profile_description or "an unnamed profile", longest=60)
         colours = _without_alpha(image, grey=space == SPACES["L"])
         if SPACES[colours.mode] != space:
-            notes.append(f"colour profile not applied: it is for {_shown(space)}")
+            notes.append(f"colour profile not applied: it is for {one_line(space)}")
             return image
         transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), colours.mode, "RGB")
         if colours.mode == "RGB" and _changes_nothing(transform):
@@ -58,9 +60,3 @@ def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
     lattice = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(27, 27, 3)
     converted = ImageCms.applyTransform(PIL.Image.fromarray(lattice), transform)
     return bool(np.abs(np.asarray(converted).astype(int) - lattice).max() <= SAME)
-
-
-def _shown(text: str) -> str:
-    """Return a text from a file as a note can quote it: short, on one line."""
-    line = " ".join(text.split())[:60]
-    return line if line.isprintable() else ascii(line)

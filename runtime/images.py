@@ -26,7 +26,7 @@ import PIL.Image
 from ..engine.manifest import Manifest
 from ..engine.pixels import Preparation, bicubic, to_pixels, to_plane
 from ..engine.schedule import Kind
-from ..errors import ImageError
+from ..errors import ImageError, one_line
 from .arrays import Exchangeable, GpuArray, is_foreign, to_numpy
 from .colour import to_srgb
 
@@ -96,7 +96,7 @@ def read_image(source: Source, *, min_side: int = 224, max_pixels: int | None = 
         raise ImageError(f"{_name(source)}: {_reason(exc)}") from exc
     if warned:  # a broken table of tags may cause thousands
         others = f" ({len(warned) - 1} more warnings)" if warned[1:] else ""
-        notes.append(f"Pillow warns: {_one_line(warned[0])}{others}")
+        notes.append(f"Pillow warns: {one_line(warned[0])}{others}")
     return Image(pixels, width, height, tuple(notes), digest.hexdigest())
 
 
@@ -438,7 +438,7 @@ def _name(source: Source) -> str:
 
 def _reason(exc: Exception) -> str:
     """Return what went wrong and what to do, on one line."""
-    text = _one_line(str(exc)) or type(exc).__name__
+    text = one_line(str(exc)) or type(exc).__name__
     match exc:
         case ImageError():
             return str(exc)
@@ -455,8 +455,3 @@ def _reason(exc: Exception) -> str:
         case MemoryError():
             return "not enough memory to decode it; make it smaller"
     return f"damaged, or not a kind that Pillow {PIL.__version__} decodes ({text}); save it again, as a PNG for example"
-
-
-def _one_line(text: str) -> str:
-    line = " ".join(text.split())[:200]
-    return line if line.isprintable() else ascii(line)
