@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .runtime.command.api import score
     from .runtime.results import CropScore, Failure, Mode, Options, Pictures, Score
     from .runtime.scorer import Info, Scorer, load
+    from .runtime.selftest import self_test
     from .verify.api import verify
 
 __version__ = "0.1.0"
@@ -75,6 +76,7 @@ __all__ = [
     "prompts",
     "quantise",
     "score",
+    "self_test",
     "verify",
 ]
 
@@ -89,6 +91,7 @@ _HOMES = {
     **dict.fromkeys(["score"], "runtime.command.api"),
     **dict.fromkeys(["CropScore", "Failure", "Mode", "Options", "Pictures", "Score"], "runtime.results"),
     **dict.fromkeys(["Info", "Scorer", "load"], "runtime.scorer"),
+    **dict.fromkeys(["self_test"], "runtime.selftest"),
     **dict.fromkeys(["verify"], "verify.api"),
 }
 _CALLABLE = {"bench", "export", "verify"}  # folders that are functions: see rooms.py

@@ -120,6 +120,11 @@ class Scorer:
                 scores += self._score(group, chosen, pictures)
         return scores
 
+    def score_read(self, image: Image, name: str, options: Options) -> Score:
+        """Score an image that `read_for` has prepared, with pictures."""
+        (score,) = self._score([(image, name)], options, True)
+        return score
+
     def stream(
         self,
         images: Iterable[Source],
