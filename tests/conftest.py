@@ -33,6 +33,7 @@ from diffiqa.runtime.scorer import Scorer, load
 from .fake_device import FakeLayer, fake_stages
 from .fakecuda.driver import Driver, build_driver, compiled, load_driver
 from .kernels.devices import Missing, build_host
+from .model.pfd.small import random_small
 from .tiny import TINY, perturbed
 
 # A process that a shell started in the background ignores Ctrl-C, and so would the children that tests interrupt.
@@ -68,6 +69,14 @@ def tiny_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     tiny_loaded: Loaded = request.getfixturevalue("tiny_loaded")
     target = tmp_path_factory.mktemp("engines") / "tiny"
     export_engine(tiny_loaded, target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def pfd_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The engine of a small PFD-IQA."""
+    target = tmp_path_factory.mktemp("engines") / "pfd"
+    export_engine(random_small(), target)
     return target
 
 

@@ -18,9 +18,11 @@ from diffiqa.export import compare as compare_module
 from diffiqa.export.compare import compare_cast, draw_inputs
 from diffiqa.export.precision import Kept, PrecisionPlan, StagePrecision, cast, plan_stage, read_plan, rounded
 
+from ..tiny import STAGES
+
 LOW = {Precision.FP16: TensorProto.FLOAT16, Precision.BF16: TensorProto.BFLOAT16}
 low_precisions = pytest.mark.parametrize("precision", LOW)
-all_stages = pytest.mark.parametrize("name", StageName)
+all_stages = pytest.mark.parametrize("name", STAGES)
 
 
 @pytest.fixture
@@ -201,7 +203,7 @@ def test_a_plan_for_other_nodes_is_refused() -> None:
 
 
 def test_a_plan_is_read_back_as_it_was_written(directory: EngineDirectory, tmp_path: Path) -> None:
-    stages = (plan_stage(model, stage, Precision.FP16) for stage, model in (stage_of(directory, n) for n in StageName))
+    stages = (plan_stage(model, stage, Precision.FP16) for stage, model in (stage_of(directory, n) for n in STAGES))
     plan = PrecisionPlan(1, Precision.FP16, tuple(stages))
     (tmp_path / "plan.json").write_text(plan.to_json())
     assert read_plan(tmp_path / "plan.json") == plan

@@ -22,6 +22,8 @@ from diffiqa.model.config import Norm
 from diffiqa.model.network import build
 from diffiqa.tests.tiny import TINY, perturbed
 
+from ..tiny import STAGES
+
 # Of the largest value. Low precisions round the same values; the order of sums decides the last bit of some.
 WITHIN = {Precision.FP32: 3e-6, Precision.FP16: 4e-3, Precision.BF16: 2e-2}
 
@@ -52,7 +54,7 @@ def check(directory: EngineDirectory, name: StageName, precision: Precision) -> 
 
 
 @pytest.mark.parametrize("precision", Precision)
-@pytest.mark.parametrize("name", StageName)
+@pytest.mark.parametrize("name", STAGES)
 def test_a_stage_computes_what_onnx_runtime_does(tiny_engine: Path, name: StageName, precision: Precision) -> None:
     check(open_engine(tiny_engine), name, precision)
 

@@ -28,7 +28,7 @@ from diffiqa.runtime.host.openvino_stage import OpenVino, OpenVinoStage, _openvi
 from diffiqa.runtime.host.stages import load_stages
 from diffiqa.runtime.scorer import load
 
-from ...tiny import photo
+from ...tiny import STAGES, photo
 
 FloatArray = npt.NDArray[np.float32]
 installed = importlib.util.find_spec("openvino") is not None
@@ -100,13 +100,13 @@ def bits(result: Score | Failure) -> tuple[Any, ...]:
 
 @needs_openvino
 @pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize("name", list(StageName))
+@pytest.mark.parametrize("name", STAGES)
 def test_every_stage_agrees_with_onnxruntime(directory: EngineDirectory, name: StageName, seed: int) -> None:
     assert error(directory, name, seed) < FP32
 
 
 @needs_bf16
-@pytest.mark.parametrize("name", list(StageName))
+@pytest.mark.parametrize("name", STAGES)
 def test_bf16_is_near_and_is_not_float32(directory: EngineDirectory, name: StageName) -> None:
     assert FP32 < error(directory, name, 1, precision="bf16") < BF16
 
@@ -114,7 +114,7 @@ def test_bf16_is_near_and_is_not_float32(directory: EngineDirectory, name: Stage
 @needs_bf16
 def test_the_heads_stay_in_float32(directory: EngineDirectory) -> None:
     reduced, full = (load_stages(directory, OpenVino(2, precision)) for precision in ("bf16", "fp32"))
-    for name in StageName:
+    for name in STAGES:
         inputs, found = arrays(directory, name)
         _, wanted = arrays(directory, name)
         reduced[name].bind(inputs, found)()
