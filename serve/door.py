@@ -44,6 +44,8 @@ def answer(data: Any, status: int = 200, headers: Mapping[str, str] | None = Non
 def refused(refusal: Refusal) -> Response:
     """Return the answer to a request that is refused."""
     headers = {} if refusal.retry_after is None else {"retry-after": str(refusal.retry_after)}
+    if refusal.status == 408:
+        headers["connection"] = "close"  # the rest of the body may come in an hour
     if refusal.status == 401:
         headers["www-authenticate"] = 'Basic realm="diffiqa: any name, and a token as password", charset="UTF-8"'
     return answer({"error": str(refusal)}, refusal.status, headers)
