@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .runtime.command.api import score
     from .runtime.results import CropScore, Failure, Mode, Options, Pictures, Score
     from .runtime.scorer import Info, Scorer, load
+    from .serve.api import serve
     from .verify.api import verify
 
 __version__ = "0.1.0"
@@ -75,6 +76,7 @@ __all__ = [
     "prompts",
     "quantise",
     "score",
+    "serve",
     "verify",
 ]
 
@@ -89,9 +91,10 @@ _HOMES = {
     **dict.fromkeys(["score"], "runtime.command.api"),
     **dict.fromkeys(["CropScore", "Failure", "Mode", "Options", "Pictures", "Score"], "runtime.results"),
     **dict.fromkeys(["Info", "Scorer", "load"], "runtime.scorer"),
+    **dict.fromkeys(["serve"], "serve.api"),
     **dict.fromkeys(["verify"], "verify.api"),
 }
-_CALLABLE = {"bench", "export", "verify"}  # folders that are functions: see rooms.py
+_CALLABLE = {"bench", "export", "serve", "verify"}  # folders that are functions: see rooms.py
 
 
 def __getattr__(name: str) -> Any:

@@ -24,6 +24,7 @@ from .export.cli import (
     weight_options,
 )
 from .runtime.command.cli import run
+from .serve.cli import serve
 from .training.cli import train
 from .verify.cli import verify
 
@@ -139,7 +140,7 @@ def export(
         print_exported(output, loaded, done)
 
 
-for command in (export, build, calibrate, quantise, verify, run, convert, prompts, train, evaluate, bench):
+for command in (export, build, calibrate, quantise, verify, run, convert, prompts, train, evaluate, serve, bench):
     main.add_command(command)
 
 if __name__ == "__main__":

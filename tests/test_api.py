@@ -13,7 +13,19 @@ import diffiqa
 from diffiqa import cli
 from diffiqa.errors import DiffiqaError
 
-COMMANDS = {"bench", "build", "calibrate", "convert", "evaluate", "export", "prompts", "quantise", "score", "verify"}
+COMMANDS = {
+    "bench",
+    "build",
+    "calibrate",
+    "convert",
+    "evaluate",
+    "export",
+    "prompts",
+    "quantise",
+    "score",
+    "serve",
+    "verify",
+}
 
 
 def test_every_public_name_can_be_had_and_is_listed_once() -> None:
@@ -40,7 +52,7 @@ def test_every_command_is_a_function() -> None:
         assert len(inspect.signature(function).parameters) > 1
 
 
-@pytest.mark.parametrize("room", ["bench", "export", "verify"])
+@pytest.mark.parametrize("room", ["bench", "export", "serve", "verify"])
 def test_a_folder_that_is_a_function_stays_so_once_its_modules_are_imported(room: str) -> None:
     module = importlib.import_module(f"diffiqa.{room}.api")
     assert callable(getattr(diffiqa, room))

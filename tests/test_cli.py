@@ -18,7 +18,7 @@ from diffiqa.model.network import DiffV2IQA
 
 from .tiny import STAGES
 
-COMMANDS = ("export", "build", "calibrate", "quantise", "verify", "run", "convert", "prompts", "bench")
+COMMANDS = ("export", "build", "calibrate", "quantise", "verify", "run", "convert", "prompts", "serve", "bench")
 
 
 def call(*arguments: str | Path) -> Result:
@@ -49,7 +49,7 @@ def test_every_command_is_in_the_group_and_installed_under_its_own_name() -> Non
         "diffiqa.export.cli": ["build", "convert", "prompts"],
         "diffiqa.runtime.command.cli": ["run"],
         "diffiqa.cli": ["export"],
-        **{f"diffiqa.{name}.cli": [name] for name in ("bench", "verify")},
+        **{f"diffiqa.{name}.cli": [name] for name in ("bench", "serve", "verify")},
         "diffiqa.training.cli": ["train"],
     }
     scripts = {f"iqa-{name}": f"{home}:{name}" for home, names in homes.items() for name in names}
