@@ -23,7 +23,7 @@ from .export.cli import (
     read_weights,
     weight_options,
 )
-from .runtime.command.cli import run
+from .shards.cli import run, status
 from .training.cli import train
 from .verify.cli import verify
 
@@ -139,7 +139,7 @@ def export(
         print_exported(output, loaded, done)
 
 
-for command in (export, build, calibrate, quantise, verify, run, convert, prompts, train, evaluate, bench):
+for command in (export, build, calibrate, quantise, verify, run, status, convert, prompts, train, evaluate, bench):
     main.add_command(command)
 
 if __name__ == "__main__":
