@@ -18,7 +18,19 @@ from diffiqa.model.network import DiffV2IQA
 
 from .tiny import STAGES
 
-COMMANDS = ("export", "build", "calibrate", "quantise", "verify", "run", "convert", "prompts", "serve", "bench")
+COMMANDS = (
+    "export",
+    "build",
+    "calibrate",
+    "quantise",
+    "verify",
+    "run",
+    "convert",
+    "prompts",
+    "serve",
+    "status",
+    "bench",
+)
 
 
 def call(*arguments: str | Path) -> Result:
