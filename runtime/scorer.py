@@ -23,11 +23,11 @@ from ..engine.score import weighted_sum
 from ..errors import BackendError, EngineError, ImageError, UsageError
 from .arrays import is_foreign
 from .backends import Backend, GpuBackend, best
-from .executor import Branch, Executor, Outcome, StageRunner, Verdict
+from .executor import Executor, Outcome, StageRunner, Verdict
 from .host.executor import HostExecutor
 from .images import DEFAULT_MAX_PIXELS, Image, Source, read_for
 from .plan import Plan, make_plan, sampling_of
-from .results import CropScore, Failure, Options, Picture, Pictures, Score
+from .results import CropScore, Failure, Options, Picture, Pictures, Probabilities, Score, WordMap
 
 FloatArray = npt.NDArray[np.float32]
 _Decoding = tuple["Future[Image]", str]  # an image, and its name
@@ -111,19 +111,14 @@ class Scorer:
         """
         chosen = options or Options()
         if not isinstance(images, list | tuple):
-            (score,) = self._score([(self._read(images), _name(images, 0))], chosen, pictures)
+            (score,) = self.score_read([(self.read(images), _name(images, 0))], chosen, pictures)
             return score
-        read = ((self._read(image), _name(image, index)) for index, image in enumerate(images))
+        read = ((self.read(image), _name(image, index)) for index, image in enumerate(images))
         scores: list[Score] = []
         for _, same in itertools.groupby(read, lambda item: item[0].size):
-            while group := list(itertools.islice(same, self._group_size(chosen))):
-                scores += self._score(group, chosen, pictures)
+            while group := list(itertools.islice(same, self.group_size(chosen))):
+                scores += self.score_read(group, chosen, pictures)
         return scores
-
-    def score_read(self, image: Image, name: str, options: Options) -> Score:
-        """Score an image that `read_for` has prepared, with pictures."""
-        (score,) = self._score([(image, name)], options, True)
-        return score
 
     def stream(
         self,
@@ -146,11 +141,11 @@ class Scorer:
             raise UsageError("stream takes an iterable of images; for a single one use score")
         chosen = options or Options()
         sampling_of(self._manifest, chosen)  # what cannot be sampled is refused before an image is read
-        return self._stream(images, chosen, pictures, workers, ahead - 1 + self._group_size(chosen))
+        return self._stream(images, chosen, pictures, workers, ahead - 1 + self.group_size(chosen))
 
     def digest(self, image: Source) -> str:
         """Return the digest that the score of an image would have. Raises ImageError."""
-        return self._read(image).digest
+        return self.read(image).digest
 
     def close(self) -> None:
         """Free the engine. A closed scorer refuses to score."""
@@ -170,12 +165,12 @@ class Scorer:
         self, images: Iterable[Source], options: Options, pictures: bool, workers: int, ahead: int
     ) -> Generator[Score | Failure, None, None]:
         stop = threading.Event()
-        most = self._group_size(options)
+        most = self.group_size(options)
 
         def finish(group: Sequence[_Decoding]) -> Sequence[Score | Failure]:
             try:
                 read = [(decoded.result(), name) for decoded, name in group]
-                return self._score(read, options, pictures, stop.is_set)
+                return self.score_read(read, options, pictures, stop.is_set)
             except ImageError as exc:
                 if len(group) == 1:
                     return [Failure(group[0][1], str(exc))]
@@ -184,7 +179,7 @@ class Scorer:
         source = enumerate(images)
         decoding: collections.deque[_Decoding] = collections.deque()
         scoring: collections.deque[Future[Sequence[Score | Failure]]] = collections.deque()
-        queued = self._executor.queue_depth if self._executor else 0
+        queued = self.queue_depth
         with (
             ThreadPoolExecutor(min(ahead, 2), "diffiqa-decode") as decoders,
             ThreadPoolExecutor(workers + queued, "diffiqa-score") as scorers,
@@ -193,7 +188,7 @@ class Scorer:
                 while True:
                     while len(scoring) <= workers + queued:  # one is queued, so that workers never wait
                         for index, image in itertools.islice(source, ahead - len(decoding)):
-                            decoding.append((decoders.submit(self._read, image), _name(image, index)))
+                            decoding.append((decoders.submit(self.read, image), _name(image, index)))
                         if not decoding:
                             break
                         scoring.append(scorers.submit(finish, _next_group(decoding, most)))
@@ -208,21 +203,30 @@ class Scorer:
                 for scored in scoring:
                     scored.cancel()
 
-    def _group_size(self, options: Options) -> int:
+    @property
+    def queue_depth(self) -> int:
+        """How many more callers than one keep it busy: their images come in while another's are computed."""
+        return self._executor.queue_depth if self._executor else 0
+
+    def group_size(self, options: Options) -> int:
         """Return how many images share a batch; each seed of an image takes a place in it."""
         return max(1, self._executor.together // options.seeds) if self._executor else 1
 
-    def _read(self, image: Source) -> Image:
+    def read(self, image: Source) -> Image:
+        """Decode and prepare an image for `score_read`. Raises ImageError."""
         return read_for(image, self._manifest, max_pixels=self._max_pixels)
 
-    def _score(
+    def score_read(
         self,
         images: Sequence[tuple[Image, str]],
         options: Options,
         pictures: bool,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> list[Score]:
-        """Score images of one size, each with its name."""
+        """Score images of one size, each with its name, at most `group_size`. Raises ImageError for all of them.
+
+        `cancelled` is asked before each step, on a GPU before each launch; once it is true, this raises Cancelled.
+        """
         executor = self._executor
         if executor is None:
             raise UsageError("this scorer is closed; load the engine again")
@@ -292,6 +296,7 @@ class Scorer:
             percentile=m.score.percentile(score),
             opinion=m.score.opinion(score),
             opinion_error=m.score.reference.error if m.score.reference else None,
+            probabilities=_probabilities(m, list(itertools.chain.from_iterable(verdicts))) or None,
             pictures=_pictures(m, plan, image, outcomes[0]) if pictures else None,
         )
 
@@ -388,6 +393,8 @@ def _name(image: Any, index: int) -> str:
 
 
 def _total(m: Manifest, verdict: Verdict) -> float:
+    if verdict.score is not None:
+        return verdict.score
     vcg, vda = (branch.score if branch else None for branch in (verdict.vcg, verdict.vda))
     return float(weighted_sum(m.score, vcg, vda))
 
@@ -400,7 +407,17 @@ def _crop_score(m: Manifest, plan: Plan, index: int, verdicts: list[Verdict]) ->
         statistics.fmean(_total(m, verdict) for verdict in verdicts),
         _mean([verdict.vcg.score if verdict.vcg else None for verdict in verdicts]),
         _mean([verdict.vda.score if verdict.vda else None for verdict in verdicts]),
+        _probabilities(m, verdicts),
     )
+
+
+def _probabilities(m: Manifest, verdicts: Sequence[Verdict]) -> Probabilities:
+    """Return the mean probability of every word the engine knows."""
+    means = {}
+    for i, found in enumerate(m.flow.probabilities):
+        each = np.stack([verdict.probabilities[i] for verdict in verdicts])
+        means[found.output] = dict(zip(found.words, each.mean(0, np.float64).tolist(), strict=True))
+    return means
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -421,13 +438,27 @@ def _pictures(m: Manifest, plan: Plan, image: Image, outcome: Outcome) -> Pictur
         for crop, pixels in zip(plan.crops, outcome.crops, strict=True):
             canvas[crop.top : crop.top + size, crop.left : crop.left + size] = to_pixels(pixels[row])
         planes[kind] = canvas
-    sums = np.zeros((3, *shape), np.float32)  # of scores, of weights, of crops
-    for crop, verdict in zip(plan.crops, outcome.verdicts, strict=True):
-        branch: Branch = verdict.vcg or verdict.vda  # type: ignore[assignment]  # a model has at least one
-        cell = size // branch.score_map.shape[0]
+    branches = [branch for verdict in outcome.verdicts if (branch := verdict.vcg or verdict.vda)]
+    if branches:
+        score, weight = ([getattr(branch, name) for branch in branches] for name in ("score_map", "weight_map"))
+        return Pictures(planes, _over(plan, shape, score), _over(plan, shape, weight))
+    whole = [np.full((1, 1), _total(m, verdict), np.float32) for verdict in outcome.verdicts]
+    words = {}
+    for i, (name, found) in enumerate(_probabilities(m, outcome.verdicts).items()):
+        at = int(np.argmax(list(found.values())))
+        shown = [verdict.probabilities[i][at].reshape(1, 1) for verdict in outcome.verdicts]
+        words[name] = WordMap(list(found)[at], _over(plan, shape, shown))
+    return Pictures(planes, _over(plan, shape, whole), _over(plan, shape, [np.ones_like(whole[0])] * len(whole)), words)
+
+
+def _over(plan: Plan, shape: tuple[int, ...], of_crops: Sequence[FloatArray]) -> FloatArray:
+    """Lay the maps of all crops, each (grid, grid), over the image: their mean, and NaN where there is none."""
+    size = plan.crop_size
+    sums, counts = np.zeros((2, *shape), np.float32)
+    for crop, values in zip(plan.crops, of_crops, strict=True):
+        cell = size // values.shape[0]
         here = np.s_[crop.top : crop.top + size, crop.left : crop.left + size]
-        sums[0][here] += np.kron(branch.score_map, np.ones((cell, cell), np.float32))
-        sums[1][here] += np.kron(branch.weight_map, np.ones((cell, cell), np.float32))
-        sums[2][here] += 1
-    covered = np.where(sums[2] > 0, sums[2], np.nan)
-    return Pictures(planes, sums[0] / covered, sums[1] / covered)
+        sums[here] += np.kron(values, np.ones((cell, cell), np.float32))
+        counts[here] += 1
+    mean: FloatArray = sums / np.where(counts > 0, counts, np.nan)
+    return mean

@@ -213,7 +213,7 @@ def read_picture(png: str, manifest: Manifest) -> Image:
 
 def answer(scorer: Scorer, image: Image, options: Options) -> dict[str, float]:
     """Return what an engine answers to a picture, by name."""
-    score = scorer.score_read(image, "a picture of the self-test", options)
+    (score,) = scorer.score_read([(image, "a picture of the self-test")], options, pictures=True)
     scores = {"score": score.score, "vcg": score.vcg, "vda": score.vda}
     return {name: value for name, value in scores.items() if value is not None} | _changes(score)
 

@@ -16,7 +16,21 @@ from diffiqa.engine.manifest import StageName, read_manifest
 from diffiqa.model.bundle import save_bundle
 from diffiqa.model.network import DiffV2IQA
 
-COMMANDS = ("export", "build", "calibrate", "quantise", "verify", "run", "convert", "prompts", "bench")
+from .tiny import STAGES
+
+COMMANDS = (
+    "export",
+    "build",
+    "calibrate",
+    "quantise",
+    "verify",
+    "run",
+    "convert",
+    "prompts",
+    "serve",
+    "status",
+    "bench",
+)
 
 
 def call(*arguments: str | Path) -> Result:
@@ -45,9 +59,9 @@ def test_every_command_is_in_the_group_and_installed_under_its_own_name() -> Non
     homes = {
         "diffiqa.calibration.cli": ["calibrate", "quantise"],
         "diffiqa.export.cli": ["build", "convert", "prompts"],
-        "diffiqa.runtime.command.cli": ["run"],
+        "diffiqa.shards.cli": ["run", "status"],
         "diffiqa.cli": ["export"],
-        **{f"diffiqa.{name}.cli": [name] for name in ("bench", "verify")},
+        **{f"diffiqa.{name}.cli": [name] for name in ("bench", "serve", "verify")},
         "diffiqa.training.cli": ["train"],
     }
     scripts = {f"iqa-{name}": f"{home}:{name}" for home, names in homes.items() for name in names}
@@ -90,7 +104,7 @@ def test_export_writes_an_engine_that_opens_and_a_table(bundle: Path, tmp_path: 
 def test_a_dry_run_says_what_would_be_written_and_writes_nothing(bundle: Path, tmp_path: Path) -> None:
     result = call("export", "--ckpt", bundle, "-o", tmp_path / "engine", "--dry-run")
     assert result.exit_code == 0
-    assert all(f"onnx/{name}.onnx" in result.stdout for name in StageName)
+    assert all(f"onnx/{name}.onnx" in result.stdout for name in STAGES)
     assert "nothing was written" in result.stdout
     assert list(tmp_path.iterdir()) == []
 
