@@ -23,6 +23,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -224,7 +225,7 @@ class Disk:
             self._step("unlink", name)
         _REAL["unlink"](path, dir_fd=dir_fd)
         if name is not None:
-            self._change(lambda names: names.pop(name, None) and None, name)
+            self._change(partial(_forget, name), name)
 
     _remove = _unlink
 
@@ -241,7 +242,7 @@ class Disk:
         self._step("rmdir", name)
         _REAL["rmdir"](path, dir_fd=dir_fd)
         if name is not None:
-            self._change(lambda names: names.pop(name, None) and None, name)
+            self._change(partial(_forget, name), name)
 
     def _stream(self, file: Any, mode: str = "r", buffering: int = -1, *rest: Any, **options: Any) -> Any:
         """Open as Python does; writes go through a raw file of ours."""
@@ -270,6 +271,10 @@ class _Raw(io.FileIO):
     def write(self, data: Any) -> int:
         self.disk._step("write", self.disk._below(self.fileno()))
         return super().write(data)
+
+
+def _forget(name: str, names: _Names) -> None:
+    names.pop(name, None)
 
 
 def _path_of(descriptor: int) -> str:

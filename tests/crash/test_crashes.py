@@ -47,9 +47,22 @@ from .disk import Disk, cut_at
 
 Act = Callable[[Path], object]
 Check = Callable[[Path, bool], object]  # of a folder, and whether the command had ended
+Everywhere = Callable[[Path, Act, Act, Check], int]
 
 
-def at_every_change(work: Path, begin: Act, act: Act, check: Check) -> int:
+@pytest.fixture
+def at_every_change(record_property: Callable[[str, object], None]) -> Everywhere:
+    """`cut_and_fail`; the number of changes goes into the report that figures/crashes.py reads."""
+
+    def run(work: Path, begin: Act, act: Act, check: Check) -> int:
+        count = cut_and_fail(work, begin, act, check)
+        record_property("changes", count)
+        return count
+
+    return run
+
+
+def cut_and_fail(work: Path, begin: Act, act: Act, check: Check) -> int:
     """Cut the power at every change that `act` makes to a folder, and let every change fail; return how many.
 
     `check` gets every folder that may be left. It may change it, and so try what a user does next.
@@ -127,7 +140,7 @@ def every_record_is_synced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("earlier", ["nothing", "half", "finished"])
 @pytest.mark.parametrize("form", [Format.JSONL, Format.CSV, Format.JSON])
-def test_run_and_resume(form: Format, earlier: str, tmp_path: Path) -> None:
+def test_run_and_resume(form: Format, earlier: str, tmp_path: Path, at_every_change: Everywhere) -> None:
     done = tmp_path / "done"
     done.mkdir()
     score(done, form, resume=False)
@@ -195,7 +208,13 @@ def is_old(engine: Path) -> bool:
 
 
 @pytest.mark.parametrize("replaces", [False, True])
-def test_export(replaces: bool, quick_export: Callable[[Path], Any], tiny_engine: Path, tmp_path: Path) -> None:
+def test_export(
+    replaces: bool,
+    quick_export: Callable[[Path], Any],
+    tiny_engine: Path,
+    tmp_path: Path,
+    at_every_change: Everywhere,
+) -> None:
     tries = itertools.count()
 
     def check(folder: Path, ended: bool) -> None:
@@ -213,7 +232,11 @@ def test_export(replaces: bool, quick_export: Callable[[Path], Any], tiny_engine
 
 
 def test_export_where_names_cannot_change_places(
-    quick_export: Callable[[Path], Any], tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick_export: Callable[[Path], Any],
+    tiny_engine: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    at_every_change: Everywhere,
 ) -> None:
     """The old engine may then be away for a moment. The next export brings it back, or replaces it."""
     monkeypatch.setattr("diffiqa.tests.crash.disk._EXCHANGE", lambda *_: False)
@@ -226,7 +249,9 @@ def test_export_where_names_cannot_change_places(
     at_every_change(tmp_path, lambda root: old_engine(tiny_engine, root), quick_export, check)
 
 
-def test_quantise_in_place(tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantise_in_place(
+    tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_every_change: Everywhere
+) -> None:
     def write_stage(directory: Any, stage: Any, _statistics: Any, _recipe: Any, file: Path, _say: Any) -> Any:
         file.write_bytes(directory.file(stage.file).read_bytes())
         report = quantise.StageQuantisation(stage.name, stage.file.sha256, (), (), ())
@@ -252,7 +277,9 @@ def test_quantise_in_place(tiny_engine: Path, tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_build(again: bool, tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build(
+    again: bool, tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_every_change: Everywhere
+) -> None:
     monkeypatch.setattr(builds, "cast", lambda model, *_: model)
     monkeypatch.setattr(builds, "compare_cast", lambda *_: ())
     options = builds.BuildOptions(Library.ONNXRUNTIME, Precision.FP16)
@@ -282,7 +309,7 @@ def test_build(again: bool, tiny_engine: Path, tmp_path: Path, monkeypatch: pyte
     at_every_change(tmp_path / "work", lambda root: shutil.copytree(ready, root / "engine"), act, check)
 
 
-def test_calibrate(tmp_path: Path) -> None:
+def test_calibrate(tmp_path: Path, at_every_change: Everywhere) -> None:
     def made(value: int) -> statistics.Statistics:
         stage = statistics.StageStatistics.empty(("a", "b"), 2)
         stage.histogram[...] = value
@@ -330,7 +357,7 @@ class Line:
         return loop.Verdict({"weight": weight}, quality=weight)
 
 
-def test_train(tmp_path: Path) -> None:
+def test_train(tmp_path: Path, at_every_change: Everywhere) -> None:
     plan = Optimisation(steps=3, batch=1, learning_rate=0.1)
     config = RestoreConfig(
         model=TINY, seed=1, optimisation=plan, reporting=Reporting(log_every=1, checkpoint_every=1), validate_every=2
