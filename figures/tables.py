@@ -26,6 +26,7 @@ from diffiqa.errors import DiffiqaError
 from diffiqa.figures.gpu.page import gpu, gpu_speed
 from diffiqa.figures.people_tables import damage, opinions, papers, people, restored
 from diffiqa.figures.pfd import pfd_choices, pfd_cost
+from diffiqa.figures.reliability import reliability
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "figures" / "results"
@@ -280,6 +281,7 @@ SINGLE: dict[str, Callable[[Path], str]] = {
         *(figures, speed, precision, precisions, steps, tried, gpu, gpu_speed),
         *(people, opinions, damage, restored, papers),
         *(pfd_choices, pfd_cost),
+        reliability,
     )
 }
 

@@ -1,0 +1,47 @@
+"""The table of docs/reliability.md, from what crashes.py, kills.py, fuzz.py and soak.py recorded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+COMMANDS = {
+    "run_and_resume": "`iqa-run`, `--resume`",
+    "export": "`iqa-export`",
+    "export_where_names_cannot_change_places": "`iqa-export` where two names cannot change places in one step",
+    "quantise_in_place": "`iqa-quantise --force`",
+    "build": "`iqa-build`",
+    "calibrate": "`iqa-calibrate`",
+    "train": "`iqa-train`",
+}
+
+
+def reliability(results: Path) -> str:
+    """Return one row for each thing that was tried."""
+    crashes, kills, fuzz, soak = (_read(results / f"{name}.json") for name in ("crashes", "kills", "fuzz", "soak"))
+    rows = []
+    for name, found in crashes.get("commands", {}).items():
+        planted = f"{found['power_cuts']:,} power cuts, {found['failures']:,} failing writes, syncs and renames"
+        rows.append((COMMANDS[name], planted, f"{found['lost']} lost or half"))
+    for name, found in kills.items():
+        if name in {"run", "export"}:
+            ends = "records" if name == "run" else "exports"
+            what = f"{found['kills']} × kill -9, {found['reported']:,} {ends} reported"
+            rows.append((f"`iqa-{name}`", what, f"{found['lost']} lost, {found['half']} half"))
+    for name, found in fuzz.get("readers", {}).items():
+        planted = f"{found['inputs']:,} inputs of a fuzzer in {fuzz['seconds_each']} s"
+        rows.append((f"reader: {name}", planted, f"{found['tracebacks']} tracebacks, {found['hangs']} hangs"))
+    if soak:
+        kept = "; ".join(
+            f"{name.replace('memory_mib', 'memory in MiB')} {soak[name]['first']:g} → {soak[name]['last']:g}"
+            for name in ("memory_mib", "descriptors", "threads")
+        )
+        planted = f"soak: {soak['images']:,} images, {soak['failed']} of them bad"
+        rows.append(("`diffiqa.score`", planted, f"{soak['scored'] + soak['failed']:,} records; {kept}"))
+    lines = ["| what | tried | found |", "|---|---|---|", *("| " + " | ".join(row) + " |" for row in rows)]
+    return "\n".join(lines)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Return what was recorded; nothing where nothing was yet."""
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return found
