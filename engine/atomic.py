@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -95,5 +96,8 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as exc:
+        if exc.errno not in {errno.EINVAL, errno.ENOTSUP}:  # some network shares sync no folders
+            raise
     finally:
         os.close(descriptor)
