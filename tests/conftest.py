@@ -88,7 +88,9 @@ def tiny_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="session")
 def pfd_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The engine of a small PFD-IQA."""
+    """The engine of a small PFD-IQA, or that of the session which started this one."""
+    if ready := os.environ.get("PFD_ENGINE"):
+        return Path(ready)
     return made_once(tmp_path_factory, "pfd", lambda folder: export_engine(random_small(), folder / "pfd")) / "pfd"
 
 
