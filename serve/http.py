@@ -74,6 +74,7 @@ async def score(request: Request) -> Response:
     if not single and not (files := read_form(kind, body, visit.service.limits.images)):
         raise Refusal(422, "the form has no files; with curl: -F image=@photo.jpg")
     jobs = [visit.job(data, name, options) for name, data in files]
+    del body, files  # the queue frees each as it is decoded
     visit.submit(jobs)
     results = await visit.results(jobs)
     settings = RunSettings.of(visit.manifest, options)

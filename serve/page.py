@@ -44,6 +44,7 @@ async def card(request: Request) -> Response:
     job = visit.job(await visit.body(), name, options, pictures=True)
     visit.submit([job])
     scoring = asyncio.ensure_future(visit.results([job]))
+    scoring.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may be left to ask for it
 
     async def events() -> AsyncIterator[str]:
         try:
