@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from .runtime.results import CropScore, Failure, Mode, Options, Pictures, Score
     from .runtime.scorer import Info, Scorer, load
     from .serve.api import serve
+    from .shards import on_ray as ray
+    from .shards.api import read_scores, run_shards, status
     from .verify.api import verify
 
 __version__ = "0.1.0"
@@ -75,8 +77,12 @@ __all__ = [
     "load",
     "prompts",
     "quantise",
+    "ray",
+    "read_scores",
+    "run_shards",
     "score",
     "serve",
+    "status",
     "verify",
 ]
 
@@ -92,6 +98,7 @@ _HOMES = {
     **dict.fromkeys(["CropScore", "Failure", "Mode", "Options", "Pictures", "Score"], "runtime.results"),
     **dict.fromkeys(["Info", "Scorer", "load"], "runtime.scorer"),
     **dict.fromkeys(["serve"], "serve.api"),
+    **dict.fromkeys(["read_scores", "run_shards", "status"], "shards.api"),
     **dict.fromkeys(["verify"], "verify.api"),
 }
 _CALLABLE = {"bench", "export", "serve", "verify"}  # folders that are functions: see rooms.py
@@ -99,6 +106,8 @@ _CALLABLE = {"bench", "export", "serve", "verify"}  # folders that are functions
 
 def __getattr__(name: str) -> Any:
     """Import public names at first use: `import diffiqa` waits for nothing that is not asked for."""
+    if name == "ray":  # not a file of this name: where this folder is on the path, it would hide the real package
+        return importlib.import_module(".shards.on_ray", __name__)
     if name in _CALLABLE:
         return importlib.import_module(f".{name}", __name__)
     if name not in __all__:

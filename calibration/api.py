@@ -29,6 +29,7 @@ from .steps import FittedSteps, draw_steps, find_steps
 
 if TYPE_CHECKING:
     from ..model.checkpoint import Loaded
+    from ..model.pfd.checkpoint import LoadedPfd
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def quantise(
 
 
 def export_quantised(
-    weights: "Loaded",
+    weights: "Loaded | LoadedPfd",
     output: Path | str,
     images: Images,
     *,

@@ -1,7 +1,7 @@
 """The engine directory: `manifest.json`, its one typed reader, and the checks that make it safe to load.
 
     manifest.json                     everything below, and size and SHA-256 of every file
-    onnx/{unet,vit,vcg,vda}.onnx      float32, portable, self-contained
+    onnx/STAGE.onnx                   float32, portable, self-contained
     tensorrt/BUILD/STAGE.engine       optional: engines built from them for one library version, GPU and precision
     onnxruntime/BUILD/STAGE.onnx      optional: the stages in another precision, for ONNX Runtime on a GPU
     inductor/BUILD/STAGE.pt2          optional: machine code by PyTorch's compiler, for the machine that made it
@@ -17,6 +17,7 @@ account made it. `export/engine.py` writes the directory; `export/builds.py` wri
 import enum
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -34,6 +35,7 @@ from .schedule import Kind, Schedule, Taps
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+Shape = tuple[int | str, ...]
 TABULATED = "-tabulated"  # in the key of a build
 MAX_MANIFEST_BYTES = 8 * 2**20
 
@@ -45,6 +47,10 @@ class StageName(enum.StrEnum):
     VIT = "vit"
     VCG = "vcg"
     VDA = "vda"
+    ENCODER = "encoder"
+    PRIOR = "prior"
+    DENOISER = "denoiser"
+    DECODER = "decoder"
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,11 @@ class Stage:
     parameters: int
     macs: int  # multiply-accumulates for one image (U-Net: crop × crop pixels), counted from the graph
     checks: tuple[Check, ...]
+
+    @property
+    def takes(self) -> dict[str, Shape]:
+        """The shapes of its inputs by name."""
+        return {spec.name: spec.shape for spec in self.inputs}
 
 
 class Library(enum.StrEnum):
@@ -186,6 +197,43 @@ class CropPolicy:
 
 
 @dataclass(frozen=True)
+class Loop:
+    """The stage that is asked at every step about its state `y`, and answers with the noise in it.
+
+    Without a `result` the state is an image, and its restorations are kinds of images that crops are cut from. With
+    one, every crop has a state of its own: it begins as share · start + (1 − share) · noise.
+    """
+
+    stage: StageName = StageName.UNET
+    scalar: str = "noise_level"  # its input that tells the step, as the schedule has it
+    start: str = ""  # the tensor, of a stage before it
+    share: str = ""  # the same; one number for each crop
+    result: str = ""  # what the stages after it call the state
+
+
+@dataclass(frozen=True)
+class Probabilities:
+    """An output of a stage, and the words that it says how well a crop matches."""
+
+    stage: StageName
+    output: str
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The plan of stages: what is looped over, and which outputs count. The default is that of Diff-V²-IQA.
+
+    Stages run in the order of their names above. What a stage reads has the name of what another one returns, of the
+    loop's result, or is `crop` (B, 3, size, size), `image` (N, 3, size, size) or `images` (B, kinds, 3, size, size).
+    """
+
+    loop: Loop = Loop()
+    score: StageName | None = None  # the stage whose output `score` is the score; None: the branches, weighted
+    probabilities: tuple[Probabilities, ...] = ()
+
+
+@dataclass(frozen=True)
 class ScoreMeaning:
     """How the branch scores add up, and what the sum means."""
 
@@ -256,6 +304,7 @@ class Manifest:
     sides: Sides = field(default=Sides.PADDED, metadata=LATER)
     image_form: ImageForm = field(default=ImageForm.AS_IS, metadata=LATER)
     fast: Fast | None = field(default=None, metadata=LATER)  # from iqa-calibrate --steps
+    flow: Flow = field(default=Flow(), metadata=LATER)
 
     @property
     def model_name(self) -> str:
@@ -274,6 +323,8 @@ class Manifest:
         trained = (self.tap_form, self.sides, self.image_form, self.crop.places)
         if trained != (TapForm.FLOAT, Sides.PADDED, ImageForm.AS_IS, CropPlaces.GRID):
             parts["trained"] = trained
+        if self.flow != Flow():
+            parts["flow"] = self.flow
         text = json.dumps(encode(parts), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -407,27 +458,82 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def wiring(m: Manifest) -> dict[StageName, dict[str, Shape]]:
+    """Return the shape that each input of each stage must have: that of what it reads, if there is such a tensor."""
+    kinds, size, loop = len(m.kinds), m.crop.size, m.flow.loop
+    image: Shape = ("B", 3, "H", "W")
+    known: dict[str, Shape] = {"image": ("N", 3, size, size), "images": ("B", kinds, 3, size, size)}
+    if kinds == 1:
+        known["crop"] = ("B", 3, size, size)
+    wanted = {}
+    for stage in sorted(m.stages, key=lambda stage: list(StageName).index(stage.name)):
+        looped = stage.name is loop.stage
+        state = {"y": known.get(loop.start, ())} if loop.result else {"y": image, "condition": image}
+        readable = known | state | {loop.scalar: ("B", 1)} if looped else known
+        wanted[stage.name] = {spec.name: readable[spec.name] for spec in stage.inputs if readable.get(spec.name)}
+        if looped:
+            known |= {loop.result: state["y"]} if loop.result else {}
+            continue
+        for spec in stage.outputs:  # the kinds of a crop may be images of one batch
+            known[spec.name] = ("B", *((kinds,) if spec.shape[:1] == ("N",) else ()), *spec.shape[1:])
+    return wanted
+
+
+def _flow_problem(m: Manifest) -> str | None:
+    """Return what is wrong with the plan of stages that a complete manifest has, or None."""
+    loop, needed = m.flow.loop, wiring(m)
+    outputs = {(stage.name, spec.name): spec.shape for stage in m.stages for spec in stage.outputs}
+    state = needed.get(loop.stage, {}).get("y", ())
+    sizes = [n for n in state[1:] if isinstance(n, int)]
+    for stage in m.stages:
+        if stage.takes != needed[stage.name]:
+            return f"the {stage.name} stage reads what no stage before it returns in this shape"
+    for found in m.flow.probabilities:
+        if outputs.get((found.stage, found.output)) != ("B", len(found.words)):
+            return f"{found.output} has no probability for each of {len(found.words)} words"
+        if not all(0 < len(word) <= 100 and word.isprintable() for word in found.words):
+            return f"{found.output} has words that are not plain text"
+    rules = {
+        "the score is missing": m.flow.score is None or outputs.get((m.flow.score, "score")) == ("B",),
+        "the state must have sizes whose product is a multiple of 4": not loop.result
+        or (len(sizes) == len(state) - 1 > 0 and math.prod(sizes) % 4 == 0),
+        "the noise must be like the state": not loop.result or outputs.get((loop.stage, "noise")) == state,
+        "the share must be one number": not loop.result
+        or ("B", 1) in [s for (_, n), s in outputs.items() if n == loop.share],
+    }
+    return next((text for text, ok in rules.items() if not ok), None)
+
+
 def _problem(m: Manifest) -> str | None:
     """Return what is inconsistent in a manifest whose types are right, or None."""
     names = [stage.name for stage in m.stages]
+    linear = m.schedule.linear
+    if linear and (wrong := next((text for text, ok in linear.rules.items() if not ok), None)):
+        return f"its schedule's {wrong}"
+    fewest = 1 if linear else 2
+    unusable = _flow_problem(m) if m.complete and m.flow != Flow() else None
     restored = [kind for kind in m.kinds if kind is not Kind.DIS]
     needs_unet = bool(restored)
-    sampled = m.fast.problem(m.schedule, m.taps, m.kinds) if m.fast and 2 <= m.schedule.steps <= 4000 else None
+    sampled = m.fast.problem(m.schedule, m.taps, m.kinds) if m.fast and fewest <= m.schedule.steps <= 4000 else None
     rules = {
         "a stage is listed twice": len(set(names)) == len(names),
-        "it has neither a VCG nor a VDA stage": not m.complete or StageName.VCG in names or StageName.VDA in names,
+        "it has neither a VCG nor a VDA stage": not m.complete
+        or (m.flow.score or StageName.VCG) in names
+        or StageName.VDA in names,
         "the VCG and ViT stages must come together": not m.complete
         or (StageName.VCG in names) == (StageName.VIT in names),
         "restored images are read but there is no U-Net, or the reverse": not m.complete
         or needs_unet == (StageName.UNET in names),
         "kinds must start with dis and not repeat": m.kinds[:1] == (Kind.DIS,) and len(set(m.kinds)) == len(m.kinds),
-        "steps must be between 2 and 4000": 2 <= m.schedule.steps <= 4000,
+        f"steps must be between {fewest} and 4000": fewest <= m.schedule.steps <= 4000,
+        "there must be as many timesteps as steps": linear is None or len(linear.timesteps) == m.schedule.steps,
         "schedule offset must lie between 0 and 1, max_beta between 0.1 and 1": 0 < m.schedule.offset < 1
         and 0.1 <= m.schedule.max_beta < 1,
-        "taps must be step indices, y0 at 0": m.taps.y0 == 0 < min(m.taps.t1, m.taps.t2)
-        and max(m.taps.t1, m.taps.t2) < m.schedule.steps,
+        "taps must be step indices, y0 at 0": linear is not None
+        or (m.taps.y0 == 0 < min(m.taps.t1, m.taps.t2) and max(m.taps.t1, m.taps.t2) < m.schedule.steps),
         "alignment must be 4, 8 or 16, or 1 without a U-Net": m.alignment in ({4, 8, 16} if needs_unet else {1}),
         "crop size must be a multiple of 16 between 32 and 1024": 32 <= m.crop.size <= 1024 and m.crop.size % 16 == 0,
+        f"in its plan of stages {unusable}": unusable is None,
         "crop count must be between 1 and 10000": 1 <= m.crop.count <= 10_000,
         "file sizes must not be negative": all(stage.file.bytes >= 0 for stage in m.stages),
         f"the fast sampling cannot be used ({sampled})": sampled is None,

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -39,18 +39,20 @@ class TapRule(enum.StrEnum):
 class Rows:
     """The table of a loop, walked from the last row to the first.
 
-    A row whose noise level is 0 asks no network. It leaves the state alone, and makes its taps of it.
+    The first `silent` rows ask no network. They leave the state alone, and make their taps of it.
     """
 
     start: int  # the step index whose noise the loop starts from
     steps: tuple[int, ...]  # the step index whose noise a row adds
     factors: Coefficients
     taps: Mapping[Kind, int]  # the row whose result is a kind, in order of kinds
+    silent: int = 0
+    clip: bool = True
 
     @property
     def calls(self) -> int:
         """How many rows ask the network."""
-        return int(np.count_nonzero(self.factors.noise_level))
+        return len(self.steps) - self.silent
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Sampling:
     @classmethod
     def trained(cls, schedule: Schedule) -> Self:
         """Return the engine's own sampling: all steps, as trained."""
-        return cls(tuple(range(schedule.steps)))
+        return cls(tuple(range(schedule.steps)), Sampler.DDIM if schedule.linear else Sampler.ANCESTRAL)
 
     @property
     def name(self) -> str:
@@ -90,10 +92,11 @@ class Sampling:
         """Return the table for a model that looks at these kinds."""
         bar = schedule.alpha_bar[list(self.steps)]
         walk = ancestral(bar) if self.sampler is Sampler.ANCESTRAL else ddim(bar, self.eta)
+        walk = replace(walk, noise_level=schedule.coefficients.noise_level[list(self.steps)])
         levels = _tap_levels(taps, kinds)
         if self.taps is TapRule.STATE:
             row_of = {kind: self.steps.index(level) + 1 for kind, level in levels.items()}
-            return Rows(schedule.steps, self.steps, walk, _in_order(kinds, row_of, end=0))
+            return Rows(schedule.steps, self.steps, walk, _in_order(kinds, row_of, end=0), clip=schedule.clip)
         above = sorted(set(levels.values()))
         bars = schedule.alpha_bar[above]
         none = np.zeros_like(bars)
@@ -103,7 +106,8 @@ class Sampling:
         factors = {name: np.concatenate([column, vars(walk)[name]]) for name, column in vars(renoise).items()}
         steps = (*(level + 1 for level in above), *self.steps)
         row_of = {kind: above.index(level) for kind, level in levels.items()}
-        return Rows(schedule.steps, steps, Coefficients(**factors), _in_order(kinds, row_of, end=len(above)))
+        silent = len(above)
+        return Rows(schedule.steps, steps, Coefficients(**factors), _in_order(kinds, row_of, end=silent), silent)
 
 
 @dataclass(frozen=True)
@@ -149,13 +153,16 @@ def choose_sampling(
     What adds noise at every step taps its states. DDIM without noise (eta 0) re-noises its result: its states still
     carry the noise that it started from.
     """
-    if kinds == (Kind.DIS,) and (steps or sampler):
+    trained = Sampling.trained(schedule)
+    if kinds == (Kind.DIS,) and not schedule.linear and (steps or sampler):
         raise UsageError("this engine restores nothing, so it has no steps to choose")
-    kind, eta = parse_sampler(sampler or Sampler.ANCESTRAL)
+    kind, eta = parse_sampler(sampler or trained.sampler)
+    if schedule.linear and (kind, eta) != (trained.sampler, trained.eta):
+        raise UsageError(f"the steps of this engine are those of {trained.name}: leave out --sampler {sampler}")
     count = steps or schedule.steps
     if count > schedule.steps:
         raise UsageError(f"{count} steps are more than the {schedule.steps} that this engine was trained with")
-    rule = TapRule.STATE if kind is Sampler.ANCESTRAL or eta else TapRule.RENOISED
+    rule = TapRule.STATE if kind is trained.sampler or eta else TapRule.RENOISED
     needed = {schedule.steps - 1, *(_tap_levels(taps, kinds).values() if rule is TapRule.STATE else ())}
     if count < len(needed):
         raise UsageError(

@@ -1,15 +1,18 @@
-"""The diffusion schedule: noise level and sampling coefficients of every step, and the steps that are tapped.
+"""The diffusion schedules: noise level and sampling coefficients of every step, and the steps that are tapped.
 
 Symbols: β_i `beta`, ᾱ_i `alpha_bar` (product of 1 − β up to i), T `steps`. A step index `i` counts down from
 T − 1 to 0.
 """
 
 import enum
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
+
+from .codec import LATER
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -52,16 +55,58 @@ class Coefficients:
 
 
 @dataclass(frozen=True)
+class Ddim:
+    """Timesteps of DDIM without noise, noisiest first, out of `train_steps` whose β rise along a straight line."""
+
+    timesteps: tuple[int, ...] = (400, 300, 200, 100, 0)
+    train_steps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+
+    @cached_property
+    def alpha_bar(self) -> npt.NDArray[np.float64]:
+        """ᾱ of every timestep of training, float64, decreasing."""
+        beta = np.linspace(self.beta_start, self.beta_end, self.train_steps)
+        return np.cumprod(1 - beta, dtype=np.float64)
+
+    @property
+    def rules(self) -> dict[str, bool]:
+        """What timesteps from a file must be, and whether they are."""
+        steps = self.timesteps
+        return {
+            "train_steps must be between 1 and 10000": 1 <= self.train_steps <= 10000,
+            "betas must rise between 0 and 1": 0 < self.beta_start <= self.beta_end < 1,
+            "timesteps must fall, from below train_steps to 0 or more": (
+                all(a > b for a, b in itertools.pairwise(steps)) and all(0 <= t < self.train_steps for t in steps)
+            ),
+        }
+
+    @cached_property
+    def coefficients(self) -> Coefficients:
+        """The sampling table, computed in float64 and rounded once. Nothing is clipped, and σ is 0.
+
+        Rows are in the order of step indices, which count down to 0: the last row is the first step. In place of a
+        noise level a row has its timestep.
+        """
+        steps = list(self.timesteps[::-1])
+        return replace(ddim(self.alpha_bar[steps], 0.0), noise_level=np.array(steps, np.float32))
+
+
+@dataclass(frozen=True)
 class Schedule:
-    """SR3's cosine schedule with `steps` steps."""
+    """SR3's cosine schedule with `steps` steps; or the timesteps of a linear one, and nothing of the cosine."""
 
     steps: int = 50
     offset: float = 0.008
     max_beta: float = 0.999
+    linear: Ddim | None = field(default=None, metadata=LATER)  # it has as many timesteps as there are steps
+    clip: bool = field(default=True, metadata=LATER)  # an estimate of the result is kept in [-1, 1], as pictures are
 
     @cached_property
     def alpha_bar(self) -> npt.NDArray[np.float64]:
         """ᾱ of every step, float64, decreasing from almost 1 to almost 0."""
+        if self.linear:
+            return self.linear.alpha_bar[list(self.linear.timesteps[::-1])]
         u = np.arange(self.steps + 1, dtype=np.float64) / self.steps + self.offset
         f = np.cos(u / (1 + self.offset) * np.pi / 2) ** 2
         f /= f[0]
@@ -70,7 +115,7 @@ class Schedule:
     @cached_property
     def coefficients(self) -> Coefficients:
         """The sampling table, computed in float64 and rounded once."""
-        return ancestral(self.alpha_bar)
+        return self.linear.coefficients if self.linear else ancestral(self.alpha_bar)
 
 
 def ancestral(alpha_bar: npt.NDArray[np.float64]) -> Coefficients:

@@ -10,13 +10,14 @@ Imports stand inside functions: building needs no PyTorch, and runs where PyTorc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..engine.manifest import Build, Library, Manifest, Precision, StageName
 from ..errors import DiffiqaError, ExportError, OutputError, UsageError, member
 
 if TYPE_CHECKING:
     from ..model.checkpoint import Loaded
+    from ..model.pfd.checkpoint import LoadedPfd
     from ..model.pfd.prompts import PromptSet
     from .builds import StageBuild
     from .engine import StageCost
@@ -41,7 +42,7 @@ class Exported:
 
 
 def export(
-    weights: "Loaded | Path | str",
+    weights: "Loaded | LoadedPfd | Path | str",
     output: Path | str,
     *,
     options: Mapping[str, object] | None = None,
@@ -120,7 +121,7 @@ def build(
 
 
 def convert(
-    weights: "Loaded | Path | str",
+    weights: "Loaded | LoadedPfd | Path | str",
     output: Path | str,
     *,
     options: Mapping[str, object] | None = None,
@@ -132,12 +133,17 @@ def convert(
     `options` as in `export`. Raises OutputError if `output` is there and `force` is not given.
     """
     from ..model.bundle import save_bundle
+    from ..model.pfd.checkpoint import LoadedPfd, save
 
     output = Path(output)
     if output.exists() and not force:
         raise OutputError(f"{output} exists; give --force to overwrite it")
     loaded = _loaded(weights, options)
-    save_bundle(loaded.model, output, half=half, sources=loaded.sources, notes=loaded.notes, reference=loaded.reference)
+    about: Any = {"sources": loaded.sources, "notes": loaded.notes, "reference": loaded.reference}
+    if isinstance(loaded, LoadedPfd):
+        save(loaded.model, output, half=half, **about)
+    else:
+        save_bundle(loaded.model, output, half=half, **about)
     return output
 
 
@@ -183,11 +189,11 @@ def prompts(
     return found
 
 
-def _loaded(weights: "Loaded | Path | str", options: Mapping[str, object] | None) -> "Loaded":
-    from ..model.checkpoint import load
+def _loaded(weights: "Loaded | LoadedPfd | Path | str", options: Mapping[str, object] | None) -> "Loaded | LoadedPfd":
+    from ..model.pfd.checkpoint import load_either
 
     if isinstance(weights, str | Path):
-        return load(Path(weights), options=options)
+        return load_either(Path(weights), options=options)
     if options:
         raise UsageError("options belong to a file: give them to the load that made this model")
     return weights

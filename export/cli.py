@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..model.checkpoint import Loaded
+    from ..model.pfd.checkpoint import LoadedPfd
     from .api import Built, Exported
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -40,7 +41,8 @@ _WEIGHTS = [
     click.option(
         "--preset",
         metavar="NAME",
-        help="Model configuration: paper, authors, maniqa or mini. Default: the one that fits the weights.",
+        help="Model configuration: paper, authors, maniqa, mini, pfd-paper or pfd-mini. Default: the one that fits the "
+        "weights.",
     ),
     click.option(
         "--seed",
@@ -75,14 +77,14 @@ def weight_options(command: F) -> F:
     return command
 
 
-def read_weights(console: "Console", **given: Any) -> "Loaded":
+def read_weights(console: "Console", **given: Any) -> "Loaded | LoadedPfd":
     """Read the weights that the options name, and print what is worth a note."""
     stated = {option.name: given.pop(option.name.replace("-", "_")) for option in OPTIONS}
     stated = {name: value for name, value in stated.items() if value is not None}
     with console.status("reading weights"):
-        from ..model.checkpoint import load
+        from ..model.pfd.checkpoint import load_either
 
-        loaded = load(given.pop("ckpt"), options=stated, **given)
+        loaded = load_either(given.pop("ckpt"), options=stated, **given)
     for note in loaded.notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     return loaded
@@ -245,7 +247,7 @@ def convert(output: Path, half: bool, force: bool, quiet: bool, **weights: Any) 
 def prompts(output: Path, distortions: str | None, levels: str | None, quiet: bool, **options: Any) -> None:
     """Turn words into the prompts of PFD-IQA: a vector of length 1 for each kind of distortion and level of quality.
 
-    They are constants of a checkpoint. Nothing is trained with them yet: see docs/pfdiqa.md.
+    They are constants of a checkpoint: see docs/pfdiqa.md.
 
     \b
     Examples:
@@ -269,7 +271,7 @@ def prompts(output: Path, distortions: str | None, levels: str | None, quiet: bo
         click.echo(f"{output}: {counts}; the closest are {one!r} and {other!r}, cosine {cosine:.2f}")
 
 
-def print_settings(loaded: "Loaded") -> None:
+def print_settings(loaded: "Loaded | LoadedPfd") -> None:
     """Print what the scores depend on: what was read from the file, assumed and given."""
     for origin in dict.fromkeys(setting.origin for setting in loaded.settings):
         listed = [
@@ -278,7 +280,7 @@ def print_settings(loaded: "Loaded") -> None:
         click.echo(f"{origin:8} {'; '.join(listed)}")
 
 
-def print_preview(loaded: "Loaded", output: Path, stages: Sequence[StageName]) -> None:
+def print_preview(loaded: "Loaded | LoadedPfd", output: Path, stages: Sequence[StageName]) -> None:
     """Print what an export would write."""
     from .engine import parameters_by_stage
 
@@ -290,7 +292,7 @@ def print_preview(loaded: "Loaded", output: Path, stages: Sequence[StageName]) -
     click.echo(f"  manifest.json\nabout {_size(4 * sum(counts.values()))} in all; nothing was written")
 
 
-def print_exported(output: Path, loaded: "Loaded", done: "Exported") -> None:
+def print_exported(output: Path, loaded: "Loaded | LoadedPfd", done: "Exported") -> None:
     """Print what the scores depend on, a table of the stages, and of the engines if some were built."""
     print_settings(loaded)
     rows = []

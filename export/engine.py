@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import onnx
 
@@ -37,6 +38,10 @@ from ..errors import EngineError, ExportError
 from ..model.checkpoint import Loaded
 from ..model.config import Better, Labels, ModelConfig
 from ..model.network import DiffV2IQA, count_parameters
+from ..model.pfd.checkpoint import LoadedPfd
+from ..model.pfd.config import PfdConfig
+from ..model.pfd.network import PfdIQA
+from . import pfd
 from .graph import OPSET, export_graph
 from .macs import count_macs
 from .pytorch import compare_with_pytorch
@@ -57,8 +62,10 @@ class StageCost:
     compare_seconds: float
 
 
-def plan_names(config: ModelConfig) -> tuple[StageName, ...]:
+def plan_names(config: ModelConfig | PfdConfig) -> tuple[StageName, ...]:
     """Return the stages an engine of this configuration has."""
+    if isinstance(config, PfdConfig):
+        return pfd.NAMES
     present = {
         StageName.UNET: config.unet,
         StageName.VIT: config.vcg,
@@ -69,7 +76,7 @@ def plan_names(config: ModelConfig) -> tuple[StageName, ...]:
 
 
 def export_engine(
-    loaded: Loaded,
+    loaded: Loaded | LoadedPfd,
     target: Path,
     *,
     stages: tuple[StageName, ...] = (),
@@ -93,7 +100,8 @@ def export_engine(
         free = shutil.disk_usage(work.parent).free
         if free < needed:
             raise ExportError(f"{work.parent} has {free / 1e6:.0f} MB free, the engine needs {needed / 1e6:.0f} MB")
-        plans = (plan for plan in stage_plans(model) if plan.name in wanted)
+        every = pfd.stage_plans(model) if isinstance(model, PfdIQA) else stage_plans(model)
+        plans = (plan for plan in every if plan.name in wanted)
         costs = [_export_stage(model, plan, work, say, accept_drift=accept_drift) for plan in plans]
         manifest = manifest_of(loaded, tuple(cost.stage for cost in costs))
         (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
@@ -101,8 +109,10 @@ def export_engine(
     return manifest, costs
 
 
-def parameters_by_stage(model: DiffV2IQA) -> dict[StageName, int]:
+def parameters_by_stage(model: DiffV2IQA | PfdIQA) -> dict[StageName, int]:
     """Return how many parameters each stage takes from the model, before export merges some."""
+    if isinstance(model, PfdIQA):
+        return {name: count_parameters(pfd.part_of(model, name)) for name in pfd.NAMES}
     tabs = count_parameters(model.tabs)  # both heads carry them
     vit = count_parameters(model.vcg.vit) if model.vcg else 0
     counts = {
@@ -169,7 +179,7 @@ def check_target(target: Path, *, force: bool) -> None:
 
 
 def _export_stage(
-    model: DiffV2IQA, plan: StagePlan, work: Path, say: Callable[[str], None], *, accept_drift: bool
+    model: DiffV2IQA | PfdIQA, plan: StagePlan, work: Path, say: Callable[[str], None], *, accept_drift: bool
 ) -> StageCost:
     relative = f"onnx/{plan.name}.onnx"
     path = work / relative
@@ -181,7 +191,8 @@ def _export_stage(
         for signature in (plan.inputs, plan.outputs)
     )
     try:
-        graph = export_graph(plan, path, model.config.unet.alignment if model.config.unet else 16)
+        unet = None if isinstance(model, PfdIQA) else model.config.unet
+        graph = export_graph(plan, path, unet.alignment if unet else 16)
         macs = count_macs(graph, one_image(inputs, model.config.crop))
         # Weights, and constants such as Swin's masks.
         floats = [t for t in graph.graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
@@ -203,38 +214,44 @@ def one_image(inputs: Sequence[TensorSpec], crop: int) -> dict[str, tuple[int, .
     return {spec.name: spec.at({"B": 1, "N": 1, "H": crop, "W": crop}) for spec in inputs}
 
 
-def manifest_of(loaded: Loaded, stages: tuple[Stage, ...]) -> Manifest:
+def manifest_of(loaded: Loaded | LoadedPfd, stages: tuple[Stage, ...]) -> Manifest:
     """Return the manifest of a model with these stages, whether their files are there or not."""
     c = loaded.model.config
     trained = all(source.role != "seed" for source in loaded.sources)
-    labels, higher = c.labels, c.labels.better is Better.HIGHER
-    worst, best = sorted((labels.minimum, labels.maximum), reverse=not higher)
-    meaning = TRAINED if labels == Labels() else ON_LABELS.format(worst=worst, best=best)
-    meaning = meaning if trained else UNTRAINED
     packages = {name: version(name) for name in ("torch", "onnx", "onnxruntime", "onnxscript")}
-    manifest = Manifest(
-        schema=SCHEMA,
-        model=encode(c),
-        schedule=c.schedule,
-        taps=c.taps,
-        kinds=c.kinds,
-        alignment=c.alignment,
-        crop=CropPolicy(c.crop, c.crop_count, c.crop_places),
-        score=ScoreMeaning(
-            c.vcg_weight, c.vda_weight, meaning, trained, labels.minimum, labels.maximum, higher_is_better=higher
-        ),
-        stages=stages,
-        complete={stage.name for stage in stages} == set(plan_names(c)),
-        provenance=Provenance(
+    common: dict[str, Any] = {
+        "schema": SCHEMA,
+        "model": encode(c),
+        "stages": stages,
+        "complete": {stage.name for stage in stages} == set(plan_names(c)),
+        "provenance": Provenance(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             versions={"diffiqa": __version__, **packages},
             sources=loaded.sources,
             notes=loaded.notes,
         ),
-        tap_form=c.tap_form,
-        sides=c.sides,
-        image_form=c.image_form,
-    )
+    }
+    if isinstance(c, PfdConfig):
+        manifest = pfd.manifest(c, ScoreMeaning(0, 0, TRAINED if trained else UNTRAINED, trained), common)
+    else:
+        labels, higher = c.labels, c.labels.better is Better.HIGHER
+        worst, best = sorted((labels.minimum, labels.maximum), reverse=not higher)
+        meaning = TRAINED if labels == Labels() else ON_LABELS.format(worst=worst, best=best)
+        meaning = meaning if trained else UNTRAINED
+        manifest = Manifest(
+            schedule=c.schedule,
+            taps=c.taps,
+            kinds=c.kinds,
+            alignment=c.alignment,
+            crop=CropPolicy(c.crop, c.crop_count, c.crop_places),
+            score=ScoreMeaning(
+                c.vcg_weight, c.vda_weight, meaning, trained, labels.minimum, labels.maximum, higher_is_better=higher
+            ),
+            tap_form=c.tap_form,
+            sides=c.sides,
+            image_form=c.image_form,
+            **common,
+        )
     reference = loaded.reference
     if reference and reference.scoring != manifest.scoring_id:
         note = f"the reference {reference.name} is left out: it was made with another sampler or other crops"

@@ -14,6 +14,8 @@ from torch import nn
 
 from ..engine.manifest import Check, StageName
 from ..model.network import DiffV2IQA
+from ..model.pfd.network import PfdIQA
+from . import pfd
 from .compare import SMALLEST, compare, run_onnx
 from .stages import StagePlan
 
@@ -27,8 +29,11 @@ ADVICE = (
 
 
 @torch.no_grad()
-def reference(model: DiffV2IQA, name: StageName, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def reference(model: DiffV2IQA | PfdIQA, name: StageName, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """Run a stage in the *unmerged* model, so that a check covers what export merges and what it converts."""
+    if isinstance(model, PfdIQA):
+        results = pfd.part_of(model, name)(*inputs)
+        return (results,) if isinstance(results, torch.Tensor) else tuple(results)
     if name is StageName.UNET and model.unet:
         return (model.unet(*inputs),)
     if name is StageName.VIT and model.vcg:
@@ -37,7 +42,7 @@ def reference(model: DiffV2IQA, name: StageName, inputs: tuple[torch.Tensor, ...
 
 
 def compare_with_pytorch(
-    model: DiffV2IQA, plan: StagePlan, path: Path, *, seed: int, accept_drift: bool = False
+    model: DiffV2IQA | PfdIQA, plan: StagePlan, path: Path, *, seed: int, accept_drift: bool = False
 ) -> tuple[Check, ...]:
     """Compare at two batch sizes, and at two image sizes where they are free.
 
@@ -73,7 +78,7 @@ def _tolerance(allowed: dict[str, float], output: str, largest: float) -> float:
 
 
 def _allowed(
-    model: DiffV2IQA, plan: StagePlan, inputs: tuple[torch.Tensor, ...], results: tuple[torch.Tensor, ...]
+    model: DiffV2IQA | PfdIQA, plan: StagePlan, inputs: tuple[torch.Tensor, ...], results: tuple[torch.Tensor, ...]
 ) -> dict[str, float]:
     """Return what each output may differ by, of its largest value, from how PyTorch itself rounds."""
     with _in_float64(model, plan.name):
@@ -85,16 +90,20 @@ def _allowed(
     return {output: max(MULTIPLE * share, LEAST) for output, share in shares.items()}
 
 
-@contextmanager
-def _in_float64(model: DiffV2IQA, name: StageName) -> Iterator[None]:
-    """Hold what a stage is made of in float64, and give it back as it was: float32 survives the way there and back."""
+def _parts(model: DiffV2IQA, name: StageName) -> list[nn.Module]:
     parts: dict[StageName, list[nn.Module | None]] = {
         StageName.UNET: [model.unet],
         StageName.VIT: [model.vcg and model.vcg.vit],
         StageName.VCG: [model.vcg, model.tabs],
         StageName.VDA: [model.vda, model.tabs],
     }
-    used = [part for part in parts[name] if part is not None]
+    return [part for part in parts[name] if part is not None]
+
+
+@contextmanager
+def _in_float64(model: DiffV2IQA | PfdIQA, name: StageName) -> Iterator[None]:
+    """Hold what a stage is made of in float64, and give it back as it was: float32 survives the way there and back."""
+    used = [pfd.part_of(model, name)] if isinstance(model, PfdIQA) else _parts(model, name)
     try:
         for part in used:
             part.double()

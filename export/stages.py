@@ -7,24 +7,27 @@ in real numbers and computed in float64. They work on copies: the model that is 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..engine.manifest import StageName
+from ..engine.manifest import Shape, StageName
 from ..engine.pixels import TapForm
 from ..engine.schedule import Kind
-from ..model.config import Encoder, ModelConfig
+from ..model.config import ModelConfig
 from ..model.heads import VCG, VDA, Readout
 from ..model.lite0 import Block, Lite0
 from ..model.network import DiffV2IQA
+from ..model.pfd.denoiser import Bottleneck as PfdBottleneck
+from ..model.pfd.encoder import Lite0Encoder
 from ..model.resnet import Bottleneck, ResNet
 from ..model.unet import SelfAttention, UNet
 from ..model.unet import Stage as UNetStage
 
 DISTORTED = torch.tensor(0.999)  # the level of the little noise on the image as given
-Shape = tuple[int | str, ...]
+N = TypeVar("N", bound=nn.Module)
 Draw = Callable[[int, tuple[int, int], torch.Generator], tuple[Tensor, ...]]  # (batch, (H, W), generator)
 
 
@@ -85,7 +88,7 @@ def stage_plans(model: DiffV2IQA) -> list[StagePlan]:
         ]
     if model.vda:
         shape: Shape = ("B", kinds, 3, size, size)
-        head = HeadStage(fold_vda(model.vda), model.tabs)
+        head = HeadStage(fold(model.vda), model.tabs)
         plans.append(StagePlan(StageName.VDA, head, {"images": shape}, verdict, _draw_crops(c)))
     return plans
 
@@ -134,12 +137,10 @@ def merge_squeeze(vcg: VCG) -> VCG:
     return vcg.eval()
 
 
-def fold_vda(vda: VDA) -> VDA:
-    """Fold every BatchNorm of the encoder into the convolution before it, and the readout's scale into its matrix."""
-    vda = copy.deepcopy(vda).eval()
-    if vda.config.encoder is Encoder.LITE0:
-        _fold_readout(vda.readout)
-    for module in list(vda.modules()):
+def fold(network: N) -> N:
+    """Fold BatchNorms into the convolutions before them, and the scale of Lite0's readout into its matrix."""
+    network = copy.deepcopy(network).eval()
+    for module in list(network.modules()):
         if isinstance(module, ResNet):
             _fold_pairs(module, "conv1", "bn1")
         elif isinstance(module, Bottleneck):
@@ -151,7 +152,13 @@ def fold_vda(vda: VDA) -> VDA:
         elif isinstance(module, Block):
             expand = ("_expand_conv", "_bn0") if module.expands else ()
             _fold_pairs(module, *expand, "_depthwise_conv", "_bn1", "_project_conv", "_bn2")
-    return vda
+        elif isinstance(module, Readout):
+            _fold_readout(module)
+        elif isinstance(module, Lite0Encoder):
+            _fold_pairs(module, "project", "norm")
+        elif isinstance(module, PfdBottleneck) and isinstance(module.norm1, nn.BatchNorm2d):
+            _fold_pairs(module, "down", "norm1", "mix", "norm2", "up", "norm3")
+    return network
 
 
 @torch.no_grad()

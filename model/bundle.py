@@ -121,7 +121,15 @@ def read_description(path: Path, data: Mapping[str, object], kind: type[B] = Bun
     return bundle
 
 
+class OtherFormatError(CheckpointError):
+    """A bundle is of another format than the one that is wanted."""
+
+    def __init__(self, message: str, found: int) -> None:
+        super().__init__(message)
+        self.found = found
+
+
 def check_format(path: Path, found: int, wanted: int) -> None:
-    """Refuse a file of another format than the one that is wanted. Raises CheckpointError."""
+    """Refuse a file of another format than the one that is wanted. Raises OtherFormatError."""
     if found != wanted:
-        raise CheckpointError(f"{path} is {FORMATS[found]}; this command wants {FORMATS[wanted]}")
+        raise OtherFormatError(f"{path} is {FORMATS[found]}; this command wants {FORMATS[wanted]}", found)

@@ -141,14 +141,19 @@ def load(
         notes.append(f"{base.name}: its configuration {base.bundle.config.name!r} gives way to preset {preset!r}")
     sources = (*(g.source for g in given), *inherited, *untrained)
     known = base.bundle.reference if base and base.bundle and base.bundle.config == config and not parts else None
-    if reference:
-        known = read_reference(reference)
-        if known.weights != weights_id(sources):
-            raise DatasetError(
-                f"{reference} is of an engine with other weights than {_paths(given)}: score {known.name} with an "
-                f"engine of these, and make a reference anew with iqa-eval --reference"
-            )
+    known = reference_for(reference, sources, _paths(given)) if reference else known
     return Loaded(model.eval(), sources, (*old_notes, *notes, *map(_untrained_note, untrained)), settings, known)
+
+
+def reference_for(path: Path, sources: tuple[Source, ...], whose: str) -> Reference:
+    """Read a file of `iqa-eval --reference` that is about an engine of these sources. Raises DatasetError."""
+    known = read_reference(path)
+    if known.weights != weights_id(sources):
+        raise DatasetError(
+            f"{path} is of an engine with other weights than {whose}: score {known.name} with an engine of these, and "
+            f"make a reference anew with iqa-eval --reference"
+        )
+    return known
 
 
 def load_part(path: Path, part: str) -> tuple[dict[str, Tensor], Source] | None:

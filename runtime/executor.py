@@ -39,10 +39,12 @@ class Branch:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Both branches' verdicts on one crop; None where the model has no such branch."""
+    """Both branches' verdicts on one crop, None where the model has no such branch; or the score of one without any."""
 
     vcg: Branch | None
     vda: Branch | None
+    score: float | None = None
+    probabilities: tuple[FloatArray, ...] = ()  # in the order of the manifest's plan, each (words,)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ..engine.manifest import Manifest
 from ..engine.pixels import ImageForm
 from ..engine.sampling import Sampling, choose_sampling
 from ..errors import UsageError
-from .results import Mode, Options
+from .results import PIXEL_BUDGET, Mode, Options
 
 TILE = 512  # side of a tile, pixels
 OVERLAP = 64  # least overlap of neighbouring tiles, pixels
@@ -108,7 +108,9 @@ def make_plan(height: int, width: int, manifest: Manifest, options: Options) -> 
 
 
 def sampling_of(manifest: Manifest, options: Options) -> Sampling:
-    """Return the steps that options ask of an engine. Raises UsageError for those that it cannot take."""
+    """Return the steps that options ask of an engine. Raises UsageError for options that mean nothing to it."""
+    if manifest.flow.loop.result and (options.mode, options.pixel_budget) != (Mode.WHOLE, PIXEL_BUDGET):
+        raise UsageError("this engine restores no images, so there are none to tile: leave out mode and pixel budget")
     if not options.fast:
         return choose_sampling(manifest.schedule, manifest.taps, manifest.kinds, options.steps, options.sampler)
     if manifest.fast is None:

@@ -13,6 +13,7 @@ from ..engine.schedule import Kind
 from ..errors import UsageError
 
 Picture = npt.NDArray[np.uint8]
+Probabilities = dict[str, dict[str, float]]  # of words, by what they are about; those of one thing sum to 1
 
 # Attention at an eighth of the image's size takes memory with the square of its pixels: 0.7 GB at 720×720, 2.7 GB at
 # 1024×1024, whatever the width of the network.
@@ -86,6 +87,15 @@ class CropScore:
     score: float
     vcg: float | None
     vda: float | None
+    probabilities: Probabilities = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WordMap:
+    """The probability of one word, crop by crop, laid over the image."""
+
+    word: str
+    values: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -93,12 +103,14 @@ class Pictures:
     """What the model saw, and its maps: planes are (H, W, 3) uint8, maps (H, W) float32.
 
     Planes are mid-grey where nothing was restored (in tile and crop mode); maps are NaN outside all crops. Maps come
-    from the VCG branch; without VCG from the VDA branch.
+    from the VCG branch; without VCG from the VDA branch. A model without branches has one score for each crop,
+    which count alike, and the most probable word of each kind.
     """
 
     planes: dict[Kind, Picture]
     score_map: npt.NDArray[np.float32]
     weight_map: npt.NDArray[np.float32]
+    words: dict[str, WordMap] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -123,6 +135,7 @@ class Score:
     percentile: float | None = None  # of the engine's reference: the percentage of its images that this is better than
     opinion: float | None = None  # from 1 to 5, that the reference's people would have of it
     opinion_error: float | None = None  # of the opinion, as root mean square
+    probabilities: Probabilities | None = None  # how well it matches the engine's words, such as kinds of distortion
     pictures: Pictures | None = field(default=None, repr=False, compare=False)
 
 

@@ -23,11 +23,11 @@ from ..engine.score import weighted_sum
 from ..errors import BackendError, EngineError, ImageError, UsageError
 from .arrays import is_foreign
 from .backends import Backend, GpuBackend, best
-from .executor import Branch, Executor, Outcome, StageRunner, Verdict
+from .executor import Executor, Outcome, StageRunner, Verdict
 from .host.executor import HostExecutor
 from .images import DEFAULT_MAX_PIXELS, Image, Source, read_for
 from .plan import Plan, make_plan, sampling_of
-from .results import CropScore, Failure, Options, Picture, Pictures, Score
+from .results import CropScore, Failure, Options, Picture, Pictures, Probabilities, Score, WordMap
 
 FloatArray = npt.NDArray[np.float32]
 _Decoding = tuple["Future[Image]", str]  # an image, and its name
@@ -296,6 +296,7 @@ class Scorer:
             percentile=m.score.percentile(score),
             opinion=m.score.opinion(score),
             opinion_error=m.score.reference.error if m.score.reference else None,
+            probabilities=_probabilities(m, list(itertools.chain.from_iterable(verdicts))) or None,
             pictures=_pictures(m, plan, image, outcomes[0]) if pictures else None,
         )
 
@@ -392,6 +393,8 @@ def _name(image: Any, index: int) -> str:
 
 
 def _total(m: Manifest, verdict: Verdict) -> float:
+    if verdict.score is not None:
+        return verdict.score
     vcg, vda = (branch.score if branch else None for branch in (verdict.vcg, verdict.vda))
     return float(weighted_sum(m.score, vcg, vda))
 
@@ -404,7 +407,17 @@ def _crop_score(m: Manifest, plan: Plan, index: int, verdicts: list[Verdict]) ->
         statistics.fmean(_total(m, verdict) for verdict in verdicts),
         _mean([verdict.vcg.score if verdict.vcg else None for verdict in verdicts]),
         _mean([verdict.vda.score if verdict.vda else None for verdict in verdicts]),
+        _probabilities(m, verdicts),
     )
+
+
+def _probabilities(m: Manifest, verdicts: Sequence[Verdict]) -> Probabilities:
+    """Return the mean probability of every word the engine knows."""
+    means = {}
+    for i, found in enumerate(m.flow.probabilities):
+        each = np.stack([verdict.probabilities[i] for verdict in verdicts])
+        means[found.output] = dict(zip(found.words, each.mean(0, np.float64).tolist(), strict=True))
+    return means
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -425,13 +438,27 @@ def _pictures(m: Manifest, plan: Plan, image: Image, outcome: Outcome) -> Pictur
         for crop, pixels in zip(plan.crops, outcome.crops, strict=True):
             canvas[crop.top : crop.top + size, crop.left : crop.left + size] = to_pixels(pixels[row])
         planes[kind] = canvas
-    sums = np.zeros((3, *shape), np.float32)  # of scores, of weights, of crops
-    for crop, verdict in zip(plan.crops, outcome.verdicts, strict=True):
-        branch: Branch = verdict.vcg or verdict.vda  # type: ignore[assignment]  # a model has at least one
-        cell = size // branch.score_map.shape[0]
+    branches = [branch for verdict in outcome.verdicts if (branch := verdict.vcg or verdict.vda)]
+    if branches:
+        score, weight = ([getattr(branch, name) for branch in branches] for name in ("score_map", "weight_map"))
+        return Pictures(planes, _over(plan, shape, score), _over(plan, shape, weight))
+    whole = [np.full((1, 1), _total(m, verdict), np.float32) for verdict in outcome.verdicts]
+    words = {}
+    for i, (name, found) in enumerate(_probabilities(m, outcome.verdicts).items()):
+        at = int(np.argmax(list(found.values())))
+        shown = [verdict.probabilities[i][at].reshape(1, 1) for verdict in outcome.verdicts]
+        words[name] = WordMap(list(found)[at], _over(plan, shape, shown))
+    return Pictures(planes, _over(plan, shape, whole), _over(plan, shape, [np.ones_like(whole[0])] * len(whole)), words)
+
+
+def _over(plan: Plan, shape: tuple[int, ...], of_crops: Sequence[FloatArray]) -> FloatArray:
+    """Lay the maps of all crops, each (grid, grid), over the image: their mean, and NaN where there is none."""
+    size = plan.crop_size
+    sums, counts = np.zeros((2, *shape), np.float32)
+    for crop, values in zip(plan.crops, of_crops, strict=True):
+        cell = size // values.shape[0]
         here = np.s_[crop.top : crop.top + size, crop.left : crop.left + size]
-        sums[0][here] += np.kron(branch.score_map, np.ones((cell, cell), np.float32))
-        sums[1][here] += np.kron(branch.weight_map, np.ones((cell, cell), np.float32))
-        sums[2][here] += 1
-    covered = np.where(sums[2] > 0, sums[2], np.nan)
-    return Pictures(planes, sums[0] / covered, sums[1] / covered)
+        sums[here] += np.kron(values, np.ones((cell, cell), np.float32))
+        counts[here] += 1
+    mean: FloatArray = sums / np.where(counts > 0, counts, np.nan)
+    return mean

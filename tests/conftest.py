@@ -2,10 +2,11 @@
 
 import ctypes
 import dataclasses
+import fcntl
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,8 +32,9 @@ from diffiqa.runtime.gpu import cuda, door, tensorrt, tensorrt_stage
 from diffiqa.runtime.scorer import Scorer, load
 
 from .fake_device import FakeLayer, fake_stages
-from .fakecuda.driver import Driver, build_driver, compiled, load_driver
-from .kernels.devices import Missing, build_host
+from .fakecuda.driver import DRIVER, Driver, build_driver, compiled, load_driver
+from .kernels.devices import HOST_LIBRARY, Missing, build_host
+from .model.pfd.small import random_small
 from .tiny import TINY, perturbed
 
 # A process that a shell started in the background ignores Ctrl-C, and so would the children that tests interrupt.
@@ -60,15 +62,34 @@ def tiny_loaded(tiny_model: DiffV2IQA) -> Loaded:
     return Loaded(tiny_model, (source,), ())
 
 
+def made_once(temporary: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder of the whole run, filled by whichever of its processes came first; the others wait."""
+    base = temporary.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = folder / "done"
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model's engine, or that of the session which started this one."""
     if ready := os.environ.get("TINY_ENGINE"):
         return Path(ready)
     tiny_loaded: Loaded = request.getfixturevalue("tiny_loaded")
-    target = tmp_path_factory.mktemp("engines") / "tiny"
-    export_engine(tiny_loaded, target)
-    return target
+    return made_once(tmp_path_factory, "engines", lambda folder: export_engine(tiny_loaded, folder / "tiny")) / "tiny"
+
+
+@pytest.fixture(scope="session")
+def pfd_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The engine of a small PFD-IQA."""
+    return made_once(tmp_path_factory, "pfd", lambda folder: export_engine(random_small(), folder / "pfd")) / "pfd"
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +101,7 @@ def scorer(tiny_engine: Path) -> Scorer:
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The kernels as a shared library."""
     try:
-        return build_host(tmp_path_factory.mktemp("kernels"))
+        return ctypes.CDLL(str(made_once(tmp_path_factory, "kernels", build_host) / HOST_LIBRARY))
     except Missing as reason:
         pytest.skip(str(reason))
 
@@ -121,7 +142,7 @@ def fake_libcuda(
     if any(item.get_closest_marker("gpu") for item in request.session.items):
         pytest.skip("tests for a GPU run in this process: its driver is the machine's own")
     try:
-        found = load_driver(build_driver(tmp_path_factory.mktemp("driver")), library._name)
+        found = load_driver(made_once(tmp_path_factory, "driver", build_driver) / DRIVER, library._name)
     except Missing as reason:
         pytest.skip(str(reason))
     with pytest.MonkeyPatch.context() as patch:  # cuda.core remembers a GPU that is gone

@@ -16,6 +16,8 @@ from diffiqa.engine.manifest import StageName, read_manifest
 from diffiqa.model.bundle import save_bundle
 from diffiqa.model.network import DiffV2IQA
 
+from .tiny import STAGES
+
 COMMANDS = ("export", "build", "calibrate", "quantise", "verify", "run", "convert", "prompts", "serve", "bench")
 
 
@@ -90,7 +92,7 @@ def test_export_writes_an_engine_that_opens_and_a_table(bundle: Path, tmp_path: 
 def test_a_dry_run_says_what_would_be_written_and_writes_nothing(bundle: Path, tmp_path: Path) -> None:
     result = call("export", "--ckpt", bundle, "-o", tmp_path / "engine", "--dry-run")
     assert result.exit_code == 0
-    assert all(f"onnx/{name}.onnx" in result.stdout for name in StageName)
+    assert all(f"onnx/{name}.onnx" in result.stdout for name in STAGES)
     assert "nothing was written" in result.stdout
     assert list(tmp_path.iterdir()) == []
 

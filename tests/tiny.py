@@ -4,9 +4,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from diffiqa.engine.manifest import StageName
 from diffiqa.engine.schedule import Kind, Schedule, Taps
 from diffiqa.model.config import ModelConfig, SwinConfig, UNetConfig, VCGConfig, VDAConfig, ViTConfig
 from diffiqa.model.network import DiffV2IQA
+
+STAGES = (StageName.UNET, StageName.VIT, StageName.VCG, StageName.VDA)  # of the tiny model
 
 TINY = ModelConfig(
     name="tiny",

@@ -2,19 +2,22 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...engine.manifest import Source
-from ...errors import CheckpointError
-from ..bundle import Bundle, Description, check_format, read_description, write_bundle
-from ..checkpoint import COUNTER, misfits
+from ...engine.reference import Reference
+from ...errors import CheckpointError, UsageError
+from ..bundle import Bundle, Description, OtherFormatError, check_format, read_description, write_bundle
+from ..checkpoint import COUNTER, Loaded, Setting, misfits, reference_for
+from ..checkpoint import load as load_diff_v2_iqa
 from ..naming import DEIQT, IQA, LITE0, MANIQA, PLAIN, SR3, adapt, recognise
 from ..weightfile import WeightFile, listed, not_finite, read, shown
-from .config import Backbone, PfdConfig
+from .config import PFD_PRESETS, Backbone, PfdConfig
 from .network import PfdIQA, build
 from .prompts import PromptSet, with_prompts
 
@@ -37,13 +40,21 @@ class LoadedPfd:
     model: PfdIQA
     sources: tuple[Source, ...]
     notes: tuple[str, ...]
+    settings: tuple[Setting, ...] = ()
+    reference: Reference | None = None
 
 
 def save(
-    model: PfdIQA, path: Path, *, half: bool = False, sources: Iterable[Source] = (), notes: Iterable[str] = ()
+    model: PfdIQA,
+    path: Path,
+    *,
+    half: bool = False,
+    sources: Iterable[Source] = (),
+    notes: Iterable[str] = (),
+    reference: Reference | None = None,
 ) -> None:
     """Write weights and configuration to one file, as `bundle.save_bundle` does."""
-    bundle = PfdBundle(PfdBundle.FORMAT, model.config, tuple(sources), tuple(notes))
+    bundle = PfdBundle(PfdBundle.FORMAT, model.config, tuple(sources), tuple(notes), reference)
     write_bundle(bundle, model.state_dict(), path, half=half)
 
 
@@ -60,7 +71,36 @@ def load(path: Path) -> LoadedPfd:
         model = PfdIQA(bundle.config)
     _fill(model, file, file.weights, model.state_dict())
     source = Source("bundle", shown(path.name), file.bytes, file.sha256, "diffiqa bundle")
-    return LoadedPfd(model.eval(), (source, *bundle.sources), bundle.notes)
+    return LoadedPfd(model.eval(), (source, *bundle.sources), bundle.notes, reference=bundle.reference)
+
+
+def load_either(
+    ckpt: Path | None, *, preset: str | None = None, seed: int | None = None, **given: Any
+) -> Loaded | LoadedPfd:
+    """Load a checkpoint of either family, as `checkpoint.load` does; of PFD-IQA a bundle, or a preset with a seed.
+
+    Raises UsageError where PFD-IQA is given an option that is for Diff-V²-IQA alone.
+    """
+    begun = preset if preset in PFD_PRESETS else None
+    if not begun:
+        try:
+            return load_diff_v2_iqa(ckpt, preset=preset, seed=seed, **given)
+        except OtherFormatError as exc:
+            if exc.found != PfdBundle.FORMAT:
+                raise
+    reference = given.pop("reference", None)
+    stray = [name for name, value in {**given, "preset": None if begun else preset}.items() if value]
+    if stray:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in stray)
+        raise UsageError(f"{begun or ckpt} is PFD-IQA, which takes no {options}")
+    if begun and (ckpt or seed is None):
+        raise UsageError(f"--preset {begun} is for an untrained model: give --seed N, and no checkpoint")
+    if begun and seed is not None:
+        fresh = begin(PFD_PRESETS[begun], seed)
+        return replace(fresh, sources=(Source("seed", "everything", 0, "", f"initial values of seed {seed}"),))
+    assert ckpt  # noqa: S101 — a bundle was refused above
+    loaded = load(ckpt)
+    return replace(loaded, reference=reference_for(reference, loaded.sources, str(ckpt))) if reference else loaded
 
 
 def begin(config: PfdConfig, seed: int, *, encoder: Path | None = None, prompts: PromptSet | None = None) -> LoadedPfd:

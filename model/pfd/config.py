@@ -5,10 +5,9 @@ summary of the paper says so, `inferred` if it is ours. docs/pfdiqa.md has its t
 """
 
 import enum
-import itertools
 from dataclasses import dataclass, field, replace
 
-from ...engine.ddim import Ddim
+from ...engine.schedule import Ddim
 from ...errors import ConfigError
 from ..config import Norm, ViTConfig, refuse
 
@@ -113,7 +112,6 @@ class PfdConfig:
 
 
 def _rules(c: PfdConfig) -> dict[str, bool]:
-    steps = c.schedule.timesteps
     sizes = (c.width, c.heads, c.mlp_ratio, c.patch, c.prompt_width, c.panels, c.groups, c.reduction)
     if min(*sizes, c.adapter_reduction) < 1 or max(sizes) > MAX_SIZE:
         return {f"sizes must be between 1 and {MAX_SIZE}": False}
@@ -130,11 +128,7 @@ def _rules(c: PfdConfig) -> dict[str, bool]:
         or not any(n % c.groups for n in (c.width, c.width // c.reduction, c.width // c.adapter_reduction)),
         "temperature must be between 0.1 and 1000": 0.1 <= c.temperature <= 1000,
         "mask_ratio must be in [0, 1)": 0 <= c.mask_ratio < 1,
-        "schedule.train_steps must be between 1 and 10000": 1 <= c.schedule.train_steps <= 10000,
-        "schedule betas must rise between 0 and 1": 0 < c.schedule.beta_start <= c.schedule.beta_end < 1,
-        "schedule.timesteps must fall, from below train_steps to 0 or more": (
-            all(a > b for a, b in itertools.pairwise(steps)) and all(0 <= t < c.schedule.train_steps for t in steps)
-        ),
+        **{f"schedule.{text}": holds for text, holds in c.schedule.rules.items()},
         "decoder_eps must be between 1e-12 and 1e-3": 1e-12 <= c.decoder_eps <= 1e-3,
         "name must be 1 to 64 letters, digits, '-', '_' or '.'": (
             0 < len(c.name) <= 64 and all(ch.isalnum() or ch in "-_." for ch in c.name)

@@ -343,7 +343,7 @@ class DeviceExecutor:
                 landed[stage, spec.name] = all_
 
         return lambda: tuple(
-            Verdict(*(_branch(landed, name, index) for name in (StageName.VCG, StageName.VDA)))
+            Verdict(_branch(landed, StageName.VCG, index), _branch(landed, StageName.VDA, index))
             for index in range(count)
         )
 

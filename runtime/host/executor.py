@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from ...engine.manifest import Manifest, StageName
+from ...engine.manifest import Manifest, Stage, StageName
 from ...engine.noise import NoiseField
 from ...engine.pixels import as_tapped, squash_planes
 from ...engine.schedule import Kind
-from ..executor import Branch, Call, Cancelled, FloatArray, Outcome, Planes, StageRunner, Task, Verdict, both, paste
+from ..executor import Branch, Cancelled, FloatArray, Outcome, Planes, StageRunner, Task, Verdict, both, paste
 from ..plan import Plan
 from .sampler import restore
+
+_InCrop = tuple[Plan, int, int, Callable[[], bool]]  # a plan, a seed, the crop's index, and whether to stop
 
 
 class HostExecutor:
@@ -56,7 +58,7 @@ class HostExecutor:
             for index in range(len(plan.crops)):
                 if cancelled():
                     raise Cancelled
-                verdicts.append(work.assess(crops[index]))
+                verdicts.append(work.assess(crops[index], plan, seed, index, cancelled))
         return Outcome(tuple(verdicts), crops, planes, seconds=time.perf_counter() - start)
 
     def run_together(
@@ -126,45 +128,57 @@ class HostExecutor:
             self._idle.put(work)
 
 
-class BoundDenoiser:
-    """The U-Net bound to buffers of one size. `y`, `condition` and `noise` are (3, H, W)."""
+class BoundLoop:
+    """The stage of a loop, bound to its state `y` and its answer `noise` (of `shape`), and to what else it reads."""
 
-    def __init__(self, stage: StageRunner, height: int, width: int) -> None:
-        buffers = np.zeros((3, 1, 3, height, width), np.float32)
-        self.y, self.condition, self.noise = buffers[:, 0]
+    def __init__(
+        self, stage: StageRunner, shape: tuple[int, ...], scalar: str, others: Mapping[str, FloatArray]
+    ) -> None:
+        buffers = np.zeros((2, 1, *shape), np.float32)
+        self.y, self.noise = buffers[:, 0]
         self.cancelled: Callable[[], bool] = lambda: False
-        self._level = np.zeros((1, 1), np.float32)
-        inputs = {"y": buffers[0], "condition": buffers[1], "noise_level": self._level}
-        self._call = stage.bind(inputs, {"noise": buffers[2]})
+        self._scalar = np.zeros((1, 1), np.float32)
+        self._call = stage.bind({"y": buffers[0], scalar: self._scalar, **others}, {"noise": buffers[1]})
 
-    def __call__(self, noise_level: float) -> None:
+    def __call__(self, scalar: float) -> None:
         """Predict the noise in `y`. Raises Cancelled when nobody wants the result any more."""
         if self.cancelled():
             raise Cancelled
-        self._level[0, 0] = noise_level
+        self._scalar[0, 0] = scalar
         self._call()
 
 
-class _Workspace:
-    """Buffers and bindings for one plan at a time: the heads' for one crop, the U-Net's for the last size.
+class BoundDenoiser(BoundLoop):
+    """The U-Net bound to buffers of one size. `y`, `condition` and `noise` are (3, H, W)."""
 
-    The heads run crop by crop, and windows run one by one: a score then never depends on the rest of a batch. One crop
+    def __init__(self, stage: StageRunner, height: int, width: int) -> None:
+        condition = np.zeros((1, 3, height, width), np.float32)
+        self.condition = condition[0]
+        super().__init__(stage, (3, height, width), "noise_level", {"condition": condition})
+
+
+class _Workspace:
+    """Buffers and bindings for one plan at a time: those of one crop, and the U-Net's for the last size.
+
+    Stages run crop by crop, and windows run one by one: a score then never depends on the rest of a batch. One crop
     keeps two cores busy anyway.
     """
 
     def __init__(self, manifest: Manifest, stages: Mapping[StageName, StageRunner]) -> None:
-        self._stages = stages
+        self._manifest, self._stages = manifest, stages
         kinds, size = len(manifest.kinds), manifest.crop.size
         self._images = np.zeros((1, kinds, 3, size, size), np.float32)
-        self._calls: list[Call] = []
-        self._verdicts: dict[StageName, dict[str, FloatArray]] = {}
+        # One crop's tensors by their names: what a stage returns, those after it read.
+        self._tensors = {"images": self._images, "image": self._images[0], "crop": self._images[0]}
+        self._outputs: dict[StageName, dict[str, FloatArray]] = {}
+        self._calls: list[Callable[[_InCrop], None]] = []
         self._denoiser: BoundDenoiser | None = None
-        if StageName.VIT in stages:
-            maps = np.zeros(_sizes(manifest, StageName.VIT, "maps", kinds), np.float32)
-            self._calls.append(stages[StageName.VIT].bind({"image": self._images[0]}, {"maps": maps}))
-            self._bind_head(manifest, StageName.VCG, {"maps": maps[None]})
-        if StageName.VDA in stages:
-            self._bind_head(manifest, StageName.VDA, {"images": self._images})
+        described = {stage.name: stage for stage in manifest.stages}
+        for name in (name for name in StageName if name in stages):
+            if name is not manifest.flow.loop.stage:
+                self._bind(described[name])
+            elif manifest.flow.loop.result:
+                self._bind_loop(described[name])
 
     def denoiser(self, height: int, width: int) -> BoundDenoiser:
         """Return the U-Net bound to this size, and drop the buffers of the size before."""
@@ -173,32 +187,46 @@ class _Workspace:
             self._denoiser = BoundDenoiser(self._stages[StageName.UNET], height, width)
         return self._denoiser
 
-    def assess(self, images: FloatArray) -> Verdict:
-        """Score the (kinds, 3, size, size) images of one crop."""
+    def assess(self, images: FloatArray, plan: Plan, seed: int, index: int, cancelled: Callable[[], bool]) -> Verdict:
+        """Score the (kinds, 3, size, size) images of one crop, whose noise is that of its index."""
         self._images[0] = images
         for call in self._calls:
-            call()
-        return Verdict(self._branch(StageName.VCG), self._branch(StageName.VDA))
+            call((plan, seed, index, cancelled))
+        flow = self._manifest.flow
+        return Verdict(
+            self._branch(StageName.VCG),
+            self._branch(StageName.VDA),
+            float(self._outputs[flow.score]["score"][0]) if flow.score else None,
+            tuple(self._outputs[found.stage][found.output][0].copy() for found in flow.probabilities),
+        )
 
-    def _bind_head(self, manifest: Manifest, name: StageName, inputs: dict[str, FloatArray]) -> None:
-        outputs = {
-            output: np.zeros(_sizes(manifest, name, output, 1), np.float32)
-            for output in ("score", "score_map", "weight_map")
-        }
-        self._calls.append(self._stages[name].bind(inputs, outputs))
-        self._verdicts[name] = outputs
+    def _bind(self, stage: Stage) -> None:
+        """Bind a stage that runs once for a crop. The kinds of a crop are one batch, or belong to one item of it."""
+        sizes = {"B": 1, "N": len(self._manifest.kinds)}
+        inputs = {spec.name: self._tensors[spec.name].reshape(spec.at(sizes)) for spec in stage.inputs}
+        outputs = {spec.name: np.zeros(spec.at(sizes), np.float32) for spec in stage.outputs}
+        run = self._stages[stage.name].bind(inputs, outputs)
+        self._calls.append(lambda _crop: run())
+        self._outputs[stage.name] = outputs
+        self._tensors |= outputs
+
+    def _bind_loop(self, stage: Stage) -> None:
+        """Bind the stage that refines a state of the crop."""
+        m, loop = self._manifest, self._manifest.flow.loop
+        start, share = self._tensors[loop.start], self._tensors[loop.share]
+        others = {name: self._tensors[name] for name in stage.takes if name not in {"y", loop.scalar}}
+        bound = BoundLoop(self._stages[stage.name], start.shape[1:], loop.scalar, others)
+        self._tensors[loop.result] = bound.y[None]
+
+        def run(crop: _InCrop) -> None:
+            plan, seed, lane, bound.cancelled = crop
+            field = NoiseField(seed, (1, bound.y.size), lane=lane, planes=1)
+            restore(bound, field, plan.sampling.rows(m.schedule, m.taps, m.kinds), (start[0], share[0]))
+
+        self._calls.append(run)
 
     def _branch(self, name: StageName) -> Branch | None:
-        if name not in self._verdicts:
+        if name not in self._outputs:
             return None
-        out = self._verdicts[name]
+        out = self._outputs[name]
         return Branch(float(out["score"][0]), out["score_map"][0].copy(), out["weight_map"][0].copy())
-
-
-def _sizes(manifest: Manifest, stage: StageName, output: str, batch: int) -> tuple[int, ...]:
-    """Return the shape of a stage's output for a batch, from the manifest."""
-    for found in manifest.stages:
-        if found.name is stage:
-            shape = next(spec.shape for spec in found.outputs if spec.name == output)
-            return tuple(batch if isinstance(dim, str) else dim for dim in shape)
-    raise KeyError(stage)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ...engine.manifest import Build, EngineDirectory, Manifest, Precision, StageName
+from ...engine.manifest import Build, EngineDirectory, Precision, StageName, wiring
 from ...errors import EngineError
 from ..executor import Opened, StageRunner
 from .executor import HostExecutor
@@ -53,13 +53,13 @@ def load_files(directory: EngineDirectory, backend: StageLoader) -> OnHost:
 
 def load_stages(directory: EngineDirectory, backend: StageLoader) -> dict[StageName, StageRunner]:
     """Load every stage of an engine. Shapes decide what is allocated: file, manifest and model must agree on them."""
-    wanted = _expected_inputs(directory.manifest)
+    wanted = wiring(directory.manifest)
     stages: dict[StageName, StageRunner] = {}
     for stage in directory.manifest.stages:
         path = directory.file(stage.file)
         listed = tuple({spec.name: list(spec.shape) for spec in specs} for specs in (stage.inputs, stage.outputs))
         loaded = backend.load_stage(path, stage.name)
-        if not all(map(_agree, loaded.signature(), listed)) or listed[0] != wanted[stage.name]:
+        if not all(map(_agree, loaded.signature(), listed)) or stage.takes != wanted[stage.name]:
             raise EngineError(
                 f"{path} is not the {stage.name} stage that the manifest describes; export the engine again"
             )
@@ -77,17 +77,3 @@ def _agree(found: Shapes, listed: Mapping[str, list[int | str]]) -> bool:
         )
         for name, shape in listed.items()
     )
-
-
-def _expected_inputs(m: Manifest) -> dict[StageName, dict[str, list[int | str]]]:
-    """Return the input shapes that each stage of such a model must have."""
-    kinds, size = len(m.kinds), m.crop.size
-    image: list[int | str] = ["B", 3, "H", "W"]
-    vit = m.stage(StageName.VIT)
-    maps = vit.outputs[0].shape[1:] if vit and vit.outputs else ()
-    return {
-        StageName.UNET: {"y": image, "condition": image, "noise_level": ["B", 1]},
-        StageName.VIT: {"image": ["N", 3, size, size]},
-        StageName.VCG: {"maps": ["B", kinds, *maps]},
-        StageName.VDA: {"images": ["B", kinds, 3, size, size]},
-    }

@@ -41,7 +41,7 @@ from diffiqa.runtime.host.onnx_stage import OnnxRuntime
 from diffiqa.runtime.scorer import Scorer, load
 
 from ..fake_device import FakeLayer
-from ..tiny import photo
+from ..tiny import STAGES, photo
 from .test_verdict import CASE, QUIET, SAMPLES
 
 TENSORRT = TensorRt()
@@ -266,7 +266,7 @@ def test_figures_of_scores_with_graphs_and_without_are_kept_apart(
 
     graphs = {UPLOAD: [1.0, 2.0], KERNELS: [4.0], GRAPH: [8.0, 16.0], DOWNLOAD: [32.0]}
     plain = {UPLOAD: [500.0], KERNELS: [100.0], DOWNLOAD: [500.0]}
-    plain |= {name.value: [300.0] * 6 for name in StageName}
+    plain |= {name.value: [300.0] * 6 for name in STAGES}
     monkeypatch.setattr(TimedLayer, "spans", seconds)
     case, times = measured(on(tiny_build, tmp_path, crops=1), rounds=1)
     assert times.busy == (63.0, 63.0)
@@ -344,11 +344,11 @@ def test_events_stand_around_graphs_and_never_inside_them(
     layer.reset()
     runner.scorer.score(pixels[0], options)
     assert len(layer.spans()[GRAPH]) == 2
-    assert not set(StageName) & set(layer.spans())
+    assert not set(STAGES) & set(layer.spans())
     layer.reset()
     runner.plain_scorer.score(pixels[0], options)
     plain = layer.spans()
-    assert {name: len(plain[name]) for name in StageName} == {"unet": 6, "vit": 1, "vcg": 1, "vda": 1}
+    assert {name: len(plain[name]) for name in STAGES} == {"unet": 6, "vit": 1, "vcg": 1, "vda": 1}
     assert plain[KERNELS]
     assert plain[UPLOAD]
     assert plain[DOWNLOAD]
@@ -416,7 +416,7 @@ def test_times_of_a_batch_are_per_image(
         return 8.0
 
     score = DeviceCase._score
-    spans = {UPLOAD: [1.0], KERNELS: [4.0], DOWNLOAD: [2.0], **{name.value: [3.0] * 6 for name in StageName}}
+    spans = {UPLOAD: [1.0], KERNELS: [4.0], DOWNLOAD: [2.0], **{name.value: [3.0] * 6 for name in STAGES}}
     monkeypatch.setattr(DeviceCase, "_score", eight)
     monkeypatch.setattr(TimedLayer, "spans", lambda _layer: spans)
     case, times = measured(on(tiny_build, tmp_path, (32, 32), batch=2, crops=1), rounds=1)

@@ -25,8 +25,7 @@ def fake(contents: int, each: int = 4, *, references: bool = True) -> Dataset:
     return Dataset("fake", Path("somewhere"), "labels.csv", 0, each, items)
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("contents", [3, 7, 25, 81])
+@pytest.mark.parametrize(("contents", "seed"), [(3, 0), (25, 1)])
 def test_no_reference_is_in_two_parts_and_no_image_is_lost(contents: int, seed: int) -> None:
     dataset = fake(contents)
     split = split_by_content(dataset, seed)

@@ -9,8 +9,10 @@ from diffiqa.engine.manifest import StageName, open_engine
 from diffiqa.export.compare import draw_inputs
 from diffiqa.export.pytorch import _tolerance
 
+from ..tiny import STAGES
 
-@pytest.mark.parametrize("name", StageName)
+
+@pytest.mark.parametrize("name", STAGES)
 def test_inputs_depend_on_the_seed_and_on_nothing_else(tiny_engine: Path, name: StageName) -> None:
     directory = open_engine(tiny_engine)
     stage = directory.manifest.stage(name)

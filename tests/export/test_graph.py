@@ -14,16 +14,16 @@ from diffiqa.export.macs import count_macs
 from diffiqa.export.stages import StagePlan, stage_plans
 from diffiqa.model.network import DiffV2IQA
 
-from ..tiny import TINY
+from ..tiny import STAGES, TINY
 
-STAGES = [name.value for name in StageName]
+STAGE_NAMES = [name.value for name in STAGES]
 
 
 def load(engine: Path, stage: str) -> onnx.ModelProto:
     return onnx.load(engine / "onnx" / f"{stage}.onnx")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STAGE_NAMES)
 def test_signature_in_the_file_is_the_one_in_the_manifest(tiny_engine: Path, stage: str) -> None:
     entry = read_manifest(tiny_engine).stage(StageName(stage))
     graph = load(tiny_engine, stage).graph
@@ -33,7 +33,7 @@ def test_signature_in_the_file_is_the_one_in_the_manifest(tiny_engine: Path, sta
         assert in_file == [(spec.name, spec.shape) for spec in specs]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STAGE_NAMES)
 def test_file_is_valid_plain_and_self_contained(tiny_engine: Path, stage: str) -> None:
     model = load(tiny_engine, stage)
     onnx.checker.check_model(model, full_check=True)
@@ -45,14 +45,14 @@ def test_file_is_valid_plain_and_self_contained(tiny_engine: Path, stage: str) -
     assert "Dropout" not in {node.op_type for node in model.graph.node}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STAGE_NAMES)
 def test_file_says_nothing_of_the_machine_that_made_it(tiny_engine: Path, stage: str) -> None:
     data = (tiny_engine / "onnx" / f"{stage}.onnx").read_bytes()
     assert b".py" not in data
     assert str(Path(__file__).parents[2]).encode() not in data
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STAGE_NAMES)
 def test_checks_cover_two_batch_sizes_and_hold(tiny_engine: Path, stage: str) -> None:
     entry = read_manifest(tiny_engine).stage(StageName(stage))
     assert entry is not None

@@ -22,7 +22,6 @@ from diffiqa.engine.manifest import (
     Manifest,
     Precision,
     ShapeRange,
-    StageName,
     file_sha256,
     open_engine,
     read_manifest,
@@ -35,6 +34,7 @@ from diffiqa.export.precision import read_plan
 from diffiqa.runtime.builds import Machine, open_build
 
 from ..rtx import RTX, SMALL, check_profiles_of_small, check_signatures, needs_rtx
+from ..tiny import STAGES
 
 ONE = BuildOptions(RTX, batches=("1",), sizes=("32x32",))
 
@@ -74,7 +74,7 @@ def test_a_build_has_an_engine_for_every_stage_recorded_with_its_hash(built: tup
     assert manifest.builds == (build,)
     assert [stage.name for stage in build.stages] == [stage.name for stage in manifest.stages]
     folder = path / "tensorrt" / build.key
-    assert {p.name for p in folder.iterdir()} == {*(f"{n}.engine" for n in StageName), "plan.json", "build.log"}
+    assert {p.name for p in folder.iterdir()} == {*(f"{n}.engine" for n in STAGES), "plan.json", "build.log"}
     for entry in build.files:
         assert (path / entry.path).parent == folder
         assert file_sha256(path / entry.path) == entry.sha256
@@ -116,7 +116,7 @@ def test_engines_hold_the_fp16_weights_and_every_stage_reports_its_drift(built: 
 def test_the_log_holds_what_the_library_said(built: tuple[Path, Build]) -> None:
     path, build = built
     log = (path / build.log.path).read_text()
-    assert all(f"diffiqa: stage {name}" in log for name in StageName)
+    assert all(f"diffiqa: stage {name}" in log for name in STAGES)
     assert "Total Activation Memory" in log
 
 

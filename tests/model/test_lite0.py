@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffiqa.errors import CheckpointError, ConfigError
-from diffiqa.export.stages import fold_vda
+from diffiqa.export.stages import fold
 from diffiqa.model.bundle import save_bundle
 from diffiqa.model.checkpoint import load, load_part
 from diffiqa.model.config import Encoder, ModelConfig
@@ -77,7 +77,7 @@ def test_folding_changes_no_score_and_not_the_model() -> None:
     pictures = torch.rand(2, len(model.config.kinds), 3, TINY.crop, TINY.crop) * 2 - 1
     model.vda.readout.fit(model.vda.encode(pictures).flatten(0, 1))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    folded = fold_vda(model.vda)
+    folded = fold(model.vda)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
     expected = model.vda(pictures, model.tabs).score
     torch.testing.assert_close(folded(pictures, model.tabs).score, expected, atol=1e-4, rtol=1e-4)

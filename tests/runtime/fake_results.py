@@ -12,6 +12,8 @@ from diffiqa.engine.manifest import CropPolicy, FileEntry, Manifest, Provenance,
 from diffiqa.engine.schedule import Kind, Schedule, Taps
 from diffiqa.runtime.results import CropScore, Mode, Pictures, Score
 
+from ..tiny import STAGES
+
 CROP = 224
 CELL = 8
 
@@ -20,7 +22,7 @@ def fake_manifest(
     *, trained: bool = True, kinds: tuple[Kind, ...] = tuple(Kind), without: tuple[StageName, ...] = ()
 ) -> Manifest:
     """Return the manifest of an engine that does not exist."""
-    names = [name for name in StageName if name not in without]
+    names = [name for name in STAGES if name not in without]
     stages = tuple(Stage(name, FileEntry(f"onnx/{name}.onnx", 1, "0" * 64), 20, (), (), 1, 1, ()) for name in names)
     meaning = "Predicted quality on the scale of the checkpoint's training labels, scaled to 0 … 1."
     return Manifest(
@@ -90,11 +92,11 @@ def fake_pictures(seed: int, height: int, width: int, harm: float, crops: tuple[
     for crop in crops:
         covered[crop.top : crop.top + CROP, crop.left : crop.left + CROP] = True
     cells = np.ones((CELL, CELL))
-    maps = [
+    score_map, weight_map = (
         np.where(covered, np.kron(values, cells)[:height, :width], np.nan).astype(np.float32)
         for values in (score, weight)
-    ]
-    return Pictures(planes, *maps)
+    )
+    return Pictures(planes, score_map, weight_map)
 
 
 def fake_score(

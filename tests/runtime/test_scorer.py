@@ -187,12 +187,12 @@ def test_a_closed_scorer_refuses_to_score(tiny_engine: Path) -> None:
 
 def test_one_pillow_image_may_be_in_a_list_twice(scorer: Scorer, tmp_path: Path) -> None:
     """Opened, it is not read yet: whoever asks first reads it, and two at once would read each other's bytes."""
-    path = saved(photo(5, 200, 300), tmp_path / "a.png")
-    expected = scorer.score(path, Options(crops=1))
+    path, options = saved(photo(5, 200, 300), tmp_path / "a.png"), Options(crops=1, mode=Mode.CROP)
+    expected = scorer.score(path, options)
     for _ in range(3):
         image, other = Image.open(path), Image.open(path)
-        listed = scorer.score([image, image], Options(crops=1))
-        streamed = list(scorer.stream([other] * 4, Options(crops=1)))
+        listed = scorer.score([image, image], options)
+        streamed = list(scorer.stream([other] * 4, options))
         assert all(same(result, expected) for result in (*listed, *streamed))
 
 

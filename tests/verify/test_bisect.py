@@ -32,6 +32,7 @@ from diffiqa.verify.compare import read_subjects
 from diffiqa.verify.figures import RunFigures
 from diffiqa.verify.limits import RULES, make_limits
 
+from ..tiny import STAGES
 from .test_limits import figures, findings
 from .verify_engines import PLANTED, edited, pictures, plant_large_range
 
@@ -99,7 +100,7 @@ def test_one_group_is_minimal_by_itself() -> None:
     assert calls == []
 
 
-@pytest.mark.parametrize("name", StageName)
+@pytest.mark.parametrize("name", STAGES)
 def test_groups_hold_every_rounded_node_once_and_returned_ones_fit_the_graph(
     tiny_engine: Path, name: StageName
 ) -> None:

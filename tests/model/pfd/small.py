@@ -2,7 +2,12 @@
 
 from dataclasses import replace
 
-from diffiqa.model.pfd.config import PFD_PAPER, Backbone, Words
+from diffiqa.engine.manifest import Source
+from diffiqa.model.pfd.checkpoint import LoadedPfd
+from diffiqa.model.pfd.config import PFD_PAPER, Backbone, PfdConfig, Words
+from diffiqa.model.pfd.network import build
+
+from ..comparing import randomised
 
 SMALL = replace(
     PFD_PAPER,
@@ -20,3 +25,9 @@ SMALL = replace(
     groups=2,
 )
 LITE0 = replace(SMALL, encoder=Backbone.LITE0)
+
+
+def random_small(config: PfdConfig = SMALL, seed: int = 0) -> LoadedPfd:
+    """A float32 model of random weights that say something, as if it were trained."""
+    model = randomised(build(config, 0), seed).float()
+    return LoadedPfd(model, (Source("bundle", "small.safetensors", 1, "0" * 64, "diffiqa bundle"),), ())

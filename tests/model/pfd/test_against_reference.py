@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from diffiqa.engine.crops import crop_grid
-from diffiqa.engine.ddim import Ddim
 from diffiqa.engine.noise import philox4x32
+from diffiqa.engine.schedule import Ddim
 from diffiqa.model.config import Norm
 from diffiqa.model.pfd.config import Fusion, PfdConfig, Prompts
 from diffiqa.model.pfd.decoder import Decoder

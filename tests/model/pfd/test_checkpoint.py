@@ -10,8 +10,8 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from diffiqa.engine.ddim import Ddim
 from diffiqa.engine.manifest import Source
+from diffiqa.engine.schedule import Ddim
 from diffiqa.errors import CheckpointError, ConfigError
 from diffiqa.export.cli import convert
 from diffiqa.model.bundle import save_bundle

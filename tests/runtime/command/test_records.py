@@ -155,10 +155,10 @@ def test_score_that_is_no_number_is_an_error_not_an_unreadable_file(value: float
 # Formats
 
 
-@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
-def test_any_name_round_trips(name: str) -> None:
-    for record in (replace(RECORD, image=name, notes=(name, "b")), failed(name)):
-        for form in LINE_FORMATS:
+@pytest.mark.parametrize("form", LINE_FORMATS)
+def test_any_name_round_trips(form: Format) -> None:
+    for name in NAMES.values():
+        for record in (replace(RECORD, image=name, notes=(name, "b")), failed(name)):
             assert reread(to_line(record, form), form) == record
 
 
@@ -214,14 +214,14 @@ def test_csv_spells_bytes_that_are_no_utf_8() -> None:
     assert line.decode("utf-8").startswith(r"caf\udce9.png,")
 
 
-@pytest.mark.parametrize("start", "=+-@\t\r\n")
-def test_no_text_in_csv_starts_like_a_formula(start: str) -> None:
-    name = start + "HYPERLINK(A1).png"
-    line = to_line(replace(failed(name), error=name, notes=(name,)), Format.CSV)
-    (row,) = csv.reader(io.StringIO(line.decode(), newline=""), strict=True)
-    assert not [cell for cell in row if cell[:1] == start]
-    assert row[0] == f"\\u{ord(start):04x}HYPERLINK(A1).png"
-    assert text_in_cell(row[0]) == name
+def test_no_text_in_csv_starts_like_a_formula() -> None:
+    for start in "=+-@\t\r\n":
+        name = start + "HYPERLINK(A1).png"
+        line = to_line(replace(failed(name), error=name, notes=(name,)), Format.CSV)
+        (row,) = csv.reader(io.StringIO(line.decode(), newline=""), strict=True)
+        assert not [cell for cell in row if cell[:1] == start]
+        assert row[0] == f"\\u{ord(start):04x}HYPERLINK(A1).png"
+        assert text_in_cell(row[0]) == name
     assert to_line(replace(RECORD, image="a=b.png", score=-0.5), Format.CSV).startswith(b"a=b.png,ok,-0.5,")
 
 
@@ -272,11 +272,6 @@ def test_reading_refuses_edited_csv(edit: Callable[[str], str]) -> None:
 # Standard output
 
 
-@pytest.fixture(params=["", "1"], ids=["buffered", "unbuffered"])
-def standard_streams(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONUNBUFFERED", request.param)
-
-
 def run_writer(code: str, **options: Any) -> "subprocess.Popen[bytes]":
     head = "import sys; from diffiqa.runtime.command.records import *; from diffiqa.errors import OutputError\n"
     head += "from diffiqa.runtime.command.table import emit\n"
@@ -285,7 +280,6 @@ def run_writer(code: str, **options: Any) -> "subprocess.Popen[bytes]":
     return subprocess.Popen([sys.executable, "-c", head], stderr=subprocess.PIPE, **options)
 
 
-@pytest.mark.usefixtures("standard_streams")
 def test_each_record_reaches_a_pipe_at_once() -> None:
     code = "put(to_line(record, Format.JSONL)); sys.stdin.read()"
     with run_writer(code, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
@@ -294,7 +288,6 @@ def test_each_record_reaches_a_pipe_at_once() -> None:
         child.communicate()
 
 
-@pytest.mark.usefixtures("standard_streams")
 def test_closed_pipe_ends_quietly() -> None:
     code = """
 try:
@@ -311,8 +304,9 @@ except BrokenPipeError:
     assert child.returncode == 3  # and not Python's 120 for a standard output that could not be flushed
 
 
-@pytest.mark.usefixtures("standard_streams")
-def test_full_disk_behind_standard_output_is_an_output_error() -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_full_disk_behind_standard_output_is_an_output_error(unbuffered: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     code = """
 try:
     put(to_line(record, Format.JSONL))
@@ -397,18 +391,14 @@ def images(records: list[Record]) -> str:
         ({"sort": Sort.VCG}, "c n b a d bad1 bad0"),
         ({"sort": Sort.VCG, "descending": True}, "b n c a d bad1 bad0"),
         ({"sort": Sort.VDA}, "c a n b d bad1 bad0"),
-        ({"sort": Sort.SPREAD, "descending": True}, "c a n b d bad1 bad0"),
         ({"sort": Sort.TIME}, "a b n c d bad1 bad0"),
         ({"top": 2}, "a c"),
         ({"bottom": 2}, "d c"),
         ({"top": 1, "bottom": 1}, "a d"),
-        ({"top": 9}, "a c b d"),
         ({"top": 3, "bottom": 3}, "a c b d"),
         ({"top": 0}, ""),
-        ({"top": 2, "sort": Sort.SCORE}, "c a"),
         ({"top": 2, "sort": Sort.NAME}, "a c"),
         ({"top": 2, "sort": Sort.VCG, "descending": True}, "b n"),
-        ({"top": 1, "bottom": 1, "sort": Sort.TIME}, "a d"),
     ],
     ids=str,
 )

@@ -38,7 +38,7 @@ from diffiqa.verify.api import verify
 
 from ...fake_device import FakeLayer
 from ...fakecuda.driver import Driver
-from ...tiny import photo
+from ...tiny import STAGES, photo
 
 NEAR = {Precision.FP32: 1e-5, Precision.FP16: 2e-3}
 
@@ -266,7 +266,7 @@ Form = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 @pytest.fixture
 def compiled(engine: Path, gpu: FakeLayer, monkeypatch: pytest.MonkeyPatch) -> dict[StageName, list[int]]:
     """Builds for the GPU whose stages PyTorch interprets; this notes which profile of which stage was asked for."""
-    asked: dict[StageName, list[int]] = {name: [] for name in StageName}
+    asked: dict[StageName, list[int]] = {name: [] for name in STAGES}
 
     class Maker(OnnxMaker):
         """Writes what would be compiled, as a build of PyTorch's compiler for this GPU."""

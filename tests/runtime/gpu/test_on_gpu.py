@@ -62,7 +62,7 @@ from diffiqa.runtime.results import Mode, Options
 from diffiqa.runtime.scorer import load
 
 from ...fake_device import fake_stages
-from ...tiny import photo
+from ...tiny import STAGES, photo
 from .host_stage import HostStage
 from .test_executor import scores
 
@@ -390,7 +390,7 @@ def test_layer_tells_memory_that_is_not_there(layer: CudaLayer) -> None:
 # ------------------------------------------------------------------------------------------------ 2. TensorRT
 
 
-@pytest.mark.parametrize("name", StageName)
+@pytest.mark.parametrize("name", STAGES)
 def test_stage_gives_what_onnxruntime_gives(directory: EngineDirectory, layer: CudaLayer, name: StageName) -> None:
     """Through `bind`, on our memory and stream, in every profile's largest shape."""
     stage = engines_of(directory, layer)[name]

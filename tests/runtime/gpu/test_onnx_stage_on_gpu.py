@@ -25,7 +25,7 @@ from diffiqa.runtime.plan import make_plan
 from diffiqa.runtime.results import Mode, Options
 from diffiqa.runtime.scorer import load
 
-from ...tiny import photo
+from ...tiny import STAGES, photo
 from .test_executor import scores
 from .test_on_gpu import PIXELS, SCORES, STAGE
 
@@ -63,7 +63,7 @@ def host(directory: EngineDirectory) -> HostExecutor:
     return HostExecutor(directory.manifest, load_stages(directory, OnnxRuntime(threads=2)))
 
 
-@pytest.mark.parametrize("name", StageName)
+@pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_stage_gives_what_the_cpu_gives(
     directory: EngineDirectory, layer: CudaLayer, name: StageName, batch: int

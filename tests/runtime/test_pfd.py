@@ -1,0 +1,158 @@
+"""PFD-IQA from an engine: scores and probabilities beside the float64 reference, and what such an engine refuses."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from diffiqa.engine.crops import crop_grid
+from diffiqa.engine.manifest import MANIFEST, Manifest, open_engine, read_manifest
+from diffiqa.engine.noise import NoiseField
+from diffiqa.engine.pixels import to_plane
+from diffiqa.errors import EngineError, UsageError
+from diffiqa.runtime.backends import OnnxRuntime
+from diffiqa.runtime.results import Options, Score
+from diffiqa.runtime.scorer import Scorer, load
+
+from ..model.comparing import Weights
+from ..model.pfd import reference as ref
+from ..model.pfd.small import SMALL, random_small
+from ..tiny import photo
+
+PIXELS = photo(5, 90, 120)
+
+
+@pytest.fixture(scope="module")
+def pfd(pfd_engine: Path) -> Scorer:
+    return load(pfd_engine, OnnxRuntime(threads=1))
+
+
+def expected(timesteps: tuple[int, ...], seed: int, crops: int) -> tuple[npt.NDArray[Any], ...]:
+    """Return scores and probabilities of every crop, in float64."""
+    model = random_small().model.double()
+    config = dataclasses.replace(SMALL, schedule=dataclasses.replace(SMALL.schedule, timesteps=timesteps))
+    places = crop_grid(*PIXELS.shape[:2], SMALL.crop, crops)
+    plane = to_plane(PIXELS).astype(np.float64)
+    images = np.stack([plane[:, c.top : c.top + SMALL.crop, c.left : c.left + SMALL.crop] for c in places])
+    noise = np.empty((len(places), SMALL.width, SMALL.grid, SMALL.grid), np.float32)
+    for lane, out in enumerate(noise):
+        NoiseField(seed, (1, out.size), lane=lane, planes=1).fill(len(SMALL.schedule.timesteps), out)
+    return ref.whole(Weights(model), config, images, noise.astype(np.float64))
+
+
+@pytest.mark.parametrize(("steps", "timesteps"), [(None, (400, 300, 200, 100, 0)), (3, (400, 200, 0)), (1, (400,))])
+def test_scores_and_probabilities_are_those_of_the_reference(
+    pfd: Scorer, steps: int | None, timesteps: tuple[int, ...]
+) -> None:
+    scores, distortions, levels = expected(timesteps, 9, 4)
+    found = pfd.score(PIXELS, Options(seed=9, crops=4, steps=steps))
+    np.testing.assert_allclose([crop.score for crop in found.crops], scores, rtol=0, atol=2e-5)
+    assert found.score == pytest.approx(scores.mean(), abs=2e-5)
+    assert np.ptp(scores) > 1e-2
+    assert found.probabilities is not None
+    for name, words, wanted in (
+        ("distortions", SMALL.words.distortions, distortions),
+        ("levels", SMALL.words.levels, levels),
+    ):
+        assert tuple(found.probabilities[name]) == words
+        np.testing.assert_allclose(list(found.probabilities[name].values()), wanted.mean(0), rtol=0, atol=1e-5)
+        for crop, row in zip(found.crops, wanted, strict=True):
+            np.testing.assert_allclose(list(crop.probabilities[name].values()), row, rtol=0, atol=1e-5)
+
+
+def test_a_score_depends_on_pixels_seed_and_options_alone(pfd: Scorer) -> None:
+    def bits(score: Score) -> tuple[Any, ...]:
+        return score.score, score.crops, score.probabilities
+
+    alone, other = pfd.score(PIXELS), photo(6, 90, 120)
+    again = [result for result in pfd.stream([other, PIXELS, other, PIXELS], workers=2) if isinstance(result, Score)]
+    assert bits(again[1]) == bits(again[3]) == bits(alone) != bits(again[0])
+    seeds = [pfd.score(PIXELS, Options(seed=seed)).score for seed in (0, 1)]
+    assert seeds[0] == alone.score != seeds[1]
+    both = pfd.score(PIXELS, Options(seeds=2))
+    assert both.score == pytest.approx(np.mean(seeds), abs=1e-12)
+    assert both.spread
+    fewer = pfd.score(PIXELS, Options(crops=1))
+    assert len(fewer.crops) == 1
+
+
+def test_pictures_show_the_crops_on_the_image(pfd: Scorer) -> None:
+    found = pfd.score(PIXELS, Options(crops=1), pictures=True)
+    assert found.pictures
+    (crop,) = found.crops
+    here = np.s_[crop.top : crop.top + SMALL.crop, crop.left : crop.left + SMALL.crop]
+    for name, shown in found.pictures.words.items():
+        probabilities = crop.probabilities[name]
+        assert shown.word == max(probabilities, key=lambda word: probabilities[word])
+        assert shown.values[here] == pytest.approx(probabilities[shown.word])
+        assert np.isnan(shown.values).sum() == shown.values.size - SMALL.crop**2
+    assert found.pictures.score_map[here] == pytest.approx(crop.score)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "tile"}, "restores no images"),
+        ({"pixel_budget": 70000}, "restores no images"),
+        ({"sampler": "ancestral"}, "leave out --sampler ancestral"),
+        ({"sampler": "ddim:0.5"}, "leave out --sampler ddim:0.5"),
+        ({"steps": 6}, "6 steps are more than the 5"),
+        ({"fast": True}, "no fast sampling"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(pfd: Scorer, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        pfd.score(PIXELS, Options(**options))
+
+
+def _flow(**changes: Any) -> Callable[[Manifest], Manifest]:
+    return lambda m: dataclasses.replace(m, flow=dataclasses.replace(m.flow, **changes))
+
+
+def _loop(**changes: Any) -> Callable[[Manifest], Manifest]:
+    return lambda m: _flow(loop=dataclasses.replace(m.flow.loop, **changes))(m)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_loop(start="gamma"), "the denoiser stage reads"),
+        (_loop(start="nothing"), "the denoiser stage reads"),
+        (_loop(share="start"), "share must be one number"),
+        (_loop(result="else"), "the decoder stage reads"),
+        (_loop(scalar="noise_level"), "the denoiser stage reads"),
+        (_flow(score=None), "neither a VCG nor a VDA"),
+        (
+            lambda m: _flow(probabilities=(dataclasses.replace(m.flow.probabilities[0], words=("blur",)),))(m),
+            "distortions has no probability for each of 1 words",
+        ),
+        (
+            lambda m: _flow(probabilities=(dataclasses.replace(m.flow.probabilities[1], words=("a\x1b", "b")),))(m),
+            "not plain text",
+        ),
+        (lambda m: dataclasses.replace(m, schedule=dataclasses.replace(m.schedule, steps=4)), "as many timesteps"),
+    ],
+)
+def test_a_plan_that_cannot_run_is_refused(
+    pfd_engine: Path, tmp_path: Path, change: Callable[[Manifest], Manifest], message: str
+) -> None:
+    (tmp_path / MANIFEST).write_text(change(read_manifest(pfd_engine)).to_json())
+    with pytest.raises(EngineError, match=message):
+        read_manifest(tmp_path)
+
+
+def test_its_manifest_comes_back_as_it_was_written_and_its_plan_is_part_of_its_id(
+    pfd_engine: Path, tmp_path: Path
+) -> None:
+    m = read_manifest(pfd_engine)
+    assert json.loads(m.to_json()) == json.loads((pfd_engine / MANIFEST).read_text())
+    words = dataclasses.replace(m.flow.probabilities[0], words=("blur", "noise", "smoke"))
+    assert _flow(probabilities=(words,))(m).engine_id != m.engine_id
+    shutil.copytree(pfd_engine, tmp_path / "copy")
+    assert open_engine(tmp_path / "copy").manifest == m
