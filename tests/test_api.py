@@ -24,6 +24,7 @@ COMMANDS = {
     "quantise",
     "score",
     "serve",
+    "status",
     "verify",
 }
 
@@ -39,7 +40,9 @@ def test_every_public_name_can_be_had_and_is_listed_once() -> None:
 def test_type_checkers_see_the_names_that_there_are() -> None:
     tree = ast.parse(Path(diffiqa.__file__).read_text(encoding="utf-8"))
     block = next(node for node in tree.body if isinstance(node, ast.If))
-    seen = {alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    seen = {
+        alias.asname or alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
     assert seen | {"__version__"} == set(diffiqa.__all__)
 
 
@@ -49,7 +52,7 @@ def test_every_command_is_a_function() -> None:
     for name in COMMANDS:
         function = getattr(diffiqa, name)
         assert callable(function)
-        assert len(inspect.signature(function).parameters) > 1
+        assert len(inspect.signature(function).parameters) >= 1
 
 
 @pytest.mark.parametrize("room", ["bench", "export", "serve", "verify"])

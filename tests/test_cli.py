@@ -18,7 +18,19 @@ from diffiqa.model.network import DiffV2IQA
 
 from .tiny import STAGES
 
-COMMANDS = ("export", "build", "calibrate", "quantise", "verify", "run", "convert", "prompts", "serve", "bench")
+COMMANDS = (
+    "export",
+    "build",
+    "calibrate",
+    "quantise",
+    "verify",
+    "run",
+    "convert",
+    "prompts",
+    "serve",
+    "status",
+    "bench",
+)
 
 
 def call(*arguments: str | Path) -> Result:
@@ -47,7 +59,7 @@ def test_every_command_is_in_the_group_and_installed_under_its_own_name() -> Non
     homes = {
         "diffiqa.calibration.cli": ["calibrate", "quantise"],
         "diffiqa.export.cli": ["build", "convert", "prompts"],
-        "diffiqa.runtime.command.cli": ["run"],
+        "diffiqa.shards.cli": ["run", "status"],
         "diffiqa.cli": ["export"],
         **{f"diffiqa.{name}.cli": [name] for name in ("bench", "serve", "verify")},
         "diffiqa.training.cli": ["train"],
