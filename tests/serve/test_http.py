@@ -20,6 +20,7 @@ from PIL import Image
 import diffiqa
 from diffiqa.engine.codec import encode
 from diffiqa.engine.manifest import MANIFEST, read_manifest
+from diffiqa.runtime.command.records import Record, RunSettings
 from diffiqa.runtime.scorer import Scorer, load
 from diffiqa.serve.limits import Limits
 from diffiqa.serve.work import Service
@@ -169,6 +170,21 @@ def test_a_real_client_of_the_protocol_gets_the_score(site: Running, pictures: d
     with pytest.raises(Exception, match="image 0: not an image"):
         client.infer("tiny", [tensor])
     client.close()
+
+
+def test_the_other_family_is_served_as_well(pfd_engine: Path) -> None:
+    picture = png(5, 60, 70)
+    with load(pfd_engine) as scorer, running(Service({"pfd": scorer})) as site:
+        options = diffiqa.Options(crops=2)
+        expected = encode(Record.of(scorer.score(picture, options), RunSettings.of(scorer.manifest, options)))
+        record = site.ask("POST", "/score?crops=2", picture).json
+        assert timeless(record) == timeless(expected)
+        assert refused(site.ask("POST", "/score?mode=tile", picture), 422, "restores no images")
+        told = site.ask("POST", "/page/card?crops=2", picture).body.decode()
+        assert '"card": ' in told
+        assert set(record) <= set(
+            site.ask("GET", "/openapi.json").json["components"]["schemas"]["Record"]["properties"]
+        )
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")

@@ -122,9 +122,7 @@ def test_a_request_that_takes_too_long_is_answered_and_its_score_cancelled(tiny_
 
 
 @pytest.mark.parametrize("path", ["/score", "/page/card"])
-def test_when_a_client_goes_its_images_go_too(
-    tiny_engine: Path, path: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_when_a_client_goes_its_images_go_too(tiny_engine: Path, path: str, caplog: pytest.LogCaptureFixture) -> None:
     with gated(tiny_engine) as (site, gate):
         body = grey(1)
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
