@@ -18,7 +18,7 @@ from concurrent.futures import CancelledError, Future, InvalidStateError
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..engine.manifest import StageName, read_manifest
+from ..engine.manifest import read_manifest
 from ..errors import BackendError, EngineError, ImageError, UsageError
 from ..runtime.executor import Cancelled
 from ..runtime.images import Image, Source, synthetic
@@ -284,5 +284,6 @@ def _give(job: Job, result: Score | Failure) -> None:
 def _steps(scorer: Scorer, image: Image, options: Options) -> int:
     """Return how often an executor on the host asks whether it is cancelled: before each step, and before each crop."""
     plan = make_plan(*image.size, scorer.manifest, options)
-    walked = len(plan.windows) * len(plan.sampling.steps) if scorer.manifest.stage(StageName.UNET) else 0
-    return (walked + len(plan.crops)) * options.seeds
+    loop = scorer.manifest.flow.loop
+    states = len(plan.crops if loop.result else plan.windows) if scorer.manifest.stage(loop.stage) else 0
+    return (states * len(plan.sampling.steps) + len(plan.crops)) * options.seeds
