@@ -22,6 +22,8 @@ from diffiqa.training.start import average
 from .runs import write_photos
 from .test_score import MODEL, score_config
 
+pytestmark = pytest.mark.usefixtures("no_charts")
+
 assert MODEL.vda
 SEEING = dataclasses.replace(MODEL, vcg=None, vda=dataclasses.replace(MODEL.vda, encoder=Encoder.LITE0))
 ON_CPU = Conduct(device="cpu")
