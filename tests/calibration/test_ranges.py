@@ -68,8 +68,7 @@ def test_every_step_weighs_the_same() -> None:
 
 
 def test_quantiles_are_those_of_the_values() -> None:
-    cases: list[float] = [0.001, 0.25, 0.5, 0.9, 0.999]
-    for share in cases:
+    for share in (0.001, 0.25, 0.5, 0.9, 0.999):
         values = normals(5) + 0.5
         assert quantile(weights_of(values), share) == pytest.approx(
             float(np.quantile(values, share)), rel=0.04, abs=0.02

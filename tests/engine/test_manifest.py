@@ -191,8 +191,7 @@ def test_refuses_a_missing_file(engine: Path) -> None:
 
 
 def test_refuses_what_is_not_a_manifest(engine: Path) -> None:
-    cases: list[str] = ["", "{", "[]", "null", "[" * 100_000, '{"schema": 1}', "\x00", '{"schema": NaN}']
-    for text in cases:
+    for text in ("", "{", "[]", "null", "[" * 100_000, '{"schema": 1}', "\x00", '{"schema": NaN}'):
         (engine / MANIFEST).write_text(text)
         with pytest.raises(EngineError):
             open_engine(engine)

@@ -32,8 +32,7 @@ MEANING = ScoreMeaning(1.0, 1.0, "Quality.", trained=True, reference=REFERENCE)
 
 
 def test_a_percentile_is_the_share_of_images_with_a_lower_score() -> None:
-    cases: list[float] = [-1.0, 0.05, *SCORES[:5].tolist(), 0.6, 2.0]
-    for score in cases:
+    for score in (-1.0, 0.05, *SCORES[:5].tolist(), 0.6, 2.0):
         assert MEANING.percentile(score) == pytest.approx(stats.percentileofscore(SCORES, score, "mean"), abs=0.5)
 
 

@@ -52,15 +52,13 @@ def test_default_sizes_hold_a_crop_alone_and_a_family_around_tiles(manifest: Man
 
 
 def test_a_batch_of_another_form_is_refused(manifest: Manifest) -> None:
-    cases: list[str] = ["", "0", "-1", "x", "1.5", "1:2", "1:2:3:4", "1x2", "99999999", "٣"]
-    for text in cases:
+    for text in ("", "0", "-1", "x", "1.5", "1:2", "1:2:3:4", "1x2", "99999999", "٣"):
         with pytest.raises(UsageError, match="is not of the form N or MIN:OPT:MAX"):
             profiles(manifest, StageName.VDA, [text], ["32x32"])
 
 
 def test_a_size_of_another_form_is_refused(manifest: Manifest) -> None:
-    cases: list[str] = ["32", "32x", "x32", "32x0", "32x32:64x64", "32x32x32"]
-    for text in cases:
+    for text in ("32", "32x", "x32", "32x0", "32x32:64x64", "32x32x32"):
         with pytest.raises(UsageError, match="is not of the form HxW"):
             profiles(manifest, StageName.UNET, ["1"], [text])
 

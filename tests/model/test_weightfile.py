@@ -328,8 +328,7 @@ def test_a_damaged_index_ends_in_one_clear_error_or_in_the_same_weights(tmp_path
 
 
 def test_a_moving_average_is_taken_before_the_weights(tmp_path: Path) -> None:
-    cases: list[str] = ["ema_state_dict", "state_dict_ema", "model_ema", "params_ema", "ema_model", "ema"]
-    for key in cases:
+    for key in ("ema_state_dict", "state_dict_ema", "model_ema", "params_ema", "ema_model", "ema"):
         content = {"state_dict": {"w": torch.zeros(1)}, key: {"w": torch.ones(1)}, "epoch": 3}
         file = read(saved(tmp_path / "m.pt", content))
         assert file.weights["w"].item() == 1

@@ -84,8 +84,7 @@ def test_a_file_with_the_name_of_a_pattern_is_that_file() -> None:
 
 @pytest.mark.usefixtures("tree")
 def test_what_stands_for_nothing_is_kept_to_be_reported() -> None:
-    cases: list[str] = ["tree/*.bmp", "nowhere/*", "tree/empty", "tree/e*", "*****", "tree/[", "nul\0*"]
-    for arg in cases:
+    for arg in ("tree/*.bmp", "nowhere/*", "tree/empty", "tree/e*", "*****", "tree/[", "nul\0*"):
         assert found(arg, "tree/b.png") == [arg, "tree/b.png"]
 
 

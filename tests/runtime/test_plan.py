@@ -53,8 +53,7 @@ def test_every_pixel_a_crop_reads_is_restored_by_all_tiles_that_could(manifest: 
 
 
 def test_neighbouring_tiles_overlap_enough_and_start_on_the_noise_grid(manifest: Manifest) -> None:
-    cases: list[int] = [513, 600, 960, 961, 1000, 2222, 4096, 6000]
-    for length in cases:
+    for length in (513, 600, 960, 961, 1000, 2222, 4096, 6000):
         plan = make_plan(length, 300, manifest, Options(mode=Mode.TILE, crops=60))
         tops = sorted({w.top for w in plan.windows})
         assert tops[0] == 0

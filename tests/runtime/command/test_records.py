@@ -145,8 +145,7 @@ def test_record_of_a_failure_has_error_engine_and_settings_only() -> None:
 
 
 def test_score_that_is_no_number_is_an_error_not_an_unreadable_file() -> None:
-    cases: list[float] = [math.nan, math.inf, -math.inf]
-    for value in cases:
+    for value in (math.nan, math.inf, -math.inf):
         record = Record.of(replace(SCORE, score=value), SETTINGS)
         assert record.status is Status.ERROR
         assert record.score is None
@@ -227,8 +226,7 @@ def test_no_text_in_csv_starts_like_a_formula() -> None:
 
 
 def test_json_is_an_array_with_a_record_per_line() -> None:
-    cases: list[int] = [0, 1, 3]
-    for count in cases:
+    for count in (0, 1, 3):
         data = written([replace(RECORD, image=str(i)) for i in range(count)], Format.JSON)
         assert [item["image"] for item in json.loads(data)] == [str(i) for i in range(count)]
         assert data.endswith(b"]\n")
