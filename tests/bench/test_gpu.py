@@ -42,6 +42,7 @@ from diffiqa.runtime.scorer import Scorer, load
 
 from ..fake_device import FakeLayer
 from ..tiny import photo
+from .conftest import REAL_SIZES
 from .test_verdict import CASE, QUIET, SAMPLES
 
 TENSORRT = TensorRt()
@@ -922,6 +923,8 @@ def test_rates_are_those_of_all_calls_together(
 
     monkeypatch.setattr(ceilings, product, taking(0.25))
     monkeypatch.setattr(ceilings, copy, taking(0.5))
+    for name, size in REAL_SIZES.items():
+        monkeypatch.setattr(ceilings, name, size)
     probe = make(1)
     for _ in range(2):
         probe.sample(lambda: now)
