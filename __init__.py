@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .runtime.command.api import score
     from .runtime.results import CropScore, Failure, Mode, Options, Pictures, Score
     from .runtime.scorer import Info, Scorer, load
+    from .runtime.selftest import self_test
     from .serve.api import serve
     from .shards import on_ray as ray
     from .shards.api import read_scores, run_shards, status
@@ -81,6 +82,7 @@ __all__ = [
     "read_scores",
     "run_shards",
     "score",
+    "self_test",
     "serve",
     "status",
     "verify",
@@ -97,6 +99,7 @@ _HOMES = {
     **dict.fromkeys(["score"], "runtime.command.api"),
     **dict.fromkeys(["CropScore", "Failure", "Mode", "Options", "Pictures", "Score"], "runtime.results"),
     **dict.fromkeys(["Info", "Scorer", "load"], "runtime.scorer"),
+    **dict.fromkeys(["self_test"], "runtime.selftest"),
     **dict.fromkeys(["serve"], "serve.api"),
     **dict.fromkeys(["read_scores", "run_shards", "status"], "shards.api"),
     **dict.fromkeys(["verify"], "verify.api"),

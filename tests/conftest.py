@@ -47,6 +47,14 @@ if "FAKE_CUDA_GPU" in os.environ:  # see fakecuda/driver.py
 torch.set_num_threads(1)  # the models are tiny: more threads would only wait for each other
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Remember self-tests and keys for this session only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Undo what a test of iqa-bench sets: another number of threads gives a later test other last bits."""

@@ -165,6 +165,11 @@ def provider(text: str) -> str | tuple[str, dict[str, str]]:
     multiple=True,
     help="Execution provider of ONNX Runtime, with its options. Repeat it for several, the best one first.",
 )
+@click.option(
+    "--no-self-test",
+    is_flag=True,
+    help="Do not test the engine first. It is tested once on each machine, with each build and version of a library.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Print no progress and no summary.")
 def run(engine: Path, images: tuple[str, ...], **given: Any) -> None:
     """Score images: higher is better.
@@ -182,7 +187,7 @@ def run(engine: Path, images: tuple[str, ...], **given: Any) -> None:
     interrupted (finished scores are kept, and --resume continues).
     """
     from ..results import Scale
-    from ..scorer import load
+    from ..selftest import load_tested
     from .api import Outputs, find_names
     from .display import run_shown
     from .order import Sort
@@ -199,12 +204,18 @@ def run(engine: Path, images: tuple[str, ...], **given: Any) -> None:
         raise UsageError("--top and --bottom select what is shown; a file (-o) always gets every record")
     names = find_names(expand_stdin(images))
     outputs.refuse_collisions(names)
-    with load(engine, backend, max_pixels=max_pixels) as scorer:
+    # A person at a terminal reads what runs before the work starts. A log gets it beside the summary, because neither
+    # is written if the reader of the results goes away.
+    watched = sys.stderr.isatty()
+
+    def say(text: str) -> None:
+        if watched and not given["quiet"]:
+            click.echo(text, err=True)
+
+    wanted = not given["no_self_test"]
+    with load_tested(engine, backend, max_pixels=max_pixels, wanted=wanted, say=say) as scorer:
         reason = f" ({scorer.info.reason})" if scorer.info.reason else ""
         says = f"backend: {scorer.info.backend}{reason}"
-        # A person at a terminal reads this before the work starts. A log gets it beside the summary, because neither
-        # is written if the reader of the results goes away.
-        watched = sys.stderr.isatty()
         if watched and not given["quiet"]:
             click.echo(says, err=True)
         shown = {name: given[name] for name in ("workers", "quiet", "top", "bottom")}
