@@ -153,12 +153,12 @@ def single_card(page: Page, score: Score, side: int) -> Html:
     photos, maps, scales = [], [], {}
     if score.pictures is not None:
         for kind, plane in score.pictures.planes.items():
-            webp, *size = _photo(plane, side)
-            photos.append(page.photo(score.source, kind, webp, *size))
+            webp, width, height = _photo(plane, side)
+            photos.append(page.photo(score.source, kind, webp, width, height))
         for name, values in _maps(score.pictures, side // _PIXELS_PER_BLOCK).items():
             heatmap = to_heatmap(values)
             scales[name] = (heatmap.low, heatmap.high)
-            maps.append(page.heatmap(score.source, name, heatmap, scales[name], *size))
+            maps.append(page.heatmap(score.source, name, heatmap, scales[name], width, height))
     collected = Collected((score,), scales, side)
     return page.card(1, score, collected, page.facts(score), join(*photos, *maps), page.details(score))
 
