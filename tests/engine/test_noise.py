@@ -194,8 +194,3 @@ def test_noise_is_written_in_place_or_not_at_all() -> None:
     field = NoiseField(1, (4, 8))
     with pytest.raises(ValueError, match="noise is written in place: the array must be C-contiguous"):
         field.fill(0, np.empty((3, 8, 4), np.float32).transpose(0, 2, 1))
-
-
-def test_rejects_an_image_of_more_blocks_than_the_counter_has() -> None:
-    with pytest.raises(ValueError, match="noise counter"):
-        NoiseField(0, (2**17, 2**17), window=(4, 4))
