@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from .runtime.command.api import score
     from .runtime.results import CropScore, Failure, Mode, Options, Pictures, Score
     from .runtime.scorer import Info, Scorer, load
+    from .runtime.selftest import self_test
+    from .serve.api import serve
+    from .shards import on_ray as ray
+    from .shards.api import read_scores, run_shards, status
     from .verify.api import verify
 
 __version__ = "0.1.0"
@@ -74,7 +78,13 @@ __all__ = [
     "load",
     "prompts",
     "quantise",
+    "ray",
+    "read_scores",
+    "run_shards",
     "score",
+    "self_test",
+    "serve",
+    "status",
     "verify",
 ]
 
@@ -89,13 +99,18 @@ _HOMES = {
     **dict.fromkeys(["score"], "runtime.command.api"),
     **dict.fromkeys(["CropScore", "Failure", "Mode", "Options", "Pictures", "Score"], "runtime.results"),
     **dict.fromkeys(["Info", "Scorer", "load"], "runtime.scorer"),
+    **dict.fromkeys(["self_test"], "runtime.selftest"),
+    **dict.fromkeys(["serve"], "serve.api"),
+    **dict.fromkeys(["read_scores", "run_shards", "status"], "shards.api"),
     **dict.fromkeys(["verify"], "verify.api"),
 }
-_CALLABLE = {"bench", "export", "verify"}  # folders that are functions: see rooms.py
+_CALLABLE = {"bench", "export", "serve", "verify"}  # folders that are functions: see rooms.py
 
 
 def __getattr__(name: str) -> Any:
     """Import public names at first use: `import diffiqa` waits for nothing that is not asked for."""
+    if name == "ray":  # not a file of this name: where this folder is on the path, it would hide the real package
+        return importlib.import_module(".shards.on_ray", __name__)
     if name in _CALLABLE:
         return importlib.import_module(f".{name}", __name__)
     if name not in __all__:

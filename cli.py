@@ -23,7 +23,8 @@ from .export.cli import (
     read_weights,
     weight_options,
 )
-from .runtime.command.cli import run
+from .serve.cli import serve
+from .shards.cli import run, status
 from .training.cli import train
 from .verify.cli import verify
 
@@ -139,7 +140,8 @@ def export(
         print_exported(output, loaded, done)
 
 
-for command in (export, build, calibrate, quantise, verify, run, convert, prompts, train, evaluate, bench):
+COMMANDS = (export, build, calibrate, quantise, verify, run, status, convert, prompts, train, evaluate, serve, bench)
+for command in COMMANDS:
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -18,7 +18,12 @@ from .errors import DiffiqaError
 F = TypeVar("F", bound=Callable[..., Any])
 _DEBUG = "diffiqa.debug"
 # Packages that modules import at their top, and the extra that brings them.
-EXTRAS = {**dict.fromkeys(["onnx", "onnxscript", "safetensors", "torch"], "export"), "ml_dtypes": "calibration"}
+EXTRAS = {
+    **dict.fromkeys(["onnx", "onnxscript", "safetensors", "torch"], "export"),
+    "ml_dtypes": "calibration",
+    "starlette": "serve",
+    "uvicorn": "serve",
+}
 
 
 class Command(click.Command):

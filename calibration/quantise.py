@@ -18,7 +18,6 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, checker, helper, numpy_helper, shape_inference
 
-from ..engine.atomic import sync
 from ..engine.codec import encode
 from ..engine.manifest import (
     MANIFEST,
@@ -36,6 +35,10 @@ from ..errors import EngineError, ExportError, UsageError, first_line, member
 from ..export.compare import compare_with_original
 from ..export.engine import writing
 from ..export.precision import Kept, noise_embedding, replace_nodes
+from ..export.selftest import write_self_test
+from ..runtime.host.onnx_stage import OnnxRuntime
+from ..runtime.host.stages import load_stages
+from ..runtime.scorer import Scorer
 from .ranges import Method, choose_range
 from .statistics import NAME, StageStatistics, Statistics, check_engine, read
 
@@ -151,15 +154,16 @@ def quantise_engine(
                 stages.append(done[-1].stage)
             else:
                 shutil.copyfile(directory.file(stage.file), file)
-                sync(file)
                 stages.append(stage)
         manifest = _manifest(directory.manifest, statistics, source, recipe, tuple(stages), done)
         folder = work / "calibration"
         folder.mkdir()
         reports = {"recipe": recipe, "statistics": statistics.digest, "stages": [made.report for made in done]}
         (folder / "quantisation.json").write_text(json.dumps(encode(reports), indent=1) + "\n", encoding="utf-8")
+        say("self-test: scoring in float32")
+        original = Scorer(manifest, load_stages(directory, OnnxRuntime()), backend="float32")
+        write_self_test(work, manifest, original, in_8_bits=recipe.number)
         (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        sync(work / MANIFEST)
     return manifest, done
 
 
@@ -185,7 +189,6 @@ def write_stage(
     model = onnx.load(directory.file(stage.file))
     quantised, report = quantise_stage(model, stage, statistics.stages[stage.name], recipe)
     onnx.save_model(quantised, file)
-    sync(file)
     say(f"{stage.name}: comparing with float32")
     checks = _compare(directory, stage, file) if recipe.number is Number.INT8 else ()
     entry = FileEntry(stage.file.path, file.stat().st_size, file_sha256(file))

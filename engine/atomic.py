@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and the lock of a folder that one process at a time may write."""
 
 import contextlib
+import ctypes
 import os
 import secrets
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ def replacing(path: Path, *, by_way_of: Path | None = None) -> Iterator[BinaryIO
         if path.exists():
             temporary.chmod(path.stat().st_mode & 0o777)
         temporary.replace(path)
+        sync(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -68,6 +70,22 @@ def locked(folder: Path) -> Iterator[bool]:
         yield ours
     finally:
         os.close(descriptor)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two names change places, in one step that a crash cannot halve; return False where the system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2  # Linux
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
+
+
+def sync_all(folder: Path) -> None:
+    """Write a folder and all that is in it through to the disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
 
 
 def sync(path: Path) -> None:

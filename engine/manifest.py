@@ -1,6 +1,7 @@
 """The engine directory: `manifest.json`, its one typed reader, and the checks that make it safe to load.
 
     manifest.json                     everything below, and size and SHA-256 of every file
+    self-test.json                    pictures with their answers: see `runtime/selftest.py`
     onnx/STAGE.onnx                   float32, portable, self-contained
     tensorrt/BUILD/STAGE.engine       optional: engines built from them for one library version, GPU and precision
     onnxruntime/BUILD/STAGE.onnx      optional: the stages in another precision, for ONNX Runtime on a GPU

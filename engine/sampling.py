@@ -145,6 +145,15 @@ def parse_sampler(text: str) -> tuple[Sampler, float]:
     return sampler, share
 
 
+def fewest_steps(schedule: Schedule, taps: Taps, kinds: tuple[Kind, ...]) -> int | None:
+    """Return the fewest steps that the sampler of the training can take; None if nothing is restored."""
+    return (
+        None
+        if kinds == (Kind.DIS,) and not schedule.linear
+        else len({schedule.steps - 1, *_tap_levels(taps, kinds).values()})
+    )
+
+
 def choose_sampling(
     schedule: Schedule, taps: Taps, kinds: tuple[Kind, ...], steps: int | None, sampler: str | None
 ) -> Sampling:

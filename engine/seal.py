@@ -20,11 +20,16 @@ SEAL = "seal"  # the file's name in the folder of a build
 _KEY_BYTES = 32
 
 
-def key_file() -> Path:
-    """Return where this account's key is: in the user's folder for state ($XDG_STATE_HOME)."""
+def state_folder() -> Path:
+    """Return where diffiqa remembers things for this account ($XDG_STATE_HOME). RuntimeError: no home folder."""
     given = os.environ.get("XDG_STATE_HOME", "")
     base = Path(given) if Path(given).is_absolute() else Path.home() / ".local" / "state"
-    return base / "diffiqa" / "build.key"
+    return base / "diffiqa"
+
+
+def key_file() -> Path:
+    """Return where this account's key is."""
+    return state_folder() / "build.key"
 
 
 def seal(folder: Path, files: Iterable[FileEntry]) -> None:

@@ -21,7 +21,7 @@ from .findings import Evaluation, compare
 from .gmad import gmad_pairs
 from .reference import Ends, make_reference, require_enough
 from .scatter import draw_scatter
-from .scores import branches_of, pictures_of, read_branches, read_scores
+from .scores import branches_of, pictures_of, read_branches, read_scores, turned
 from .text import to_text
 
 JSON_NAME, TEXT_NAME, SCATTER_NAME, GMAD_NAME = "evaluation.json", "evaluation.md", "scatter.png", "gmad.csv"
@@ -100,6 +100,8 @@ def evaluate(
                 mode=Options().mode,
             )
             write_file(Path(reference), _json(made))
+        if not scorer.manifest.score.higher_is_better:
+            branches, source = turned(branches), f"{source}, its scores turned: its lower ones are the better ones"
     elif scores:
         branches, source = read_branches(Path(scores), pictures), Path(scores).name
     found = compare(known, items, branches, scores=source, part=part if parts else None, ends=ends)

@@ -10,7 +10,7 @@ from ..data.labelfiles import read_csv
 from ..errors import DatasetError, OutputError
 from ..runtime.command.recordfile import read_records
 from ..runtime.command.records import Format, text_in_cell
-from .findings import BRANCHES, PEOPLE
+from .findings import BRANCHES, PEOPLE, Scores
 
 IMAGE_COLUMNS = ("image", "path", "name")
 
@@ -63,6 +63,14 @@ def branches_of(path: Path, names: Mapping[str, str]) -> dict[str, dict[str, flo
     return {
         column: {image: values[name] for image, name in names.items() if name in values}
         for column, values in columns.items()
+    }
+
+
+def turned(branches: Mapping[str, Scores]) -> dict[str, dict[str, float]]:
+    """Return scores of which lower ones are better so that higher ones are; percentiles and opinions stay."""
+    return {
+        column: {image: -value for image, value in values.items()} if column in BRANCHES else dict(values)
+        for column, values in branches.items()
     }
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import onnx
 
-from ..engine.atomic import locked, replacing, sync
+from ..engine.atomic import locked, replacing, sync, sync_all
 from ..engine.codec import encode
 from ..engine.manifest import (
     MANIFEST,
@@ -102,7 +102,6 @@ class _Job:
     def entry(self, work: Path, name: str) -> FileEntry:
         """Return the manifest's entry for a file in `work`, under the path it will have."""
         file = work / name
-        sync(file)
         return FileEntry(f"{self.maker.folder}/{self.key}/{name}", file.stat().st_size, file_sha256(file))
 
 
@@ -304,7 +303,7 @@ def _publish(job: _Job, build: Build, work: Path) -> None:
         raise EngineError(f"{directory.path} was exported anew meanwhile; run iqa-build again")
     others = tuple(other for other in manifest.builds if other.key != build.key)
     target = job.folder / build.key
-    sync(work)
+    sync_all(work)
     shutil.rmtree(target, ignore_errors=True)  # damaged, unfinished, or to be made again
     work.rename(target)
     sync(target.parent)

@@ -16,7 +16,7 @@ from typing import Any
 import onnx
 
 from .. import __version__
-from ..engine.atomic import locked, sync
+from ..engine.atomic import exchange, locked, sync, sync_all
 from ..engine.codec import encode
 from ..engine.crops import CropPlaces
 from ..engine.manifest import (
@@ -41,10 +41,12 @@ from ..model.network import DiffV2IQA, count_parameters
 from ..model.pfd.checkpoint import LoadedPfd
 from ..model.pfd.config import PfdConfig
 from ..model.pfd.network import PfdIQA
+from ..runtime.scorer import Scorer
 from . import pfd
 from .graph import OPSET, export_graph
 from .macs import count_macs
-from .pytorch import compare_with_pytorch
+from .pytorch import TorchStage, compare_with_pytorch
+from .selftest import write_self_test
 from .stages import StagePlan, stage_plans
 
 SEED = 20240222  # of the verification inputs
@@ -104,8 +106,11 @@ def export_engine(
         plans = (plan for plan in every if plan.name in wanted)
         costs = [_export_stage(model, plan, work, say, accept_drift=accept_drift) for plan in plans]
         manifest = manifest_of(loaded, tuple(cost.stage for cost in costs))
+        if manifest.complete:
+            say("self-test: scoring in PyTorch")
+            torch_stages = {stage.name: TorchStage(model, stage) for stage in manifest.stages}
+            write_self_test(work, manifest, Scorer(manifest, torch_stages, backend="PyTorch"))
         (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        sync(work / MANIFEST)
     return manifest, costs
 
 
@@ -148,8 +153,9 @@ def writing(target: Path, *, force: bool) -> Iterator[Path]:
                 yield work
                 check_target(target, force=force)  # again: others may have written there since
                 _replace(work, target, previous)
-            finally:
+            except BaseException:
                 shutil.rmtree(work, ignore_errors=True)
+                raise
     except OSError as exc:
         raise ExportError(f"cannot write {target}: {exc.strerror or exc}; nothing was changed") from exc
 
@@ -201,7 +207,6 @@ def _export_stage(
         exported = time.perf_counter()
         say(f"{plan.name}: comparing with PyTorch")
         checks = compare_with_pytorch(model, plan, path, seed=SEED, accept_drift=accept_drift)
-        sync(path)
         entry = FileEntry(relative, path.stat().st_size, file_sha256(path))
     except OSError as exc:
         raise ExportError(f"stage {plan.name}: cannot write {path.name}: {exc.strerror or exc}") from exc
@@ -275,18 +280,21 @@ def preparation_of(m: Manifest) -> str:
 
 
 def _replace(work: Path, target: Path, previous: Path) -> None:
-    """Put `work` in the place of `target`. The old directory is deleted only after the new one is there."""
-    for folder in (work / "onnx", work):
-        sync(folder)
-    if target.exists():
-        target.rename(previous)
-    try:
-        work.rename(target)
-    except BaseException:
-        if previous.exists() and not target.exists():
-            previous.rename(target)
-        raise
-    sync(target.parent)
+    """Put `work` in the place of `target`. The old directory is deleted only after the new one is there for sure."""
+    sync_all(work)
+    if target.exists() and exchange(work, target):
+        sync(target.parent)
+        work.rename(previous)
+    else:
+        if target.exists():
+            target.rename(previous)
+        try:
+            work.rename(target)
+        except BaseException:
+            if previous.exists() and not target.exists():
+                previous.rename(target)
+            raise
+        sync(target.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 

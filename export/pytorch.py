@@ -4,17 +4,19 @@ Networks round differently: a ViT loses more digits than a head, and random weig
 0 to 100 make all numbers larger. So PyTorch's own rounding is measured first, in float32 beside float64.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..engine.manifest import Check, StageName
+from ..engine.manifest import Check, Stage, StageName
 from ..model.network import DiffV2IQA
 from ..model.pfd.network import PfdIQA
+from ..runtime.executor import Call
 from . import pfd
 from .compare import SMALLEST, compare, run_onnx
 from .stages import StagePlan
@@ -39,6 +41,25 @@ def reference(model: DiffV2IQA | PfdIQA, name: StageName, inputs: tuple[torch.Te
     if name is StageName.VIT and model.vcg:
         return (model.vcg.maps(*inputs),)
     return tuple(model.vcg_scores(*inputs) if name is StageName.VCG else model.vda_scores(*inputs))
+
+
+class TorchStage:
+    """A stage of the unmerged model behind the arrays of a runtime."""
+
+    def __init__(self, model: DiffV2IQA | PfdIQA, stage: Stage) -> None:
+        self._model, self._stage = model, stage
+
+    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Call:
+        """Return a call that runs the stage on these arrays."""
+        tensors = tuple(torch.from_numpy(inputs[spec.name]) for spec in self._stage.inputs)
+
+        def call() -> None:
+            results = reference(self._model, self._stage.name, tensors)
+            for spec, result in zip(self._stage.outputs, results, strict=True):
+                if spec.name in outputs:
+                    outputs[spec.name][...] = result.numpy()
+
+        return call
 
 
 def compare_with_pytorch(

@@ -1,7 +1,7 @@
 """Which files a command means: names as they are given, folders as the images in them, patterns as what they match."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 
 from .images import readable_suffixes
@@ -22,11 +22,20 @@ def find_images(images: Images) -> list[Path]:
     it, because reading it fails.
     """
     found: dict[str, Path] = {}
-    for arg in names_of(images):
-        meant = [image for path in _matches(arg) for image in _images_in(path)]
-        for image in meant or [Path(arg)]:
-            found.setdefault(os.path.realpath(image) if os.path.lexists(image) else str(image), image)
+    for image in each_image(names_of(images)):
+        found.setdefault(os.path.realpath(image) if os.path.lexists(image) else image, Path(image))
     return list(found.values())
+
+
+def each_image(names: Iterable[str]) -> Iterator[str]:
+    """Yield what `find_images` returns one by one, a file perhaps more than once. Holds no more than one folder's."""
+    for name in names:
+        image = None
+        for path in _matches(name):
+            for image in _images_in(path):
+                yield image
+        if image is None:
+            yield str(Path(name))
 
 
 def _matches(arg: str) -> list[Path]:
@@ -49,20 +58,44 @@ def _is_hidden(match: Path, pattern: Path) -> bool:
     return any(part.startswith(".") and part not in pattern.parts for part in match.parts)
 
 
-def _images_in(path: Path) -> list[Path]:
-    """Return a folder's images at any depth, sorted; hidden ones and linked folders are left out. A file is itself."""
+def _images_in(path: Path) -> Iterator[str]:
+    """Yield a folder's images at any depth, sorted; hidden ones and linked folders are left out. A file is itself."""
     if not os.path.isdir(path):  # noqa: PTH112 — `Path.is_dir` fails on names that are too long
-        return [path]
+        yield str(path)
+        return
     suffixes = readable_suffixes()
-    images: list[Path] = []
+    folders = [_inside(str(path), suffixes)]  # a folder, and before it those that it lies in
+    while folders:
+        for name, is_folder in folders[-1]:
+            if is_folder:
+                folders.append(_inside(name, suffixes))
+                break
+            yield name
+        else:
+            folders.pop()
 
-    def report(error: OSError) -> None:
-        images.append(
-            Path(error.filename)
-        )  # a folder without permission to read: the error of reading it as an image says so
 
-    for folder, subfolders, names in os.walk(path, onerror=report):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        inside = (Path(folder, name) for name in names if not name.startswith("."))
-        images += (image for image in inside if image.suffix.lower() in suffixes)
-    return sorted(images)
+def _inside(folder: str, suffixes: Set[str]) -> Iterator[tuple[str, bool]]:
+    """Yield the images and folders in a folder, sorted, and which they are."""
+    kinds: dict[str, bool] = {}
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if _is_folder(entry):
+                    if not (entry.name.startswith(".") or entry.is_symlink()):
+                        kinds[entry.name] = True
+                elif not entry.name.startswith(".") and os.path.splitext(entry.name)[1].lower() in suffixes:  # noqa: PTH122 — a million times
+                    kinds[entry.name] = False
+    except OSError:
+        yield folder, False  # without permission to read it: the error of reading it as an image says so
+        return
+    above = "" if folder == os.curdir else folder
+    for name in sorted(kinds):
+        yield os.path.join(above, name), kinds[name]  # noqa: PTH118
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that goes round
+        return False

@@ -113,13 +113,13 @@ class Scorer:
         """
         chosen = options or Options()
         if not isinstance(images, list | tuple):
-            (score,) = self._score([(self._read(images), _name(images, 0))], chosen, pictures)
+            (score,) = self.score_read([(self.read(images), _name(images, 0))], chosen, pictures)
             return score
-        read = ((self._read(image), _name(image, index)) for index, image in enumerate(images))
+        read = ((self.read(image), _name(image, index)) for index, image in enumerate(images))
         scores: list[Score] = []
         for _, same in itertools.groupby(read, lambda item: item[0].size):
-            while group := list(itertools.islice(same, self._group_size(chosen))):
-                scores += self._score(group, chosen, pictures)
+            while group := list(itertools.islice(same, self.group_size(chosen))):
+                scores += self.score_read(group, chosen, pictures)
         return scores
 
     def stream(
@@ -143,11 +143,11 @@ class Scorer:
             raise UsageError("stream takes an iterable of images; for a single one use score")
         chosen = options or Options()
         sampling_of(self._manifest, chosen)  # what cannot be sampled is refused before an image is read
-        return self._stream(images, chosen, pictures, workers, ahead - 1 + self._group_size(chosen))
+        return self._stream(images, chosen, pictures, workers, ahead - 1 + self.group_size(chosen))
 
     def digest(self, image: Source) -> str:
         """Return the digest that the score of an image would have. Raises ImageError."""
-        return self._read(image).digest
+        return self.read(image).digest
 
     def close(self) -> None:
         """Free the engine. A closed scorer refuses to score."""
@@ -167,12 +167,12 @@ class Scorer:
         self, images: Iterable[Source], options: Options, pictures: bool, workers: int, ahead: int
     ) -> Generator[Score | Failure, None, None]:
         stop = threading.Event()
-        most = self._group_size(options)
+        most = self.group_size(options)
 
         def finish(group: Sequence[_Decoding]) -> Sequence[Score | Failure]:
             try:
                 read = [(decoded.result(), name) for decoded, name in group]
-                return self._score(read, options, pictures, stop.is_set)
+                return self.score_read(read, options, pictures, stop.is_set)
             except ImageError as exc:
                 if len(group) == 1:
                     return [Failure(group[0][1], str(exc))]
@@ -181,7 +181,7 @@ class Scorer:
         source = enumerate(images)
         decoding: collections.deque[_Decoding] = collections.deque()
         scoring: collections.deque[Future[Sequence[Score | Failure]]] = collections.deque()
-        queued = self._executor.queue_depth if self._executor else 0
+        queued = self.queue_depth
         with (
             ThreadPoolExecutor(min(ahead, 2), "diffiqa-decode") as decoders,
             ThreadPoolExecutor(workers + queued, "diffiqa-score") as scorers,
@@ -190,7 +190,7 @@ class Scorer:
                 while True:
                     while len(scoring) <= workers + queued:  # one is queued, so that workers never wait
                         for index, image in itertools.islice(source, ahead - len(decoding)):
-                            decoding.append((decoders.submit(self._read, image), _name(image, index)))
+                            decoding.append((decoders.submit(self.read, image), _name(image, index)))
                         if not decoding:
                             break
                         scoring.append(scorers.submit(finish, _next_group(decoding, most)))
@@ -205,21 +205,30 @@ class Scorer:
                 for scored in scoring:
                     scored.cancel()
 
-    def _group_size(self, options: Options) -> int:
+    @property
+    def queue_depth(self) -> int:
+        """How many more callers than one keep it busy: their images come in while another's are computed."""
+        return self._executor.queue_depth if self._executor else 0
+
+    def group_size(self, options: Options) -> int:
         """Return how many images share a batch; each seed of an image takes a place in it."""
         return max(1, self._executor.together // options.seeds) if self._executor else 1
 
-    def _read(self, image: Source) -> Image:
+    def read(self, image: Source) -> Image:
+        """Decode and prepare an image for `score_read`. Raises ImageError."""
         return read_for(image, self._manifest, max_pixels=self._max_pixels)
 
-    def _score(
+    def score_read(
         self,
         images: Sequence[tuple[Image, str]],
         options: Options,
         pictures: bool,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> list[Score]:
-        """Score images of one size, each with its name."""
+        """Score images of one size, each with its name, at most `group_size`. Raises ImageError for all of them.
+
+        `cancelled` is asked before each step, on a GPU before each launch; once it is true, this raises Cancelled.
+        """
         executor = self._executor
         if executor is None:
             raise UsageError("this scorer is closed; load the engine again")

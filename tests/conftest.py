@@ -2,13 +2,15 @@
 
 import ctypes
 import dataclasses
+import fcntl
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import onnx
 import pytest
 import torch
 
@@ -23,7 +25,9 @@ from diffiqa.engine.manifest import (
     file_sha256,
     read_manifest,
 )
+from diffiqa.export import engine as engine_module
 from diffiqa.export.engine import export_engine
+from diffiqa.export.stages import StagePlan
 from diffiqa.kernels import load as kernels_load
 from diffiqa.model.checkpoint import Loaded
 from diffiqa.model.network import DiffV2IQA, build
@@ -31,8 +35,8 @@ from diffiqa.runtime.gpu import cuda, door, tensorrt, tensorrt_stage
 from diffiqa.runtime.scorer import Scorer, load
 
 from .fake_device import FakeLayer, fake_stages
-from .fakecuda.driver import Driver, build_driver, compiled, load_driver
-from .kernels.devices import Missing, build_host
+from .fakecuda.driver import DRIVER, Driver, build_driver, compiled, load_driver
+from .kernels.devices import HOST_LIBRARY, Missing, build_host
 from .model.pfd.small import random_small
 from .tiny import TINY, perturbed
 
@@ -41,6 +45,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if "FAKE_CUDA_GPU" in os.environ:  # see fakecuda/driver.py
     kernels_load.compiled = compiled
 torch.set_num_threads(1)  # the models are tiny: more threads would only wait for each other
+
+
+@pytest.fixture(scope="session", autouse=True)
+def state_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Remember self-tests and keys for this session only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -61,15 +73,39 @@ def tiny_loaded(tiny_model: DiffV2IQA) -> Loaded:
     return Loaded(tiny_model, (source,), ())
 
 
+def made_once(temporary: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder of the whole run, filled by whichever of its processes came first; the others wait."""
+    base = temporary.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = folder / "done"
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model's engine, or that of the session which started this one."""
     if ready := os.environ.get("TINY_ENGINE"):
         return Path(ready)
     tiny_loaded: Loaded = request.getfixturevalue("tiny_loaded")
-    target = tmp_path_factory.mktemp("engines") / "tiny"
-    export_engine(tiny_loaded, target)
-    return target
+    return made_once(tmp_path_factory, "engines", lambda folder: export_engine(tiny_loaded, folder / "tiny")) / "tiny"
+
+
+@pytest.fixture
+def ready_graphs(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the tiny model is exported, take the graphs of its engine: tracing them takes most of an export's time."""
+
+    def copied(plan: StagePlan, path: Path, _alignment: int) -> onnx.ModelProto:
+        shutil.copy(tiny_engine / "onnx" / f"{plan.name}.onnx", path)
+        return onnx.load(path)
+
+    monkeypatch.setattr(engine_module, "export_graph", copied)
 
 
 @pytest.fixture(scope="session")
@@ -77,9 +113,7 @@ def pfd_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The engine of a small PFD-IQA, or that of the session which started this one."""
     if ready := os.environ.get("PFD_ENGINE"):
         return Path(ready)
-    target = tmp_path_factory.mktemp("engines") / "pfd"
-    export_engine(random_small(), target)
-    return target
+    return made_once(tmp_path_factory, "pfd", lambda folder: export_engine(random_small(), folder / "pfd")) / "pfd"
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +125,7 @@ def scorer(tiny_engine: Path) -> Scorer:
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The kernels as a shared library."""
     try:
-        return build_host(tmp_path_factory.mktemp("kernels"))
+        return ctypes.CDLL(str(made_once(tmp_path_factory, "kernels", build_host) / HOST_LIBRARY))
     except Missing as reason:
         pytest.skip(str(reason))
 
@@ -132,7 +166,7 @@ def fake_libcuda(
     if any(item.get_closest_marker("gpu") for item in request.session.items):
         pytest.skip("tests for a GPU run in this process: its driver is the machine's own")
     try:
-        found = load_driver(build_driver(tmp_path_factory.mktemp("driver")), library._name)
+        found = load_driver(made_once(tmp_path_factory, "driver", build_driver) / DRIVER, library._name)
     except Missing as reason:
         pytest.skip(str(reason))
     with pytest.MonkeyPatch.context() as patch:  # cuda.core remembers a GPU that is gone

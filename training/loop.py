@@ -531,6 +531,8 @@ class _Log:
         try:
             with self._path.open("a", newline="") as file:
                 file.write(text.getvalue())
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint that survives a power cut has the rows before it
         except OSError as exc:
             raise OutputError(f"cannot write {self._path}: {exc}") from exc
 

@@ -59,9 +59,9 @@ _OF_TENSORS = (
 )
 @click.option(
     "--backend",
-    type=click.Choice(["onnxruntime", *BUILDS]),
+    type=click.Choice(["onnxruntime", "openvino", *BUILDS]),
     help="What runs the engine: onnxruntime its ONNX stages on the CPU (default), another one its build for this "
-    "machine.",
+    "machine. With --self-test also openvino; the default is then what iqa-run takes.",
 )
 @click.option("--device", type=click.IntRange(0), metavar="N", help="Which GPU runs the build. Default: 0.")
 @click.option("--fast", is_flag=True, help="Verify the fast sampling from iqa-calibrate --steps, against all steps.")
@@ -129,6 +129,11 @@ _OF_TENSORS = (
     help="Runs that --bisect may take; images scored in other ways where your program's scores differ.",
 )
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Default: the CPUs this process may use.")
+@click.option(
+    "--self-test",
+    is_flag=True,
+    help="Without IMAGES: does this machine give the model's answers to the pictures in the engine? Takes seconds.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Print no progress and no table, only set the exit code.")
 def verify(engine: Path | None, images: tuple[str, ...], **given: Any) -> None:
     """Check that an engine still computes the model: compare it with a float32 reference, and judge the difference.
@@ -147,6 +152,7 @@ def verify(engine: Path | None, images: tuple[str, ...], **given: Any) -> None:
 
     \b
     Examples:
+      iqa-verify --engine engine/ --self-test                              does this machine give the model's answers?
       iqa-verify --engine engine/ --precision fp16 photos/ --html verify.html
       iqa-verify --engine int8/ --against engine/ photos/ --save kept/
       iqa-verify --engine engine/ --against program.csv photos/           your program's scores: why do they differ?
@@ -168,6 +174,9 @@ def verify(engine: Path | None, images: tuple[str, ...], **given: Any) -> None:
     from .report import show, show_culprits, to_json, write
     from .scores import is_scores
 
+    if given["self_test"]:
+        _self_test(engine, images, given)
+        return
     if given["against"] and is_scores(given["against"]):
         _against_scores(engine, images, given)
         return
@@ -209,6 +218,32 @@ def verify(engine: Path | None, images: tuple[str, ...], **given: Any) -> None:
     if result.culprits:
         write(given["bisect_file"], result.culprits.plan.to_json())
     if not result.within:
+        sys.exit(1)
+
+
+def _self_test(engine: Path | None, images: tuple[str, ...], given: dict[str, Any]) -> None:
+    """Test the engine with the pictures that it carries."""
+    from ..runtime.backends import from_options
+    from ..runtime.selftest import self_test
+    from .report import self_test_to_json, show_self_test, write
+
+    context = click.get_current_context()
+    taken = {"self_test", "engine", "backend", "device", "threads", "json_file", "quiet"}
+    source = click.core.ParameterSource.DEFAULT
+    for parameter in context.command.params:
+        if parameter.name and parameter.name not in taken and context.get_parameter_source(parameter.name) != source:
+            raise UsageError(f"--self-test takes the engine's own pictures: leave out {parameter.opts[0]}")
+    if engine is None:
+        raise UsageError("give --engine DIR, which is tested")
+    if given["json_file"]:
+        check_folder_of(given["json_file"])
+    backend = from_options(given["backend"] or "auto", device=given["device"], threads=given["threads"])
+    tested = self_test(engine, backend)
+    if not given["quiet"]:
+        show_self_test(tested, sys.stdout)
+    if given["json_file"]:
+        write(given["json_file"], self_test_to_json(tested))
+    if not tested.within:
         sys.exit(1)
 
 
@@ -259,6 +294,10 @@ def _refuse_contradictions(engine: Path | None, images: tuple[str, ...], given: 
                 raise UsageError(f"{option} needs a run, and --saved does without; leave one of them out")
     elif engine is None:
         raise UsageError("give --engine DIR to verify one, or --saved DIR to judge saved results")
+    elif given["backend"] == "openvino":
+        raise UsageError(
+            "--backend openvino is for --self-test; without it, compare with the builds or the ONNX stages"
+        )
     elif given["device"] is not None and given["backend"] not in BUILDS[:-1]:
         raise UsageError(f"--device names a GPU, and needs --backend {', '.join(BUILDS[:-1])}")
 

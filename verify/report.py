@@ -15,6 +15,7 @@ from rich.text import Text
 from ..engine.atomic import writing
 from ..engine.codec import encode
 from ..runtime.command.table import printable
+from ..runtime.selftest import Tested
 from .bisect import Culprits
 from .figures import Findings
 from .limits import RULES, LimitCheck, is_within
@@ -35,6 +36,31 @@ def scores_to_json(found: ScoresFound) -> str:
     """Return a comparison of scores."""
     data = _finite({"schema": SCHEMA, "within": found.within, **encode(found)})
     return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def self_test_to_json(tested: Tested) -> str:
+    """Return what a self-test found."""
+    answers = [{**encode(answer), "within": answer.within} for answer in tested.answers]
+    data = _finite({"schema": SCHEMA, "within": tested.within, **encode(tested), "answers": answers})
+    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def show_self_test(tested: Tested, stream: TextIO) -> None:
+    """Print a row for each answer, and the verdict."""
+    console = Console(file=stream, highlight=False, width=None if stream.isatty() else 200)
+    console.print(Text(f"engine {tested.engine}, {printable(tested.backend)}, {tested.seconds:.1f} s"))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for title in ("picture", "answer", "model", "here", "difference", "allowed", "verdict"):
+        table.add_column(title, justify="left" if title == "answer" else "right", no_wrap=True)
+    for each in tested.answers:
+        numbers = (f"{each.expected:.6f}", f"{each.found:.6f}", f"{abs(each.found - each.expected):.1e}")
+        verdict = Text("ok") if each.within else Text("beyond", "bold red")
+        table.add_row(str(each.picture), each.name, *numbers, f"{each.allowed:.1e}", verdict)
+    console.print(table)
+    if tested.within:
+        console.print(Text(f"The model's answers, as {tested.precision} gives them."))
+        return
+    console.print(Text("NOT THE MODEL'S ANSWERS: do not use scores of this library and build on this machine", "red"))
 
 
 def write(path: Path, text: str) -> None:

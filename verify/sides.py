@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
@@ -23,7 +22,7 @@ from ..engine.sampling import Fast
 from ..errors import EngineError, UsageError
 from ..export.precision import PrecisionPlan, StagePrecision, cast, in_8_bits, replace_nodes, resolve_plan, rounded
 from ..runtime.backends import Inductor
-from ..runtime.executor import Call, Planes, StageRunner
+from ..runtime.executor import Planes, StageRunner
 from ..runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from ..runtime.host.stages import load_stages
 from ..runtime.plan import Plan
@@ -191,6 +190,7 @@ def compiled_side(directory: EngineDirectory, backend: Inductor) -> Side:
 
 def _checkpoint(given: Given, path: Path, manifest: Manifest) -> Side:
     """Return the PyTorch model of a checkpoint, unmerged, running the engine's schedule and crops."""
+    from ..export.pytorch import TorchStage
     from ..model.pfd.checkpoint import load_either
 
     loaded = load_either(path)
@@ -203,30 +203,8 @@ def _checkpoint(given: Given, path: Path, manifest: Manifest) -> Side:
     _require_same_weights(given, manifest.provenance.sources, loaded.sources)
     digest = hashlib.sha256(repr(sorted(s.sha256 for s in loaded.sources)).encode()).hexdigest()[:16]
     loaded.model.eval()
-    stages = {stage.name: _TorchStage(loaded.model, stage) for stage in manifest.stages}
+    stages = {stage.name: TorchStage(loaded.model, stage) for stage in manifest.stages}
     return Side(Party(f"{path} in PyTorch", digest, "fp32"), manifest, stages)
-
-
-class _TorchStage:
-    """A stage of the PyTorch model behind the arrays of a runtime."""
-
-    def __init__(self, model: Any, stage: Stage) -> None:
-        self._model, self._stage = model, stage
-
-    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Call:
-        import torch
-
-        from ..export.pytorch import reference
-
-        tensors = tuple(torch.from_numpy(inputs[spec.name]) for spec in self._stage.inputs)
-
-        def call() -> None:
-            results = reference(self._model, self._stage.name, tensors)
-            for spec, result in zip(self._stage.outputs, results, strict=True):
-                if spec.name in outputs:
-                    outputs[spec.name][...] = result.numpy()
-
-        return call
 
 
 def _require_same_model(given: Given, mine: Manifest, other: Manifest) -> None:

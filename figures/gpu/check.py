@@ -268,10 +268,12 @@ def variables(place: Place) -> dict[str, str]:
     found |= {"TRITON_CACHE_DIR": str(folder / "triton"), "XDG_STATE_HOME": str(folder / "state")}
     if place.dry:
         from ...tests.fakecuda.driver import build_driver
-        from ...tests.kernels.devices import build_host
+        from ...tests.kernels.devices import HOST_LIBRARY, build_host
 
-        libraries = filter(None, (str(build_driver(folder).parent), os.environ.get("LD_LIBRARY_PATH")))
-        found |= {"LD_LIBRARY_PATH": os.pathsep.join(libraries), "FAKE_CUDA_KERNELS": str(build_host(folder)._name)}
+        build_driver(folder)
+        build_host(folder)
+        libraries = filter(None, (str(folder), os.environ.get("LD_LIBRARY_PATH")))
+        found |= {"LD_LIBRARY_PATH": os.pathsep.join(libraries), "FAKE_CUDA_KERNELS": str(folder / HOST_LIBRARY)}
         found |= {"FAKE_CUDA_GPU": "1"}
         found |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return found

@@ -23,7 +23,8 @@ from ..plan import sampling_of
 from ..report.intermediates import prepare_folder, save_intermediates
 from ..report.writer import ReportWriter
 from ..results import Options, Scale, Score
-from ..scorer import Scorer, load
+from ..scorer import Scorer
+from ..selftest import load_tested
 from .order import Sort, arrange
 from .recordfile import RecordFile
 from .records import Format, Record, RunSettings, Status, choose_format
@@ -117,6 +118,7 @@ def score(
     scale: str = Scale.RAW,
     workers: int = 1,
     max_pixels: int | None = DEFAULT_MAX_PIXELS,
+    self_test: bool = True,
     say: Callable[[str], None] = _ignore,
 ) -> Scored:
     """Score images. One that cannot be scored gets a record that says why, and the others are scored.
@@ -126,7 +128,8 @@ def score(
 
     `engine` is an engine directory, run by `backend` as `load` does it; or a scorer that is loaded already. `images`
     are names, folders and patterns. Without `output`, `report` and `intermediates` no file is written. `form`,
-    `sort` and `scale` take the words of `iqa-run --help`. Raises DiffiqaError if nothing can be scored or a result
+    `sort` and `scale` take the words of `iqa-run --help`. An engine directory is first tested on this machine, once,
+    unless `self_test` is false. Raises DiffiqaError if nothing can be scored or a result
     cannot be written.
     """
     names = find_names(images)
@@ -137,7 +140,7 @@ def score(
     with (
         contextlib.nullcontext(engine)
         if isinstance(engine, Scorer)
-        else load(engine, backend, max_pixels=max_pixels) as scorer
+        else load_tested(engine, backend, max_pixels=max_pixels, wanted=self_test, say=say) as scorer
     ):
         return score_names(scorer, names, options or Options(), outputs, workers=workers, say=say)
 

@@ -2,13 +2,18 @@
 
 import os
 import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ...command import Command
 from ...errors import UsageError
+
+if TYPE_CHECKING:
+    from ..backends import Backend
+    from ..results import Options
 
 _PATH = click.Path(path_type=Path)
 
@@ -160,6 +165,11 @@ def provider(text: str) -> str | tuple[str, dict[str, str]]:
     multiple=True,
     help="Execution provider of ONNX Runtime, with its options. Repeat it for several, the best one first.",
 )
+@click.option(
+    "--no-self-test",
+    is_flag=True,
+    help="Do not test the engine first. It is tested once on each machine, with each build and version of a library.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Print no progress and no summary.")
 def run(engine: Path, images: tuple[str, ...], **given: Any) -> None:
     """Score images: higher is better.
@@ -176,18 +186,14 @@ def run(engine: Path, images: tuple[str, ...], **given: Any) -> None:
     Exit codes: 0 all images were scored, 1 some failed (their records say why), 2 nothing could be scored, 130
     interrupted (finished scores are kept, and --resume continues).
     """
-    from ..backends import from_options
-    from ..images import DEFAULT_MAX_PIXELS
-    from ..results import PIXEL_BUDGET, Mode, Options, Scale
-    from ..scorer import load
+    from ..results import Scale
+    from ..selftest import load_tested
     from .api import Outputs, find_names
     from .display import run_shown
     from .order import Sort
     from .records import Format
 
-    budget = given["pixel_budget"] or PIXEL_BUDGET
-    same = {name: given[name] for name in ("crops", "seed", "seeds", "steps", "sampler", "fast")}
-    options = Options(**same, mode=Mode(given["mode"]), pixel_budget=budget)
+    options, backend, max_pixels = how_to_score(given)
     outputs = Outputs(
         form=Format(given["form"]) if given["form"] else None,
         sort=Sort(given["sort"]) if given["sort"] else None,
@@ -196,17 +202,20 @@ def run(engine: Path, images: tuple[str, ...], **given: Any) -> None:
     )
     if outputs.file and (given["top"] or given["bottom"]):
         raise UsageError("--top and --bottom select what is shown; a file (-o) always gets every record")
-    names = find_names(_expand_stdin(images))
+    names = find_names(expand_stdin(images))
     outputs.refuse_collisions(names)
-    taken = ("device", "batch", "no_cuda_graph", "threads", "providers", "spin", "cpu_precision")
-    backend = from_options(given["backend"], **{name: given[name] for name in taken})
-    max_pixels = DEFAULT_MAX_PIXELS if given["max_pixels"] is None else given["max_pixels"] or None
-    with load(engine, backend, max_pixels=max_pixels) as scorer:
+    # A person at a terminal reads what runs before the work starts. A log gets it beside the summary, because neither
+    # is written if the reader of the results goes away.
+    watched = sys.stderr.isatty()
+
+    def say(text: str) -> None:
+        if watched and not given["quiet"]:
+            click.echo(text, err=True)
+
+    wanted = not given["no_self_test"]
+    with load_tested(engine, backend, max_pixels=max_pixels, wanted=wanted, say=say) as scorer:
         reason = f" ({scorer.info.reason})" if scorer.info.reason else ""
         says = f"backend: {scorer.info.backend}{reason}"
-        # A person at a terminal reads this before the work starts. A log gets it beside the summary, because neither
-        # is written if the reader of the results goes away.
-        watched = sys.stderr.isatty()
         if watched and not given["quiet"]:
             click.echo(says, err=True)
         shown = {name: given[name] for name in ("workers", "quiet", "top", "bottom")}
@@ -217,12 +226,24 @@ def run(engine: Path, images: tuple[str, ...], **given: Any) -> None:
         sys.exit(1)
 
 
-def _expand_stdin(names: tuple[str, ...]) -> list[str]:
+def how_to_score(given: Mapping[str, Any]) -> "tuple[Options, Backend | tuple[Backend, ...], int | None]":
+    """Return the options, the backend and the largest size of images that a command line asks for."""
+    from ..backends import from_options
+    from ..images import DEFAULT_MAX_PIXELS
+    from ..results import PIXEL_BUDGET, Mode, Options
+
+    same = {name: given[name] for name in ("crops", "seed", "seeds", "steps", "sampler", "fast")}
+    options = Options(**same, mode=Mode(given["mode"]), pixel_budget=given["pixel_budget"] or PIXEL_BUDGET)
+    taken = ("device", "batch", "no_cuda_graph", "threads", "providers", "spin", "cpu_precision")
+    backend = from_options(given["backend"], **{name: given[name] for name in taken})
+    return options, backend, DEFAULT_MAX_PIXELS if given["max_pixels"] is None else given["max_pixels"] or None
+
+
+def expand_stdin(names: Iterable[str]) -> Iterator[str]:
     """Replace `-` by the lines of standard input; undecodable names survive as surrogates."""
-    expanded: list[str] = []
     for name in names:
         if name == "-":
-            expanded += [os.fsdecode(line) for line in sys.stdin.buffer.read().splitlines() if line.strip()]
+            lines = (line.rstrip(b"\r\n") for line in sys.stdin.buffer)
+            yield from (os.fsdecode(line) for line in lines if line.strip())
         else:
-            expanded.append(name)
-    return expanded
+            yield name

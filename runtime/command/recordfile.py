@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
-from ...engine.atomic import replacing
+from ...engine.atomic import replacing, sync
 from ...engine.codec import decode
 from ...errors import OutputError, UsageError
 from .records import (
@@ -130,6 +130,7 @@ class RecordFile:
     def _open(self) -> None:
         """Open and lock the journal that the name now stands for."""
         self._release()
+        fresh = not self._journal.exists()
         self._fd = os.open(self._journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
         with contextlib.suppress(ImportError, OSError):  # neither Windows nor every network share has such locks
             import fcntl
@@ -138,6 +139,8 @@ class RecordFile:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise OutputError(f"another run is writing {self.path}; wait for it, or use another -o FILE") from None
+        if fresh:
+            sync(self._journal.parent)  # a file is as safe as its name
 
     def _release(self) -> None:
         if self._fd >= 0:

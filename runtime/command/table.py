@@ -133,10 +133,14 @@ class Progress:
         self._count += 1
         self._failures += record.score is None
         # Over the whole run: rich's own estimate forgets images after 30 s, and one may take minutes.
-        rate = self._count / max(time.monotonic() - self.start, 1e-9)
-        pace = f"{rate_text(rate)}, {_duration((self._total - self.kept - self._count) / rate)} left"
-        failures = f"{self._failures} failed" if self._failures else ""
-        self._bar.update(self._task, advance=1, pace=pace, failures=failures)
+        self.show(self._count + self.kept, self._failures, self._count / max(time.monotonic() - self.start, 1e-9))
+
+    def show(self, done: int, failures: int, rate: float, total: int | None = None) -> None:
+        """Show so many images done, at so many a second; of another total, if it was not known before."""
+        self._total = total or self._total
+        pace = f"{rate_text(rate)}, {_duration((self._total - done) / rate)} left" if rate else ""
+        failed = f"{failures} failed" if failures else ""
+        self._bar.update(self._task, completed=done, total=self._total, pace=pace, failures=failed)
 
     def __enter__(self) -> Self:
         self.start = time.monotonic()

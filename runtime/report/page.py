@@ -56,6 +56,17 @@ class Collected:
         return make_histogram(self.sorted_scores) if self.sorted_scores else None
 
 
+@dataclass(frozen=True)
+class Live:
+    """What a page has that begins without images, and gets them one by one from a service."""
+
+    lead: str
+    top: Html  # in the place of the summary
+    style: str
+    script: str
+    closing: str
+
+
 class Page:
     """Renders the parts of one report."""
 
@@ -65,20 +76,22 @@ class Page:
         self._restores = len(manifest.kinds) > 1
         self._branches = [name.upper() for name in (StageName.VCG, StageName.VDA) if manifest.stage(name)]
 
-    def frame(self, collected: Collected) -> tuple[str, str]:
+    def frame(self, collected: Collected, live: Live | None = None) -> tuple[str, str]:
         """Return the page before the first card and after the last."""
         style, script = asset("page.css") + asset("report.css"), asset("report.js")
+        if live:
+            style, script = style + live.style, script + live.script
         style += f".ramp{{background:linear-gradient(90deg,{','.join(_hex_colours(every=16))})}}\n"
         now = datetime.datetime.now(datetime.UTC).isoformat(" ", "minutes").removesuffix("+00:00")
         text = Template(asset("report.html")).substitute(
-            policy=policy(style, script),
+            policy=policy(style, script, asks=live is not None),
             title=join(self.title),
             style=style,
             script=script,
-            lead=join(f"{_count(collected)}. Written {now} UTC."),
+            lead=join(live.lead if live else f"{_count(collected)}. Written {now} UTC."),
+            live=" data-live" if live else "",
             warnings=self._warnings(collected),
-            facts=self._facts(collected),
-            distribution=_distribution(collected),
+            top=live.top if live else self._summary(collected),
             reading=self._reading(collected),
             sort_options=self._sort_options(),
             failures=_failures(collected),
@@ -86,6 +99,7 @@ class Page:
             colours="".join(_hex_colours()).replace("#", ""),
             engine=self._engine(),
             version=join(__version__),
+            closing=join(live.closing if live else "This page is complete in itself and loads nothing from anywhere."),
         )
         before, _, after = text.partition(_IMAGES_HERE)
         return before, after
@@ -229,6 +243,12 @@ class Page:
             warnings["Results of different engines."] = f" Their scores cannot be compared: {', '.join(engines)}."
         parts = (tag("p", tag("strong", head), text) for head, text in warnings.items())
         return tag("div", *parts, class_="warning", role="note") if warnings else Html()
+
+    def _summary(self, collected: Collected) -> Html:
+        distribution = tag("div", tag("h3", "Distribution of scores"), _distribution(collected), class_="distribution")
+        halves = tag("div", tag("div", self._facts(collected)), distribution, class_="halves")
+        title = tag("h2", "Summary", id="summary-title")
+        return tag("section", title, halves, class_="summary", aria_labelledby="summary-title")
 
     def _facts(self, collected: Collected) -> Html:
         """The numbers at the top: first what came out, then how."""

@@ -148,6 +148,21 @@ class ReportWriter:
             raise OutputError(f"cannot write the report {self._path}: {exc.strerror or exc}") from exc
 
 
+def single_card(page: Page, score: Score, side: int) -> Html:
+    """Return the card of one image by itself, each map in the colours of its own range."""
+    photos, maps, scales = [], [], {}
+    if score.pictures is not None:
+        for kind, plane in score.pictures.planes.items():
+            webp, width, height = _photo(plane, side)
+            photos.append(page.photo(score.source, kind, webp, width, height))
+        for name, values in _maps(score.pictures, side // _PIXELS_PER_BLOCK).items():
+            heatmap = to_heatmap(values)
+            scales[name] = (heatmap.low, heatmap.high)
+            maps.append(page.heatmap(score.source, name, heatmap, scales[name], width, height))
+    collected = Collected((score,), scales, side)
+    return page.card(1, score, collected, page.facts(score), join(*photos, *maps), page.details(score))
+
+
 def _photo(plane: Picture, side: int) -> tuple[bytes, int, int]:
     """Reduce a plane to `side` and compress it, more strongly where noise would make it large."""
     image = Image.fromarray(plane)

@@ -81,8 +81,7 @@ def test_the_library_sees_8_bit_tensors_in_the_network(
         assert len(back) == written.count("DequantizeLinear")
 
 
-@numbers
-@pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])
+@pytest.mark.parametrize(("number", "precision"), [(Number.INT8, Precision.FP16), (Number.FP8, Precision.BF16)])
 @pytest.mark.parametrize("name", STAGES)
 def test_the_cast_of_an_8_bit_stage_is_measured(
     tiny_engine: Path,

@@ -75,20 +75,24 @@ def test_reads_the_published_layout(fake: Path) -> None:
 
 
 @every
-def test_names_the_first_images_that_a_download_lacks(fake: Path) -> None:
+def test_a_download_with_too_few_or_too_many_images_or_labels_is_refused_by_name(
+    fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gone = [item.path for item in load(fake.name, fake).items[:5]]
+    published = PUBLISHED[fake.name]
+    with monkeypatch.context() as patch:
+        patch.setitem(PUBLISHED, fake.name, dataclasses.replace(published, images=published.images + 1))
+        with pytest.raises(DatasetError, match=f"published are {published.images + 1}: is it complete"):
+            load(fake.name, fake)
+    more = gone[0].with_stem(gone[0].stem + "_copy")
+    touch(more)
+    with pytest.raises(DatasetError, match=r"has no label for 1 images: .*_copy"):
+        load(fake.name, fake)
+    more.unlink()
     for path in gone[:4]:
         path.unlink()
     gone[4].write_bytes(b"")  # what a broken download leaves
     with pytest.raises(DatasetError, match=r"labels 5 images of \d+ that are missing or empty: .* …; is the download"):
-        load(fake.name, fake)
-
-
-@every
-def test_names_images_without_labels(fake: Path) -> None:
-    known = load(fake.name, fake).items[0].path
-    touch(known.with_stem(known.stem + "_copy"))
-    with pytest.raises(DatasetError, match=r"has no label for 1 images: .*_copy"):
         load(fake.name, fake)
 
 
@@ -102,14 +106,6 @@ def test_says_that_a_file_or_folder_is_missing(fake: Path) -> None:
             with pytest.raises(DatasetError, match=f"{fake.name}.*(has no|folder)"):
                 load(fake.name, fake)
         moved.rename(entry)
-
-
-@every
-def test_refuses_another_number_of_labels_than_published(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    published = PUBLISHED[fake.name]
-    monkeypatch.setitem(PUBLISHED, fake.name, dataclasses.replace(published, images=published.images + 1))
-    with pytest.raises(DatasetError, match=f"published are {published.images + 1}: is it complete"):
-        load(fake.name, fake)
 
 
 @every

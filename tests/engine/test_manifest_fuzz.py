@@ -52,7 +52,7 @@ def mutate(data: Any, generator: random.Random) -> Any:
     return data
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_mutated_manifests_score_or_are_refused(tiny_engine: Path, tmp_path: Path, seed: int) -> None:
     engine = Path(shutil.copytree(tiny_engine, tmp_path / "engine"))
     original = json.loads((engine / MANIFEST).read_text())
@@ -70,11 +70,10 @@ def test_mutated_manifests_score_or_are_refused(tiny_engine: Path, tmp_path: Pat
     assert len(refusals) > 20  # most mutations hurt; provenance and notes may say anything
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_mutated_bytes_of_a_manifest_are_refused_or_harmless(tiny_engine: Path, tmp_path: Path, seed: int) -> None:
+def test_mutated_bytes_of_a_manifest_are_refused_or_harmless(tiny_engine: Path, tmp_path: Path) -> None:
     engine = Path(shutil.copytree(tiny_engine, tmp_path / "engine"))
     original = (engine / MANIFEST).read_bytes()
-    generator = random.Random(seed)  # noqa: S311
+    generator = random.Random(0)  # noqa: S311
     refusals = []
     for _ in range(60):
         data = bytearray(original)

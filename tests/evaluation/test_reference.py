@@ -162,6 +162,20 @@ def knowing(folder: Path) -> Iterator[Reference]:
     describe(before)
 
 
+def test_scores_whose_lower_ones_are_better_are_turned_for_the_figures(folder: Path) -> None:
+    before = read_manifest(Path("engine"))
+    found = {}
+    for higher in (True, False):
+        describe(dataclasses.replace(before, score=dataclasses.replace(before.score, higher_is_better=higher)))
+        assert call(*EVALUATED, "--resume").exit_code == 0
+        found[higher] = json.loads(Path("out/evaluation.json").read_text())
+    describe(before)
+    up, down = (found[higher]["branches"][0]["correlation"]["srcc"] for higher in (True, False))
+    assert up == -down != 0
+    assert "turned" in found[False]["scores"]
+    assert "turned" not in found[True]["scores"]
+
+
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
 def test_records_have_percentile_and_opinion(knowing: Reference, form: str) -> None:
     scores = [record["score"] for record in lines_of("out/scores.jsonl")]

@@ -116,8 +116,15 @@ class Stopped(BaseException):
     """Stands for Ctrl-C, a kill or anything else that ends an export from outside."""
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, Stopped, OSError(28, "No space left on device")])
-@pytest.mark.parametrize("where", ["_export_stage", "manifest_of", "_replace"])
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("_export_stage", KeyboardInterrupt),
+        ("_export_stage", OSError(28, "No space left on device")),
+        ("manifest_of", Stopped),
+        ("_replace", OSError(28, "No space left on device")),
+    ],
+)
 @pytest.mark.usefixtures("quick")
 def test_an_export_that_ends_early_leaves_the_old_engine_and_nothing_else(
     tiny_loaded: Loaded,
@@ -245,6 +252,7 @@ def test_a_stage_that_disagrees_with_pytorch_fails_the_export(
         compare_with_pytorch(tiny_loaded.model, plan, tiny_engine / "onnx" / "vda.onnx", seed=1)
 
 
+@pytest.mark.usefixtures("ready_graphs")
 def test_drift_is_written_where_that_is_accepted_and_the_manifest_says_how_far(
     tiny_loaded: Loaded, tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..kernels.devices import Missing
 
+DRIVER = "libcuda.so.1"
 OUT_OF_MEMORY, ILLEGAL_ADDRESS, NOT_SUPPORTED = 2, 700, 801
 Run = ctypes.CFUNCTYPE(ctypes.c_int)
 
@@ -104,16 +105,15 @@ class Driver:
         self._library.fake_reset(0)
 
 
-def build_driver(folder: Path) -> Path:
-    """Compile the driver; raises Missing where there is no compiler."""
+def build_driver(folder: Path) -> None:
+    """Compile the driver to DRIVER in a folder; raises Missing where there is no compiler."""
     compiler = shutil.which("g++")
     if compiler is None:
         raise Missing("g++ is not installed")
-    library = folder / "libcuda.so.1"
+    library = folder / DRIVER
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-Wl,-soname,{library.name}"]
     sources = sorted(map(str, Path(__file__).parent.glob("*.cpp")))
     subprocess.run([compiler, *flags, *sources, "-o", str(library), "-ldl"], check=True)
-    return library
 
 
 def load_driver(library: Path, kernels: str) -> ctypes.CDLL:

@@ -21,6 +21,7 @@ from diffiqa.kernels.load import device_arch, with_cuda_core
 
 Array = npt.NDArray[Any]
 
+HOST_LIBRARY = "kernels.so"
 _BAND = 256
 _FOLDER = Path(__file__).parent
 
@@ -170,18 +171,18 @@ def probes(arch: str) -> Unit:
     return Unit("probes.cu", (_FOLDER / "probes.cu").read_text(), arch)
 
 
-def build_host(folder: Path) -> ctypes.CDLL:
-    """Compile the kernels for the host; raises Missing where there is no compiler that can."""
+def build_host(folder: Path) -> None:
+    """Compile the kernels for the host, to HOST_LIBRARY in a folder; raises Missing where no compiler can."""
     compiler = shutil.which("g++")
     if compiler is None:
         raise Missing("g++ is not installed")
     macros = subprocess.run([compiler, "-dM", "-E", "-x", "c++", "/dev/null"], check=True, capture_output=True).stdout
     if b"__FLT16_MAX__" not in macros:
         raise Missing("this g++ has no _Float16")
-    library = folder / "kernels.so"
     flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-shared", "-fPIC"]
     # A GPU faults on an unaligned vector load where this machine would shrug: trap, and pytest shows the test.
     flags += ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
     include = Path(kernels_compile.__file__).parent
-    subprocess.run([compiler, *flags, f"-I{include}", str(_FOLDER / "host.cpp"), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    subprocess.run(
+        [compiler, *flags, f"-I{include}", str(_FOLDER / "host.cpp"), "-o", str(folder / HOST_LIBRARY)], check=True
+    )

@@ -41,14 +41,12 @@ def some_image(size: tuple[int, int], seed: int = 0) -> Array:
 
 @both
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
-@pytest.mark.parametrize("offset", range(4))
-def test_image_is_normalised_and_padded_as_in_numpy(
-    device: Device, storage: Storage, size: tuple[int, int], offset: int
-) -> None:
+def test_image_is_normalised_and_padded_as_in_numpy(device: Device, storage: Storage, size: tuple[int, int]) -> None:
     image, padded = some_image(size), aligned(size)
-    plane = device.like((3, *padded), storage.dtype)
-    device.run(normalise_pad(device.put(image, offset), size, 3 * size[1], plane, padded, storage))
-    np.testing.assert_array_equal(device.get(plane), normalised(image, storage, padded))
+    for offset in range(4):
+        plane = device.like((3, *padded), storage.dtype)
+        device.run(normalise_pad(device.put(image, offset), size, 3 * size[1], plane, padded, storage))
+        np.testing.assert_array_equal(device.get(plane), normalised(image, storage, padded), f"offset {offset}")
 
 
 @both
@@ -80,11 +78,8 @@ def test_image_stored_bottom_up_is_read_from_its_last_row(device: Device) -> Non
 
 
 @both
-@pytest.mark.parametrize("kinds", [1, 4])
-def test_crops_of_all_kinds_are_numpys_slices(
-    device: Device, rng: np.random.Generator, storage: Storage, kinds: int
-) -> None:
-    images = int(rng.integers(1, 4))
+def test_crops_of_all_kinds_are_numpys_slices(device: Device, rng: np.random.Generator, storage: Storage) -> None:
+    images, kinds = int(rng.integers(1, 4)), int(rng.integers(1, 5))
     crop = int(rng.integers(1, 20)), 4 * int(rng.integers(1, 8))
     size = crop[0] + int(rng.integers(0, 20)), crop[1] + 4 * int(rng.integers(1, 6))
     kept = [Storage(rng.choice(list(Storage))) for _ in range(kinds)]  # float and half side by side
@@ -120,9 +115,9 @@ def test_one_kind_may_be_looked_at_twice(device: Device) -> None:
 @both
 @pytest.mark.parametrize("form", TapForm)
 def test_restorations_take_their_form_to_the_bit_and_the_first_kind_stays(
-    device: Device, rng: np.random.Generator, storage: Storage, form: TapForm
+    device: Device, storage: Storage, form: TapForm
 ) -> None:
-    given, restored = rng.normal(0, 1.1, (2, 2, 3, 32, 48)).astype(np.float32)
+    given, restored = np.random.default_rng(0).normal(0, 1.1, (2, 2, 3, 32, 48)).astype(np.float32)
     # At and beside the middles of two bytes.
     middles = ((np.arange(255, dtype=np.float32) + np.float32(0.5)) / np.float32(127.5)) - 1
     middles = np.concatenate([np.nextafter(middles, np.float32(-9)), middles, np.nextafter(middles, np.float32(9))])

@@ -197,9 +197,8 @@ def test_a_run_begins_with_prompts(tmp_path: Path) -> None:
         begin(replace(SMALL, prompt_width=11), 1, prompts=PromptSet(words, rows[:2], rows[2:], source))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_refuses_a_configuration_that_cannot_be_built() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"width": 18}, "width must be a multiple of 4, heads"),
         ({"crop": 72}, "crop must be a multiple of patch"),
         ({"crop": 48, "encoder": LITE0.encoder}, "multiple of 32 for Lite0"),
@@ -213,12 +212,10 @@ def test_a_run_begins_with_prompts(tmp_path: Path) -> None:
         ({"blocks": 99}, "blocks"),
         ({"decoder_eps": 1.0}, "decoder_eps"),
         ({"name": "a b"}, "name must be"),
-    ],
-    ids=lambda value: str(value)[:30],
-)
-def test_refuses_a_configuration_that_cannot_be_built(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        replace(SMALL, **changes)
+    ]
+    for changes, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            replace(SMALL, **changes)
 
 
 def test_presets_go_by_name_and_both_have_maps_of_14x14() -> None:

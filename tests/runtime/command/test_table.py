@@ -141,15 +141,14 @@ def test_terminal_gets_colours() -> None:
     assert "\x1b[" in shown(terminal=True)
 
 
-@pytest.mark.parametrize(
-    "name", ["a\nb", "\x1b[2J", "\x9b2J", "\r", "\u202egnp.exe", "\udcff", "[red]x[/red]", ":smile:", "[/]"]
-)
 @pytest.mark.parametrize("terminal", [True, False])
-def test_hostile_names_command_neither_terminal_nor_markup(name: str, terminal: bool) -> None:
-    image = f"<{name}>"
-    text = shown([scored(image, 0.5, notes=(image,)), failed(image, image)], terminal=terminal)
-    assert text.count(printable(image)) == 3
-    assert not set(re.sub(r"\x1b\[[\d;]*m", "", text)) & set(name) - {c for c in name if c.isprintable()} - {"\n"}
+def test_hostile_names_command_neither_terminal_nor_markup(terminal: bool) -> None:
+    for name in ("a\nb", "\x1b[2J", "\x9b2J", "\r", "\u202egnp.exe", "\udcff", "[red]x[/red]", ":smile:", "[/]"):
+        image = f"<{name}>"
+        text = shown([scored(image, 0.5, notes=(image,)), failed(image, image)], terminal=terminal)
+        assert text.count(printable(image)) == 3
+        plain = re.sub(r"\x1b\[[\d;]*m", "", text)
+        assert not set(plain) & set(name) - {c for c in name if c.isprintable()} - {"\n"}
 
 
 def test_printable_leaves_readable_text_alone() -> None:

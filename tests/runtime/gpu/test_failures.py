@@ -36,6 +36,7 @@ from .test_executor import device, planned, same
 
 PIXELS = photo(17, 48, 64)
 STATIC = ("1", "2", "4")
+FOUR_CROPS: dict[str, Any] = {"mode": Mode.CROP, "crops": 4, "steps": 3}  # memory does not depend on how many steps
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def directory(tiny_engine: Path) -> EngineDirectory:
 @pytest.fixture
 def expected(directory: EngineDirectory, driver: Driver) -> dict[int, Outcome]:
     """What four crops are scored as, by the most that run at once: batches of other sizes give other last bits."""
-    plan, found = planned(directory, PIXELS, mode=Mode.CROP, crops=4), {}
+    plan, found = planned(directory, PIXELS, **FOUR_CROPS), {}
     for limit in (1, 2, 4):
         executor = device(FakeLayer(driver), directory, batches=tuple(b for b in STATIC if int(b) <= limit))
         found[limit] = executor.run(PIXELS, plan, 5)
@@ -80,7 +81,7 @@ def test_memory_that_runs_out_at_any_allocation_costs_bits_that_are_noted_or_an_
     directory: EngineDirectory, driver: Driver, expected: dict[int, Outcome], what: str, times: int, ends: int
 ) -> None:
     """Once: all is given up and allocated anew. Four times in a row: smaller batches, or none."""
-    plan, found = planned(directory, PIXELS, mode=Mode.CROP, crops=4), set()
+    plan, found = planned(directory, PIXELS, **FOUR_CROPS), set()
     for nth in itertools.count(1):
         executor = device(layer := FakeLayer(driver), directory, batches=STATIC)
         before = driver.count(what)
@@ -100,7 +101,7 @@ def test_memory_that_runs_out_at_any_allocation_costs_bits_that_are_noted_or_an_
 def test_a_device_of_any_size_scores_in_batches_that_fit_it(
     directory: EngineDirectory, driver: Driver, expected: dict[int, Outcome]
 ) -> None:
-    plan, found = planned(directory, PIXELS, mode=Mode.CROP, crops=4), []
+    plan, found = planned(directory, PIXELS, **FOUR_CROPS), []
     enough = device(layer := FakeLayer(driver), directory, batches=STATIC)
     enough.run(PIXELS, plan, 5)
     needed = layer.held
@@ -207,7 +208,8 @@ def test_ctrl_c_at_any_line_leaves_a_device_that_works(
 
     prepare()
     run_interrupted()
-    for target in met[runs_before :: int(os.environ.get("EVERY_LINE", "12"))]:  # with 1, once: every line
+    every = int(os.environ.get("EVERY_LINE", "24"))  # with 1, once: every line
+    for target in met[runs_before * every // 3 :: every]:
         prepare()
         run_interrupted()
         assert not driver.capturing, target

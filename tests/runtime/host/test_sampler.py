@@ -45,14 +45,11 @@ def formula(schedule: Schedule, i: int, y: Array, eps: Array, z: Array) -> tuple
     return mean + (math.sqrt(variance) * z if i > 0 else 0.0), x0
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize(
-    ("steps", "i"), [(50, i) for i in (0, 1, 5, 10, 25, 48, 49)] + [(2000, 0), (2000, 1), (2000, 1999)]
-)
-def test_step_is_the_formula(steps: int, i: int, seed: int) -> None:
+@pytest.mark.parametrize(("steps", "i"), [(50, 0), (50, 1), (50, 25), (50, 49), (2000, 1999)])
+def test_step_is_the_formula(steps: int, i: int) -> None:
     schedule = Schedule(steps=steps)
     table = schedule.coefficients
-    y, eps, z = inputs(schedule, i, seed)
+    y, eps, z = inputs(schedule, i, 1)
     expected, x0 = formula(schedule, i, y.astype(np.float64), eps.astype(np.float64), z.astype(np.float64))
     inside = (np.abs(x0) < 1).mean()
     assert 0.3 < inside < 0.95  # both sides of the clamp are looked at
@@ -64,12 +61,11 @@ def test_step_is_the_formula(steps: int, i: int, seed: int) -> None:
     np.testing.assert_allclose(y, expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("seed", [3])
 @pytest.mark.parametrize("i", [0, 1, 7, 49])
-def test_step_rounds_every_product_and_sum_in_the_documented_order(i: int, seed: int) -> None:
+def test_step_rounds_every_product_and_sum_in_the_documented_order(i: int) -> None:
     # Other backends repeat this arithmetic bit by bit.
     table = Schedule().coefficients
-    y, eps, z = inputs(Schedule(), i, seed)
+    y, eps, z = inputs(Schedule(), i, 3)
     one, before = np.float32(1), y.copy()
     expected = np.empty_like(y)
     for place in np.ndindex(SHAPE):
@@ -105,15 +101,14 @@ class Toy:
         self.noise[...] = self.predict(self.y.astype(np.float64), noise_level)
 
 
-@pytest.mark.parametrize("seed", [5, 6])
 @pytest.mark.parametrize(
     ("steps", "taps"),
     [(50, Taps()), (6, Taps(t1=2, t2=4)), (6, Taps(t1=5, t2=1))],
     ids=["paper", "six steps", "from the first step"],
 )
-def test_loop_returns_the_states_after_the_tapped_steps(steps: int, taps: Taps, seed: int) -> None:
-    schedule, toy = Schedule(steps=steps), Toy(seed)
-    field = NoiseField(seed, SHAPE[1:])
+def test_loop_returns_the_states_after_the_tapped_steps(steps: int, taps: Taps) -> None:
+    schedule, toy = Schedule(steps=steps), Toy(5)
+    field = NoiseField(5, SHAPE[1:])
     restored = restore(toy, field, trained(schedule, taps))
 
     y32 = np.empty(SHAPE, np.float32)
@@ -166,24 +161,23 @@ def chain(schedule: Schedule, sampling: Sampling, toy: "Toy", normals: Callable[
     return states
 
 
-@pytest.mark.parametrize("seed", [5, 6])
 @pytest.mark.parametrize("name", SAMPLINGS)
-def test_fewer_steps_are_the_papers_chains_on_the_same_noise(name: str, seed: int) -> None:
+def test_fewer_steps_are_the_papers_chains_on_the_same_noise(name: str) -> None:
     """Compared by hand with diffusers 0.42.1 too, which is too heavy for a test.
 
     Its DDPM and DDIM schedulers in float64, on this schedule and toy and on the same noise, ended within 3.1e-7 of the
     table's chain: ancestral with 50, 10, 5 and 3 of 50 steps and 10, 5 and 3 of 10, DDIM with eta 0 in 10, 5 and 1,
     with eta 0.5 and with eta 1. There `use_clipped_model_output=True` is our clip.
     """
-    schedule, taps, toy, sampling = Schedule(), Taps(), Toy(seed), SAMPLINGS[name]
-    field, scratch = NoiseField(seed, SHAPE[1:]), np.empty(SHAPE, np.float32)
+    schedule, taps, toy, sampling = Schedule(), Taps(), Toy(5), SAMPLINGS[name]
+    field, scratch = NoiseField(5, SHAPE[1:]), np.empty(SHAPE, np.float32)
 
     def normals(step_index: int) -> Array:
         field.fill(step_index, scratch)
         return scratch.astype(np.float64)
 
     states = chain(schedule, sampling, toy, normals)
-    restored = restore(toy, NoiseField(seed, SHAPE[1:]), sampling.rows(schedule, taps, tuple(Kind)))
+    restored = restore(toy, NoiseField(5, SHAPE[1:]), sampling.rows(schedule, taps, tuple(Kind)))
     assert toy.levels == [float(schedule.coefficients.noise_level[i]) for i in reversed(sampling.steps)]
     expected = {Kind.Y0: states[-1]}
     for kind, tap in ((Kind.T1, taps.t1), (Kind.T2, taps.t2)):
