@@ -56,7 +56,7 @@ class Visit:
 
     async def results(self, jobs: Sequence[Job]) -> list[Score | Failure]:
         """Wait for the scores of images in the queue. Whatever ends the wait, those that are not done are cancelled."""
-        done = asyncio.gather(*(asyncio.wrap_future(job.result) for job in jobs))
+        done = asyncio.ensure_future(_all(jobs))
         gone = asyncio.ensure_future(self._gone())
         try:
             left = self.deadline - time.monotonic()
@@ -98,6 +98,10 @@ def of_the_address(request: Request) -> dict[str, str]:
     if twice := {name for name, _ in pairs if sum(name == other for other, _ in pairs) > 1}:
         raise Refusal(422, f"{one_line(twice.pop(), 40)!r} is given twice")
     return dict(pairs)
+
+
+async def _all(jobs: Sequence[Job]) -> list[Score | Failure]:
+    return [await asyncio.wrap_future(job.result) for job in jobs]
 
 
 def _too_many_bytes(most: int) -> Refusal:

@@ -118,6 +118,8 @@ class Service:
         sides = {name: scorer.info.crop_size for name, scorer in self.scorers.items()}
         jobs = [Job(name, synthetic(0, side, side), "warm-up", Options()) for name, side in sides.items()]
         self._enter(jobs)
+        if self._closed:  # before it had anything to cancel
+            return
         with contextlib.suppress(CancelledError):
             for job in jobs:
                 if isinstance(result := job.result.result(), Failure):
@@ -132,10 +134,9 @@ class Service:
             now = read_manifest(self._directories[name]).engine_id
         except EngineError as exc:
             now = str(exc)
-        loaded = self.scorers[name].info.engine
-        return (
-            None if now == loaded else f"scores are by {loaded}, but its folder has changed ({now}): restart to load it"
-        )
+        if now == (loaded := self.scorers[name].info.engine):
+            return None
+        return f"scores are by {loaded}, but its folder has changed ({now}): restart to load it"
 
     def hold(self, size: int) -> None:
         """Count bytes of a body; a negative number gives them back. Raises Refusal if too many are held already."""
