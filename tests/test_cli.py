@@ -16,7 +16,7 @@ from diffiqa.engine.manifest import StageName, read_manifest
 from diffiqa.model.bundle import save_bundle
 from diffiqa.model.network import DiffV2IQA
 
-COMMANDS = ("export", "build", "calibrate", "quantise", "verify", "run", "convert", "prompts", "bench")
+COMMANDS = ("export", "build", "calibrate", "quantise", "verify", "run", "status", "convert", "prompts", "bench")
 
 
 def call(*arguments: str | Path) -> Result:
@@ -45,7 +45,7 @@ def test_every_command_is_in_the_group_and_installed_under_its_own_name() -> Non
     homes = {
         "diffiqa.calibration.cli": ["calibrate", "quantise"],
         "diffiqa.export.cli": ["build", "convert", "prompts"],
-        "diffiqa.runtime.command.cli": ["run"],
+        "diffiqa.shards.cli": ["run", "status"],
         "diffiqa.cli": ["export"],
         **{f"diffiqa.{name}.cli": [name] for name in ("bench", "verify")},
         "diffiqa.training.cli": ["train"],
