@@ -19,17 +19,7 @@ from diffiqa.model.network import DiffV2IQA
 from .tiny import STAGES
 
 COMMANDS = (
-    "export",
-    "build",
-    "calibrate",
-    "quantise",
-    "verify",
-    "run",
-    "convert",
-    "prompts",
-    "serve",
-    "status",
-    "bench",
+    *("export", "build", "calibrate", "quantise", "verify", "run", "status", "convert", "prompts", "serve", "bench"),
 )
 
 

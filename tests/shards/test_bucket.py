@@ -54,7 +54,8 @@ def bucket(server: str) -> Any:
 
 def files(fs: Any, prefix: str) -> dict[str, bytes]:
     found = {path.rpartition("/")[2]: fs.cat_file(path) for path in fs.find(prefix)}
-    return {name: data for name, data in found.items() if name.endswith(".jsonl") or name in {"plan.json", "manifest.json"}}
+    kept = {"plan.json", "manifest.json"}
+    return {name: data for name, data in found.items() if name.endswith(".jsonl") or name in kept}
 
 
 def test_a_run_in_a_bucket_writes_what_a_run_in_a_folder_writes(bucket: Any, tmp_path: Path) -> None:
@@ -125,7 +126,13 @@ def test_images_of_a_bucket(bucket: Any, tiny_engine: Path, tmp_path: Path) -> N
         info.size = len(pictures[2])
         tar.addfile(info, io.BytesIO(pictures[2]))
     bucket.pipe_file("bucket/in/a.tar", stream.getvalue())
-    given = ["s3://bucket/in/", "s3://bucket/in/[02].png", "s3://bucket/in/a.tar", "s3://bucket/none/", "s3://bucket/x.png"]
+    given = [
+        "s3://bucket/in/",
+        "s3://bucket/in/[02].png",
+        "s3://bucket/in/a.tar",
+        "s3://bucket/none/",
+        "s3://bucket/x.png",
+    ]
     found = [entry.name for entry in entries(given)]
     assert found == [
         *(f"s3://bucket/in/{index}.png" for index in (0, 1, 2, 0, 2)),
@@ -142,4 +149,4 @@ def test_images_of_a_bucket(bucket: Any, tiny_engine: Path, tmp_path: Path) -> N
         records[f"s3://bucket/in/{index}.png"].score for index in range(3)
     ]
     assert records["s3://bucket/in/a.tar#x.png"].score == records["s3://bucket/in/2.png"].score
-    assert "s3://bucket/x.png: cannot be read (no such file)" == records["s3://bucket/x.png"].error
+    assert records["s3://bucket/x.png"].error == "s3://bucket/x.png: cannot be read (no such file)"

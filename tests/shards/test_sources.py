@@ -1,4 +1,4 @@
-"""Names stand for files, lists, archives, tables, buckets and web servers; each image's bytes are those that are there."""
+"""Names stand for files, lists, archives, tables, buckets and web servers, and give the right bytes."""
 
 import contextlib
 import http.server
@@ -41,7 +41,8 @@ def archive(tmp_path: Path) -> Path:
 
 def test_an_archive_stands_for_the_images_in_it(archive: Path) -> None:
     found = list(entries([str(archive)]))
-    assert [entry.name for entry in found] == [f"{archive}#{name}" for name in ("0.jpg", f"{'x' * 150}/1.PNG", "2.webp")]
+    names = "0.jpg", f"{'x' * 150}/1.PNG", "2.webp"
+    assert [entry.name for entry in found] == [f"{archive}#{name}" for name in names]
     assert [bytes_of(entry) for entry in found] == [b"first", b"s" * 700, b""]
 
 
@@ -104,7 +105,8 @@ def test_columns_of_names_and_of_images(tmp_path: Path) -> None:
 
 def test_reading_ahead_keeps_the_order_and_passes_errors_on(archive: Path) -> None:
     members = list(entries([str(archive)]))
-    wanted = [Entry("x.png"), members[0], Entry(f"{archive.parent}/gone.tar#a.jpg", 0, 5), members[1], Entry("y.png")] * 9
+    gone = Entry(f"{archive.parent}/gone.tar#a.jpg", 0, 5)
+    wanted = [Entry("x.png"), members[0], gone, members[1], Entry("y.png")] * 9
     found = list(read_ahead(wanted, Http.NEVER))
     assert [type(one) for one in found] == [str, bytes, ImageError, bytes, str] * 9
     assert str(found[2]) == f"{archive.parent}/gone.tar#a.jpg: cannot be read (no such file)"
@@ -213,9 +215,11 @@ def test_answers_that_are_too_large_or_too_slow_end(
 
 @pytest.mark.parametrize(
     "address",
-    ["127.0.0.1", "10.1.2.3", "169.254.169.254", "192.168.0.1", "0.0.0.0", "100.64.0.1", "224.0.0.1", "::1", "fe80::1%eth0",
-     "fd00::1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::"],
-)  # fmt: skip
+    [
+        *("127.0.0.1", "10.1.2.3", "169.254.169.254", "192.168.0.1", "0.0.0.0", "100.64.0.1", "224.0.0.1"),  # noqa: S104
+        *("::1", "fe80::1%eth0", "fd00::1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::"),
+    ],
+)
 def test_addresses_that_are_not_of_the_internet(address: str) -> None:
     assert not web.is_public(address)
 
