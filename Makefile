@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT := out
 
-.PHONY: run test slow check docs mutants clean
+.PHONY: run test slow fuzz check docs mutants clean
 
 run: $(VENV)/ready
 	@echo "== exporting models/mini to $(OUT)/engine (half a minute)"
@@ -20,8 +20,13 @@ test: $(VENV)/ready
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
 # Full-size networks: about ten minutes, 8 GB of memory.
-slow: $(VENV)/ready
+slow: $(VENV)/ready fuzz
 	@$(BIN)/python -m pytest -q -m "(slow or minutes) and not gpu"
+
+# Readers of untrusted files get what a fuzzer makes of files: a minute for each reader.
+fuzz: $(VENV)/ready
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps atheris==3.0.0
+	@$(BIN)/python figures/fuzz.py --seconds 60
 
 check: $(VENV)/ready
 	@echo "== format, lint, types, which room imports which, the documents: their tables, their links"
@@ -39,10 +44,11 @@ mutants: $(VENV)/ready
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check mutmut==3.8.1
 	@$(BIN)/python scripts/mutants
 
-$(VENV)/ready: requirements.lock pyproject.toml
+$(VENV)/ready: requirements.lock requirements-torch.lock pyproject.toml
 	@echo "== setting up $(VENV) (a minute or two)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-torch.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 

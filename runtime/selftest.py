@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -155,28 +156,36 @@ def load_tested(
 def read_self_test(directory: EngineDirectory) -> SelfTest | None:
     """Return the self-test of an engine; None if it was made before there were any. Raises EngineError."""
     file = directory.path / SELF_TEST
-
-    def damaged(message: str) -> EngineError:
-        return EngineError(f"{file} is damaged: {message}; export the engine again, or remove the file")
-
     try:
-        if file.stat().st_size > MAX_BYTES:
-            raise damaged(f"it is larger than {MAX_BYTES} bytes")
-        test = decode(SelfTest, json.loads(file.read_bytes()), "self-test", damaged)
+        with file.open("rb") as stream:
+            test = parse_self_test(stream.read(MAX_BYTES + 1), file)
     except FileNotFoundError:
         return None
     except OSError as exc:
         raise EngineError(f"cannot read {file}: {exc.strerror or exc}") from exc
+    if test.engine != directory.manifest.engine_id:
+        raise _damaged(file, f"it is of engine {test.engine}, and this is {directory.manifest.engine_id}")
+    return test
+
+
+def parse_self_test(data: bytes, file: Path) -> SelfTest:
+    """Return the self-test that the bytes of a file hold. Raises EngineError."""
+    if len(data) > MAX_BYTES:
+        raise _damaged(file, f"it is larger than {MAX_BYTES} bytes")
+    try:
+        test = decode(SelfTest, json.loads(data), "self-test", partial(_damaged, file))
     except (ValueError, RecursionError) as exc:
-        raise damaged(first_line(exc)) from exc
+        raise _damaged(file, first_line(exc)) from exc
     if test.schema != SCHEMA:
         raise EngineError(f"{file} has schema version {test.schema}; this diffiqa reads version {SCHEMA}")
-    if test.engine != directory.manifest.engine_id:
-        raise damaged(f"it is of engine {test.engine}, and this is {directory.manifest.engine_id}")
     usable = test.span > 0 and test.tolerances.get("fp32", 0) > 0 and min(test.tolerances.values()) > 0
     if not usable or not test.pictures or not all(picture.answers for picture in test.pictures):
-        raise damaged("it has no pictures, answers or tolerances")
+        raise _damaged(file, "it has no pictures, answers or tolerances")
     return test
+
+
+def _damaged(file: Path, message: str) -> EngineError:
+    return EngineError(f"{file} is damaged: {message}; export the engine again, or remove the file")
 
 
 def run_self_test(test: SelfTest, scorer: Scorer, *, seconds: float = SECONDS) -> Tested:
