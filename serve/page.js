@@ -47,7 +47,7 @@
     let answer;
     for (;;) {
       answer = await fetch(`/page/card?${address}`, { method: "POST", body: one.file });
-      if (answer.status !== 503) break;
+      if (answer.status !== 503 && answer.status !== 429) break;
       one.state.textContent = "waits for its turn";
       await new Promise((done) => setTimeout(done, 1000 * Number(answer.headers.get("Retry-After") || 5)));
     }
