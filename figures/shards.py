@@ -2,12 +2,10 @@
 
     python figures/shards.py growth
     python figures/shards.py kills --engine engine/ --photos photos/
-    python figures/shards.py overhead --engine engine/ --photos photos/
 
 `growth` (results/shards-growth.json) plans and scores made-up names with a stub that takes no time, in two processes;
 the largest count is only planned. `kills` (results/shards-kills.json) kills workers and driver at random, and compares
-the files with those of a run that nobody disturbed. `overhead` (results/shards-overhead.json) is a run with one worker
-beside plain `iqa-run` on the same photographs, in turn.
+the files with those of a run that nobody disturbed.
 """
 
 import argparse
@@ -42,11 +40,10 @@ def main() -> None:
     one.add_argument("kind", choices=["plan", "run"])
     one.add_argument("count", type=int)
     one.set_defaults(measure=measure_one)
-    for name, measure in (("kills", kills), ("overhead", overhead)):
-        command = commands.add_parser(name)
-        command.add_argument("--engine", type=Path, required=True)
-        command.add_argument("--photos", type=Path, required=True)
-        command.set_defaults(measure=measure)
+    command = commands.add_parser("kills")
+    command.add_argument("--engine", type=Path, required=True)
+    command.add_argument("--photos", type=Path, required=True)
+    command.set_defaults(measure=kills)
     given = parser.parse_args()
     given.measure(given)
 
@@ -102,8 +99,8 @@ def kills(given: argparse.Namespace) -> None:
     """Compare runs that were killed with runs that were not: of the stub, and of an engine."""
     found = {}
     for name, count, seconds, number, longest, more in [
-        ("stub", 2000, 0.01, 50, 2.5, []),
-        ("engine", 0, 0, 12, 8.0, [given.engine, given.photos]),
+        ("stub", 2000, 0.01, 50, 12.0, []),
+        ("engine", 0, 0, 10, 12.0, [given.engine, given.photos]),
     ]:
         with tempfile.TemporaryDirectory() as folder:
             whole, killed = Path(folder, "whole"), Path(folder, "killed")
@@ -115,28 +112,6 @@ def kills(given: argparse.Namespace) -> None:
             same = results(whole) == results(killed)
             found[name] = {"images": images, **hit, "seconds": time.perf_counter() - start, "same_files": same}
     write("shards-kills", found)
-
-
-def overhead(given: argparse.Namespace) -> None:
-    """Time a plain run and one with shards, in turn, on the same photographs."""
-    run = [sys.executable, "-m", "diffiqa.cli", "run", "-q", "--threads", "1"]
-    command = [*run, "--engine", given.engine, given.photos]
-    ratios, runs = [], []
-    for _ in range(5):
-        with tempfile.TemporaryDirectory() as folder:
-            plain, sharded = (
-                _cpu_and_wall([*command, *more])
-                for more in (["-o", f"{folder}/a.jsonl"], ["--shards", f"{folder}/out", "--shard-size", "50"])
-            )
-        ratios.append([sharded[0] / plain[0], sharded[1] / plain[1]])
-        runs.append({"plain": plain, "shards": sharded})
-    write("shards-overhead", {"ratios_cpu_wall": ratios, "runs_cpu_wall_seconds": runs})
-
-
-def _cpu_and_wall(command: list[Any]) -> tuple[float, float]:
-    before, start = _cpu(), time.perf_counter()
-    subprocess.run(command, check=True)
-    return _cpu() - before, time.perf_counter() - start
 
 
 if __name__ == "__main__":
