@@ -178,40 +178,6 @@ def speed(results: Path) -> str:
     return report.table(["what", "measured"], rows)
 
 
-def shards(results: Path) -> str:
-    """Return what shards cost, how they grow, and what random kills left."""
-    growth, kills = _read(results, "shards-growth"), _read(results, "shards-kills")
-    runs, plans = growth["runs"], growth["plans"]
-    per_name = "; ".join(f"{run['run_cpu_seconds'] / run['names'] * 1e6:.0f} µs" for run in runs)
-    counts = "; ".join(f"{run['names']:,}" for run in runs)
-    memory = "; ".join(f"{run['driver_peak_mb']:.0f} and {run['worker_peak_mb']:.0f} MiB" for run in runs)
-    killed = [
-        [
-            f"{found['images']:,} images {of}, {found['worker']} workers and {found['driver']} drivers killed",
-            "the same files as without" if found["same_files"] else "OTHER FILES",
-        ]
-        for name, of in (("stub", "of the stub"), ("engine", "with an engine"))
-        for found in [kills[name]]
-    ]
-    rows = [
-        [f"CPU time for a name, at {counts} names, with a stub scorer", per_name],
-        ["memory of driver and worker at most, at the same", memory],
-        [
-            f"{runs[-1]['names']:,} names planned and merged, CPU time",
-            f"{runs[-1]['plan_and_merge_cpu_seconds']:.0f} s",
-        ],
-        *(
-            [
-                f"{plan['names']:,} names planned",
-                f"{plan['plan_cpu_seconds']:.0f} s CPU time, {plan['driver_peak_mb']:.0f} MiB",
-            ]
-            for plan in plans[1:]
-        ),
-        *killed,
-    ]
-    return report.table(["what", "measured"], rows)
-
-
 def precision(results: Path) -> str:
     """Return a row per precision of the trained `mini`: scores beside float32, sizes, and time where it was taken."""
     found, engines = _read(results, "precision"), _read(results, "precision-engines")["bytes"]
@@ -311,7 +277,7 @@ def _read(results: Path, name: str) -> Any:
 SINGLE: dict[str, Callable[[Path], str]] = {
     made.__name__: made
     for made in (
-        *(figures, speed, precision, precisions, steps, shards, tried, gpu, gpu_speed),
+        *(figures, speed, precision, precisions, steps, tried, gpu, gpu_speed),
         *(people, opinions, damage, restored, papers),
         *(pfd_choices, pfd_cost),
     )
