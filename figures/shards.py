@@ -2,96 +2,109 @@
 
     python figures/shards.py growth
     python figures/shards.py kills --engine engine/ --photos photos/
-    python figures/shards.py overhead --engine engine/ --photos photos/
 
-`growth` (results/shards-growth.json) plans and scores made-up names with a stub that takes no time, in two processes;
-the largest count is only planned. `kills` (results/shards-kills.json) kills workers and driver at random, and compares
-the files with those of a run that nobody disturbed. `overhead` (results/shards-overhead.json) is a run with one worker
-beside plain `iqa-run` on the same photographs, in turn.
+`growth` (results/shards-growth.json) scores made-up names with a stub that takes no time, in two processes, and plans
+and merges many more of them. `kills` (results/shards-kills.json) kills workers and driver at random, and compares
+the files with those of a run that nobody disturbed.
 """
 
 import argparse
+import hashlib
 import itertools
+import json
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from record import write
 
+from diffiqa.engine.codec import encode
 from diffiqa.shards.api import carry_out, read_scores
-from diffiqa.shards.plan import Entry, cut
+from diffiqa.shards.part import Form, Shard, Side, file_of, side_of
+from diffiqa.shards.plan import NAMES, VERSION, Entry, Plan, cut, write_plan
 from diffiqa.shards.processes import Processes
+from diffiqa.shards.store import Folder
 from diffiqa.tests.shards.kills import kill_at_random, results
-from diffiqa.tests.shards.stub import Inline, work_in
+from diffiqa.tests.shards.stub import SETTINGS, Inline, work_in
 
-COUNTS = (50_000, 250_000, 1_000_000)
-PLANNED_ONLY = (1_000_000, 10_000_000)
+SCORED = 20_000
 
 
 def main() -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    commands.add_parser("growth").set_defaults(measure=growth)
-    one = commands.add_parser("one")  # in a process of its own, whose memory is then known
-    one.add_argument("kind", choices=["plan", "run"])
-    one.add_argument("count", type=int)
-    one.set_defaults(measure=measure_one)
-    for name, measure in (("kills", kills), ("overhead", overhead)):
-        command = commands.add_parser(name)
-        command.add_argument("--engine", type=Path, required=True)
-        command.add_argument("--photos", type=Path, required=True)
-        command.set_defaults(measure=measure)
+    command = commands.add_parser("growth")
+    command.add_argument("--counts", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    command.set_defaults(measure=growth)
+    command = commands.add_parser("step")
+    command.add_argument("step")
+    command.add_argument("count", type=int)
+    command.add_argument("folder", type=Path)
+    command.set_defaults(measure=measure_step)
+    command = commands.add_parser("kills")
+    command.add_argument("--engine", type=Path, required=True)
+    command.add_argument("--photos", type=Path, required=True)
+    command.set_defaults(measure=kills)
     given = parser.parse_args()
     given.measure(given)
 
 
-def growth(_: argparse.Namespace) -> None:
-    """Run and plan more and more names, each count in a process of its own."""
+def growth(given: argparse.Namespace) -> None:
+    """Score some names; plan, merge and read more and more. Each step is a process, whose memory is then known."""
+    found: list[dict[str, float]] = []
+    for count in given.counts:
+        with tempfile.TemporaryDirectory() as folder:
+            row = {"names": float(count)}
+            for step in ("run", "plan", "merge", "read"):
+                command = [sys.executable, __file__, "step", step, str(count), folder]
+                words = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+                row |= {f"{step}_{key}": float(value) for key, _, value in (word.partition("=") for word in words)}
+        found.append(row)
+        write("shards-growth", {"shard_size": 1000, "workers": 2, "scored": SCORED, "growth": found})
 
-    def apart(kind: str, count: int) -> dict[str, Any]:
-        command = [sys.executable, __file__, "one", kind, str(count)]
-        words = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
-        return {"names": count, **{key: float(value) for key, _, value in (word.partition("=") for word in words)}}
 
-    runs = [apart("run", count) for count in COUNTS]
-    plans = [apart("plan", count) for count in PLANNED_ONLY]
-    write("shards-growth", {"shard_size": 1000, "workers": 2, "runs": runs, "plans": plans})
-
-
-def measure_one(given: argparse.Namespace) -> None:
-    """Print seconds, of a clock and of CPUs, and memory of one count."""
-    found: dict[str, float] = {}
-
-    def timed(what: str, call: Callable[[], Any]) -> None:
-        start = time.perf_counter(), _cpu()
-        call()
-        found[f"{what}_seconds"], found[f"{what}_cpu_seconds"] = time.perf_counter() - start[0], _cpu() - start[1]
-
-    with tempfile.TemporaryDirectory() as name:
-        folder, out = Path(name), Path(name) / "out"
+def measure_step(given: argparse.Namespace) -> None:
+    """Do one step and print its seconds, of a clock and of CPUs, and its memory."""
+    sample, out = given.folder / "sample", given.folder / "out"
+    start = time.perf_counter()
+    if given.step == "run":
+        work = work_in(sample)
+        carry_out(work, _names(SCORED), Processes(work, 2), shard_size=1000)
+    elif given.step == "plan":
+        _plan_with_shards(out, given.count, (sample / "part-000000.jsonl").read_bytes())
+    elif given.step == "merge":  # with planning, as the names are compared
         work = work_in(out)
-        if given.kind == "plan":
-            timed("plan", lambda: cut(_names(given.count), 1000, folder))
-        else:
-            timed("run", lambda: carry_out(work, _names(given.count), Processes(work, 2), shard_size=1000))
-            (out / "manifest.json").unlink()
-            timed("plan_and_merge", lambda: carry_out(work, _names(given.count), Inline(work), shard_size=1000))
-            timed("read_50000", lambda: sum(1 for _ in itertools.islice(read_scores(out), 50_000)))
-            found["worker_peak_mb"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-        found["driver_peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(*(f"{key}={value:.3f}" for key, value in found.items()))
+        assert carry_out(work, _names(given.count), Inline(work), shard_size=1000).records == given.count
+    else:
+        assert sum(1 for _ in itertools.islice(read_scores(out), 10_000)) == 10_000
+    seconds = time.perf_counter() - start
+    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    cpu = sum(part.ru_utime + part.ru_stime for part in (own, children))
+    print(f"seconds={seconds:.2f} cpu_seconds={cpu:.2f} mb={own.ru_maxrss / 1024:.1f}")
+    if given.step == "run":
+        print(f"worker_mb={children.ru_maxrss / 1024:.1f}")
 
 
-def _cpu() -> float:
-    """Return the seconds that this process and its children computed."""
-    parts = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(part.ru_utime + part.ru_stime for part in parts)
+def _plan_with_shards(out: Path, count: int, data: bytes) -> None:
+    """Plan so many names, and put copies of one shard in place of all: whoever merges looks at bytes, not at names."""
+    out.mkdir()
+    store = Folder(out)
+    with store.scratch() as scratch:
+        names, file = cut(_names(count), 1000, scratch)
+        store.take(NAMES, file)
+    plan = Plan(VERSION, SETTINGS.engine, str(SETTINGS), None, Form.JSONL, "stub 1", names)
+    write_plan(store, plan)
+    digest = hashlib.sha256(data).hexdigest()
+    for index in range(names.shards):
+        shard = Shard(file_of(index, 0, Form.JSONL), digest, names.in_shard(index), 0)
+        (out / shard.file).write_bytes(data)
+        side = Side(shard, plan.digest, "host", "stub 1", 1.0, 0.0)
+        (out / side_of(shard.file)).write_text(json.dumps(encode(side)))
 
 
 def _names(count: int) -> Iterator[Entry]:
@@ -102,8 +115,8 @@ def kills(given: argparse.Namespace) -> None:
     """Compare runs that were killed with runs that were not: of the stub, and of an engine."""
     found = {}
     for name, count, seconds, number, longest, more in [
-        ("stub", 2000, 0.01, 50, 2.5, []),
-        ("engine", 0, 0, 12, 8.0, [given.engine, given.photos]),
+        ("stub", 2000, 0.01, 50, 9.0, []),
+        ("engine", 0, 0, 6, 9.0, [given.engine, given.photos]),
     ]:
         with tempfile.TemporaryDirectory() as folder:
             whole, killed = Path(folder, "whole"), Path(folder, "killed")
@@ -114,29 +127,7 @@ def kills(given: argparse.Namespace) -> None:
             images = sum(1 for _ in read_scores(killed))
             same = results(whole) == results(killed)
             found[name] = {"images": images, **hit, "seconds": time.perf_counter() - start, "same_files": same}
-    write("shards-kills", found)
-
-
-def overhead(given: argparse.Namespace) -> None:
-    """Time a plain run and one with shards, in turn, on the same photographs."""
-    run = [sys.executable, "-m", "diffiqa.cli", "run", "-q", "--threads", "1"]
-    command = [*run, "--engine", given.engine, given.photos]
-    ratios, runs = [], []
-    for _ in range(5):
-        with tempfile.TemporaryDirectory() as folder:
-            plain, sharded = (
-                _cpu_and_wall([*command, *more])
-                for more in (["-o", f"{folder}/a.jsonl"], ["--shards", f"{folder}/out", "--shard-size", "50"])
-            )
-        ratios.append([sharded[0] / plain[0], sharded[1] / plain[1]])
-        runs.append({"plain": plain, "shards": sharded})
-    write("shards-overhead", {"ratios_cpu_wall": ratios, "runs_cpu_wall_seconds": runs})
-
-
-def _cpu_and_wall(command: list[Any]) -> tuple[float, float]:
-    before, start = _cpu(), time.perf_counter()
-    subprocess.run(command, check=True)
-    return _cpu() - before, time.perf_counter() - start
+        write("shards-kills", found)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ class MadeUpRay:
 
 def made_up(monkeypatch: pytest.MonkeyPatch, deaths: set[int], **resources: float) -> MadeUpRay:
     ray = MadeUpRay(deaths, **resources)
-    monkeypatch.setitem(sys.modules, "ray", ray)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "ray", ray)
     return ray
 
 

@@ -52,12 +52,13 @@ def test_archives_that_cannot_be_read_are_named(archive: Path) -> None:
         (str(archive), DatasetError, "is no whole tar archive"),
         ("b.tar.gz", UsageError, "is compressed, so no image"),
         ("none.tar", DatasetError, "none.tar cannot be opened: No such file"),
+        ("https://a.example/b.tar", UsageError, "lists, archives and tables are read from files and buckets"),
         ("none.txt", DatasetError, "none.txt cannot be opened: No such file"),
         ("t.parquet", UsageError, "say which column, as t.parquet#image"),
         ("", UsageError, "an image name is empty"),
     ]:
         with pytest.raises(error, match=why):
-            list(entries([name]))
+            list(entries([name], Http.ANY))
 
 
 def test_a_list_has_a_name_a_line_and_no_other_lists(archive: Path, tmp_path: Path) -> None:
@@ -202,7 +203,18 @@ def test_answers_that_are_too_large_or_too_slow_end(
                 request.wfile.write(b".")
                 time.sleep(0.1)
 
-    paths["/large"], paths["/slow"] = answer(200, b"x" * 2000), drip
+    def half(request: http.server.BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.send_header("Content-Length", "100")
+        request.end_headers()
+        request.wfile.write(b"half")
+        request.close_connection = True
+
+    paths["/large"], paths["/slow"], paths["/half"] = answer(200, b"x" * 2000), drip, half
+    paths["/%C3%A4%20b?c=%20"] = answer(200, b"quoted")
+    assert web.fetch(f"{place}/ä b?c=%20", private=True) == b"quoted"
+    with pytest.raises(ImageError, match=r"cannot be fetched .IncompleteRead.4 bytes read, 96 more expected"):
+        web.fetch(f"{place}/half", private=True)
     monkeypatch.setattr(web, "MAX_BYTES", 1999)
     with pytest.raises(ImageError, match="more than 1999 bytes"):
         web.fetch(f"{place}/large", private=True)
