@@ -144,14 +144,14 @@ def quantise(
     The ranges come from the folder `statistics`, or else ENGINE/calibration; `images` are calibrated on first. Where
     there is nothing of all this, it calibrates on 16 made-up pictures.
     `precision` is int8, fp8 or mixed: int8 in those stages that together change the score by at most `limit` in the
-    mean, tried on `images`. `target` is whose form of Q/DQ to write: onnxruntime, or tensorrt (the default for fp8).
+    mean, tried on `images`. `target` is whose form of Q/DQ to write: onnxruntime, openvino, or tensorrt (for fp8).
 
     Raises UsageError for what cannot run, ExportError if a stage is no likeness of its original.
     """
     engine, output = Path(engine), Path(output)
     mixed = precision == "mixed"
     if mixed and target == "tensorrt":
-        raise UsageError("--precision mixed runs what it tries, in the form of ONNX Runtime: leave --target out")
+        raise UsageError("--precision mixed runs what it tries: leave --target out, or take openvino")
     if mixed and not images:
         raise UsageError("--precision mixed tries stages on images: give --calib, even with --statistics")
     if limit is not None and not mixed:
