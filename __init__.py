@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .bench.api import bench
+    from .bench.recommend import recommend
     from .calibration.api import calibrate, fit_steps, quantise
     from .errors import (
         BackendError,
@@ -74,12 +75,14 @@ __all__ = [
     "load",
     "prompts",
     "quantise",
+    "recommend",
     "score",
     "verify",
 ]
 
 _HOMES = {
     **dict.fromkeys(["bench"], "bench.api"),
+    **dict.fromkeys(["recommend"], "bench.recommend"),
     **dict.fromkeys(["calibrate", "fit_steps", "quantise"], "calibration.api"),
     **dict.fromkeys(["evaluate"], "evaluation.api"),
     **dict.fromkeys(["build", "convert", "export", "prompts"], "export.api"),
