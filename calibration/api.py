@@ -146,15 +146,15 @@ def quantise(
     first, and added to it. Without images and without statistics, it calibrates on 16 made-up pictures.
 
     `precision` is int8, fp8 or mixed. `mixed` tries stages on `images` and keeps int8 in those that, together, change
-    the score by at most `limit` on average. `target` names the library that will run the engine: onnxruntime or
-    tensorrt (the default for fp8). Each reads another form of 8 bits.
+    the score by at most `limit` on average. `target` names the library that will run the engine: onnxruntime,
+    openvino, or tensorrt (the default for fp8). Each reads another form of 8 bits.
 
     Raises UsageError for a combination that cannot run, ExportError if a stage answers too far from its original.
     """
     engine, output = Path(engine), Path(output)
     mixed = precision == "mixed"
     if mixed and target == "tensorrt":
-        raise UsageError("--precision mixed runs what it tries, in the form of ONNX Runtime: leave --target out")
+        raise UsageError("--precision mixed runs what it tries: leave --target out, or take openvino")
     if mixed and not images:
         raise UsageError("--precision mixed tries stages on images: give --calib, even with --statistics")
     if limit is not None and not mixed:
