@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .bench.api import bench
+    from .bench.recommend import recommend
     from .calibration.api import calibrate, fit_steps, quantise
     from .errors import (
         BackendError,
@@ -80,6 +81,7 @@ __all__ = [
     "quantise",
     "ray",
     "read_scores",
+    "recommend",
     "run_shards",
     "score",
     "self_test",
@@ -90,6 +92,7 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(["bench"], "bench.api"),
+    **dict.fromkeys(["recommend"], "bench.recommend"),
     **dict.fromkeys(["calibrate", "fit_steps", "quantise"], "calibration.api"),
     **dict.fromkeys(["evaluate"], "evaluation.api"),
     **dict.fromkeys(["build", "convert", "export", "prompts"], "export.api"),

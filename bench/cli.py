@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ..command import Command
 from ..engine.atomic import check_folder_of
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from .results import Results
 
 _PATH = click.Path(path_type=Path)
+_OF_RECOMMEND = {"engine", "images", "recommend", "quantised", "seed", "quiet", "debug"}
 
 
 class BenchCommand(Command):
@@ -112,10 +114,19 @@ def counts(maximum: int) -> Several:
     metavar="S",
     help="Give up on a peer after S seconds without an answer.",
 )
+@click.option("--recommend", is_flag=True, help="Only find the fastest iqa-run for this machine.")
+@click.option(
+    "--quantised",
+    multiple=True,
+    type=_PATH,
+    metavar="DIR",
+    help="For --recommend: an 8-bit form of the engine (repeatable).",
+)
 @click.option("--json", "json_file", type=_PATH, metavar="FILE", help="Write all results, with the raw samples.")
 @click.option("--html", "html_file", type=_PATH, metavar="FILE", help="Write the report as a page with plots.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
-def bench(engine: Path, images: tuple[str, ...], **given: Any) -> None:
+@click.pass_context
+def bench(ctx: click.Context, /, engine: Path, images: tuple[str, ...], **given: Any) -> None:
     """Measure how fast this machine scores images, and how fast it could by other means.
 
     On a GPU it also shows where the time goes: transfers, launches, every stage and step, idle time, energy, clocks and
@@ -131,6 +142,7 @@ def bench(engine: Path, images: tuple[str, ...], **given: Any) -> None:
       iqa-bench --engine engine/ --size 224x224,384x320 --crops 1,9 --json bench.json --html bench.html
       iqa-bench --engine engine/ --peers --ckpt model.safetensors photos/
       iqa-bench --engine engine/ --backend tensorrt --batch 1,8 --json bench.json
+      iqa-bench --engine engine/ --recommend --quantised engine-int8/
 
     Exit codes: 0 measured; 1 measured, but the figures are not stable, an image could not be read, or a peer failed or
     disagrees (a peer that is not installed is skipped); 2 nothing could be measured; 130 interrupted: the report holds
@@ -143,6 +155,10 @@ def bench(engine: Path, images: tuple[str, ...], **given: Any) -> None:
     from .report import to_markdown
     from .verdict import judge_results
 
+    say = partial(_say, quiet=given["quiet"])
+    if given["recommend"] or given["quantised"]:
+        _recommend(ctx, engine, images, given, say)
+        return
     for file in (given["json_file"], given["html_file"]):
         if file:
             check_folder_of(file)
@@ -168,7 +184,7 @@ def bench(engine: Path, images: tuple[str, ...], **given: Any) -> None:
         batches=given["batch"],
         peers=given["chosen"] or given["peers"],
         keep=keep,
-        say=lambda text: None if given["quiet"] else click.echo(f"{text} …", err=True),
+        say=say,
         **{
             name: given[name]
             for name in ("count", "workers", "rounds", "starts", "soak", "seed", "ckpt", "peer_timeout")
@@ -177,3 +193,37 @@ def bench(engine: Path, images: tuple[str, ...], **given: Any) -> None:
     failed = any(peer.problem and not peer.skipped for peer in results.peers)
     if failed or results.left_out or judge_results(results).problems:
         sys.exit(1)
+
+
+def _say(text: str, *, quiet: bool) -> None:
+    if not quiet:
+        click.echo(f"{text} …", err=True)
+
+
+def _recommend(
+    ctx: click.Context, engine: Path, images: tuple[str, ...], given: dict[str, Any], say: Callable[[str], None]
+) -> None:
+    """Print what was tried, then the line of the best."""
+    from .recommend import recommend
+
+    if not given["recommend"]:
+        raise click.UsageError("--quantised is for --recommend")
+    for param in ctx.command.params:
+        name = param.name or ""
+        if name not in _OF_RECOMMEND and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--recommend chooses by itself: leave out {param.opts[0]}")
+    found = recommend(engine, images, quantised=given["quantised"], seed=given["seed"], say=say)
+    rows = ["| speed | middle half | s per image | change of score | |", "|--:|--:|--:|--:|---|"]
+    for t in found.trials:
+        if t.seconds is None or t.speed is None or t.spread is None:
+            rows.append(f"| | | | | `{t.way.line}`: {t.problem} |")
+            continue
+        drift = "not measured" if t.drift is None else f"{t.drift:.5f}"
+        rows.append(
+            f"| {t.speed:.2f}× | {t.spread[0]:.2f}–{t.spread[1]:.2f} | {t.seconds:.2f} | {drift} | `{t.way.line}` |"
+        )
+    click.echo("\n".join(rows))
+    click.echo(
+        f"\nThe first is the reference, in {found.steps} of {found.all_steps} steps. Another seed changes its scores "
+        f"by {found.allowed:.5f}: what changes them more is not recommended.\n\n{found.best.way.line}"
+    )

@@ -8,6 +8,7 @@ nobody with a GPU would do that.
 import contextlib
 import enum
 import importlib
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ..engine.manifest import Library, Manifest, StageName, open_engine
+from ..engine.manifest import EngineDirectory, Library, Manifest, StageName, open_engine
 from ..engine.pixels import ImageForm, to_plane
 from ..errors import BackendError, UsageError
 from ..runtime.backends import BACKENDS, Backend, GpuBackend, HostBackend, OnnxOnGpu, OnnxRuntime, OpenVino
@@ -26,7 +27,7 @@ from ..runtime.executor import Call, StageRunner
 from ..runtime.gpu.onnx_stage import CUDA, prepare
 from ..runtime.gpu.tensorrt import load_library
 from ..runtime.host.onnx_stage import Provider, available_cpus
-from ..runtime.images import read_for
+from ..runtime.images import read_for, synthetic
 from ..runtime.results import Mode, Options
 from ..runtime.scorer import Scorer, load
 from .workload import with_steps
@@ -78,6 +79,7 @@ class Ask:
     crops: int
     seed: int
     steps: int
+    fast: bool = False  # `steps` are then all; only ours knows the fast sampling
 
 
 Score = Callable[[Ask], float]
@@ -163,6 +165,51 @@ def openvino(ground: Ground, *, precision: str) -> tuple[Score, str]:
     with _or_missing():
         _ = backend.name
     return _on_host(ground, backend)
+
+
+def openvino_nncf(ground: Ground) -> tuple[Score, str]:
+    """Return OpenVINO with the U-Net in NNCF's int8, and the rest of it in bf16 if the CPU has that."""
+    backend, directory = OpenVino(ground.threads), open_engine(ground.engine)
+    with _or_missing():
+        version = backend.name.partition(":")[0]
+    if directory.manifest.stage(StageName.UNET) is None:
+        raise Missing("this engine restores nothing: there is no U-Net to quantise")
+    stages = {**backend.load(directory).stages, StageName.UNET: nncf_stage(directory, backend)}
+    return _in_our_loop(directory.manifest, stages), f"{version}, nncf {importlib.import_module('nncf').__version__}"
+
+
+def nncf_stage(directory: EngineDirectory, backend: OpenVino) -> StageRunner:
+    """Return the U-Net of an engine as NNCF quantises it. Raises Missing."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # or NNCF reports to Intel
+    try:
+        nncf = importlib.import_module("nncf")
+    except ModuleNotFoundError as exc:
+        raise Missing("nncf is not installed; install it with: pip install nncf") from exc
+    import openvino
+
+    stage = directory.manifest.stage(StageName.UNET)
+    assert stage is not None  # noqa: S101 — asked before
+    core = openvino.Core()
+    model = core.read_model(directory.file(stage.file))
+    quantised = nncf.quantize(model, nncf.Dataset(unet_inputs(directory.manifest)))
+    has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "unet.xml")
+        openvino.save_model(quantised, file, compress_to_fp16=False)
+        return replace(backend, precision="bf16" if has_bf16 else "fp32").load_stage(file, stage.name)
+
+
+def unet_inputs(m: Manifest) -> list[dict[str, FloatArray]]:
+    """Return inputs of the U-Net, of pictures of ours with the noise of sixteen steps, to calibrate on."""
+    random, size = np.random.default_rng(0), m.crop.size
+    inputs: list[dict[str, FloatArray]] = []
+    levels = m.schedule.coefficients.noise_level
+    for level in levels[:: -(-len(levels) // 16)]:
+        picture = to_plane(synthetic((0, len(inputs)), size, size))[None]
+        noisy = level * picture + np.sqrt(1 - level**2) * random.standard_normal(picture.shape)
+        values = {"y": noisy, "condition": picture, "noise_level": [[level]]}
+        inputs.append({name: np.asarray(value, np.float32) for name, value in values.items()})
+    return inputs
 
 
 def torch_networks(ground: Ground, *, precision: str, way: str) -> tuple[Score, str]:
@@ -284,7 +331,7 @@ def _scored(make: Callable[[int], Scorer], first: Scorer) -> Score:
         if ask.steps != scorer.info.steps:
             scorer.close()  # its buffers, before there are others
             scorer = make(ask.steps)
-        return scorer.score(ask.image, Options(crops=ask.crops, seed=ask.seed)).score
+        return scorer.score(ask.image, Options(crops=ask.crops, seed=ask.seed, fast=ask.fast)).score
 
     return score
 
@@ -384,6 +431,7 @@ PEERS = (
     Contender("onnxruntime, default settings", "fp32", onnxruntime_default, _CPU),
     Contender("openvino", "fp32", partial(openvino, precision="fp32"), _CPU),
     Contender("openvino, bf16", "bf16", partial(openvino, precision="bf16"), _CPU),
+    Contender("openvino, NNCF", "int8", openvino_nncf, _CPU),
     # Left alone, ONNX Runtime's CUDA and TensorRT providers multiply in TF32.
     Contender("onnxruntime-gpu, default settings", "tf32", onnxruntime_default, _GPU),
     Contender("onnxruntime-gpu", "fp32", onnxruntime_bound, _GPU, backend="onnxruntime-gpu"),

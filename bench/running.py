@@ -83,7 +83,7 @@ class HostCase:
         self.calls = {name: len(calls) for name, calls in spent.items()}
         self.timed_calls = sum(self.calls.values())
         return Sample(
-            seconds, {name: sum(calls) for name, calls in spent.items()}, _by_step(spent, _steps(self.scorer, options))
+            seconds, {name: sum(calls) for name, calls in spent.items()}, _by_step(spent, self.scorer, options)
         )
 
     def close(self) -> None:
@@ -183,7 +183,7 @@ class DeviceCase:
         return Sample(
             seconds / count,
             {name: sum(calls) / count for name, calls in stages.items()},
-            _by_step(stages, _steps(self.scorer, options)),
+            _by_step(stages, self.scorer, options),
             {name: value / count for name, value in times.items()},
         )
 
@@ -240,7 +240,7 @@ def _steps(scorer: Scorer, options: Options) -> int:
     return len(sampling_of(scorer.manifest, options).steps)
 
 
-def _by_step(calls: Mapping[StageName, Sequence[float]], steps: int) -> list[float]:
-    """Return the mean call of every step, over windows and batches of them."""
-    unet = np.array(calls.get(StageName.UNET, ()))
-    return list(unet.reshape(-1, steps).mean(axis=0).tolist()) if unet.size else []
+def _by_step(calls: Mapping[StageName, Sequence[float]], scorer: Scorer, options: Options) -> list[float]:
+    """Return the mean call of every step, over windows and batches of them, or crops."""
+    spent = np.array(calls.get(scorer.manifest.flow.loop.stage, ()))
+    return list(spent.reshape(-1, _steps(scorer, options)).mean(axis=0).tolist()) if spent.size else []

@@ -24,14 +24,16 @@ def count_work(
 
     `calls` has how often each stage ran for so many `images`; by default once for every window, step and crop.
     """
-    kinds, calls = len(directory.manifest.kinds), calls or {}
+    kinds, loop, calls = len(directory.manifest.kinds), directory.manifest.flow.loop, calls or {}
     window = plan.windows[0]  # all are of one size
     try:
         found = {}
         for stage in directory.manifest.stages:
             name, size = stage.name, (plan.crop_size, plan.crop_size)
             items, batch, macs = len(plan.crops), 1, stage.macs
-            if name is StageName.UNET:
+            if name is loop.stage and loop.result:
+                items *= len(plan.sampling.steps)
+            elif name is StageName.UNET:
                 items, size = len(plan.windows) * len(plan.sampling.steps), (window.height, window.width)
                 if size != (plan.crop_size, plan.crop_size):
                     macs = _unet_macs(directory.file(stage.file), *size)

@@ -9,6 +9,7 @@ from pathlib import Path
 import PIL.Image
 
 from ..engine.manifest import Manifest, StageName
+from ..engine.sampling import choose_sampling
 from ..engine.schedule import Taps
 from ..errors import ImageError, UsageError
 from ..runtime.images import read_for, synthetic
@@ -88,6 +89,12 @@ def with_steps(manifest: Manifest, steps: int) -> Manifest:
     """
     if steps == manifest.schedule.steps:
         return manifest
+    if linear := manifest.schedule.linear:
+        taken = choose_sampling(manifest.schedule, manifest.taps, manifest.kinds, steps, None).steps
+        fewer = tuple(linear.timesteps[len(linear.timesteps) - 1 - step] for step in reversed(taken))
+        return replace(
+            manifest, schedule=replace(manifest.schedule, steps=steps, linear=replace(linear, timesteps=fewer))
+        )
     share = steps / manifest.schedule.steps
     taps = Taps(manifest.taps.y0, *(max(1, round(tap * share)) for tap in (manifest.taps.t1, manifest.taps.t2)))
     if StageName.UNET not in [stage.name for stage in manifest.stages]:

@@ -106,11 +106,11 @@ def fit_steps(
     plot: Path | str | None = None,
     say: Callable[[str], None] = lambda _text: None,
 ) -> FittedSteps:
-    """Find the fewest of these numbers of steps that keep the scores, and give the engine a fast sampling with them.
+    """Find the smallest number of steps that keeps the scores, and give the engine a fast sampling with it.
 
-    They keep the scores if, corrected, they change them no more than another seed does, and their SRCC is at least
-    0.99. A single number is taken whatever it does. `plot` is a file to draw the drift in. Raises UsageError for what
-    cannot be tried.
+    `steps` are the numbers to try. A number keeps the scores if they, corrected, move no more than with another seed,
+    and have an SRCC of at least 0.99 with those of all steps. A single number is taken even
+    if it does not. `plot` is a file for a chart of the drift. Raises UsageError for numbers that cannot be tried.
     """
     if plot:
         check_folder_of(Path(plot))
@@ -142,17 +142,19 @@ def quantise(
 ) -> Quantised:
     """Write an engine directory whose stages compute in 8 bits, from a float32 one.
 
-    The ranges come from the folder `statistics`, or else ENGINE/calibration; `images` are calibrated on first. Where
-    there is nothing of all this, it calibrates on 16 made-up pictures.
-    `precision` is int8, fp8 or mixed: int8 in those stages that together change the score by at most `limit` in the
-    mean, tried on `images`. `target` is whose form of Q/DQ to write: onnxruntime, or tensorrt (the default for fp8).
+    The ranges of tensors come from the folder `statistics`; None is ENGINE/calibration. `images` are calibrated on
+    first, and added to it. Without images and without statistics, it calibrates on 16 made-up pictures.
 
-    Raises UsageError for what cannot run, ExportError if a stage is no likeness of its original.
+    `precision` is int8, fp8 or mixed. `mixed` tries stages on `images` and keeps int8 in those that, together, change
+    the score by at most `limit` on average. `target` names the library that will run the engine: onnxruntime,
+    openvino, or tensorrt (the default for fp8). Each reads another form of 8 bits.
+
+    Raises UsageError for a combination that cannot run, ExportError if a stage answers too far from its original.
     """
     engine, output = Path(engine), Path(output)
     mixed = precision == "mixed"
     if mixed and target == "tensorrt":
-        raise UsageError("--precision mixed runs what it tries, in the form of ONNX Runtime: leave --target out")
+        raise UsageError("--precision mixed runs what it tries: leave --target out, or take openvino")
     if mixed and not images:
         raise UsageError("--precision mixed tries stages on images: give --calib, even with --statistics")
     if limit is not None and not mixed:

@@ -138,7 +138,7 @@ def calibrate(
 )
 @click.option(
     "--target",
-    type=click.Choice(["onnxruntime", "tensorrt"]),
+    type=click.Choice(["onnxruntime", "openvino", "tensorrt"]),
     help="Whose form of Q/DQ to write. Default: onnxruntime for int8, tensorrt for fp8, which only TensorRT runs.",
 )
 @click.option(
@@ -165,6 +165,7 @@ def quantise(engine: Path, output: Path, quiet: bool, **options: Any) -> None:
       iqa-quantise --engine engine/ -o engine-int8/                      on made-up pictures
       iqa-quantise --engine engine/ --statistics stats/ --ranges max -o engine-int8/
       iqa-quantise --engine engine/ --calib photos/ --precision mixed --drift 0.005 -o engine-mixed/
+      iqa-quantise --engine engine/ --calib photos/ --target openvino -o engine-int8-ov/
       iqa-quantise --engine engine/ --statistics stats/ --precision fp8 -o engine-fp8/     for TensorRT only
 
     Exit codes: 0 written, 1 written, but some images could not be read, 2 nothing was written.

@@ -15,7 +15,8 @@ import numpy as np
 
 from ..engine.manifest import EngineDirectory, Stage, StageName, open_engine
 from ..errors import ExportError, UsageError
-from ..runtime.host.onnx_stage import OnnxRuntime, OnnxStage
+from ..runtime.host.onnx_stage import OnnxRuntime
+from ..runtime.host.openvino_stage import OpenVino
 from ..runtime.host.stages import load_stages
 from ..runtime.results import Mode, Options
 from ..runtime.scorer import Scorer
@@ -46,11 +47,11 @@ def choose_stages(
     say: Callable[[str], None] = lambda _text: None,
 ) -> list[Trial]:
     """Try the stages of the float32 engine `path`, quantised by the statistics in the folder `calibration`."""
-    if recipe.target is not Target.ONNXRUNTIME:
-        raise UsageError("mixed precision runs what it tries: it takes int8 in the form of ONNX Runtime")
+    if recipe.target is Target.TENSORRT:
+        raise UsageError("mixed precision runs what it tries: it takes int8 in the form of ONNX Runtime or OpenVINO")
     directory = open_engine(path)
     statistics = read_fitting(calibration, directory)
-    settings = OnnxRuntime()
+    settings = OpenVino() if recipe.target is Target.OPENVINO else OnnxRuntime()
     stages = load_stages(directory, settings)
     chosen = images[:: max(1, len(images) // MOST_IMAGES)][:MOST_IMAGES]
 
@@ -69,7 +70,7 @@ def choose_stages(
                 trials.append(Trial(stage.name, math.inf, taken=False, why=str(exc)))
                 continue
             say(f"{stage.name}: trying 8 bits")
-            before, stages[stage.name] = stages[stage.name], OnnxStage(file, settings)
+            before, stages[stage.name] = stages[stage.name], settings.load_stage(file, stage.name)
             change = float(np.abs(np.subtract(scores(), expected)).mean())
             trials.append(Trial(stage.name, change, change <= limit))
             if not trials[-1].taken:

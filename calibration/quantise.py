@@ -1,7 +1,9 @@
 """float32 ONNX stages → 8-bit ones in an engine directory: explicit QuantizeLinear/DequantizeLinear by measured ranges.
 
-There are two forms. ONNX Runtime's CPU kernels compute in 8 bits where a convolution has uint8 activations, int32
+There are three forms. ONNX Runtime's CPU kernels compute in 8 bits where a convolution has uint8 activations, int32
 biases and a quantised result. TensorRT takes signed numbers around zero and float biases, and chooses kernels itself.
+OpenVINO takes the same; what lies between the convolutions of the U-Net then costs as much as they do, so it has its
+attention and skip connections in 8 bits too.
 """
 
 import dataclasses
@@ -62,6 +64,7 @@ class Target(enum.StrEnum):
     """Whose form of Q/DQ is written."""
 
     ONNXRUNTIME = "onnxruntime"
+    OPENVINO = "openvino"
     TENSORRT = "tensorrt"
 
 
@@ -84,8 +87,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse what cannot run."""
-        if self.number is Number.FP8 and self.target is Target.ONNXRUNTIME:
-            raise UsageError("ONNX Runtime's CPU kernels do not compute in fp8; fp8 is for --target tensorrt")
+        if self.number is Number.FP8 and self.target is not Target.TENSORRT:
+            whose = {Target.ONNXRUNTIME: "ONNX Runtime's", Target.OPENVINO: "OpenVINO's"}[self.target]
+            raise UsageError(f"{whose} CPU kernels do not compute in fp8; fp8 is for --target tensorrt")
         if not 50 < self.percentile <= 100:
             raise UsageError(f"percentile must be above 50 and at most 100, not {self.percentile}")
 
@@ -203,7 +207,8 @@ def quantise_stage(
     quantised = onnx.ModelProto()
     quantised.CopyFrom(model)
     kept = _kept(quantised.graph, statistics)
-    work = _Quantiser(quantised, statistics, recipe, {entry.node for entry in kept})
+    between = recipe.target is Target.OPENVINO and stage.name is StageName.UNET
+    work = _Quantiser(quantised, statistics, recipe, {entry.node for entry in kept}, between=between)
     work.run()
     try:
         checker.check_model(quantised, full_check=True)
@@ -289,8 +294,11 @@ def _followed(graph: onnx.GraphProto, layers: set[str]) -> set[str]:
 class _Quantiser:
     """One pass over a graph in order; knows which tensors it has rounded to which grid."""
 
-    def __init__(self, model: onnx.ModelProto, statistics: StageStatistics, recipe: Recipe, kept: set[str]) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, statistics: StageStatistics, recipe: Recipe, kept: set[str], *, between: bool
+    ) -> None:
         self.graph, self.statistics, self.recipe = model.graph, statistics, recipe
+        self.between = between  # whether attention, and whatever reads a skip concatenation, is 8-bit as well
         self.layers = _weight_layers(model.graph) - kept
         self.weights = {tensor.name: tensor for tensor in self.graph.initializer}
         self.producers = {name: node for node in self.graph.node for name in node.output}
@@ -310,11 +318,17 @@ class _Quantiser:
         self.done: list[str] = []
 
     def run(self) -> None:
+        read_joined = {node.input[0] for node in self.graph.node if node.name in self.layers}
         for node in self.graph.node:
             if node.name in self.layers:
                 self._layer(node)
                 self.done.append(node.name)
+            elif self.between and node.output[0] in read_joined and self._halves(node.output[0]):
+                self._join_for_all(node.output[0])
             else:
+                if self.between and node.op_type == "MatMul" and set(node.input) <= set(self.statistics.tensors):
+                    node.input[:] = [self._rounded(name)[0] for name in node.input]
+                    self.done.append(node.name)
                 self.nodes.append(node)
             if self.recipe.target is Target.ONNXRUNTIME:
                 self._round_result(node)
@@ -411,6 +425,15 @@ class _Quantiser:
             ]
         return f"{name}.joined.back", common, np.concatenate(factors)
 
+    def _join_for_all(self, name: str) -> None:
+        """Give all readers of a skip concatenation the 8-bit one, instead of a second one in float."""
+        _, common, factors = self._joined(name, self._halves(name))
+        inputs = [f"{name}.joined"]
+        for part, value in (("scales", factors * np.float32(common.scale)), ("zeros", np.zeros(len(factors), np.int8))):
+            inputs.append(f"{name}.{part}")
+            self.constants.append(numpy_helper.from_array(value, inputs[-1]))
+        self.nodes.append(helper.make_node("DequantizeLinear", inputs, [name], f"{name}.dequantise", axis=1))
+
     def _rounded(self, name: str) -> tuple[str, Grid]:
         """Return the rounded form of a tensor and its grid, and round it if nobody did before."""
         if name not in self.rounded:
@@ -433,7 +456,7 @@ class _Quantiser:
             weights, low = weights.copy(), 0.0
             weights[: len(weights) // 2] = 0
         found = choose_range(weights, low, high, self.recipe.method, self.recipe.percentile)
-        signed = self.recipe.target is Target.TENSORRT
+        signed = self.recipe.target is not Target.ONNXRUNTIME
         if signed or name in self.centred:
             scale, zero = found.largest / self._limit, 0 if signed else 128
         else:
@@ -447,7 +470,7 @@ class _Quantiser:
         """Store a grid, and return the names of its scale and zero point."""
         dtype = _FP8
         if self.recipe.number is Number.INT8:
-            dtype = np.int8 if self.recipe.target is Target.TENSORRT else np.uint8
+            dtype = np.uint8 if self.recipe.target is Target.ONNXRUNTIME else np.int8
         names = f"{grid.tensor}.scale", f"{grid.tensor}.zero_point"
         values = np.float32(grid.scale), np.asarray(grid.zero_point).astype(dtype)
         self.constants += [numpy_helper.from_array(np.asarray(v), n) for n, v in zip(names, values, strict=True)]

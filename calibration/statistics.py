@@ -297,11 +297,11 @@ def _unfit(stage: StageStatistics) -> dict[str, str]:
 
 
 class Recorder:
-    """Runs a stage through ONNX Runtime and adds its tensors to `statistics`, at the step of the noise level."""
+    """Runs a stage through ONNX Runtime and adds its tensors to `statistics`, at the step that it is told."""
 
     def __init__(self, directory: EngineDirectory, name: StageName, statistics: StageStatistics) -> None:
         self._statistics = statistics
-        self._levels = directory.manifest.schedule.coefficients.noise_level
+        self._levels, self._loop = directory.manifest.schedule.coefficients.noise_level, directory.manifest.flow.loop
         stage = directory.manifest.stage(name)
         if stage is None:
             raise EngineError(f"{directory.path} has no stage {name}")
@@ -318,8 +318,8 @@ class Recorder:
 
         def call() -> None:
             step = 0
-            if self._name is StageName.UNET:
-                step = int(np.argmin(np.abs(self._levels - inputs["noise_level"][0, 0])))
+            if self._name is self._loop.stage:
+                step = int(np.argmin(np.abs(self._levels - inputs[self._loop.scalar][0, 0])))
             try:
                 values = self._session.run(self._outputs, dict(inputs))
             except Exception as exc:
@@ -362,7 +362,7 @@ def _start(directory: EngineDirectory, output: Path) -> Statistics:
     m = directory.manifest
     stages = {
         stage.name: StageStatistics.empty(
-            watched(onnx.load(directory.file(stage.file))), m.schedule.steps if stage.name is StageName.UNET else 1
+            watched(onnx.load(directory.file(stage.file))), m.schedule.steps if stage.name is m.flow.loop.stage else 1
         )
         for stage in m.stages
     }

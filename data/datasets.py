@@ -116,8 +116,8 @@ def load(name: str, root: Path) -> Dataset:
 def load_csv(path: Path, *, lower_is_better: bool = False, need_files: bool = True) -> Dataset:
     """Read a CSV file with the columns image, score and, where known, reference, distortion and level.
 
-    Paths in it start at its folder. A `reference` is a file if it ends like one (.png …), and else a name for the
-    content. Unless `need_files`, pictures need not exist. Raises DatasetError.
+    Paths in the file start at its folder. A `reference` that ends like a picture (.png …) is a file; any other is a
+    name for what the image shows. Pictures must exist if `need_files`. Raises DatasetError.
     """
     root = path.parent
     rows, images, references = [], {}, {}

@@ -24,9 +24,11 @@ SCHEMA = 1  # of the cache: raised when the same file would give other pixels
 class Pictures:
     """Pictures by index, as memory-mapped pixels. Files that cannot be used are left out, and `skipped` says why.
 
-    Runs and processes may share `cache`: the name of a file there is the hash of what it was made from. A picture
-    smaller than `min_side` is enlarged if `enlarge`, as scoring does, and else left out. One larger than `longest_side`
-    is reduced. Of what is larger than `window` the middle is kept. Raises DatasetError if no picture is left.
+    Runs and processes may share the folder `cache`: a file there is named by the hash of what it was made from.
+
+    A picture whose short side is below `min_side` is left out. With `enlarge` it is enlarged instead, as scoring does.
+    A picture whose long side is above `longest_side` is reduced. A picture larger than `window` is cut to its middle.
+    Raises DatasetError if no picture is left.
     """
 
     def __init__(

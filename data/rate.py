@@ -31,9 +31,10 @@ TRIES = 8  # places of which a window takes the one with most detail
 class Amount:
     """How many windows are cut from each photograph, and how many distortions each window gets.
 
-    A distortion comes at all five levels, beside the undistorted window; over the photographs of a part, all kinds come
-    equally often. With `one_level`, it comes at one level, which is drawn, and "undistorted" is one of the kinds. So a
-    network has no other version of a window to compare with, and must learn from the distortion itself.
+    By default the set has the undistorted window, and each of its distortions at all five levels. Over the photographs
+    of a part all kinds come equally often. With `one_level` the set has each distortion at one level, which is drawn;
+    "undistorted" is then one of the kinds. A network cannot compare versions of a window then: it must learn from the
+    distortion itself.
     """
 
     windows: int

@@ -94,9 +94,11 @@ def content_of(item: Item) -> str:
 def split_by_content(dataset: Dataset, seed: int, ratios: Mapping[str, float] | None = None) -> Split:
     """Draw a split; `ratios` are shares of contents, by part, that add up to 1 (DEFAULT_RATIOS).
 
-    Shares are rounded down (KADID-10k's 81 references at 8:2 make 64 and 17) and the last part gets the rest, but no
-    part stays empty. The order drawn depends on seed and names only: on no library, no machine and no order of files.
-    Raises DatasetError, also for a single reference, which nothing can be held out from.
+    Shares are rounded down, and the last part gets the rest: KADID-10k's 81 references at 8:2 make 64 and 17. Every
+    part gets one content at least. The draw depends on the seed and the names alone: another library, another machine
+    or another order of files gives the same split.
+
+    Raises DatasetError, for example if there is only one reference: it cannot be in two parts.
     """
     ratios = DEFAULT_RATIOS if ratios is None else ratios
     contents = {content_of(item) for item in dataset.items}

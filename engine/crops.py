@@ -31,10 +31,10 @@ def place_crops(places: CropPlaces, height: int, width: int, size: int, count: i
 
 
 def _drawn(height: int, width: int, size: int, count: int, seed: int) -> tuple[Crop, ...]:
-    """Draw each crop from all places that it can have. As in MANIQA's program, two may lie at one place.
+    """Draw a place for each crop, all places alike. Two crops may get the same place, as in MANIQA's program.
 
-    Crop k reads the first two words of the block `counter = (k, 0, 0, 1)` of `noise.py`, where noise has a 0 as its
-    last word. A word picks a place as w · places / 2³², rounded down.
+    Crop k takes its row and column from the first two words w of Philox's block `counter = (k, 0, 0, 1)`: place
+    w · places / 2³², rounded down. The blocks of `noise.py` end in 0, so crops and noise share none.
     """
     if min(height, width) < size or count < 1:
         raise ValueError(f"no {count} crops of {size}×{size} in an image of {width}×{height}")

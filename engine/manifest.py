@@ -492,8 +492,8 @@ def _flow_problem(m: Manifest) -> str | None:
     for found in m.flow.probabilities:
         if outputs.get((found.stage, found.output)) != ("B", len(found.words)):
             return f"{found.output} has no probability for each of {len(found.words)} words"
-        if not all(0 < len(word) <= 100 and word.isprintable() for word in found.words):
-            return f"{found.output} has words that are not plain text"
+        if not found.output.isidentifier() or not all(0 < len(w) <= 100 and w.isprintable() for w in found.words):
+            return f"{shown(found.output)} has words that are not plain text"
     rules = {
         "the score is missing": m.flow.score is None or outputs.get((m.flow.score, "score")) == ("B",),
         "the state must have sizes whose product is a multiple of 4": not loop.result

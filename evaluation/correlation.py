@@ -5,15 +5,18 @@ labels that are better when lower. What cannot be correlated raises DatasetError
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..data.extra import load_extra
 from ..engine.agreement import Array, Values, paired, pearson, plcc, srcc, varied
 from ..errors import DatasetError
 
+SAMPLES, SEED = 2000, 1  # of a bootstrap
 LOGISTIC_MIN = 5  # four parameters run through any four points
 
 
@@ -85,6 +88,30 @@ def correlate(scores: Values, labels: Values) -> Correlation:
         krcc=krcc(scores, labels),
         rmse_logistic=None if after is None else rmse(after, labels),
     )
+
+
+def spread(measure: Callable[[npt.NDArray[np.int64]], float], count: int) -> list[float]:
+    """Return a measure of `count` images, with the 2.5th and the 97.5th percentile of a bootstrap over them.
+
+    The measure is given the images' indices.
+    """
+    draws = np.random.default_rng(SEED).integers(count, size=(SAMPLES, count))
+    found = []
+    for draw in draws:
+        try:
+            found.append(measure(draw))
+        except DatasetError:  # of few images, a draw may hold one alone
+            continue
+    low, high = np.percentile(found, [2.5, 97.5]).tolist()
+    return [round(value, 4) for value in (measure(np.arange(count)), low, high)]
+
+
+def agreement(scores: Values, labels: Values) -> dict[str, Any]:
+    """Return SRCC and PLCC, each with its interval."""
+    a, b = np.asarray(scores, np.float64), np.asarray(labels, np.float64)
+    measures = {"srcc": srcc, "plcc": plcc}
+    found = {name: spread(lambda i, of=of: of(a[i], b[i]), len(a)) for name, of in measures.items()}  # type: ignore[misc]
+    return {"images": len(a), **found}
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ class GmadPair:
 def gmad_pairs(
     fixed: Mapping[str, float], other: Mapping[str, float], levels: int, window: float = 0.02
 ) -> tuple[GmadPair, ...]:
-    """Return, for evenly spaced levels of the fixed model, the pair there on which the other differs most.
+    """Return a pair for each level: the fixed model finds its images alike, the other model as unlike as possible.
 
-    `fixed` and `other` map the same images to scores; a level consists of the share `window` of images (two at least)
-    that stand around it when sorted by the fixed model. Call it both ways round for the paper's two figures.
+    `fixed` and `other` map the same images to scores. The levels are evenly spaced in the order by the fixed model. At
+    each level the images around it are compared: the share `window` of all, two at least. The paper's two figures are
+    two calls, with the models in either place.
     """
     if different := sorted(set(fixed) ^ set(other)):
         raise DatasetError(

@@ -54,12 +54,15 @@ def export(
 ) -> Exported:
     """Write the engine directory `output`: every stage as float32 ONNX, compared with PyTorch, with a manifest.
 
-    `weights` is a file, or the result of `diffiqa.model.checkpoint.load`. `options` say what a file does not tell, by
-    the names of the command's options: `{"swin-scale": 0.13, "branch-weights": (0, 1)}`. `stages`: export only these,
-    to look at them. `target` builds too: for this library, for none ("none"), or (None) for the one that this machine's
-    GPU takes, if there is a GPU. `force` replaces an engine. `accept_drift` also writes a stage that differs from
-    PyTorch by more than rounding. Until all stages are done, `output` stays as it is; a
-    build that fails then leaves them there.
+    `weights` is a file, or the result of `diffiqa.model.checkpoint.load`. `options` have what the file does not say, by
+    the names of the command's options: `{"swin-scale": 0.13, "branch-weights": (0, 1)}`. `stages` exports only these,
+    to look at them. `force` replaces an engine. `accept_drift` also writes a stage that differs from PyTorch by more
+    than rounding.
+
+    After the export a build follows. `target` is its library; "none" builds nothing. None is the library for this
+    machine's GPU, and nothing on a machine without a GPU.
+
+    `output` stays as it is until all stages are done. If the build fails, the stages stay there.
 
     Raises EngineError if `output` must not be replaced, ExportError if a stage or a build fails.
     """
@@ -72,7 +75,7 @@ def export(
         _loaded(weights, options), output, stages=chosen, force=force, accept_drift=accept_drift, say=say
     )
     built = None
-    if library:
+    if library and (target or not manifest.flow.loop.result):  # a GPU runs no state of crops: asked for, it is refused
         try:
             built = build(output, target=library, say=say)
         except DiffiqaError as exc:
@@ -95,10 +98,11 @@ def build(
 ) -> Built:
     """Build the ONNX stages of an engine directory for a library, and add the build to it.
 
-    `target`: the library; None is the one for this machine's GPU, without a GPU tensorrt-rtx. `precision`: None is the
-    plan's, else fp16 (inductor on a CPU: fp32). `plan`: a precision plan or its file, instead of the one made from the
-    graphs. `batches` ("1", "1:4:16") and `sizes` ("224x224") become optimization profiles. `tabulate` puts a table
-    in the place of what depends on the step alone. `force` builds again.
+    `target` is the library. None is the one for this machine's GPU; on a machine without a GPU it is tensorrt-rtx.
+    `plan` is a precision plan or its file; None makes one from the graphs. `precision` None is that of the plan;
+    without a plan it is fp16, and fp32 for inductor on a CPU. `batches` ("1", "1:4:16") and `sizes` ("224x224") become
+    optimization profiles. `tabulate` replaces the part of the U-Net that depends on the step alone by a table. `force`
+    builds again.
 
     Raises BackendError if the library cannot build that here, ExportError with the builder's words if it fails.
     """

@@ -10,8 +10,11 @@ import onnx
 from ..engine.manifest import Check, EngineDirectory, Precision, Stage, StageName
 from ..engine.pixels import to_plane
 from ..errors import BackendError, ExportError, first_line
-from ..runtime.host.onnx_stage import OnnxRuntime, make_session
+from ..runtime.executor import Call, StageRunner
+from ..runtime.host.onnx_stage import OnnxRuntime, OnnxStage, make_session
 from ..runtime.images import synthetic
+from ..runtime.results import Options
+from ..runtime.scorer import Scorer
 from .precision import in_8_bits, rounded
 
 FloatArray = npt.NDArray[np.float32]
@@ -134,6 +137,8 @@ def draw_inputs(directory: EngineDirectory, stage: Stage, seed: int) -> dict[str
     The pictures have detail at several scales. White noise would leave the ranges that 8 bits were calibrated for.
     """
     manifest = directory.manifest
+    if manifest.flow.loop.result:
+        return _seen_in_the_loop(directory, stage, seed)
     generator = np.random.default_rng([seed, list(StageName).index(stage.name)])
     names = [spec.name for spec in stage.inputs]
     crop, kinds = manifest.crop.size, len(manifest.kinds)
@@ -155,6 +160,37 @@ def draw_inputs(directory: EngineDirectory, stage: Stage, seed: int) -> dict[str
         raise ExportError(f"stage {stage.name} reads what the ViT returns, and this engine has no ViT")
     (maps,) = run_onnx(directory.file(vit.file), {vit.inputs[0].name: images}, as_written=True)
     return {names[0]: maps[None]}
+
+
+def _seen_in_the_loop(directory: EngineDirectory, stage: Stage, seed: int) -> dict[str, FloatArray]:
+    """Score a picture, and return what the stage was given: at the first and the last step, or for two crops."""
+    manifest, seen = directory.manifest, list[dict[str, FloatArray]]()
+    loaded: dict[StageName, StageRunner] = {
+        made.name: OnnxStage(directory.file(made.file), OnnxRuntime(as_written=True)) for made in manifest.stages
+    }
+    loaded[stage.name] = _Watched(loaded[stage.name], seen)
+    side = 2 * manifest.crop.size
+    with Scorer(manifest, loaded, backend="") as scorer:
+        scorer.score(synthetic(seed, side, side), Options(crops=2))
+    looped = stage.name is manifest.flow.loop.stage
+    pair = (seen[0], seen[manifest.schedule.steps - 1 if looped else 1])
+    return {name: np.concatenate([inputs[name] for inputs in pair]) for name in stage.takes}
+
+
+class _Watched:
+    """A stage that keeps what it is given."""
+
+    def __init__(self, stage: StageRunner, seen: list[dict[str, FloatArray]]) -> None:
+        self._stage, self._seen = stage, seen
+
+    def bind(self, inputs: Mapping[str, FloatArray], outputs: Mapping[str, FloatArray]) -> Call:
+        run = self._stage.bind(inputs, outputs)
+
+        def call() -> None:
+            self._seen.append({name: array.copy() for name, array in inputs.items()})
+            run()
+
+        return call
 
 
 def _picture(seed: int | tuple[int, ...], side: int) -> FloatArray:

@@ -237,7 +237,7 @@ def manifest_of(loaded: Loaded | LoadedPfd, stages: tuple[Stage, ...]) -> Manife
         ),
     }
     if isinstance(c, PfdConfig):
-        manifest = pfd.manifest(c, ScoreMeaning(0, 0, TRAINED if trained else UNTRAINED, trained), common)
+        manifest = pfd.manifest(c, ScoreMeaning(0.0, 0.0, TRAINED if trained else UNTRAINED, trained), common)
     else:
         labels, higher = c.labels, c.labels.better is Better.HIGHER
         worst, best = sorted((labels.minimum, labels.maximum), reverse=not higher)

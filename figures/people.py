@@ -30,7 +30,8 @@ from diffiqa.data.datasets import Dataset, Item, load_csv, read_labels
 from diffiqa.data.pictures import Pictures
 from diffiqa.data.rate import LABELS, SPLIT
 from diffiqa.data.splits import Split, split_by_content
-from diffiqa.engine.agreement import plcc, srcc
+from diffiqa.engine.agreement import srcc
+from diffiqa.evaluation.correlation import SEED, agreement
 from diffiqa.evaluation.findings import BRANCHES
 from diffiqa.evaluation.scores import pictures_of, read_branches
 from diffiqa.model.checkpoint import load
@@ -39,20 +40,8 @@ from diffiqa.training.config import ScoreConfig, read_config
 from diffiqa.training.loop import Machine
 from diffiqa.training.score import Features, Rated, Restorations, ScoreTask, lot
 
-SAMPLES, SEED = 2000, 1
 STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the ridge, on features brought to deviation 1
 TEST = 600  # pictures of BIQ2021's part "test", by lot
-
-
-def agreement(scores: Sequence[float], labels: Sequence[float]) -> dict[str, object]:
-    """Return SRCC and PLCC, each with the 2.5th and 97.5th percentile of a bootstrap over images."""
-    a, b = np.asarray(scores, float), np.asarray(labels, float)
-    draws = np.random.default_rng(SEED).integers(len(a), size=(SAMPLES, len(a)))
-    found: dict[str, object] = {"images": len(a)}
-    for name, measure in (("srcc", srcc), ("plcc", plcc)):
-        spread = np.percentile([measure(a[draw], b[draw]) for draw in draws], [2.5, 97.5])
-        found[name] = [round(value, 4) for value in (measure(a, b), *spread.tolist())]
-    return found
 
 
 def draw_lot(given: argparse.Namespace) -> None:

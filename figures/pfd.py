@@ -9,7 +9,6 @@ import dataclasses
 import json
 import re
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -62,7 +61,7 @@ def pfd_cost(results: Path) -> str:
 def main() -> None:
     """Count and measure."""
     import torch
-    from record import write
+    from record import seconds_in_turn, write
     from torch import Tensor, nn
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -99,14 +98,9 @@ def main() -> None:
         stage: partial(mini.get_submodule(stage), *given) for stage, given in inputs(mini).items()
     }
     parts |= {"a crop": partial(mini, crops[:1], noise), "four crops": partial(mini, crops, noise)}
-    spent: dict[str, list[float]] = {name: [] for name in parts}
     with torch.inference_mode():
-        for _ in range(ROUNDS + 3):
-            for name, call in parts.items():
-                start = time.process_time()
-                call()
-                spent[name].append(time.process_time() - start)
-    median = {name: round(1000 * statistics.median(seconds[3:]), 2) for name, seconds in spent.items()}
+        _, spent = seconds_in_turn(parts, ROUNDS, warm=3)
+    median = {name: round(1000 * statistics.median(seconds), 2) for name, seconds in spent.items()}
     write("pfd", {"presets": presets, "milliseconds": median, "what": "processor time in PyTorch, one thread"})
 
 

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from record import ROOT, write
+from record import ROOT, seconds_in_turn, write
 
 from diffiqa.bench.contenders import DefaultStage
 from diffiqa.calibration.mixed import Trial, choose_stages
@@ -211,16 +211,7 @@ def measure_speed(given: argparse.Namespace, folder: Path) -> None:
     }
     noise = {name: np.empty((1, 3, 224, 224), np.float32) for name in stages}
     calls = {name: stage.bind(inputs, {"noise": noise[name]}) for name, stage in stages.items()}
-    wall: dict[str, list[float]] = {name: [] for name in calls}
-    cpu: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(given.steps + 1):
-        for name, call in calls.items():
-            time.sleep(0.1)  # threads that wait busily give up after some milliseconds
-            start, used = time.perf_counter(), time.process_time()
-            call()
-            if number:  # the first warms up
-                wall[name].append(time.perf_counter() - start)
-                cpu[name].append(time.process_time() - used)
+    wall, cpu = seconds_in_turn(calls, given.steps, pause=0.1)  # threads that wait busily give up in some milliseconds
     error = noise["int8"] - noise["fp32"]
     figures = {
         "preset": "paper",

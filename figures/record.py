@@ -1,9 +1,11 @@
-"""What every script here writes beside its figures: the machine, the versions, the commit."""
+"""What scripts here share: calls timed in turn, and what is written beside figures: machine, versions, commit."""
 
 import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,27 @@ def write(name: str, figures: dict[str, Any]) -> None:
     text = json.dumps({"machine": machine, "load_1min_at_end": round(os.getloadavg()[0], 2), **figures}, indent=2)
     (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     print(json.dumps(figures, indent=2))
+
+
+def seconds_in_turn(
+    calls: Mapping[str, Callable[[], object]], rounds: int, *, warm: int = 1, repeats: int = 1, pause: float = 0.0
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Return wall and processor seconds of each call, by round: what slows the machine then slows all of them alike.
+
+    A call is made `repeats` times in a row. `warm` rounds more come first, and do not count. `pause` is in seconds.
+    """
+    wall: dict[str, list[float]] = {name: [] for name in calls}
+    cpu: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(warm + rounds):
+        for name, call in calls.items():
+            time.sleep(pause)
+            start, used = time.perf_counter(), time.process_time()
+            for _ in range(repeats):
+                call()
+            wall[name].append(time.perf_counter() - start)
+            cpu[name].append(time.process_time() - used)
+    wall, cpu = ({name: spent[warm:] for name, spent in each.items()} for each in (wall, cpu))
+    return wall, cpu
 
 
 def run_apart(script: str, *arguments: str | Path) -> list[str]:

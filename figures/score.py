@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from PIL import Image
-from record import run_apart, write
+from record import run_apart, seconds_in_turn, write
 
 from diffiqa.bench.machine import resident_mib
 from diffiqa.bench.timing import timed_stages
@@ -25,7 +25,6 @@ from diffiqa.engine.schedule import Schedule, Taps
 from diffiqa.export.engine import export_engine
 from diffiqa.model.checkpoint import load as load_checkpoint
 from diffiqa.model.network import build
-from diffiqa.runtime.executor import Call
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from diffiqa.runtime.host.stages import load_stages
 from diffiqa.runtime.images import synthetic as photo
@@ -125,9 +124,12 @@ def part_tables(folder: Path) -> dict[str, object]:
     onnx.save(model, folder / "constant.onnx")
     rows = np.random.default_rng(0).standard_normal((3, 1, 3, 224, 224)).astype(np.float32)
     images, level = {"y": rows[0], "condition": rows[1]}, {"noise_level": np.full((1, 1), 0.4, np.float32)}
-    base = OnnxStage(path, OnnxRuntime()).bind({**images, **level}, {"noise": rows[2]})
-    constant = OnnxStage(folder / "constant.onnx", OnnxRuntime()).bind(images, {"noise": rows[2]})
-    ratios = np.divide(*_seconds_in_turn([base, constant], rounds=55, repeats=1)).tolist()
+    calls = {
+        "base": OnnxStage(path, OnnxRuntime()).bind({**images, **level}, {"noise": rows[2]}),
+        "constant": OnnxStage(folder / "constant.onnx", OnnxRuntime()).bind(images, {"noise": rows[2]}),
+    }
+    wall, _ = seconds_in_turn(calls, rounds=55)
+    ratios = np.divide(wall["base"], wall["constant"]).tolist()
     return {"seconds_per_step_base_over_constant_median": round(float(np.median(ratios)), 4), "ratios": ratios}
 
 
@@ -138,28 +140,19 @@ def part_spin(folder: Path) -> dict[str, object]:
     for side in (112, 224):
         rows = np.random.default_rng(0).standard_normal((3, 1, 3, side, side)).astype(np.float32)
         inputs = {"y": rows[0], "condition": rows[1], "noise_level": np.full((1, 1), 0.4, np.float32)}
-        calls = [OnnxStage(path, OnnxRuntime(spinning=spin)).bind(inputs, {"noise": rows[2]}) for spin in (False, True)]
-        alone = _seconds_in_turn(calls)
+        calls = {
+            name: OnnxStage(path, OnnxRuntime(spinning=spin)).bind(inputs, {"noise": rows[2]})
+            for name, spin in (("waiting", False), ("spinning", True))
+        }
+        alone, _ = seconds_in_turn(calls, rounds=25, repeats=5)  # five in a row, as the loop makes them
         with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
-            beside = _seconds_in_turn(calls)
+            beside, _ = seconds_in_turn(calls, rounds=25, repeats=5)
             busy.kill()
-        for condition, (waiting, spinning) in (("alone", alone), ("beside a busy process", beside)):
+        for condition, spent in (("alone", alone), ("beside a busy process", beside)):
+            waiting, spinning = spent["waiting"], spent["spinning"]
             ratio = float(np.median(np.divide(spinning, waiting)))
             found.append({"side": side, "condition": condition, "ratio": ratio, "seconds": [waiting, spinning]})
     return {"cases": found}
-
-
-def _seconds_in_turn(calls: list[Call], rounds: int = 25, repeats: int = 5) -> list[list[float]]:
-    """Return the seconds of `repeats` calls in a row, as the loop makes them, for each call in turn."""
-    spent: list[list[float]] = [[] for _ in calls]
-    for index in range(rounds + 1):
-        for call, seconds in zip(calls, spent, strict=True):
-            start = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            if index:  # the first warms up
-                seconds.append(time.perf_counter() - start)
-    return spent
 
 
 def part_large(folder: Path) -> dict[str, object]:

@@ -138,13 +138,14 @@ def measure_full(given: argparse.Namespace, folder: Path) -> None:
         figures["ways"][way] = {"seconds": time.perf_counter() - start}
         planes = planes or restored
         if restored is not planes:
-            figures["ways"][way]["psnr_to_50"] = {kind: _psnr(planes[kind], plane) for kind, plane in restored.items()}
+            figures["ways"][way]["psnr_to_50"] = {kind: psnr(planes[kind], plane) for kind, plane in restored.items()}
             write("steps-full", figures)
 
 
-def _psnr(want: Any, have: Any) -> float:
+def psnr(want: Any, have: Any) -> float:
     """Return the PSNR of images in [-1, 1], in dB."""
-    return 10 * math.log10(4 / float(np.square(want - have, dtype=np.float64).mean()))
+    error = float(np.square(want - have, dtype=np.float64).mean())
+    return 10 * math.log10(4 / error) if error else math.inf
 
 
 if __name__ == "__main__":

@@ -232,6 +232,35 @@ def steps(results: Path) -> str:
     return report.table([*head, "SRCC with labels"], rows)
 
 
+def cpu(results: Path) -> str:
+    """Return a row for each number of steps and way on the CPU, of `mini`: speed, and scores beside float32."""
+    rows = [
+        [
+            row["way"],
+            str(row["count"]),
+            f"{1 / row['seconds_median']:.2f}",
+            f"{row['speed']:.1f}×",
+            *(f"{row[figure]:.4f}" for figure in ("drift", "corrected_drift", "corrected_bias", "srcc")),
+            f"{row['srcc_with_labels']:.3f}",
+        ]
+        for row in _read(results, "cpu")["rows"]
+    ]
+    head = ["backend, precision", "steps", "images/s", "speed", "mean change of score", "corrected", "bias left"]
+    return report.table([*head, "SRCC with float32 in all steps", "SRCC with labels"], rows)
+
+
+def cpu_full(results: Path) -> str:
+    """Return a row for each way on the CPU, of the full size: speed of a step, and how near restorations stay."""
+    found, rows = _read(results, "cpu-full"), []
+    for name, way in found["ways"].items():
+        low, high = way["middle_half"]
+        near = way.get("psnr_to_float32_in_all_steps", {})
+        kept = ", ".join(f"{count}: {distance['y0']:.1f} dB" for count, distance in near.items())
+        rows.append([name, f"{way['speed']:.2f}×", f"{low:.2f}–{high:.2f}", f"{way['cpu_time']:.2f}×", kept])
+    head = ["backend, precision", "speed of a step", "middle half", "less CPU time", "y₀ beside float32, by steps"]
+    return report.table(head, rows)
+
+
 def tried(results: Path) -> str:
     """Return how long a U-Net step took with what was tried, beside the same step without."""
     constants = _read(results, "score-tables")["seconds_per_step_base_over_constant_median"]
@@ -278,7 +307,7 @@ def _read(results: Path, name: str) -> Any:
 SINGLE: dict[str, Callable[[Path], str]] = {
     made.__name__: made
     for made in (
-        *(figures, speed, precision, precisions, steps, tried, gpu, gpu_speed),
+        *(figures, speed, precision, precisions, steps, cpu, cpu_full, tried, gpu, gpu_speed),
         *(people, opinions, damage, restored, papers),
         *(pfd_choices, pfd_cost),
         reliability,

@@ -20,6 +20,19 @@ Probabilities = dict[str, dict[str, float]]  # of words, by what they are about;
 PIXEL_BUDGET = 2**19
 
 
+WORDS_EXPLAINED = (
+    "Looks like: of each kind the word that fits best, with its probability, the mean over crops. It says how well an "
+    "image matches this word rather than the others. It does not say how strong a distortion is, and probabilities of "
+    "one kind add up to 1 even where no word fits."
+)
+
+
+def words_text(probabilities: Probabilities | None) -> str:
+    """Return the most probable word of each kind, as in `blur 0.62, poor 0.41`."""
+    kinds = (probabilities or {}).values()
+    return ", ".join(f"{word} {kind[word]:.2f}" for kind in kinds for word in [max(kind, key=lambda w: kind[w])])
+
+
 class Mode(enum.StrEnum):
     """How an image is restored."""
 

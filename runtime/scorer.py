@@ -7,7 +7,7 @@ import statistics
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
@@ -48,6 +48,7 @@ class Info:
     crop_count: int
     reason: str = ""  # why this backend, if nobody asked for it by name
     drift: str = ""  # where the engine differs from PyTorch by more than rounding, if its export accepted that
+    words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # what scores have probabilities of, by kind
 
 
 class Scorer:
@@ -84,6 +85,7 @@ class Scorer:
             m.crop.count,
             self._reason,
             m.drift,
+            {found.output: found.words for found in m.flow.probabilities},
         )
 
     @property

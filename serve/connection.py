@@ -24,6 +24,11 @@ class Connection(H11Protocol):
         super().data_received(data)
         self._watch()
 
+    def on_response_complete(self) -> None:
+        """Free what came of a body that nobody read: a refused client may keep its connection."""
+        self.cycle.body = bytearray()
+        super().on_response_complete()
+
     def send_400_response(self, msg: str) -> None:
         """Say that this is not HTTP, unless an answer is on its way, and close."""
         if self.conn.our_state in {h11.IDLE, h11.SEND_RESPONSE}:

@@ -89,7 +89,7 @@ class Door:
 
         try:
             try:
-                entry.client = self._admit(Headers(scope=scope), scope["path"]) or address
+                entry.client = self._admit(scope) or address
             except Refusal as refusal:
                 await refused(refusal)(scope, receive, watched)
             else:
@@ -104,11 +104,12 @@ class Door:
             about |= {"ms": round(seconds * 1000, 1), "bytes": entry.body_bytes, "images": entry.images}
             access.info(json.dumps({"time": round(time.time(), 3), **about, "engine": entry.engine}))
 
-    def _admit(self, headers: Headers, path: str) -> str:
+    def _admit(self, scope: Scope) -> str:
         """Return who the token stands for, nobody without tokens. Raises Refusal without the right one."""
-        if headers.get("sec-fetch-site") == "cross-site":
+        headers = Headers(scope=scope)
+        if scope["method"] == "POST" and headers.get("sec-fetch-site") == "cross-site":
             raise Refusal(403, "another site's page asked for this; programs and this service's own page may")
-        if not self._tokens or path in _OPEN:
+        if not self._tokens or scope["path"] in _OPEN:
             return ""
         given = _token(headers.get("authorization", ""))
         # All are compared, each in constant time: how long it takes says nothing of any.

@@ -44,4 +44,4 @@ def _file(part: bytes, number: int) -> tuple[str, bytes]:
         raise Refusal(
             422, f"the form's field {field!r} is not a file; options go into the address, as in /score?seed=1"
         )
-    return one_line(names["filename"]) or f"image {number}", data
+    return names["filename"] or f"image {number}", data

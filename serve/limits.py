@@ -48,12 +48,14 @@ class Limits:
 
     def options(self, given: Mapping[str, Any], manifest: Manifest) -> Options:
         """Return the options that a request names, as texts or JSON. Raises Refusal for what cannot be done here."""
+        tiled = {} if manifest.flow.loop.result else {"pixel_budget": self.pixel_budget}  # if it restores images
         try:
-            options = Options(**{"pixel_budget": self.pixel_budget, **{k: _value(k, v) for k, v in given.items()}})
+            options = Options(**tiled | {name: _value(name, value) for name, value in given.items()})
             sampling_of(manifest, options)
             _at_most("seeds", options.seeds, MAX_SEEDS)
             _at_most("crops × seeds", (options.crops or manifest.crop.count) * options.seeds, MAX_LOOKS)
-            _at_most("pixel_budget", options.pixel_budget, self.pixel_budget)
+            if tiled:
+                _at_most("pixel_budget", options.pixel_budget, self.pixel_budget)
         except UsageError as exc:
             raise Refusal(422, str(exc)) from exc
         return options

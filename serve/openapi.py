@@ -11,7 +11,15 @@ from ..runtime.results import Mode
 from .limits import MAX_LOOKS, MAX_SEEDS, Limits
 
 _JSON = "application/json"
-_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
+_NAMES = {
+    str: "string",
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    type(None): "null",
+    tuple: "array",
+    dict: "object",
+}
 _REASONS = {
     "400": "A body that is no form, or no inference request.",
     "401": "The service needs a token.",
@@ -117,6 +125,6 @@ def _record() -> dict[str, Any]:
     properties = {}
     for field in fields(Record):
         kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
-        names = [_NAMES.get(kind, "array" if typing.get_origin(kind) is tuple else "string") for kind in kinds]
+        names = [_NAMES.get(kind) or _NAMES.get(typing.get_origin(kind), "string") for kind in kinds]
         properties[field.name] = {"type": names if len(names) > 1 else names[0]}
     return {"type": "object", "properties": properties, "required": ["image", "status", "engine", "settings"]}

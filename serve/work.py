@@ -18,7 +18,7 @@ from concurrent.futures import CancelledError, Future, InvalidStateError
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..engine.manifest import StageName, read_manifest
+from ..engine.manifest import read_manifest
 from ..errors import BackendError, EngineError, ImageError, UsageError
 from ..runtime.executor import Cancelled
 from ..runtime.images import Image, Source, synthetic
@@ -118,6 +118,8 @@ class Service:
         sides = {name: scorer.info.crop_size for name, scorer in self.scorers.items()}
         jobs = [Job(name, synthetic(0, side, side), "warm-up", Options()) for name, side in sides.items()]
         self._enter(jobs)
+        if self._closed:  # before it had anything to cancel
+            return
         with contextlib.suppress(CancelledError):
             for job in jobs:
                 if isinstance(result := job.result.result(), Failure):
@@ -132,10 +134,9 @@ class Service:
             now = read_manifest(self._directories[name]).engine_id
         except EngineError as exc:
             now = str(exc)
-        loaded = self.scorers[name].info.engine
-        return (
-            None if now == loaded else f"scores are by {loaded}, but its folder has changed ({now}): restart to load it"
-        )
+        if now == (loaded := self.scorers[name].info.engine):
+            return None
+        return f"scores are by {loaded}, but its folder has changed ({now}): restart to load it"
 
     def hold(self, size: int) -> None:
         """Count bytes of a body; a negative number gives them back. Raises Refusal if too many are held already."""
@@ -284,5 +285,6 @@ def _give(job: Job, result: Score | Failure) -> None:
 def _steps(scorer: Scorer, image: Image, options: Options) -> int:
     """Return how often an executor on the host asks whether it is cancelled: before each step, and before each crop."""
     plan = make_plan(*image.size, scorer.manifest, options)
-    walked = len(plan.windows) * len(plan.sampling.steps) if scorer.manifest.stage(StageName.UNET) else 0
-    return (walked + len(plan.crops)) * options.seeds
+    loop = scorer.manifest.flow.loop
+    states = len(plan.crops if loop.result else plan.windows) if scorer.manifest.stage(loop.stage) else 0
+    return (states * len(plan.sampling.steps) + len(plan.crops)) * options.seeds

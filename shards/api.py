@@ -188,9 +188,8 @@ def read_scores(out: str | Path) -> Iterator[Record]:
         raise OutputError(
             f"{store} has no {MANIFEST}: the run is not finished; give its command again, or iqa-status {store}"
         )
-    return (
-        replace(record, backend=manifest.backend) for shard in manifest.shards for record in read_shard(store, shard)
-    )
+    records = (record for shard in manifest.shards for record in read_shard(store, shard))
+    return (replace(record, backend=manifest.backend) if record.score is not None else record for record in records)
 
 
 def status(out: str | Path) -> Status:

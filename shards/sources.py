@@ -156,6 +156,9 @@ def _members(path: str) -> Iterator[Entry]:
                 archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
                 if member.isreg() and not member.issparse() and Path(member.name).suffix.lower() in suffixes:
                     yield Entry(f"{path}#{member.name}", member.offset_data, member.size)
+            stream.seek(archive.offset)
+            if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # for tarfile a cut or damaged one just ends
+                raise tarfile.ReadError("unexpected end of data")
     except tarfile.TarError as exc:
         raise DatasetError(f"{path} is no whole tar archive ({first_line(exc)})") from exc
 

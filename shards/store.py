@@ -1,4 +1,7 @@
-"""Where a run keeps its files: a folder, or a bucket. What is written is there whole, or not at all."""
+"""Where a run keeps its files: a folder, or a bucket, with the same methods.
+
+What is written is there whole, or not at all, and survives a power cut once the call returns. Errors are OutputErrors.
+"""
 
 import contextlib
 import json
@@ -13,7 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ..engine.atomic import locked, replacing, sync
 from ..errors import DiffiqaError, OutputError, UsageError, first_line
@@ -24,38 +27,13 @@ BEAT_SECONDS, DEAD_SECONDS = 10.0, 40.0  # how often who holds a bucket renews t
 _URI = re.compile(r"([a-zA-Z][\w+.-]+)://")
 
 
-class Store(Protocol):
-    """Files by name. Once a call returns, what it wrote survives a power cut. Errors are OutputErrors."""
-
-    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes | None:
-        """Return a file, or its bytes from `start` to `end`; None if there is none."""
-
-    def write(self, name: str, data: bytes) -> None:
-        """Write a file, in place of one of that name."""
-
-    def create(self, name: str, data: bytes) -> None:
-        """Write a file that only attempts with the same bytes write too."""
-
-    def take(self, name: str, file: Path) -> None:
-        """Make a file of `scratch` one of the store."""
-
-    def names(self) -> set[str]:
-        """Return the names of all files."""
-
-    def scratch(self) -> contextlib.AbstractContextManager[Path]:
-        """Yield a folder for large temporary files."""
-
-    def held(self) -> contextlib.AbstractContextManager[None]:
-        """Keep other runs away; take over from one that died."""
-
-
 def scheme_of(name: str) -> str | None:
     """Return the scheme of a URI in lower case; None for the name of a file."""
     match = _URI.match(name)
     return match[1].lower() if match else None
 
 
-def open_store(out: str | os.PathLike[str]) -> Store:
+def open_store(out: str | os.PathLike[str]) -> "Store":
     """Return the store at a place, where nothing needs to be yet."""
     place = os.fspath(out)
     if not place:
@@ -68,7 +46,12 @@ def open_store(out: str | os.PathLike[str]) -> Store:
 
 
 def file_system(uri: str) -> tuple[Any, str]:
-    """Return fsspec's file system for a URI, and the path in it. Raises UsageError if a package is missing."""
+    """Return fsspec's file system for a URI, and the path in it. Raises UsageError.
+
+    Whatever needs more than one image's bytes goes through here, and so never to a web server.
+    """
+    if scheme_of(uri) not in SCHEMES:
+        raise UsageError(f"{uri}: lists, archives and tables are read from files and buckets ({', '.join(SCHEMES)})")
     try:
         from fsspec.core import url_to_fs
 
@@ -261,3 +244,6 @@ class Bucket:
 
     def _at(self, name: str) -> tuple[Any, str]:
         return file_system(f"{self.uri}/{name}")
+
+
+Store = Folder | Bucket

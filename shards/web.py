@@ -7,11 +7,12 @@ import socket
 import ssl
 import threading
 from collections.abc import Iterator
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 from ..errors import ImageError, first_line
 
 MAX_BYTES, SECONDS, REDIRECTS = 100 * 2**20, 30.0, 5
+_KEPT = "/%:@!$&'()*+,;=?~"  # in a URL that is quoted already
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -75,7 +76,7 @@ def _answer(url: str, private: bool, ended: threading.Event) -> Iterator[tuple[h
         timer.daemon = True
         timer.start()
         try:
-            path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            path = quote(parts.path or "/", _KEPT) + (f"?{quote(parts.query, _KEPT)}" if parts.query else "")
             connection.request("GET", path, headers={"User-Agent": "diffiqa", "Accept-Encoding": "identity"})
             yield connection.getresponse(), not public
         finally:
@@ -88,4 +89,6 @@ def _body(url: str, answer: http.client.HTTPResponse, ended: threading.Event) ->
         raise ImageError(f"{url}: more than {MAX_BYTES} bytes")
     if ended.is_set():
         raise TimeoutError
+    if answer.length:  # what is still to come, and does not
+        raise http.client.IncompleteRead(data, answer.length)
     return data

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import onnx
 import pytest
 import torch
 
@@ -24,7 +25,9 @@ from diffiqa.engine.manifest import (
     file_sha256,
     read_manifest,
 )
+from diffiqa.export import engine as engine_module
 from diffiqa.export.engine import export_engine
+from diffiqa.export.stages import StagePlan
 from diffiqa.kernels import load as kernels_load
 from diffiqa.model.checkpoint import Loaded
 from diffiqa.model.network import DiffV2IQA, build
@@ -94,9 +97,22 @@ def tiny_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     return made_once(tmp_path_factory, "engines", lambda folder: export_engine(tiny_loaded, folder / "tiny")) / "tiny"
 
 
+@pytest.fixture
+def ready_graphs(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the tiny model is exported, take the graphs of its engine: tracing them takes most of an export's time."""
+
+    def copied(plan: StagePlan, path: Path, _alignment: int) -> onnx.ModelProto:
+        shutil.copy(tiny_engine / "onnx" / f"{plan.name}.onnx", path)
+        return onnx.load(path)
+
+    monkeypatch.setattr(engine_module, "export_graph", copied)
+
+
 @pytest.fixture(scope="session")
 def pfd_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The engine of a small PFD-IQA."""
+    """The engine of a small PFD-IQA, or that of the session which started this one."""
+    if ready := os.environ.get("PFD_ENGINE"):
+        return Path(ready)
     return made_once(tmp_path_factory, "pfd", lambda folder: export_engine(random_small(), folder / "pfd")) / "pfd"
 
 

@@ -14,17 +14,19 @@ from diffiqa import cli
 from diffiqa.errors import DiffiqaError
 
 COMMANDS = {
-    "bench",
-    "build",
-    "calibrate",
-    "convert",
-    "evaluate",
-    "export",
-    "prompts",
-    "quantise",
-    "score",
-    "serve",
-    "status",
+    *(
+        "bench",
+        "build",
+        "calibrate",
+        "convert",
+        "evaluate",
+        "export",
+        "prompts",
+        "quantise",
+        "score",
+        "serve",
+        "status",
+    ),
     "verify",
 }
 
@@ -52,7 +54,7 @@ def test_every_command_is_a_function() -> None:
     for name in COMMANDS:
         function = getattr(diffiqa, name)
         assert callable(function)
-        assert len(inspect.signature(function).parameters) >= 1
+        assert inspect.signature(function).parameters
 
 
 @pytest.mark.parametrize("room", ["bench", "export", "serve", "verify"])

@@ -5,17 +5,19 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from ..data.outputs import to_csv, write_file
 from ..errors import CheckpointError, ConfigError
 from ..model.checkpoint import load
-from .config import ScoreConfig, read_config
+from .config import PfdTrainConfig, ScoreConfig, read_config
 from .loop import QUIETLY, VALIDATION, Conduct, Machine, TrainingError, open_machine
 from .score import Rated, Restorations, ScoreTask, prepared, run_score
 
 TABLE = "ablation.csv"
+R = TypeVar("R", ScoreConfig, PfdTrainConfig)
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Row:
 COLUMNS = [field.name for field in fields(Row)]
 
 
-def read_recipes(config: Path, paths: Sequence[Path]) -> dict[str, ScoreConfig]:
+def read_recipes(cls: type[R], config: Path, paths: Sequence[Path]) -> dict[str, R]:
     """Return the configurations that files (or the TOML files of folders) make of `config`, by the files' names.
 
     All are read before any is run. Raises ConfigError.
@@ -47,12 +49,12 @@ def read_recipes(config: Path, paths: Sequence[Path]) -> dict[str, ScoreConfig]:
     files = [file for path in paths for file in (sorted(path.glob("*.toml")) if path.is_dir() else [path])]
     if not files:
         raise ConfigError(f"there are no recipes (.toml) in {', '.join(map(str, paths))}")
-    recipes: dict[str, ScoreConfig] = {}
+    recipes: dict[str, R] = {}
     for file in files:
         if file.stem in recipes:
             raise ConfigError(f"two recipes are called {file.stem}; rename {file}")
-        found = read_config(ScoreConfig, config, file)
-        model = dataclasses.replace(found.model, name=f"{found.model.name}-{file.stem}")
+        found = read_config(cls, config, file)
+        model: Any = dataclasses.replace(found.model, name=f"{found.model.name}-{file.stem}")
         recipes[file.stem] = dataclasses.replace(found, model=model)
     return recipes
 

@@ -22,6 +22,7 @@ from ..errors import UsageError
 
 if TYPE_CHECKING:
     from ..data.photos import Photograph
+    from ..model.pfd.prompts import PromptSet
     from .ablate import Row
     from .config import RunConfig
     from .loop import Conduct, Result
@@ -135,12 +136,53 @@ def ablate(config: File, output: File, *, recipes: Sequence[File], **given: Unpa
     `Scoring`.
     """
     from .ablate import ablate_recipes, read_recipes
+    from .config import ScoreConfig
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("ablate is one process; under torchrun, give each recipe's configuration to iqa-train score")
-    configs = read_recipes(Path(config), [Path(recipe) for recipe in recipes])
+    configs = read_recipes(ScoreConfig, Path(config), [Path(recipe) for recipe in recipes])
     parts, options = _labelled(next(iter(configs.values())), Path(output), "validation", "test", **given)
     return ablate_recipes(configs, parts, Path(output), **options)
+
+
+def pfd(config: File, output: File, *, lite0: File, prompts: File | None = None, **given: Unpack[Labelled]) -> "Result":
+    """Teach PFD-IQA: a teacher in the folder `teacher` of `output`, then the student.
+
+    `lite0` are EfficientNet-Lite0's weights, `prompts` what `iqa-prompts` made. More options: `Labelled`.
+    """
+    from .config import PfdTrainConfig, read_config
+    from .pfd import run_pfd
+
+    found = read_config(PfdTrainConfig, Path(config))
+    given_prompts = _prompts(prompts)
+    parts, options = _labelled(found, Path(output), "validation", **given)
+    return run_pfd(found, parts, Path(output), lite0=Path(lite0), prompts=given_prompts, **options)
+
+
+def pfd_ablate(
+    config: File,
+    output: File,
+    *,
+    recipes: Sequence[File],
+    lite0: File,
+    prompts: File | None = None,
+    test_pictures: int = 0,
+    **given: Unpack[Labelled],
+) -> dict[str, Any]:
+    """Teach PFD-IQA's teacher once, and a student for each recipe; return what ablation.json in `output` has.
+
+    Recipes change the model alone. They are judged on so many pictures of the part "test"; 0: all. More: `pfd`.
+    """
+    from .ablate import read_recipes
+    from .config import PfdTrainConfig, read_config
+    from .pfd_ablate import ablate_pfd
+
+    found = read_config(PfdTrainConfig, Path(config))
+    changed = read_recipes(PfdTrainConfig, Path(config), [Path(recipe) for recipe in recipes])
+    given_prompts = _prompts(prompts)
+    parts, options = _labelled(found, Path(output), "validation", "test", **given)
+    options |= {"lite0": Path(lite0), "prompts": given_prompts, "pictures": test_pictures}
+    return ablate_pfd(found, changed, parts, Path(output), **options)
 
 
 def photos(sources: Sequence[File], output: File, *, seed: int = 1) -> "tuple[list[Photograph], list[str]]":
@@ -216,6 +258,12 @@ def _conduct(
         say(f"step {step} of {steps}: loss {loss:.5f}, learning rate {rate:.2e}")
 
     return Conduct(device, resume, threads, progress, say)
+
+
+def _prompts(path: File | None) -> "PromptSet | None":
+    from ..model.pfd.prompts import read_prompts
+
+    return read_prompts(Path(path)) if path else None
 
 
 def _ordered(folder: Path) -> "list[Rated]":

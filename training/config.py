@@ -22,8 +22,9 @@ from typing import Any, TypeVar
 from ..engine.codec import decode, encode
 from ..errors import ConfigError
 from ..model.config import Encoder, ModelConfig, preset, refuse
+from ..model.pfd.config import Backbone, PfdConfig, pfd_preset
 
-C = TypeVar("C", "RestoreConfig", "PretrainConfig", "ScoreConfig")
+C = TypeVar("C", "RestoreConfig", "PretrainConfig", "ScoreConfig", "PfdTrainConfig")
 VERSIONS = 6  # of a window: as it is, and at five levels of one distortion
 OPTIONAL_PARTS = ("unet", "vcg", "vda")  # TOML has no null: `false` leaves these out
 UNMERGED = ("selection",)  # a table that replaces the preset's as a whole: its keys are data, not fields
@@ -216,7 +217,55 @@ class ScoreConfig:
         )
 
 
-RunConfig = RestoreConfig | PretrainConfig | ScoreConfig
+@dataclass(frozen=True)
+class PfdTrainConfig:
+    """Teaching PFD-IQA: a teacher on opinions, then the student with its prior and its denoiser."""
+
+    model: PfdConfig
+    seed: int
+    teacher: Optimisation
+    optimisation: Optimisation  # of the student
+    crops: int = 4  # of each picture, on the grid that scoring uses
+    ridge: float = 1.0  # the strength of the ridge regression that the teacher begins as
+    encoder_rate: float = 0.5  # of Lite0's last blocks in the teacher's run, as a multiple of the learning rate
+    readout_rate: float = 0.1  # of the regression
+    decoder_rate: float = 0.1  # of the decoder in the student's run
+    ranking_weight: float = 0.3  # of the pairwise term beside the error
+    correlation_weight: float = 0.3  # of 1 - the batch's linear correlation between scores and labels
+    noise_weight: float = 0.1  # of the denoiser's own loss
+    distortion_weight: float = 0.1  # of naming damage
+    level_weight: float = 0.05
+    pictures: int = 0  # to learn from, by lot; 0: all
+    damaged: int = 3000  # pictures to damage and to learn to name, by lot
+    damaged_places: int = 0  # of the student's batch
+    validation_pictures: int = 0
+    validation_damaged: int = 0
+    validate_every: int = 100  # steps
+    reporting: Reporting = field(default_factory=Reporting)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run, before data is read."""
+        weights = (self.ranking_weight, self.correlation_weight, self.noise_weight, self.distortion_weight)
+        counts = (self.pictures, self.damaged, self.validation_pictures, self.validation_damaged)
+        _refuse(
+            "PFD-IQA training configuration",
+            {
+                "model.encoder must be lite0: what its frozen blocks see is kept": self.model.encoder is Backbone.LITE0,
+                "crops must be between 1 and 100": 1 <= self.crops <= 100,
+                "ridge must be above 0": self.ridge > 0,
+                "rates must not be negative": min(self.encoder_rate, self.readout_rate, self.decoder_rate) >= 0,
+                "weights must not be negative": min(*weights, self.level_weight) >= 0,
+                "numbers of pictures must not be negative": min(counts) >= 0,
+                "damaged_places must be below optimisation.batch, and need damaged": (
+                    0 <= self.damaged_places < self.optimisation.batch and bool(self.damaged or not self.damaged_places)
+                ),
+                "validate_every must be at least 1": self.validate_every >= 1,
+            },
+            self,
+        )
+
+
+RunConfig = RestoreConfig | PretrainConfig | ScoreConfig | PfdTrainConfig
 
 
 def read_config(cls: type[C], path: Path, changes: Path | None = None) -> C:
@@ -248,7 +297,8 @@ def parse_config(cls: type[C], data: Mapping[str, Any]) -> C:
     if name is None and "model" not in entries:
         raise ConfigError("name a model with preset = …, or describe one under [model]")
     changes = {key: None if value is False and key in OPTIONAL_PARTS else value for key, value in changes.items()}
-    entries["model"] = changes if name is None else _merged(encode(preset(name)), changes)
+    named = pfd_preset if cls is PfdTrainConfig else preset
+    entries["model"] = changes if name is None else _merged(encode(named(name)), changes)
     return decode(cls, entries, "configuration", ConfigError)
 
 

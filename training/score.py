@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +59,9 @@ class Rated:
     quality: float
     distortion: str = ""  # empty for an original, and where it is not known
     shows: str = ""  # what the picture shows: versions of one picture share it
+
+
+R = TypeVar("R", bound=Rated)
 
 
 class Restorations:
@@ -563,7 +566,7 @@ def _filled(
     return Group(pictures, [item.quality for item in items], _versions(items))
 
 
-def lot(rated: Sequence[Rated], count: int) -> list[Rated]:
+def lot(rated: Sequence[R], count: int) -> list[R]:
     """Draw so many pictures by lot, or all if `count` is 0. Versions of one picture stay together.
 
     The order drawn depends on names alone: fewer pictures are the first of more.

@@ -149,7 +149,7 @@ def _invariance(
         return found
     say("the first image, all on the GPU")
     score, same, note = candidate.whole(subject.plane, plan, seed)
-    error = abs(score - total_score(candidate.manifest, first.vcg, first.vda)) / span
+    error = abs(score - total_score(candidate.manifest, first.vcg, first.vda, first.own)) / span
     device = error if math.isfinite(error) else BROKEN
     return dataclasses.replace(found, graph=same, graph_note=note, device=device)
 

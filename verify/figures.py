@@ -156,11 +156,13 @@ def _scores(
     """Return the total and the branches' scores of both, means over the crops."""
     branches = {name: (getattr(reference, name), getattr(candidate, name)) for name in ("vcg", "vda")}
     means = {name: (float(w.mean()), float(h.mean())) for name, (w, h) in branches.items() if len(w)}
-    want, have = (total_score(manifest, trace.vcg, trace.vda) for trace in (reference, candidate))
+    want, have = (total_score(manifest, trace.vcg, trace.vda, trace.own) for trace in (reference, candidate))
     return {"score": (want, fast.correction(have) if fast else have), **means}
 
 
-def total_score(manifest: Manifest, vcg: Array, vda: Array) -> float:
-    """Return the score of an image from its crops' branch scores."""
+def total_score(manifest: Manifest, vcg: Array, vda: Array, own: Array | tuple[()] = ()) -> float:
+    """Return the score of an image from its crops' branch scores, or their own."""
+    if len(own):
+        return float(np.mean(own, dtype=np.float64))
     means = (float(scores.astype(np.float64).mean()) if len(scores) else None for scores in (vcg, vda))
     return float(weighted_sum(manifest.score, *means))

@@ -127,6 +127,8 @@ def compare_scores(
     other ways. Raises UsageError, DatasetError or EngineError.
     """
     side = engine_side(open_verified(Path(engine)), OnnxRuntime(threads=threads))
+    if side.manifest.flow.score:
+        raise UsageError(f"{engine} is no Diff-V²-IQA: no other program has scores of it that could be compared")
     paths, theirs, unused = _matched(images, Path(scores))
     once = replace(options, seeds=1)
     scorer = Scorer(side.manifest, side.stages, backend="onnxruntime")

@@ -191,9 +191,9 @@ def compiled_side(directory: EngineDirectory, backend: Inductor) -> Side:
 def _checkpoint(given: Given, path: Path, manifest: Manifest) -> Side:
     """Return the PyTorch model of a checkpoint, unmerged, running the engine's schedule and crops."""
     from ..export.pytorch import TorchStage
-    from ..model.checkpoint import load
+    from ..model.pfd.checkpoint import load_either
 
-    loaded = load(path)
+    loaded = load_either(path)
     if encode(loaded.model.config) != manifest.model:
         raise UsageError(
             f"{given.engine} is a {manifest.model_name} model of another configuration than {path}, a "
@@ -209,7 +209,7 @@ def _checkpoint(given: Given, path: Path, manifest: Manifest) -> Side:
 
 def _require_same_model(given: Given, mine: Manifest, other: Manifest) -> None:
     """Raise UsageError unless both engines should give the same scores."""
-    alike = ("model", "schedule", "taps", "kinds", "alignment", "tap_form", "sides", "image_form")
+    alike = ("model", "schedule", "taps", "kinds", "alignment", "tap_form", "sides", "image_form", "flow")
     different = [name for name in alike if getattr(mine, name) != getattr(other, name)]
     if mine.crop.size != other.crop.size:
         different.append("crop size")

@@ -11,35 +11,33 @@ import numpy.typing as npt
 from ..engine.manifest import Manifest, StageName
 from ..runtime.builds import NotForShapesError
 from ..runtime.executor import Call, Outcome, Planes, StageRunner
-from ..runtime.host.executor import BoundDenoiser, HostExecutor
+from ..runtime.host.executor import BoundLoop, HostExecutor
 from ..runtime.plan import Plan
 
 FloatArray = npt.NDArray[np.float32]
 BROKEN = 1e9  # stands for a difference to NaN or Inf: JSON has no infinity
 HEAD_CALLS = 4  # crops of an image whose ViT maps are kept: at full size they are 38 MB each
 
-_WATCHED = {
-    StageName.UNET: ("y", "condition", "noise"),
-    StageName.VIT: ("maps",),
-    StageName.VCG: (),
-    StageName.VDA: (),
-}
+_LOOP = ("y", "condition", "noise")
+_WATCHED = {StageName.UNET: _LOOP, StageName.DENOISER: _LOOP, StageName.VIT: ("maps",)}
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
     """What an engine computed for one image and seed. Steps stand in the order they ran, the noisiest first.
 
-    A larger image is restored in several windows: `state`, `noise` and `condition` are those of the first.
+    A larger image is restored in several windows: `state`, `noise` and `condition` are those of the first; of the
+    first crop, where each has a state of its own.
     """
 
-    state: FloatArray  # (T, 3, H, W): what each step starts from
-    noise: FloatArray  # (T, 3, H, W): the U-Net's answer
-    condition: FloatArray  # (3, H, W)
+    state: FloatArray  # (T, 3, H, W), or of the shape that the state has: what each step starts from
+    noise: FloatArray  # the same: the network's answer
+    condition: FloatArray  # (3, H, W), or the prompts that guide the network
     crops: FloatArray  # (crops, kinds, 3, size, size): the taps as the heads saw them
     maps: FloatArray  # (first HEAD_CALLS crops, kinds, layers, tokens, width)
     vcg: FloatArray  # (crops,), or empty where the model has no such branch
     vda: FloatArray
+    own: FloatArray  # the same, where a model has no branches
 
     def equals(self, other: "Trace") -> bool:
         """Whether every number is the same, bit for bit; NaN equals NaN."""
@@ -62,18 +60,18 @@ class Pipeline:
 
     def __init__(self, manifest: Manifest, stages: Mapping[StageName, StageRunner]) -> None:
         self.manifest, self._stages = manifest, stages
-        self._recorders = {name: _Recorder(stage, _WATCHED[name]) for name, stage in stages.items()}
+        self._recorders = {name: _Recorder(stage, _WATCHED.get(name, ())) for name, stage in stages.items()}
         self._executor = HostExecutor(manifest, self._recorders)
 
     def trace(self, image: Planes, plan: Plan, seed: int) -> Trace:
         """Score a (3, height, width) image in [-1, 1] and return all that was recorded."""
         for name, recorder in self._recorders.items():
-            recorder.start(len(plan.sampling.steps) if name is StageName.UNET else HEAD_CALLS)
+            recorder.start(len(plan.sampling.steps) if name is self.manifest.flow.loop.stage else HEAD_CALLS)
         # A candidate may well overflow: that is a finding, not a warning.
         with np.errstate(all="ignore"):
             outcome = self._executor.run(image, plan, seed)
-        steps = self._recorded(StageName.UNET)
-        vcg, vda = branch_scores(outcome)
+        steps = self._recorded(self.manifest.flow.loop.stage)
+        vcg, vda, own = branch_scores(outcome)
         return Trace(
             state=_stacked(steps, "y", 0),
             noise=_stacked(steps, "noise", 0),
@@ -82,10 +80,11 @@ class Pipeline:
             maps=_stacked(self._recorded(StageName.VIT), "maps"),
             vcg=vcg,
             vda=vda,
+            own=own,
         )
 
-    def scores(self, image: Planes, plan: Plan, seed: int) -> tuple[FloatArray, FloatArray]:
-        """Return the branches' scores of the crops; record nothing."""
+    def scores(self, image: Planes, plan: Plan, seed: int) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Return what `branch_scores` does; record nothing."""
         for recorder in self._recorders.values():
             recorder.start(0)
         return branch_scores(self._executor.run(image, plan, seed))
@@ -95,8 +94,8 @@ class Pipeline:
         """Run every stage on the inputs that a trace of a plan has for it."""
         noise = np.empty_like(trace.noise)
         if len(noise):
-            denoiser = BoundDenoiser(self._stages[StageName.UNET], *noise.shape[2:])
-            denoiser.condition[:] = trace.condition
+            loop, condition = self.manifest.flow.loop, np.ascontiguousarray(trace.condition[None], np.float32)
+            denoiser = BoundLoop(self._stages[loop.stage], noise.shape[1:], loop.scalar, {"condition": condition})
             for index, level in enumerate(self._levels(plan)):
                 denoiser.y[:] = trace.state[index]
                 denoiser(float(level))
@@ -125,8 +124,9 @@ class Pipeline:
         if len(trace.noise) > 1:
             ends = [0, -1]
             level = self._levels(plan)[ends].reshape(2, 1)
-            inputs = {"y": trace.state[ends], "condition": np.stack([trace.condition] * 2), "noise_level": level}
-            compare(StageName.UNET, inputs, "noise", trace.noise[ends])
+            loop = self.manifest.flow.loop
+            inputs = {"y": trace.state[ends], "condition": np.stack([trace.condition] * 2), loop.scalar: level}
+            compare(loop.stage, inputs, "noise", trace.noise[ends])
         if len(trace.maps):
             compare(StageName.VIT, {"image": trace.crops[0, :1]}, "maps", trace.maps[0, :1])
         if len(trace.maps) > 1:
@@ -136,7 +136,7 @@ class Pipeline:
         return {name: _difference(*pair) for name, pair in pairs.items()}
 
     def _levels(self, plan: Plan) -> FloatArray:
-        """Return the noise levels of a plan's steps, as they run."""
+        """Return what the network is told at a plan's steps, as they run."""
         return self.manifest.schedule.coefficients.noise_level[list(plan.sampling.steps)][::-1]
 
     def _recorded(self, name: StageName) -> list[dict[str, FloatArray]]:
@@ -149,11 +149,12 @@ class Pipeline:
         return result
 
 
-def branch_scores(outcome: Outcome) -> tuple[FloatArray, FloatArray]:
-    """Return the scores of an image's crops by VCG and by VDA; empty where the model has no such branch."""
+def branch_scores(outcome: Outcome) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Return the scores of an image's crops by VCG, by VDA and by a model without branches; empty for none."""
     verdicts = outcome.verdicts
     vcg = np.array([v.vcg.score for v in verdicts if v.vcg], np.float32)
-    return vcg, np.array([v.vda.score for v in verdicts if v.vda], np.float32)
+    vda = np.array([v.vda.score for v in verdicts if v.vda], np.float32)
+    return vcg, vda, np.array([v.score for v in verdicts if v.score is not None], np.float32)
 
 
 class _Recorder:

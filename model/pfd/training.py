@@ -28,50 +28,58 @@ class Teacher(nn.Module):
 
 @dataclass(frozen=True)
 class Targets:
-    """What N crops should be: quality in [0, 1] (N,), and soft labels whose rows sum to 1; None if not known."""
+    """What N crops should be: quality in [0, 1] (N,), and soft labels whose rows sum to 1, or 0 if not known."""
 
     quality: Tensor
-    distortions: Tensor | None = None
-    levels: Tensor | None = None
+    distortions: Tensor
+    levels: Tensor
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Mean losses over crops. The prompts' are 0 without labels."""
+    """The losses of each crop (N,), 0 without a label; and its score."""
 
     score: Tensor  # SmoothL1
     noise: Tensor  # MSE of ε
     distortions: Tensor  # cross-entropy with soft labels
     levels: Tensor
+    scores: Tensor
 
 
-def losses(model: PfdIQA, crops: Tensor, teacher: Tensor, targets: Targets, generator: torch.Generator) -> Losses:
-    """Return the losses of crops (N, 3, crop, crop), given the teacher's features of them.
+def losses(
+    model: PfdIQA,
+    seen: tuple[Tensor, Tensor],
+    teacher: Tensor,
+    targets: Targets,
+    generator: torch.Generator | None = None,
+) -> Losses:
+    """Return the losses of N crops, given what the encoder returned and the teacher's features of them.
 
     The score is that of the whole loop. The denoiser learns on the teacher's features, noisy as the schedule has it at
-    timesteps drawn evenly. Masks come from PyTorch's global random numbers, as dropout does.
+    timesteps drawn evenly. Masks come from PyTorch's global random numbers, as dropout does; so does the noise without
+    a generator.
     """
     schedule = model.config.schedule
-    cls, features = model.encoder(crops)
+    cls, features = seen
     prior = model.prior(features)
     drawn = torch.randn(2, *features.shape, generator=generator).to(features)
-    refined = model.refine(prior, drawn[0])
-    timestep = torch.randint(schedule.train_steps, (len(crops),), generator=generator)
+    scores = model.decoder(model.refine(prior, drawn[0]), cls)
+    timestep = torch.randint(schedule.train_steps, (len(cls),), generator=generator)
     bar = torch.from_numpy(schedule.alpha_bar)[timestep].to(features)[:, None, None, None]
     noisy = bar.sqrt() * teacher.detach() + (1 - bar).sqrt() * drawn[1]
+    eps = model.denoiser(noisy, prior.condition, timestep.to(features))
     return Losses(
-        score=F.smooth_l1_loss(model.decoder(refined, cls), targets.quality),
-        noise=F.mse_loss(model.denoiser(noisy, prior.condition, timestep.to(features)), drawn[1]),
+        score=F.smooth_l1_loss(scores, targets.quality, reduction="none"),
+        noise=(eps - drawn[1]).square().mean(dim=(1, 2, 3)),
         distortions=soft_cross_entropy(prior.distortions, targets.distortions),
         levels=soft_cross_entropy(prior.levels, targets.levels),
+        scores=scores,
     )
 
 
-def soft_cross_entropy(probabilities: Tensor, target: Tensor | None) -> Tensor:
-    """Return the mean of −Σ target · log(probability) over rows; 0 without a target."""
-    if target is None:
-        return probabilities.new_zeros(())
-    return -(target * probabilities.clamp(min=1e-12).log()).sum(dim=1).mean()
+def soft_cross_entropy(probabilities: Tensor, target: Tensor) -> Tensor:
+    """Return −Σ target · log(probability) of each row."""
+    return -(target * probabilities.clamp(min=1e-12).log()).sum(dim=1)
 
 
 def soft_levels(quality: Tensor, count: int) -> Tensor:

@@ -8,7 +8,7 @@ from ..results import Options
 from ..scorer import Info, Scorer
 from .api import Outputs, Scored, score_names
 from .order import arrange
-from .records import CSV_HEADER, Format, Record, choose_format, document, to_line
+from .records import COLUMNS, WITH_WORDS, Format, Record, choose_format, csv_header, document, to_line
 from .table import Progress, emit, show_table, summary_line
 
 
@@ -22,7 +22,8 @@ class Display:
         self._form = choose_format(outputs.form, outputs.file, terminal=sys.stdout.isatty())
         ordered = bool(outputs.sort or top or bottom)
         self._streaming = not outputs.file and not ordered and self._form in {Format.JSONL, Format.CSV}
-        self._header = CSV_HEADER if self._form is Format.CSV else b""
+        self._columns = WITH_WORDS if info.words else COLUMNS
+        self._header = csv_header(self._columns) if self._form is Format.CSV else b""
         # Records that stream to a terminal and a bar would write over each other.
         self.progress = Progress(total, quiet=quiet or (self._streaming and sys.stdout.isatty()))
         self.records: list[Record] = []
@@ -31,7 +32,7 @@ class Display:
         """Show one more record; `kept` ones are of an earlier run."""
         self.records.append(record)
         if self._streaming:
-            emit(sys.stdout.buffer, self._header + to_line(record, self._form))
+            emit(sys.stdout.buffer, self._header + to_line(record, self._form, self._columns))
             self._header = b""
         self.progress.advance(record, kept=kept)
 

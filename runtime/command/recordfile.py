@@ -22,6 +22,7 @@ from ...errors import OutputError, UsageError
 from .records import (
     COLUMNS,
     EARLIER_COLUMNS,
+    WITH_WORDS,
     Format,
     Record,
     RunSettings,
@@ -196,7 +197,7 @@ def _read_lines(path: Path) -> list[Record]:
 def _read_csv(path: Path) -> list[Record]:
     with path.open(encoding="utf-8", newline="") as stream:
         columns = tuple(stream.readline().removesuffix("\n").split(","))
-        if columns not in {COLUMNS, EARLIER_COLUMNS}:
+        if columns not in {WITH_WORDS, COLUMNS, EARLIER_COLUMNS}:
             raise ValueError("its first line is not the header that this version of diffiqa writes")
         return [from_row(row, columns) for row in csv.reader(stream, strict=True)]
 

@@ -1,7 +1,8 @@
 r"""One flat record per image, as it stands in each file format.
 
 JSONL and JSON are UTF-8, with the keys in the order of `Record`. CSV has a header, RFC 4180 quoting and `\n` line ends.
-Numbers have all their digits. None is null, or an empty cell. CSV joins notes with "; ". Texts stay as they are, but
+Numbers have all their digits. None is null, or an empty cell. CSV joins notes with "; ", and has a
+column for probabilities, as JSON, only where there are some. Texts stay as they are, but
 for two kinds of characters. Bytes that are not UTF-8 are written as `\udcXX`, which is what JSON does anyway. In CSV a
 text that starts with `=`, `+`, `-`, `@`, a tab or a line end has this character spelt, as in `\u003d`: spreadsheets
 would run it as a formula.
@@ -23,7 +24,7 @@ from ...engine.manifest import Manifest
 from ...engine.sampling import Sampling
 from ...errors import UsageError
 from ..plan import sampling_of
-from ..results import Failure, Mode, Options, Score
+from ..results import Failure, Mode, Options, Probabilities, Score
 
 
 class Format(enum.StrEnum):
@@ -114,11 +115,12 @@ class Record:
     percentile: float | None = field(default=None, metadata=LATER)
     opinion: float | None = field(default=None, metadata=LATER)
     opinion_error: float | None = field(default=None, metadata=LATER)
+    probabilities: Probabilities | None = field(default=None, metadata=LATER)  # of words, by kind
 
     @classmethod
     def of(cls, result: Score | Failure, settings: RunSettings) -> Self:
         """Return the record of a result. A score that is no number becomes an error: no format could carry it."""
-        if isinstance(result, Score) and math.isfinite(result.score):
+        if isinstance(result, Score) and all(map(math.isfinite, _numbers(result))):
             return cls(
                 image=result.source,
                 status=Status.OK,
@@ -157,22 +159,36 @@ class Record:
 
 _SAME_IN_SCORE = (
     *("score", "vcg", "vda", "spread", "width", "height", "mode", "engine", "backend", "seconds", "digest"),
-    *("percentile", "opinion", "opinion_error"),
+    *("percentile", "opinion", "opinion_error", "probabilities"),
 )
-COLUMNS = tuple(f.name for f in fields(Record))
+WITH_WORDS = tuple(f.name for f in fields(Record))
+COLUMNS = WITH_WORDS[:-1]
 EARLIER_COLUMNS = COLUMNS[: COLUMNS.index("settings") + 1]
-CSV_HEADER = (",".join(COLUMNS) + "\n").encode()
 _NUMBERS = {f.name for f in fields(Record) if f.type in {float | None, int | None}}
 
 
-def to_line(record: Record, form: Format) -> bytes:
+def csv_header(columns: Sequence[str] = COLUMNS) -> bytes:
+    """Return the first line of a CSV file with these columns."""
+    return (",".join(columns) + "\n").encode()
+
+
+CSV_HEADER = csv_header()
+
+
+def _numbers(score: Score) -> Iterator[float]:
+    yield score.score
+    for kind in (score.probabilities or {}).values():
+        yield from kind.values()
+
+
+def to_line(record: Record, form: Format, columns: Sequence[str] = COLUMNS) -> bytes:
     """Return a record as one line of a CSV file, else of a JSONL file. A CSV line may hold quoted line breaks."""
     if form is not Format.CSV:
         text = json.dumps(encode(record), ensure_ascii=False, allow_nan=False) + "\n"
         return text.encode("utf-8", "backslashreplace")  # only lone surrogates need it, and so it is their JSON escape
     line, data = io.StringIO(newline=""), encode(record)
     # The module quotes the characters of its line end, and must quote both of these.
-    csv.writer(line, lineterminator="\r\n").writerow([_to_cell(data.get(name)) for name in COLUMNS])
+    csv.writer(line, lineterminator="\r\n").writerow([_to_cell(data.get(name)) for name in columns])
     return line.getvalue().removesuffix("\r\n").encode() + b"\n"
 
 
@@ -203,7 +219,7 @@ _ESCAPED = re.compile(rf"\\u({_CODES})")
 def _to_cell(value: Any) -> str:
     if value is None:
         return ""
-    if isinstance(value, int | float):
+    if isinstance(value, int | float | dict):
         return json.dumps(value, allow_nan=False)
     text = "; ".join(value) if isinstance(value, list) else value
     text = _LOOKS_ESCAPED.sub(r"\\u005c", text).encode("utf-8", "backslashreplace").decode()
@@ -216,7 +232,7 @@ def text_in_cell(cell: str) -> str:
 
 
 def _from_cell(name: str, cell: str) -> Any:
-    if name in _NUMBERS:
+    if name in _NUMBERS or name == "probabilities":
         return json.loads(cell) if cell else None
     text = text_in_cell(cell)
     if name == "notes":
@@ -227,7 +243,11 @@ def _from_cell(name: str, cell: str) -> Any:
 def document(records: Iterable[Record], form: Format) -> Iterator[bytes]:
     """Yield a whole document in pieces, one per record."""
     if form is Format.CSV:
-        yield CSV_HEADER
+        records = list(records)
+        columns = WITH_WORDS if any(record.probabilities for record in records) else COLUMNS
+        yield csv_header(columns)
+        yield from (to_line(record, form, columns) for record in records)
+        return
     if form is not Format.JSON:
         yield from (to_line(record, form) for record in records)
         return

@@ -17,7 +17,7 @@ from rich.text import Text
 from ...engine.manifest import ScoreMeaning
 from ...engine.reference import opinion_text, percent_text
 from ...errors import OutputError
-from ..results import Scale
+from ..results import WORDS_EXPLAINED, Scale, words_text
 from .records import Record
 
 NAME_WIDTH = 24  # least width of names; if there is no room, columns are left out from the right, never the score
@@ -45,6 +45,8 @@ def show_table(
         else:
             console.print(Text(f"Score: {span}"))
             console.print(Text(f"UNTRAINED ENGINE · {printable(meaning.meaning)}", "bold yellow"))
+        if any(record.probabilities for record in records):
+            console.print(Text(WORDS_EXPLAINED))
         if meaning.reference:
             console.print(Text(" ".join(meaning.reference.explained)))
         console.print(Text(summary))
@@ -169,7 +171,8 @@ def _table(records: Sequence[Record], meaning: ScoreMeaning, scale: Scale, width
         "opinion": [opinion_text(meaning.opinion(score)) for score in scores],
     }
     first = {Scale.RAW: "score", Scale.PERCENTILE: "percentile", Scale.MOS: "opinion"}[scale]
-    numbers = {first: (numbers | people)[first], "score": numbers["score"]} | people | numbers
+    words = {"looks like": [printable(words_text(record.probabilities)) for record in records]}
+    numbers = {first: (numbers | people)[first], "score": numbers["score"]} | people | words | numbers
     numbers["size"] = [f"{record.width}×{record.height}" if record.width else "" for record in records]
     numbers["time"] = [f"{record.seconds:.2f} s" if record.seconds is not None else "" for record in records]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, SPACING, 0, 0), pad_edge=False, show_edge=False)

@@ -12,11 +12,16 @@ def asset(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
-def policy(style: str, script: str = "") -> str:
-    """Return the content security policy of a page with this style and script, and pictures within itself."""
+def policy(style: str, script: str = "", *, asks: bool = False) -> str:
+    """Return the content security policy of a page with this style and script, and pictures within itself.
+
+    One that `asks` may talk to where it comes from, and show pictures that its reader has given it.
+    """
     scripts = f"script-src {_digest(script)}; " if script else ""
+    pictures, sources = ("data: blob:", "connect-src 'self'; ") if asks else ("data:", "")
     return (
-        f"default-src 'none'; img-src data:; style-src {_digest(style)}; {scripts}base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; img-src {pictures}; style-src {_digest(style)}; {scripts}{sources}base-uri 'none'; "
+        "form-action 'none'"
     )
 
 

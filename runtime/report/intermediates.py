@@ -88,6 +88,9 @@ def _pngs(pictures: Pictures) -> Iterator[tuple[str, bytes]]:
         "score_map": (pictures.score_map, "score"),
         "weight_map": (pictures.weight_map, "weight"),
     }
+    if pictures.words:
+        del maps["weight_map"]  # crops count alike
+        maps |= {name: (found.values, f"probability of {found.word}") for name, found in pictures.words.items()}
     for name, (values, unit) in maps.items():
         if values is not None:
             heatmap = to_heatmap(values)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ...engine.manifest import Manifest, StageName
 from ...engine.schedule import Kind
-from .markup import Html
+from .markup import Html, join
 
 DIFFERENCE, SCORE_MAP, WEIGHT_MAP, PRODUCT = "difference", "score_map", "weight_map", "product"
 
@@ -53,6 +53,16 @@ def make_labels(manifest: Manifest, taken: int | None = None) -> dict[str, Label
         )
         title = Html("|dis − y<sub>0</sub>|")
         labels[DIFFERENCE] = Label(title, "Difference of original and y0", "levels of 255", about)
+    if manifest.flow.score:
+        about = "The score of each crop. Where crops overlap, their mean."
+        labels[SCORE_MAP] = Label(Html("Score map"), "Score map", "score", about)
+        for found in manifest.flow.probabilities:
+            name = found.output.capitalize()
+            about = (
+                f"How probable each crop finds the word that fits the whole image best, of {', '.join(found.words)}."
+            )
+            labels[found.output] = Label(join(name), name, "probability", about)
+        return labels
     branch = "VCG" if manifest.stage(StageName.VCG) else "VDA"
     texts = {
         SCORE_MAP: ("Score map", "score", f"How good the {branch} branch finds each place."),

@@ -5,7 +5,7 @@ import bisect
 import datetime
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from string import Template
@@ -14,7 +14,7 @@ from ... import __version__
 from ...engine.manifest import Manifest, StageName
 from ...engine.reference import opinion_text, percent_text
 from ...engine.schedule import Kind
-from ..results import CropScore, Failure, Mode, Scale, Score
+from ..results import WORDS_EXPLAINED, CropScore, Failure, Mode, Scale, Score, words_text
 from .frame import asset, policy
 from .heatmap import COLOURS, Heatmap, palette, to_png
 from .histogram import Histogram, make_histogram, strip, to_svg, to_table
@@ -56,6 +56,17 @@ class Collected:
         return make_histogram(self.sorted_scores) if self.sorted_scores else None
 
 
+@dataclass(frozen=True)
+class Live:
+    """What a page has that begins without images, and gets them one by one from a service."""
+
+    lead: str
+    top: Html  # in the place of the summary
+    style: str
+    script: str
+    closing: str
+
+
 class Page:
     """Renders the parts of one report."""
 
@@ -65,20 +76,22 @@ class Page:
         self._restores = len(manifest.kinds) > 1
         self._branches = [name.upper() for name in (StageName.VCG, StageName.VDA) if manifest.stage(name)]
 
-    def frame(self, collected: Collected) -> tuple[str, str]:
+    def frame(self, collected: Collected, live: Live | None = None) -> tuple[str, str]:
         """Return the page before the first card and after the last."""
         style, script = asset("page.css") + asset("report.css"), asset("report.js")
+        if live:
+            style, script = style + live.style, script + live.script
         style += f".ramp{{background:linear-gradient(90deg,{','.join(_hex_colours(every=16))})}}\n"
         now = datetime.datetime.now(datetime.UTC).isoformat(" ", "minutes").removesuffix("+00:00")
         text = Template(asset("report.html")).substitute(
-            policy=policy(style, script),
+            policy=policy(style, script, asks=live is not None),
             title=join(self.title),
             style=style,
             script=script,
-            lead=join(f"{_count(collected)}. Written {now} UTC."),
+            lead=join(live.lead if live else f"{_count(collected)}. Written {now} UTC."),
+            live=" data-live" if live else "",
             warnings=self._warnings(collected),
-            facts=self._facts(collected),
-            distribution=_distribution(collected),
+            top=live.top if live else self._summary(collected),
             reading=self._reading(collected),
             sort_options=self._sort_options(),
             failures=_failures(collected),
@@ -86,6 +99,7 @@ class Page:
             colours="".join(_hex_colours()).replace("#", ""),
             engine=self._engine(),
             version=join(__version__),
+            closing=join(live.closing if live else "This page is complete in itself and loads nothing from anywhere."),
         )
         before, _, after = text.partition(_IMAGES_HERE)
         return before, after
@@ -129,6 +143,7 @@ class Page:
         """Return the numbers of one image besides its score, and what was done to it before scoring."""
         facts = [fact for scale, fact in self._on_scales(score.score).items() if scale is not self.scale]
         facts += [(name, number_text(value)) for name, value in _branch_scores(score)]
+        facts += [("Looks like", words_text(score.probabilities))] if score.probabilities else []
         if score.spread is not None:
             facts.append((f"Spread over {len(score.seeds)} seeds", number_text(score.spread)))
         facts += [
@@ -147,13 +162,24 @@ class Page:
         return tag("figure", image, caption, data_kind=kind)
 
     def heatmap(
-        self, source: str, name: str, heatmap: Heatmap, scale: tuple[float, float], width: int, height: int
+        self,
+        source: str,
+        name: str,
+        heatmap: Heatmap,
+        scale: tuple[float, float],
+        width: int,
+        height: int,
+        word: str | None = None,
     ) -> Html:
-        """Return the figure of a map with its legend, in colours that run over `scale`, as large as a photograph."""
+        """Return the figure of a map with its legend, in colours that run over `scale`, as large as a photograph.
+
+        `word`: whose probabilities it has.
+        """
         label, (low, high) = self.labels[name], scale
+        unit = f"{word}, {label.short}" if word else label.short
         span = f"from {short(heatmap.low)} to {short(heatmap.high)}"
         png = to_png(heatmap, palette(heatmap, low, high))
-        image = _image("png", png, width, height, f"{label.plain} of {source}, {span}, {label.short}")
+        image = _image("png", png, width, height, f"{label.plain} of {source}, {span}, {unit}")
         legend = tag(
             "span",
             tag("span", short(low), class_="low"),
@@ -161,7 +187,7 @@ class Page:
             tag("span", short(high), class_="high"),
             class_="legend",
         )
-        caption = tag("figcaption", tag("b", label.title), _SPACE, tag("span", label.short), legend)
+        caption = tag("figcaption", tag("b", label.title), _SPACE, tag("span", unit), legend)
         ends = {"data_low": f"{heatmap.low:.9g}", "data_high": f"{heatmap.high:.9g}"}
         return tag("figure", tag("span", image, class_="base"), caption, class_="map", data_kind=name, **ends)
 
@@ -172,11 +198,17 @@ class Page:
             ("Seeds" if len(score.seeds) > 1 else "Seed", _seeds(score.seeds)),
             ("Engine", score.engine),
             ("Backend", score.backend),
+            *((name.capitalize(), _all_words(found)) for name, found in (score.probabilities or {}).items()),
             ("Pixels", f"SHA-256 {score.digest}"),
         ]
         columns = ["Top", "Left", "Score", *(name for name, _ in _branch_scores(score))]
+        columns += ["Looks like"] if score.probabilities else []
         rows = (
-            [f"{crop.top}", f"{crop.left}", number_text(crop.score), *(number_text(v) for _, v in _branch_scores(crop))]
+            [
+                *(f"{crop.top}", f"{crop.left}", number_text(crop.score)),
+                *(number_text(v) for _, v in _branch_scores(crop)),
+                *([words_text(crop.probabilities)] if score.probabilities else []),
+            ]
             for crop in score.crops[:_MAX_CROP_ROWS]
         )
         size = self.manifest.crop.size
@@ -211,6 +243,12 @@ class Page:
             warnings["Results of different engines."] = f" Their scores cannot be compared: {', '.join(engines)}."
         parts = (tag("p", tag("strong", head), text) for head, text in warnings.items())
         return tag("div", *parts, class_="warning", role="note") if warnings else Html()
+
+    def _summary(self, collected: Collected) -> Html:
+        distribution = tag("div", tag("h3", "Distribution of scores"), _distribution(collected), class_="distribution")
+        halves = tag("div", tag("div", self._facts(collected)), distribution, class_="halves")
+        title = tag("h2", "Summary", id="summary-title")
+        return tag("section", title, halves, class_="summary", aria_labelledby="summary-title")
 
     def _facts(self, collected: Collected) -> Html:
         """The numbers at the top: first what came out, then how."""
@@ -273,9 +311,10 @@ class Page:
         return join(
             tag("p", tag("strong", better), f" {span} {m.meaning}"),
             tag("p", *m.reference.explained) if m.reference else None,
+            tag("p", WORDS_EXPLAINED) if self.manifest.flow.probabilities else None,
             tag(
                 "p",
-                f"Score = {total}. ",
+                f"Score = {total}. " if total else "",
                 *(texts[name] for name in self._branches),
                 "Both are means over the crops." if len(self._branches) > 1 else "It is the mean over the crops.",
             ),
@@ -296,11 +335,13 @@ class Page:
         columns = [("name", "Image"), ("score", "Score")]
         columns += [(name.lower(), name) for name in self._branches]
         columns += [(scale.value, name) for scale, (name, _) in self._on_scales(0.0).items() if scale is not Scale.RAW]
+        columns += [("words", "Looks like")] if self.manifest.flow.probabilities else []
         columns += [("spread", "Spread"), ("size", "Size"), ("seconds", "Time")]
         rows = []
         for number, score in enumerate(collected.scores, start=1):
             texts = {key: number_text(getattr(score, key)) for key in ("score", "vcg", "vda", "spread")}
             texts |= {scale.value: text for scale, (_, text) in self._on_scales(score.score).items()}
+            texts |= {"words": words_text(score.probabilities) or "–"}
             texts |= {"size": f"{score.width} × {score.height}", "seconds": seconds_text(score.seconds)}
             link = tag("a", tag("bdi", score.source), href=f"#image-{number}")
             cells = [tag("td", texts[key], class_=key) for key, _ in columns[1:]]
@@ -393,6 +434,12 @@ def _failures(collected: Collected) -> Html:
 def _branch_scores(score: Score | CropScore) -> list[tuple[str, float]]:
     """Return the scores of the branches that an engine has."""
     return [(name, value) for name, value in (("VCG", score.vcg), ("VDA", score.vda)) if value is not None]
+
+
+def _all_words(probabilities: Mapping[str, float]) -> str:
+    """Return all words that are not next to impossible, the most probable first."""
+    ranked = sorted(probabilities.items(), key=lambda item: -item[1])
+    return ", ".join(f"{word} {p:.2f}" for word, p in ranked if p >= 0.005)
 
 
 def _definitions(facts: Sequence[tuple[str, str]], style: str) -> Html:

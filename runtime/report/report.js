@@ -76,7 +76,7 @@
       const score = number(card, "score");
       const fits = named(card) && (isNaN(low) || score >= low) && (isNaN(high) || score <= high);
       card.hidden = !fits || onlyFailures;
-      rows.get(card.dataset.order).hidden = card.hidden;
+      if (table) rows.get(card.dataset.order).hidden = card.hidden;
       if (!card.hidden) count += 1;
     }
     let message = `${count} of ${cards.length} images shown`;
@@ -152,13 +152,32 @@
     for (const byte of bytes) text += String.fromCharCode(byte);
     return `data:image/png;base64,${btoa(text)}`;
   }
+  // A live page's maps come each in its own range; the range that they share grows as they come.
+  const live = "live" in find("main").dataset;
+  function shared(kind) {
+    const figures = all(`figure.map[data-kind="${kind}"]`);
+    return [Math.min(...figures.map((f) => f.dataset.low)), Math.max(...figures.map((f) => f.dataset.high))];
+  }
+  function spread(figure, low, high) {
+    const [from, to] = [Number(figure.dataset.low), Number(figure.dataset.high)];
+    const last = colours.length / 3 - 1;
+    return Uint8Array.from(colours, (_, i) => {
+      const value = from + ((to - from) * Math.floor(i / 3)) / last;
+      return colours[3 * Math.round((last * (value - low)) / (high - low || 1)) + (i % 3)];
+    });
+  }
   const originals = new Map(); // figure → its picture and legend as written
   function recolour() {
     const own = controls.range.value === "own";
     for (const figure of all("figure.map")) {
       const [image, low, high] = [find("img", figure), find(".low", figure), find(".high", figure)];
       if (!originals.has(figure)) originals.set(figure, [image.src, low.textContent, high.textContent]);
-      const [source, lowText, highText] = originals.get(figure);
+      let [source, lowText, highText] = originals.get(figure);
+      if (live) {
+        const ends = shared(figure.dataset.kind);
+        source = withPalette(source, spread(figure, ...ends));
+        [lowText, highText] = ends.map(short);
+      }
       image.src = own ? withPalette(source, colours) : source;
       low.textContent = own ? short(Number(figure.dataset.low)) : lowText;
       high.textContent = own ? short(Number(figure.dataset.high)) : highText;
@@ -283,11 +302,21 @@
     if (shown) find("img", shown).focus(); // where the arrow keys have led, not where they began
     shown = null;
   });
-  for (const image of all("figure img")) {
-    image.tabIndex = 0;
-    image.setAttribute("role", "button");
-    image.setAttribute("aria-haspopup", "dialog");
+  function openable(root) {
+    for (const image of all("figure img", root)) {
+      image.tabIndex = 0;
+      image.setAttribute("role", "button");
+      image.setAttribute("aria-haspopup", "dialog");
+    }
   }
+  openable(document);
+  find("#cards").addEventListener("card", (event) => {
+    cards.push(event.target);
+    openable(event.target);
+    arrange();
+    recolour();
+    overlay();
+  });
   find("#cards").addEventListener("click", (event) => {
     if (event.target.matches("figure img")) show(event.target.closest("figure"));
   });
@@ -307,9 +336,12 @@
     for (const details of unfolded) details.open = false;
   });
 
-  find(".check.failures").hidden = !failures;
-  find(".maps").hidden = !find("figure.map");
-  controls.hidden = cards.length + (failures ? 1 : 0) < 2;
-  sort();
-  filter();
+  function arrange() {
+    find(".check.failures").hidden = !failures;
+    find(".maps").hidden = !find("figure.map");
+    controls.hidden = cards.length + (failures ? 1 : 0) < 2;
+    sort();
+    filter();
+  }
+  arrange();
 })();

@@ -80,6 +80,7 @@ class ReportWriter:
             "details": self._page.details(result),
             "photos": "",
             "maps": [],
+            "words": {},
         }
         if result.pictures is not None:
             for kind, plane in result.pictures.planes.items():
@@ -88,6 +89,7 @@ class ReportWriter:
             for name, values in _maps(result.pictures, self._side // _PIXELS_PER_BLOCK).items():
                 card["maps"].append(_pack(name, to_heatmap(values)))
                 self._ranges.setdefault(name, []).append(_usual_range(name, values))
+            card["words"] = {name: found.word for name, found in result.pictures.words.items()}
         with self._writing():
             self._cards.write(json.dumps(card).encode() + b"\n")
         # What is left is a few hundred bytes: numbers for the table, the histogram and the ranks.
@@ -130,10 +132,11 @@ class ReportWriter:
         self._cards.seek(0)
         for number, (score, line) in enumerate(zip(collected.scores, self._cards, strict=True), start=1):
             card = json.loads(line)
-            maps = [
-                self._page.heatmap(score.source, name, _unpack(*packed), collected.scales[name], *card["size"])
-                for name, *packed in card["maps"]
-            ]
+            maps = []
+            for name, *packed in card["maps"]:
+                (width, height), word = card["size"], card["words"].get(name)
+                scale = collected.scales[name]
+                maps.append(self._page.heatmap(score.source, name, _unpack(*packed), scale, width, height, word))
             facts, photos, details = (Html(card[part]) for part in ("facts", "photos", "details"))
             yield self._page.card(number, score, collected, facts, join(photos, *maps), details)
 
@@ -143,6 +146,21 @@ class ReportWriter:
             yield
         except OSError as exc:
             raise OutputError(f"cannot write the report {self._path}: {exc.strerror or exc}") from exc
+
+
+def single_card(page: Page, score: Score, side: int) -> Html:
+    """Return the card of one image by itself, each map in the colours of its own range."""
+    photos, maps, scales = [], [], {}
+    if score.pictures is not None:
+        for kind, plane in score.pictures.planes.items():
+            webp, width, height = _photo(plane, side)
+            photos.append(page.photo(score.source, kind, webp, width, height))
+        for name, values in _maps(score.pictures, side // _PIXELS_PER_BLOCK).items():
+            heatmap = to_heatmap(values)
+            scales[name] = (heatmap.low, heatmap.high)
+            maps.append(page.heatmap(score.source, name, heatmap, scales[name], width, height))
+    collected = Collected((score,), scales, side)
+    return page.card(1, score, collected, page.facts(score), join(*photos, *maps), page.details(score))
 
 
 def _photo(plane: Picture, side: int) -> tuple[bytes, int, int]:
@@ -168,6 +186,8 @@ def _maps(pictures: Pictures, most: int) -> dict[str, FloatMap]:
     maps = {} if moved is None else {DIFFERENCE: block_mean(moved, fine)}
     score, weight = pictures.score_map, pictures.weight_map
     whole = {SCORE_MAP: score, WEIGHT_MAP: weight, PRODUCT: score * weight}
+    if pictures.words:
+        whole = {SCORE_MAP: score, **{name: found.values for name, found in pictures.words.items()}}
     return maps | {name: block_mean(values, coarse) for name, values in whole.items()}
 
 

@@ -6,11 +6,13 @@ import pytest
 
 from diffiqa.bench import ceilings
 
+REAL_SIZES = {name: getattr(ceilings, name) for name in ("SIDE", "COPY_BYTES", "DEVICE_COPY_BYTES")}
+SMALL = {"SIDE": 128, "COPY_BYTES": 2**20, "DEVICE_COPY_BYTES": 2**20}
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _small_ceilings() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ceilings, "SIDE", 128)
-        for name in ("COPY_BYTES", "DEVICE_COPY_BYTES"):
-            patch.setattr(ceilings, name, 2**20)
+        for name, size in SMALL.items():
+            patch.setattr(ceilings, name, size)
         yield

@@ -28,12 +28,14 @@ from diffiqa.bench.contenders import (
     Ground,
     Missing,
     Place,
+    openvino_nncf,
+    ours,
     peers_for,
     place_of,
 )
 from diffiqa.bench.peers import EXACT
 from diffiqa.bench.torch_loop import TorchScorer, Way, normals
-from diffiqa.bench.workload import with_steps
+from diffiqa.bench.workload import generate, with_steps
 from diffiqa.engine.crops import CropPlaces
 from diffiqa.engine.manifest import Manifest, open_engine
 from diffiqa.engine.noise import WEYL, NoiseField, split_seed
@@ -452,3 +454,21 @@ def test_a_peer_that_cannot_run_beside_ours_is_refused_by_name(backend: str, nam
 def test_ours_is_exact_in_float32_alone() -> None:
     assert OURS.exact
     assert not replace(OURS, precision="fp16").exact
+
+
+def test_nncf_is_named_where_it_is_missing(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", None)
+    with pytest.raises(Missing, match="nncf is not installed; install it with: pip install nncf"):
+        openvino_nncf(Ground(tiny_engine, None))
+
+
+def test_nncf_quantises_the_unet_alone(tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", None)
+    pytest.importorskip("nncf")
+    picture = generate(tmp_path, [(48, 48)], 1, 0).by_size[48, 48][0]
+    ask = Ask(picture, crops=1, seed=0, steps=6)
+    (rounded, version), (exact, _) = (make(Ground(tiny_engine, None)) for make in (openvino_nncf, ours))
+    assert "nncf" in version
+    assert 0 < abs(rounded(ask) - exact(ask)) < 0.05

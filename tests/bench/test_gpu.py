@@ -42,6 +42,7 @@ from diffiqa.runtime.scorer import Scorer, load
 
 from ..fake_device import FakeLayer
 from ..tiny import STAGES, photo
+from .conftest import REAL_SIZES
 from .test_verdict import CASE, QUIET, SAMPLES
 
 TENSORRT = TensorRt()
@@ -454,14 +455,13 @@ def test_a_batch_that_the_build_does_not_take_is_a_problem(
     assert any("batch 2: restored 1 at a time, not 2" in problem for problem in found.problems)
 
 
-@pytest.mark.parametrize(
-    ("count", "batch", "length"), [(2, 1, 4), (9, 1, 9), (2, 8, 32), (3, 2, 8), (20, 4, 20), (1, 4, 16)]
-)
-def test_images_are_repeated_until_they_fill_batches(count: int, batch: int, length: int) -> None:
-    paths = [Path(str(i)) for i in range(count)]
-    found = in_batches(paths, batch)
-    assert len(found) == length
-    assert found[:count] == tuple(paths[:length])
+def test_images_are_repeated_until_they_fill_batches() -> None:
+    cases: list[tuple[int, int, int]] = [(2, 1, 4), (9, 1, 9), (2, 8, 32), (3, 2, 8), (20, 4, 20), (1, 4, 16)]
+    for count, batch, length in cases:
+        paths = [Path(str(i)) for i in range(count)]
+        found = in_batches(paths, batch)
+        assert len(found) == length
+        assert found[:count] == tuple(paths[:length])
 
 
 # -------------------------------------------------------------------------------------------------- ONNX Runtime there
@@ -597,9 +597,8 @@ def test_a_gpu_is_described_and_its_peak_is_that_of_the_data_sheet(nvml: FakeNvm
     assert found.load == GpuLoad((45.0,), (1980.0,), (2619.0,), (900.0,), {"power limit": 0.0}, (), ())
 
 
-@pytest.mark.parametrize(
-    ("name", "tflops"),
-    [
+def test_a_data_sheet_is_that_of_the_very_gpu() -> None:
+    cases: list[tuple[str, float | None]] = [
         ("NVIDIA H100 80GB HBM3", 989.4),
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA A10", 125),
@@ -607,10 +606,9 @@ def test_a_gpu_is_described_and_its_peak_is_that_of_the_data_sheet(nvml: FakeNvm
         ("Tesla T4", 65),
         ("NVIDIA A10G", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-    ],
-)
-def test_a_data_sheet_is_that_of_the_very_gpu(name: str, tflops: float | None) -> None:
-    assert (sheet(name) or (None,))[0] == tflops
+    ]
+    for name, tflops in cases:
+        assert (sheet(name) or (None,))[0] == tflops
 
 
 @pytest.mark.parametrize(
@@ -925,6 +923,8 @@ def test_rates_are_those_of_all_calls_together(
 
     monkeypatch.setattr(ceilings, product, taking(0.25))
     monkeypatch.setattr(ceilings, copy, taking(0.5))
+    for name, size in REAL_SIZES.items():
+        monkeypatch.setattr(ceilings, name, size)
     probe = make(1)
     for _ in range(2):
         probe.sample(lambda: now)

@@ -189,7 +189,7 @@ def skip_of_unlike_halves() -> tuple[onnx.ModelProto, dict[str, FloatArray]]:
     return model, {"image": rng.standard_normal((1, 3, 16, 16)).astype(np.float32)}
 
 
-@pytest.mark.parametrize("recipe", [Recipe(method=Method.MAX), Recipe(target=Target.TENSORRT, method=Method.MAX)])
+@pytest.mark.parametrize("recipe", [Recipe(target=target, method=Method.MAX) for target in Target])
 def test_unlike_halves_lose_nothing_to_each_other(directory: EngineDirectory, recipe: Recipe) -> None:
     model, feed = skip_of_unlike_halves()
     names = watched(model)
@@ -222,6 +222,34 @@ def test_tensorrts_form_is_signed_around_zero_with_float_biases(
         assert stored[node.input[2]].dtype == np.int8
         assert not stored[node.input[2]].any()
     assert not any(value.dtype == np.int32 for value in stored.values())
+
+
+def test_openvino_runs_its_form_of_the_unet_in_8_bits_with_no_float_between(
+    directory: EngineDirectory, tiny_statistics: Statistics, tmp_path: Path
+) -> None:
+    openvino = pytest.importorskip("openvino")
+    _, made, report = quantised(directory, StageName.UNET, tiny_statistics, Recipe(target=Target.OPENVINO))
+    onnx.save_model(made, tmp_path / "unet.onnx")
+    writers = {name: node for node in made.graph.node for name in node.output}
+    products = [node for node in made.graph.node if node.op_type == "MatMul"]
+    assert products
+    assert all(writers[name].op_type == "DequantizeLinear" for node in products for name in node.input)
+    core = openvino.Core()
+    model = core.read_model(tmp_path / "unet.onnx")
+    model.reshape({"y": [1, 3, 32, 32], "condition": [1, 3, 32, 32], "noise_level": [1, 1]})
+    form = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    ran: dict[str, str] = {}  # by the node of the file that it came from: what computed it
+    for op in form.get_runtime_model().get_ops():
+        about = {key: str(op.get_rt_info()[key].astype(str)) for key in ("originalLayersNames", "primitiveType")}
+        for name in about["originalLayersNames"].split(","):
+            ran[name.partition("/")[0]] = about["primitiveType"].lower()
+    done = [name for name in report.quantised if name in ran]
+    assert len(done) > len(report.quantised) / 2
+    assert [name for name in done if not ran[name].endswith("i8")] == []
+    joined = [node for node in made.graph.node if node.op_type == "Concat" and ".joined" in node.output[0]]
+    assert joined
+    floats = {node.output[0].removesuffix(".joined") for node in joined}
+    assert not any(node.op_type == "Concat" and node.output[0] in floats for node in made.graph.node)
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -67,10 +67,12 @@ def test_every_step_weighs_the_same() -> None:
     assert weights.sum() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("share", [0.001, 0.25, 0.5, 0.9, 0.999])
-def test_quantiles_are_those_of_the_values(share: float) -> None:
-    values = normals(5) + 0.5
-    assert quantile(weights_of(values), share) == pytest.approx(float(np.quantile(values, share)), rel=0.04, abs=0.02)
+def test_quantiles_are_those_of_the_values() -> None:
+    for share in (0.001, 0.25, 0.5, 0.9, 0.999):
+        values = normals(5) + 0.5
+        assert quantile(weights_of(values), share) == pytest.approx(
+            float(np.quantile(values, share)), rel=0.04, abs=0.02
+        )
 
 
 def test_max_spans_all_and_holds_zero() -> None:

@@ -143,6 +143,7 @@ def world(tiny_engine: Path, tiny_model: DiffV2IQA, tmp_path: Path, monkeypatch:
     for index, name in enumerate(["photo.jpg", "a.png", *pictures]):
         Path(name).parent.mkdir(exist_ok=True)
         Image.fromarray(photo(index, 40, 48)).save(name)
+    Path("names.txt").write_text("photos/0.png\nphotos/1.png\n")
     rows = [f"{index}.png,0.{index}" for index in range(4)]
     Path("program.csv").write_text("\n".join(["name,score", *rows]))  # its scores
     return tmp_path

@@ -57,14 +57,14 @@ def test_nothing_is_loaded_from_a_network(site: Path) -> None:
         assert not [address for address in addresses if REMOTE.match(address)], style.name
 
 
-@pytest.mark.parametrize("link", ["[x](none.md)", "[x](#none)", "[x](../README.md)", "![x](none.png)"])
-def test_a_dead_link_fails_the_build(tmp_path: Path, link: str) -> None:
+def test_a_dead_link_fails_the_build(tmp_path: Path) -> None:
+    links = ("[x](none.md)", "[x](#none)", "[x](../README.md)", "![x](none.png)")
     docs = tmp_path / "docs"
     docs.mkdir()
-    (docs / "index.md").write_text(f"# Page\n\n{link}\n", encoding="utf-8")
+    (docs / "index.md").write_text("\n\n".join(["# Page", *links]), encoding="utf-8")
     settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     nav = re.compile(r"^nav:\n(  - .*\n)+", re.MULTILINE)
     (tmp_path / "mkdocs.yml").write_text(nav.sub("", settings), encoding="utf-8")
     built = build(tmp_path / "site", "--config-file", tmp_path / "mkdocs.yml")
     assert built.returncode == 1
-    assert "contains a link" in built.stderr
+    assert built.stderr.count("contains a link") == len(links), built.stderr

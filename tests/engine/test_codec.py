@@ -19,9 +19,8 @@ class Example:
     either: int | str = 1
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "says"),
-    [
+def test_a_value_of_another_kind_is_refused_by_name() -> None:
+    cases: list[tuple[str, Any, str]] = [
         ("whole", True, "whole must be a whole number, not True"),
         ("whole", 1.0, "whole must be a whole number, not 1.0"),
         ("real", True, "real must be a finite number, not True"),
@@ -29,11 +28,10 @@ class Example:
         ("text", 1, "text must be text, not 1"),
         ("flag", 1, "flag must be true or false, not 1"),
         ("either", True, "either must be a whole number or text, not True"),
-    ],
-)
-def test_a_value_of_another_kind_is_refused_by_name(field: str, value: Any, says: str) -> None:
-    with pytest.raises(ValueError, match=rf"^example\.{says}$"):
-        decode(Example, {field: value}, "example", ValueError)
+    ]
+    for field, value, says in cases:
+        with pytest.raises(ValueError, match=rf"^example\.{says}$"):
+            decode(Example, {field: value}, "example", ValueError)
 
 
 def test_a_whole_number_is_a_real_one_too() -> None:

@@ -190,11 +190,11 @@ def test_refuses_a_missing_file(engine: Path) -> None:
         open_engine(engine)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, '{"schema": 1}', "\x00", '{"schema": NaN}'])
-def test_refuses_what_is_not_a_manifest(engine: Path, text: str) -> None:
-    (engine / MANIFEST).write_text(text)
-    with pytest.raises(EngineError):
-        open_engine(engine)
+def test_refuses_what_is_not_a_manifest(engine: Path) -> None:
+    for text in ("", "{", "[]", "null", "[" * 100_000, '{"schema": 1}', "\x00", '{"schema": NaN}'):
+        (engine / MANIFEST).write_text(text)
+        with pytest.raises(EngineError):
+            open_engine(engine)
 
 
 def test_refuses_a_directory_without_manifest_or_none_at_all(tmp_path: Path) -> None:

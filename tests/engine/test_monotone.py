@@ -16,21 +16,17 @@ def test_beyond_the_ends_it_stays_or_goes_on(slope: int, values: tuple[float, fl
     assert (line(-1), line(4)) == values
 
 
-@pytest.mark.parametrize(
-    ("inputs", "outputs", "slope", "problem"),
-    [
+def test_says_what_is_wrong_with_values_from_a_file() -> None:
+    cases: list[tuple[tuple[float, ...], tuple[float, ...], int, str]] = [
         ((), (), 0, "one at least"),
         ((0.0, 1.0), (0.0,), 0, "as many outputs"),
         ((0.0, 0.0), (0.0, 1.0), 0, "do not rise"),
         ((0.0, 1.0), (1.0, 0.0), 0, "fall"),
         ((0.0, float("nan")), (0.0, 1.0), 0, "do not rise"),
         ((0.0, 1.0), (0.0, 1.0), 2, "slope"),
-    ],
-)
-def test_says_what_is_wrong_with_values_from_a_file(
-    inputs: tuple[float, ...], outputs: tuple[float, ...], slope: int, problem: str
-) -> None:
-    assert problem in str(Monotone(inputs, outputs, slope).problem)
+    ]
+    for inputs, outputs, slope, problem in cases:
+        assert problem in str(Monotone(inputs, outputs, slope).problem)
 
 
 def test_fits_as_isotonic_regression_does_where_every_pair_is_a_group() -> None:

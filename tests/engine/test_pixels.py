@@ -29,14 +29,13 @@ def test_every_byte_comes_back() -> None:
     assert np.array_equal(to_pixels(to_plane(pixels)), pixels)
 
 
-@pytest.mark.parametrize(
-    ("value", "byte"), [(-3, 0), (-1, 0), (0, 128), (0.004, 128), (0.012, 129), (1, 255), (2, 255)]
-)
-def test_a_plane_is_rounded_to_the_nearest_byte_and_clipped(value: float, byte: int) -> None:
-    pixels = to_pixels(np.full((3, 2, 4), value, np.float32))
-    assert pixels.shape == (2, 4, 3)
-    assert pixels.dtype == np.uint8
-    assert (pixels == byte).all()
+def test_a_plane_is_rounded_to_the_nearest_byte_and_clipped() -> None:
+    cases: list[tuple[float, int]] = [(-3, 0), (-1, 0), (0, 128), (0.004, 128), (0.012, 129), (1, 255), (2, 255)]
+    for value, byte in cases:
+        pixels = to_pixels(np.full((3, 2, 4), value, np.float32))
+        assert pixels.shape == (2, 4, 3)
+        assert pixels.dtype == np.uint8
+        assert (pixels == byte).all()
 
 
 def some_states(seed: int) -> FloatArray:

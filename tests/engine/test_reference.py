@@ -31,9 +31,9 @@ REFERENCE = Reference(
 MEANING = ScoreMeaning(1.0, 1.0, "Quality.", trained=True, reference=REFERENCE)
 
 
-@pytest.mark.parametrize("score", [-1.0, 0.05, *SCORES[:5].tolist(), 0.6, 2.0])
-def test_a_percentile_is_the_share_of_images_with_a_lower_score(score: float) -> None:
-    assert MEANING.percentile(score) == pytest.approx(stats.percentileofscore(SCORES, score, "mean"), abs=0.5)
+def test_a_percentile_is_the_share_of_images_with_a_lower_score() -> None:
+    for score in (-1.0, 0.05, *SCORES[:5].tolist(), 0.6, 2.0):
+        assert MEANING.percentile(score) == pytest.approx(stats.percentileofscore(SCORES, score, "mean"), abs=0.5)
 
 
 def test_where_lower_scores_are_better_both_turn_round() -> None:

@@ -27,9 +27,9 @@ def test_all_steps_make_the_table_of_the_schedule_to_the_last_bit(schedule: Sche
     assert choose_sampling(schedule, taps, KINDS, None, "ancestral") == Sampling.trained(schedule)
 
 
-@pytest.mark.parametrize(
-    ("model", "count", "sampler", "steps"),
-    [
+def test_a_number_of_steps_is_always_the_same_steps() -> None:
+    """Records name steps by their number alone, and --resume goes on with the same ones."""
+    cases: list[tuple[tuple[Schedule, Taps], int, str | None, tuple[int, ...]]] = [
         (PAPER, 3, None, (4, 9, 49)),
         (PAPER, 5, None, (4, 9, 22, 35, 49)),
         (PAPER, 10, None, (4, 9, 14, 19, 24, 29, 34, 39, 44, 49)),
@@ -38,13 +38,9 @@ def test_all_steps_make_the_table_of_the_schedule_to_the_last_bit(schedule: Sche
         (PAPER, 1, "ddim", (49,)),
         (MINI, 4, None, (0, 1, 5, 9)),
         (MINI, 2, "ddim", (4, 9)),
-    ],
-)
-def test_a_number_of_steps_is_always_the_same_steps(
-    model: tuple[Schedule, Taps], count: int, sampler: str | None, steps: tuple[int, ...]
-) -> None:
-    """Records name steps by their number alone, and --resume goes on with the same ones."""
-    assert choose_sampling(*model, KINDS, count, sampler).steps == steps
+    ]
+    for model, count, sampler, steps in cases:
+        assert choose_sampling(*model, KINDS, count, sampler).steps == steps
 
 
 @pytest.mark.parametrize("model", [PAPER, MINI])
@@ -75,9 +71,8 @@ def test_ddim_with_all_of_the_noise_is_ancestral() -> None:
         np.testing.assert_allclose(vars(ddim.factors)[name], column, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    ("model", "kinds", "steps", "sampler", "says"),
-    [
+def test_what_cannot_be_sampled_is_refused() -> None:
+    cases: list[tuple[tuple[Schedule, Taps], tuple[Kind, ...], int, str | None, str]] = [
         (PAPER, KINDS, 51, None, "51 steps are more than the 50 that this engine was trained with"),
         (PAPER, KINDS, 1, None, "take 3 at least, or the sampler ddim"),
         (PAPER, KINDS, 2, "ddim:0.5", "take 3 at least"),
@@ -88,13 +83,10 @@ def test_ddim_with_all_of_the_noise_is_ancestral() -> None:
         (PAPER, KINDS, 5, "ddim:-0.1", "eta must lie between"),
         (PAPER, KINDS, 5, "ancestral:0.5", "ancestral takes no eta"),
         (PAPER, (Kind.DIS,), 5, None, "restores nothing, so it has no steps to choose"),
-    ],
-)
-def test_what_cannot_be_sampled_is_refused(
-    model: tuple[Schedule, Taps], kinds: tuple[Kind, ...], steps: int, sampler: str | None, says: str
-) -> None:
-    with pytest.raises(UsageError, match=says):
-        choose_sampling(*model, kinds, steps, sampler)
+    ]
+    for model, kinds, steps, sampler, says in cases:
+        with pytest.raises(UsageError, match=says):
+            choose_sampling(*model, kinds, steps, sampler)
 
 
 def test_a_model_with_fewer_taps_takes_fewer_steps() -> None:
@@ -106,9 +98,8 @@ def test_a_model_with_fewer_taps_takes_fewer_steps() -> None:
 FAST = Fast(Sampling((4, 9, 29, 45)), Monotone((0.2, 0.6), (0.21, 0.6), slope_beyond=1), 48)
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
+def test_a_file_with_steps_that_no_loop_can_take_is_told_so() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"steps": ()}, "must rise"),
         ({"steps": (9, 4, 45)}, "must rise"),
         ({"steps": (4, 9, 50)}, "within 0 to 49"),
@@ -117,12 +108,11 @@ FAST = Fast(Sampling((4, 9, 29, 45)), Monotone((0.2, 0.6), (0.21, 0.6), slope_be
         ({"steps": (4, 9)}, "the tap t2 needs step 9, and one above it"),
         ({"eta": 0.5}, "eta must lie"),
         ({"eta": 1.5, "sampler": Sampler.DDIM}, "eta must lie"),
-    ],
-)
-def test_a_file_with_steps_that_no_loop_can_take_is_told_so(changes: dict[str, Any], says: str) -> None:
-    assert FAST.problem(*PAPER, KINDS) is None
-    broken = dataclasses.replace(FAST, sampling=dataclasses.replace(FAST.sampling, **changes))
-    assert says in (broken.problem(*PAPER, KINDS) or "")
+    ]
+    for changes, says in cases:
+        assert FAST.problem(*PAPER, KINDS) is None
+        broken = dataclasses.replace(FAST, sampling=dataclasses.replace(FAST.sampling, **changes))
+        assert says in (broken.problem(*PAPER, KINDS) or "")
 
 
 def test_the_key_of_a_fast_sampling_follows_all_that_changes_a_score_and_nothing_else() -> None:

@@ -22,6 +22,7 @@ def test_a_bundle_is_written_from_a_model_and_from_a_file(tiny_loaded: Loaded, t
         convert(first, second)
 
 
+@pytest.mark.usefixtures("ready_graphs")
 def test_an_export_says_what_it_does(tiny_loaded: Loaded, tmp_path: Path) -> None:
     heard: list[str] = []
     done = export(tiny_loaded, str(tmp_path / "engine"), stages=["vda"], say=heard.append)

@@ -51,16 +51,16 @@ def test_default_sizes_hold_a_crop_alone_and_a_family_around_tiles(manifest: Man
     assert made[1]["y"].optimum == (1, 3, 512, 512)
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "x", "1.5", "1:2", "1:2:3:4", "1x2", "99999999", "٣"])
-def test_a_batch_of_another_form_is_refused(manifest: Manifest, text: str) -> None:
-    with pytest.raises(UsageError, match="is not of the form N or MIN:OPT:MAX"):
-        profiles(manifest, StageName.VDA, [text], ["32x32"])
+def test_a_batch_of_another_form_is_refused(manifest: Manifest) -> None:
+    for text in ("", "0", "-1", "x", "1.5", "1:2", "1:2:3:4", "1x2", "99999999", "٣"):
+        with pytest.raises(UsageError, match="is not of the form N or MIN:OPT:MAX"):
+            profiles(manifest, StageName.VDA, [text], ["32x32"])
 
 
-@pytest.mark.parametrize("text", ["32", "32x", "x32", "32x0", "32x32:64x64", "32x32x32"])
-def test_a_size_of_another_form_is_refused(manifest: Manifest, text: str) -> None:
-    with pytest.raises(UsageError, match="is not of the form HxW"):
-        profiles(manifest, StageName.UNET, ["1"], [text])
+def test_a_size_of_another_form_is_refused(manifest: Manifest) -> None:
+    for text in ("32", "32x", "x32", "32x0", "32x32:64x64", "32x32x32"):
+        with pytest.raises(UsageError, match="is not of the form HxW"):
+            profiles(manifest, StageName.UNET, ["1"], [text])
 
 
 def test_a_family_that_shrinks_is_refused(manifest: Manifest) -> None:

@@ -19,17 +19,14 @@ from diffiqa.model.checkpoint import Loaded
 from diffiqa.model.network import DiffV2IQA
 
 
-@pytest.mark.parametrize("scale", [1.0, 5.0, 100.0])
-def test_labels_of_any_range_are_exported(tiny_model: DiffV2IQA, tmp_path: Path, scale: float) -> None:
+def test_labels_of_any_range_are_exported(tiny_model: DiffV2IQA, tmp_path: Path) -> None:
     """A MANIQA trained on labels of 0 to 100 has scores a hundred times as large, and rounding as well."""
     model = copy.deepcopy(tiny_model)
-    assert model.vcg
     assert model.vda
     with torch.no_grad():
-        for branch in (model.vcg, model.vda):
-            for parameter in branch.score[3].parameters():
-                parameter.mul_(scale)
-    manifest, _ = export_engine(Loaded(model, (), ()), tmp_path / "engine")
+        for parameter in model.vda.score[3].parameters():
+            parameter.mul_(100)
+    manifest, _ = export_engine(Loaded(model, (), ()), tmp_path / "engine", stages=(StageName.VDA,))
     score = next(check for check in manifest.stages[-1].checks if check.output == "score_map")
     assert score.max_abs_error <= score.tolerance < 1e-3 * score.max_abs_reference
 

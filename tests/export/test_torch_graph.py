@@ -32,7 +32,8 @@ WITHIN = {Precision.FP32: 3e-6, Precision.FP16: 4e-3, Precision.BF16: 2e-2}
 def grouped(folder: Path) -> Path:
     """Export a U-Net with group norm, as SR3 has it: other operators than batch norm's."""
     assert TINY.unet
-    config = dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet, norm=Norm.GROUP, groups=4))
+    small = dataclasses.replace(TINY.unet, multipliers=(1, 2), attention_levels=(1,), norm=Norm.GROUP, groups=4)
+    config = dataclasses.replace(TINY, unet=small)
     export_engine(Loaded(perturbed(build(config, seed=3), seed=4), (), ()), folder / "group", stages=(StageName.UNET,))
     return folder / "group"
 

@@ -33,9 +33,8 @@ def refusal(path: Path) -> str:
     return str(info.value)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_file_that_is_no_checkpoint_is_named_for_what_it_is(tmp_path: Path) -> None:
+    cases: list[tuple[bytes, str]] = [
         (b"", "is empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "git lfs pull"),
         (b"\n<!DOCTYPE html><html><title>Sign in</title></html>", "probably a failed download"),
@@ -48,14 +47,13 @@ def refusal(path: Path) -> str:
         (bytes(1000), "neither a torch checkpoint nor safetensors"),
         ((5000).to_bytes(8, "little") + b'{"a":', "truncated safetensors"),
         (b"PK\x03\x04", "truncated or damaged"),
-    ],
-)
-def test_file_that_is_no_checkpoint_is_named_for_what_it_is(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "model.pt"
-    path.write_bytes(content)
-    text = refusal(path)
-    assert message in text
-    assert "\n" not in text
+    ]
+    for content, message in cases:
+        path = tmp_path / "model.pt"
+        path.write_bytes(content)
+        text = refusal(path)
+        assert message in text
+        assert "\n" not in text
 
 
 def test_paths_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
@@ -292,13 +290,20 @@ def test_shards_beyond_the_size_that_is_read_are_refused(tmp_path: Path, monkeyp
     assert "more than 10 bytes, which no index" in refusal(index)
 
 
-@pytest.mark.parametrize(
-    "text", ["[]", "{}", "7", '{"weight_map": 3}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "[" * 99999]
-)
-def test_an_index_without_shards_is_refused(tmp_path: Path, text: str) -> None:
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(text)
-    assert "index" in refusal(index)
+def test_an_index_without_shards_is_refused(tmp_path: Path) -> None:
+    cases: list[str] = [
+        "[]",
+        "{}",
+        "7",
+        '{"weight_map": 3}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 1}}',
+        "[" * 99999,
+    ]
+    for text in cases:
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(text)
+        assert "index" in refusal(index)
 
 
 def test_a_damaged_index_ends_in_one_clear_error_or_in_the_same_weights(tmp_path: Path) -> None:
@@ -322,15 +327,17 @@ def test_a_damaged_index_ends_in_one_clear_error_or_in_the_same_weights(tmp_path
     assert refused > 40
 
 
-@pytest.mark.parametrize("key", ["ema_state_dict", "state_dict_ema", "model_ema", "params_ema", "ema_model", "ema"])
-def test_a_moving_average_is_taken_before_the_weights(tmp_path: Path, key: str) -> None:
-    content = {"state_dict": {"w": torch.zeros(1)}, key: {"w": torch.ones(1)}, "epoch": 3}
-    file = read(saved(tmp_path / "m.pt", content))
-    assert file.weights["w"].item() == 1
-    assert file.average == key
-    assert file.ignored == ("state_dict", "epoch")
-    nested = read(saved(tmp_path / "n.pt", {"model": {"w": torch.zeros(1)}, key: {"state_dict": {"w": torch.ones(1)}}}))
-    assert (nested.weights["w"].item(), nested.average) == (1, key)
+def test_a_moving_average_is_taken_before_the_weights(tmp_path: Path) -> None:
+    for key in ("ema_state_dict", "state_dict_ema", "model_ema", "params_ema", "ema_model", "ema"):
+        content = {"state_dict": {"w": torch.zeros(1)}, key: {"w": torch.ones(1)}, "epoch": 3}
+        file = read(saved(tmp_path / "m.pt", content))
+        assert file.weights["w"].item() == 1
+        assert file.average == key
+        assert file.ignored == ("state_dict", "epoch")
+        nested = read(
+            saved(tmp_path / "n.pt", {"model": {"w": torch.zeros(1)}, key: {"state_dict": {"w": torch.ones(1)}}})
+        )
+        assert (nested.weights["w"].item(), nested.average) == (1, key)
 
 
 def test_an_average_without_tensors_by_name_is_no_weights(tmp_path: Path) -> None:

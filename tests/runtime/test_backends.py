@@ -20,9 +20,8 @@ from diffiqa.runtime.backends import (
 from diffiqa.runtime.scorer import load
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "backend"),
-    [
+def test_options_become_a_backend() -> None:
+    cases: list[tuple[str, dict[str, Any], object]] = [
         ("auto", {}, (TensorRt(), InductorOnGpu(), OnnxOnGpu(), OnnxRuntime())),
         (
             "auto",
@@ -37,15 +36,13 @@ from diffiqa.runtime.scorer import load
         ("onnxruntime-gpu", {"batch": 2, "providers": ("A",)}, OnnxOnGpu(batch=2, providers=("A",))),
         ("onnxruntime", {"providers": ("A", ("B", {"x": "1"}))}, OnnxRuntime(providers=("A", ("B", {"x": "1"})))),
         ("openvino", {"threads": 3, "cpu_precision": "bf16"}, OpenVino(3, "bf16")),
-    ],
-)
-def test_options_become_a_backend(name: str, options: dict[str, Any], backend: object) -> None:
-    assert from_options(name, **options) == backend
+    ]
+    for name, options, backend in cases:
+        assert from_options(name, **options) == backend
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "says"),
-    [
+def test_an_option_of_another_backend_is_refused() -> None:
+    cases: list[tuple[str, dict[str, Any], str]] = [
         (
             "auto",
             {"threads": 1, "device": 1},
@@ -70,11 +67,10 @@ def test_options_become_a_backend(name: str, options: dict[str, Any], backend: o
         ("onnxruntime", {"batch": 2}, "--batch is an option of the backends tensorrt, inductor-gpu and"),
         ("openvino", {"spin": True}, "--spin is an option of the backend onnxruntime, not of openvino"),
         ("openvino", {"providers": ("A",)}, "not of openvino"),
-    ],
-)
-def test_an_option_of_another_backend_is_refused(name: str, options: dict[str, Any], says: str) -> None:
-    with pytest.raises(UsageError, match=says):
-        from_options(name, **options)
+    ]
+    for name, options, says in cases:
+        with pytest.raises(UsageError, match=says):
+            from_options(name, **options)
 
 
 @pytest.mark.parametrize("kind", [TensorRt, InductorOnGpu, OnnxOnGpu])

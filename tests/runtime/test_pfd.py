@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import PIL.Image
 import pytest
 
 from diffiqa.engine.crops import crop_grid
@@ -17,7 +19,11 @@ from diffiqa.engine.noise import NoiseField
 from diffiqa.engine.pixels import to_plane
 from diffiqa.errors import EngineError, UsageError
 from diffiqa.runtime.backends import OnnxRuntime
-from diffiqa.runtime.results import Options, Score
+from diffiqa.runtime.command import api
+from diffiqa.runtime.command.recordfile import read_records
+from diffiqa.runtime.command.records import Format, Record, RunSettings
+from diffiqa.runtime.command.table import show_table
+from diffiqa.runtime.results import Options, Score, words_text
 from diffiqa.runtime.scorer import Scorer, load
 
 from ..model.comparing import Weights
@@ -156,3 +162,35 @@ def test_its_manifest_comes_back_as_it_was_written_and_its_plan_is_part_of_its_i
     assert _flow(probabilities=(words,))(m).engine_id != m.engine_id
     shutil.copytree(pfd_engine, tmp_path / "copy")
     assert open_engine(tmp_path / "copy").manifest == m
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json"])
+def test_records_carry_the_probabilities_and_a_run_goes_on_from_them(pfd: Scorer, tmp_path: Path, name: str) -> None:
+    images = [str(tmp_path / f"{seed}.png") for seed in (1, 2)]
+    for seed, image in enumerate(images, 1):
+        PIL.Image.fromarray(photo(seed, 80, 70)).save(image)
+    file, options = tmp_path / name, Options(crops=2)
+    first = api.score(pfd, images[:1], output=file, options=options)
+    again = api.score(pfd, images, output=file, options=options, resume=True, report=tmp_path / "report.html")
+    assert again.kept == 1
+    assert again.records[0] == first.records[0]
+    assert list(again.records) == read_records(file, Format(file.suffix[1:]))
+    for record, image in zip(again.records, images, strict=True):
+        assert record.probabilities == pfd.score(image, options).probabilities
+    page = (tmp_path / "report.html").read_text()
+    for record in again.records:
+        assert page.count(words_text(record.probabilities)) >= 2  # on its card and in the table of all
+    assert page.count('data-kind="levels"') == 1  # the picture of the earlier run is not computed again
+    assert "weight_map" not in page
+
+
+def test_the_table_says_what_an_image_looks_like(pfd: Scorer, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    records = [Record.of(pfd.score(PIXELS), RunSettings.of(pfd.manifest, Options()))]
+    show_table(records, pfd.info.score, "", sys.stdout)
+    shown = capfdbinary.readouterr().out.decode()
+    words = records[0].probabilities
+    assert words
+    for kind in words.values():
+        word = max(kind, key=lambda each: kind[each])
+        assert f"{word} {kind[word]:.2f}" in shown
+    assert "add up" in " ".join(shown.split())

@@ -52,14 +52,14 @@ def test_every_pixel_a_crop_reads_is_restored_by_all_tiles_that_could(manifest: 
             np.testing.assert_array_equal(some[here], total[here])
 
 
-@pytest.mark.parametrize("length", [513, 600, 960, 961, 1000, 2222, 4096, 6000])
-def test_neighbouring_tiles_overlap_enough_and_start_on_the_noise_grid(manifest: Manifest, length: int) -> None:
-    plan = make_plan(length, 300, manifest, Options(mode=Mode.TILE, crops=60))
-    tops = sorted({w.top for w in plan.windows})
-    assert tops[0] == 0
-    assert tops[-1] + TILE == plan.padded[0]
-    assert all(top % TILE_STEP == 0 for top in tops)
-    assert all(a + TILE - b >= OVERLAP for a, b in itertools.pairwise(tops))
+def test_neighbouring_tiles_overlap_enough_and_start_on_the_noise_grid(manifest: Manifest) -> None:
+    for length in (513, 600, 960, 961, 1000, 2222, 4096, 6000):
+        plan = make_plan(length, 300, manifest, Options(mode=Mode.TILE, crops=60))
+        tops = sorted({w.top for w in plan.windows})
+        assert tops[0] == 0
+        assert tops[-1] + TILE == plan.padded[0]
+        assert all(top % TILE_STEP == 0 for top in tops)
+        assert all(a + TILE - b >= OVERLAP for a, b in itertools.pairwise(tops))
 
 
 def test_tiles_that_no_crop_reads_are_not_restored(manifest: Manifest) -> None:

@@ -203,9 +203,8 @@ def test_an_image_object_keeps_its_file_name(scorer: Scorer, tmp_path: Path) -> 
     assert scorer.score(Image.open(io.BytesIO(path.read_bytes()))).source == "image 0"
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
+def test_options_nothing_can_be_done_with_are_refused() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"crops": 0}, "crops must be between"),
         ({"seeds": 0}, "seeds must be between"),
         ({"seed": -1}, "seeds run from 0 to"),
@@ -219,11 +218,10 @@ def test_an_image_object_keeps_its_file_name(scorer: Scorer, tmp_path: Path) -> 
         ({"sampler": "euler"}, "a sampler is ancestral, ddim or ddim:ETA"),
         ({"sampler": "ddim:2"}, "eta must lie between 0 and 1, not 2"),
         ({"fast": True, "steps": 4}, "fast has steps and a sampler of its own"),
-    ],
-)
-def test_options_nothing_can_be_done_with_are_refused(options: dict[str, Any], says: str) -> None:
-    with pytest.raises(UsageError, match=says):
-        Options(**options)
+    ]
+    for options, says in cases:
+        with pytest.raises(UsageError, match=says):
+            Options(**options)
 
 
 def test_a_provider_that_is_not_installed_is_named(tiny_engine: Path) -> None:

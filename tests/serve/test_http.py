@@ -20,12 +20,13 @@ from PIL import Image
 import diffiqa
 from diffiqa.engine.codec import encode
 from diffiqa.engine.manifest import MANIFEST, read_manifest
+from diffiqa.runtime.command.records import Record, RunSettings
 from diffiqa.runtime.scorer import Scorer, load
 from diffiqa.serve.limits import Limits
 from diffiqa.serve.work import Service
 
 from ..tiny import photo
-from .serving import Answer, Running, running
+from .serving import Answer, Running, running, until
 
 OPTIONS = {"crops": 2, "seed": 3, "mode": "crop"}
 QUERY = "crops=2&seed=3&mode=crop"
@@ -171,6 +172,21 @@ def test_a_real_client_of_the_protocol_gets_the_score(site: Running, pictures: d
     client.close()
 
 
+def test_the_other_family_is_served_as_well(pfd_engine: Path) -> None:
+    picture = png(5, 60, 70)
+    with load(pfd_engine) as scorer, running(Service({"pfd": scorer})) as site:
+        options = diffiqa.Options(crops=2)
+        expected = encode(Record.of(scorer.score(picture, options), RunSettings.of(scorer.manifest, options)))
+        record = site.ask("POST", "/score?crops=2", picture).json
+        assert timeless(record) == timeless(expected)
+        assert refused(site.ask("POST", "/score?mode=tile", picture), 422, "restores no images")
+        told = site.ask("POST", "/page/card?crops=2", picture).body.decode()
+        assert '"card": ' in told
+        assert set(record) <= set(
+            site.ask("GET", "/openapi.json").json["components"]["schemas"]["Record"]["properties"]
+        )
+
+
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
 def test_curl_as_the_documents_show_it(site: Running, pictures: dict[str, bytes], expected: list[Any]) -> None:
     first, second, *_ = pictures
@@ -232,7 +248,7 @@ def test_bodies_beyond_the_limits_are_refused(site: Running) -> None:
     assert refused(site.ask("POST", "/score", *form({f"{n}": b"x" for n in range(1000)})), 413, "more than 8 files")
     tensor = {"name": "image", "datatype": "BYTES", "shape": [9], "data": []}
     assert refused(site.ask("POST", "/v2/models/tiny/infer", json.dumps({"inputs": [tensor]})), 413, "at most 8")
-    assert site.service.gauges()["body_bytes"] == 0
+    until(lambda: site.service.gauges()["body_bytes"] == 0)
 
 
 def test_broken_forms_are_refused(site: Running) -> None:
@@ -286,7 +302,7 @@ def test_three_hundred_malformed_bodies_get_an_answer_each_and_harm_nobody(
     assert all("error" in answer.json for answer in answers if answer.status != 200)
     assert caplog.records == []
     assert site.ask("POST", "/score", png(1)).status == 200
-    assert site.service.gauges() == {"queue_images": 0, "body_bytes": 0, "ready": True}
+    until(lambda: site.service.gauges() == {"queue_images": 0, "body_bytes": 0, "ready": True})
 
 
 @pytest.mark.parametrize(

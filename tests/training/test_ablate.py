@@ -29,7 +29,7 @@ BASE = RECIPES / "mini-score.toml"
 
 def test_every_recipe_changes_the_model_alone() -> None:
     base = read_config(ScoreConfig, BASE)
-    recipes = read_recipes(BASE, [RECIPES / "ablations"])
+    recipes = read_recipes(ScoreConfig, BASE, [RECIPES / "ablations"])
     assert len(recipes) > 20
     for name, config in recipes.items():
         assert config.model.name == f"mini-{name}"
@@ -37,14 +37,14 @@ def test_every_recipe_changes_the_model_alone() -> None:
 
 
 def test_the_full_recipe_is_the_preset_with_the_weights_that_ship_and_all_others_differ() -> None:
-    recipes = read_recipes(BASE, [RECIPES / "ablations"])
+    recipes = read_recipes(ScoreConfig, BASE, [RECIPES / "ablations"])
     models = {name: dataclasses.replace(config.model, name="mini") for name, config in recipes.items()}
     assert models["full"] == dataclasses.replace(PRESETS["mini"], vcg_weight=0.5, vda_weight=1.5)
     assert len({json.dumps(encode(model), sort_keys=True) for model in models.values()}) == len(models)
 
 
 def test_recipes_say_what_their_tables_do() -> None:
-    models = {name: config.model for name, config in read_recipes(BASE, [RECIPES / "ablations"]).items()}
+    models = {name: config.model for name, config in read_recipes(ScoreConfig, BASE, [RECIPES / "ablations"]).items()}
     assert models["vii-nothing"].kinds == (Kind.DIS,)
     assert models["viii-vcg"].vda is None
     assert models["viii-vda"].vcg is None
@@ -61,13 +61,13 @@ def test_recipes_say_what_their_tables_do() -> None:
 
 def test_recipes_are_refused_before_any_is_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no recipes"):
-        read_recipes(BASE, [tmp_path])
+        read_recipes(ScoreConfig, BASE, [tmp_path])
     (tmp_path / "one.toml").write_text("[model]\nvcg = false\nvda = false\n")
     with pytest.raises(ConfigError, match=r"one\.toml: .*needs at least one branch"):
-        read_recipes(BASE, [tmp_path])
+        read_recipes(ScoreConfig, BASE, [tmp_path])
     (tmp_path / "one.toml").write_text("")
     with pytest.raises(ConfigError, match="two recipes are called one"):
-        read_recipes(BASE, [tmp_path, tmp_path / "one.toml"])
+        read_recipes(ScoreConfig, BASE, [tmp_path, tmp_path / "one.toml"])
 
 
 @pytest.fixture

@@ -22,6 +22,8 @@ from diffiqa.training.start import average
 from .runs import write_photos
 from .test_score import MODEL, score_config
 
+pytestmark = pytest.mark.usefixtures("no_charts")
+
 assert MODEL.vda
 SEEING = dataclasses.replace(MODEL, vcg=None, vda=dataclasses.replace(MODEL.vda, encoder=Encoder.LITE0))
 ON_CPU = Conduct(device="cpu")
@@ -159,9 +161,8 @@ def test_the_middle_stands_for_a_picture(rated: list[Rated], tmp_path: Path) -> 
     assert np.array_equal(window, whole[top : top + 34, left : left + 34])
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_refuses() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"rates": Rates()}, "features need"),
         ({"model": MODEL}, "features need"),
         ({"ordered": VERSIONS + 1}, "ordered must be a multiple of 6"),
@@ -170,11 +171,10 @@ def test_the_middle_stands_for_a_picture(rated: list[Rated], tmp_path: Path) -> 
         ({"window": 16}, "window must be 0"),
         ({"ridge": -1.0}, "ridge must not be negative"),
         ({"correlation_weight": -0.1}, "correlation_weight"),
-    ],
-)
-def test_refuses(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        config(**changes)
+    ]
+    for changes, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            config(**changes)
 
 
 def test_begins_as_a_ridge_regression(

@@ -24,6 +24,8 @@ from diffiqa.training.score import Rated, run_score
 from .runs import CPU
 from .test_score import score_config
 
+pytestmark = pytest.mark.usefixtures("no_charts")
+
 MODEL = dataclasses.replace(TINY, dropout=0.0)
 ON_CPU = Conduct("cpu")
 

@@ -31,6 +31,8 @@ from diffiqa.training.restore import (
 
 from .runs import CPU, MODEL, restore_config, run, task_of, write_photos
 
+pytestmark = pytest.mark.usefixtures("no_charts")
+
 
 @pytest.fixture
 def two_kinds(monkeypatch: pytest.MonkeyPatch) -> dict[int, Distortion]:

@@ -39,7 +39,7 @@ def test_scores_are_those_of_the_scorer(tiny: Pipeline, scorer: Scorer) -> None:
     trace = tiny.trace(to_plane(PIXELS), plan_of(tiny), 5)
     want = scorer.score(PIXELS, Options(seed=5))
     assert total_score(tiny.manifest, trace.vcg, trace.vda) == pytest.approx(want.score, rel=1e-12)
-    vcg, vda = tiny.scores(to_plane(PIXELS), plan_of(tiny), 5)
+    vcg, vda, _ = tiny.scores(to_plane(PIXELS), plan_of(tiny), 5)
     np.testing.assert_array_equal(vcg, trace.vcg)
     np.testing.assert_array_equal(vda, trace.vda)
 

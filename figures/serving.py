@@ -1,0 +1,182 @@
+"""What `iqa-serve` costs beside the bare scorer, and what ten times more than it can carry does to it.
+
+    python figures/serving.py --engine out/engine [--query 'crops=1&mode=crop&steps=3'] [--seconds 20] [--rounds 3]
+
+Writes results/serving.json. Bare scoring and service alternate within a round, each in its own process, on the same
+picture with as many threads; clients keep their connections.
+"""
+
+import argparse
+import http.client
+import io
+import os
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from PIL import Image
+from record import run_apart, write
+
+from diffiqa.runtime.images import synthetic
+
+CLIENTS = (1, 8, 64)
+QUEUE = 64
+BARE = """
+import sys, time, diffiqa
+engine, picture, seconds, threads, *options = sys.argv[1:]
+options = dict(pair.split("=") for pair in options)
+options = diffiqa.Options(**{k: int(v) if v.isdigit() else v for k, v in options.items()})
+data = open(picture, "rb").read()
+with diffiqa.load(engine, diffiqa.OnnxRuntime(threads=int(threads))) as scorer:
+    scorer.score(data, options)
+    start, count, busy = time.perf_counter(), 0, time.process_time()
+    while time.perf_counter() - start < float(seconds):
+        print(scorer.score(data, options).score.hex())
+        count += 1
+    print((time.process_time() - busy) / count, count / (time.perf_counter() - start))
+"""
+
+
+class Service:
+    """A running `iqa-serve`."""
+
+    def __init__(self, engine: Path, threads: int) -> None:
+        command = [sys.executable, "-m", "diffiqa.cli", "serve", "--engine", str(engine), "--port", "0", "--quiet"]
+        command += ["--threads", str(threads), "--queue", str(QUEUE), "--seconds", "600"]
+        start = time.perf_counter()
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert self.process.stderr
+        lines = iter(self.process.stderr.readline, "")
+        self.port = next(int(found[1]) for line in lines if (found := re.search(r"ready at .*:(\d+)", line)))
+        self.start_seconds = time.perf_counter() - start
+
+    def resident_mib(self) -> float:
+        """Memory of the process now."""
+        text = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
+        found = re.search(r"VmRSS:\s+(\d+) kB", text)
+        assert found
+        return int(found[1]) / 1024
+
+    def cpu_seconds(self) -> float:
+        """CPU time of the process so far: unlike a clock's, it says little of what else runs here."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def load(self, path: str, body: bytes, clients: int, seconds: float) -> dict[str, Any]:
+        """Put a load on it, and say what it cost: CPU time, and the most memory in either half of the time."""
+        peaks, over, begun = [0.0, 0.0], threading.Event(), time.monotonic()
+
+        def watch() -> None:
+            while not over.wait(0.5):
+                half = int(time.monotonic() - begun > seconds / 2)
+                peaks[half] = max(peaks[half], self.resident_mib())
+
+        watching = threading.Thread(target=watch)
+        watching.start()
+        busy = self.cpu_seconds()
+        found = load(self.port, path, body, clients, seconds)
+        found["cpu_ms_a_score"] = (self.cpu_seconds() - busy) / found["answers"]["200"] * 1000
+        over.set()
+        watching.join()
+        return found | {"most_mib_by_half": peaks}
+
+    def end(self) -> int:
+        """Tell it to end, and return its exit code."""
+        self.process.terminate()
+        return self.process.wait(120)
+
+
+def load(port: int, path: str, body: bytes, clients: int, seconds: float) -> dict[str, Any]:
+    """Have so many clients ask for so long, each again once it is answered; after a 503 a tenth of a second later."""
+    taken: list[float] = []
+    answers: Counter[int | str] = Counter()
+    scores: set[bytes] = set()
+    lock = threading.Lock()
+    start = time.perf_counter()
+
+    def client() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+        while (begun := time.perf_counter()) - start < seconds:
+            try:
+                connection.request("POST", path, body)
+                response = connection.getresponse()
+                data, status = response.read(), response.status
+            except OSError as exc:
+                data, status = b"", type(exc).__name__
+                connection.close()
+            with lock:
+                answers[status] += 1
+                if status == 200:
+                    taken.append(time.perf_counter() - begun)
+                    scores.update(re.findall(rb'"score": ([^,]+)', data))
+            if status != 200:
+                time.sleep(0.1)
+        connection.close()
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wall = time.perf_counter() - start
+    percent = statistics.quantiles(taken, n=100, method="inclusive") if len(taken) > 1 else [0.0] * 99
+    return {
+        "clients": clients,
+        "answers": {str(status): count for status, count in answers.items()},
+        "scored_a_second": len(taken) / wall,
+        "p50_ms": percent[49] * 1000,
+        "p95_ms": percent[94] * 1000,
+        "p99_ms": percent[98] * 1000,
+        "scores": sorted(float(score).hex() for score in scores),
+    }
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", type=Path, required=True)
+    parser.add_argument("--query", default="crops=1&mode=crop&steps=3")
+    parser.add_argument("--side", type=int, default=224)
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args()
+    stream = io.BytesIO()
+    Image.fromarray(synthetic(0, given.side, given.side)).save(stream, "PNG")
+    picture = Path("/tmp") / f"serving-{given.side}.png"  # noqa: S108 — for the other process
+    picture.write_bytes(stream.getvalue())
+    options = [f"{name}={value}" for name, value in parse_qsl(given.query)]
+    bare, rounds = [], []
+    everything: set[str] = set()
+    for _ in range(given.rounds):
+        *scores, busy, rate = run_apart(BARE, given.engine, picture, str(given.seconds), str(given.threads), *options)
+        bare.append({"scored_a_second": float(rate), "cpu_ms_a_score": float(busy) * 1000})
+        everything.update(scores)
+        service = Service(given.engine, given.threads)
+        path = f"/score?{given.query}"
+        found = [service.load(path, stream.getvalue(), clients, given.seconds) for clients in (*CLIENTS, 10 * QUEUE)]
+        for cell in found:
+            everything.update(cell.pop("scores"))
+        rounds.append({"start_seconds": service.start_seconds, "load": found})
+        assert service.end() == 0
+    assert len(everything) == 1, "the service and the bare scorer gave different scores"
+    cost = {
+        f"{what}, {clients} clients": statistics.median(
+            sign * (one["load"][place][what] / alone[what] - 1) for one, alone in zip(rounds, bare, strict=True)
+        )
+        for place, clients in enumerate(CLIENTS)
+        for what, sign in (("scored_a_second", -1), ("cpu_ms_a_score", 1))
+    }
+    how = {"engine": given.engine.name, "query": given.query, "side": given.side, "threads": given.threads}
+    write("serving", {"how": how, "cost_beside_bare": cost, "bare": bare, "rounds": rounds})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Shards: what they cost, how they grow, and what is left of them after kills.
+
+    python figures/shards.py growth
+    python figures/shards.py kills --engine engine/ --photos photos/
+
+`growth` (results/shards-growth.json) scores made-up names with a stub that takes no time, in two processes, and plans
+and merges many more of them. `kills` (results/shards-kills.json) kills workers and driver at random, and compares
+the files with those of a run that nobody disturbed.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from record import write
+
+from diffiqa.engine.codec import encode
+from diffiqa.shards.api import carry_out, read_scores
+from diffiqa.shards.part import Form, Shard, Side, file_of, side_of
+from diffiqa.shards.plan import NAMES, VERSION, Entry, Plan, cut, write_plan
+from diffiqa.shards.processes import Processes
+from diffiqa.shards.store import Folder
+from diffiqa.tests.shards.kills import kill_at_random, results
+from diffiqa.tests.shards.stub import SETTINGS, Inline, work_in
+
+SCORED = 20_000
+
+
+def main() -> None:
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("growth")
+    command.add_argument("--counts", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    command.set_defaults(measure=growth)
+    command = commands.add_parser("step")
+    command.add_argument("step")
+    command.add_argument("count", type=int)
+    command.add_argument("folder", type=Path)
+    command.set_defaults(measure=measure_step)
+    command = commands.add_parser("kills")
+    command.add_argument("--engine", type=Path, required=True)
+    command.add_argument("--photos", type=Path, required=True)
+    command.set_defaults(measure=kills)
+    given = parser.parse_args()
+    given.measure(given)
+
+
+def growth(given: argparse.Namespace) -> None:
+    """Score some names; plan, merge and read more and more. Each step is a process, whose memory is then known."""
+    found: list[dict[str, float]] = []
+    for count in given.counts:
+        with tempfile.TemporaryDirectory() as folder:
+            row = {"names": float(count)}
+            for step in ("run", "plan", "merge", "read"):
+                command = [sys.executable, __file__, "step", step, str(count), folder]
+                words = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+                row |= {f"{step}_{key}": float(value) for key, _, value in (word.partition("=") for word in words)}
+        found.append(row)
+        write("shards-growth", {"shard_size": 1000, "workers": 2, "scored": SCORED, "growth": found})
+
+
+def measure_step(given: argparse.Namespace) -> None:
+    """Do one step and print its seconds, of a clock and of CPUs, and its memory."""
+    sample, out = given.folder / "sample", given.folder / "out"
+    start = time.perf_counter()
+    if given.step == "run":
+        work = work_in(sample)
+        carry_out(work, _names(SCORED), Processes(work, 2), shard_size=1000)
+    elif given.step == "plan":
+        _plan_with_shards(out, given.count, (sample / "part-000000.jsonl").read_bytes())
+    elif given.step == "merge":  # with planning, as the names are compared
+        work = work_in(out)
+        assert carry_out(work, _names(given.count), Inline(work), shard_size=1000).records == given.count
+    else:
+        assert sum(1 for _ in itertools.islice(read_scores(out), 10_000)) == 10_000
+    seconds = time.perf_counter() - start
+    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    cpu = sum(part.ru_utime + part.ru_stime for part in (own, children))
+    print(f"seconds={seconds:.2f} cpu_seconds={cpu:.2f} mb={own.ru_maxrss / 1024:.1f}")
+    if given.step == "run":
+        print(f"worker_mb={children.ru_maxrss / 1024:.1f}")
+
+
+def _plan_with_shards(out: Path, count: int, data: bytes) -> None:
+    """Plan so many names, and put copies of one shard in place of all: whoever merges looks at bytes, not at names."""
+    out.mkdir()
+    store = Folder(out)
+    with store.scratch() as scratch:
+        names, file = cut(_names(count), 1000, scratch)
+        store.take(NAMES, file)
+    plan = Plan(VERSION, SETTINGS.engine, str(SETTINGS), None, Form.JSONL, "stub 1", names)
+    write_plan(store, plan)
+    digest = hashlib.sha256(data).hexdigest()
+    for index in range(names.shards):
+        shard = Shard(file_of(index, 0, Form.JSONL), digest, names.in_shard(index), 0)
+        (out / shard.file).write_bytes(data)
+        side = Side(shard, plan.digest, "host", "stub 1", 1.0, 0.0)
+        (out / side_of(shard.file)).write_text(json.dumps(encode(side)))
+
+
+def _names(count: int) -> Iterator[Entry]:
+    return (Entry(f"/data/photographs/{number // 1000:06}/{number:09}.jpg") for number in range(count))
+
+
+def kills(given: argparse.Namespace) -> None:
+    """Compare runs that were killed with runs that were not: of the stub, and of an engine."""
+    found = {}
+    for name, count, seconds, number, longest, more in [
+        ("stub", 2000, 0.01, 50, 9.0, []),
+        ("engine", 0, 0, 6, 9.0, [given.engine, given.photos]),
+    ]:
+        with tempfile.TemporaryDirectory() as folder:
+            whole, killed = Path(folder, "whole"), Path(folder, "killed")
+            rest = [str(count), str(seconds), *map(str, more)]
+            kill_at_random([whole, *rest], 0, 1, seed=0)
+            start = time.perf_counter()
+            hit = kill_at_random([killed, *rest], number, longest, seed=7)
+            images = sum(1 for _ in read_scores(killed))
+            same = results(whole) == results(killed)
+            found[name] = {"images": images, **hit, "seconds": time.perf_counter() - start, "same_files": same}
+        write("shards-kills", found)
+
+
+if __name__ == "__main__":
+    main()

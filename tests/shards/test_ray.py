@@ -1,0 +1,191 @@
+"""Workers on a Ray cluster: those of a made-up one always, those of a real one where Ray is installed."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import diffiqa
+from diffiqa.errors import BackendError, OutputError, UsageError
+from diffiqa.shards.api import carry_out
+from diffiqa.shards.on_ray import Actors
+
+from ..tiny import photo
+from .kills import results
+from .stub import Inline, Killed, names, work_in
+
+
+class GoneError(Exception):
+    """What Ray raises for a call to an actor that is gone."""
+
+
+class MadeUpRay:
+    """As much of Ray as we call. Calls run at once; `deaths` says which find their actor gone."""
+
+    def __init__(self, deaths: set[int], **resources: float) -> None:
+        self.exceptions = SimpleNamespace(RayActorError=GoneError, RayTaskError=GoneError, ObjectLostError=GoneError)
+        self.deaths, self.resources, self.calls, self.alive = deaths, resources, 0, 0
+        self.needs: dict[str, Any] = {}
+        self.answers: dict[int, Any] = {}
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def init(self, **given: Any) -> None:
+        self.given = given
+
+    def cluster_resources(self) -> dict[str, float]:
+        return self.resources
+
+    def remote(self, kind: type) -> Any:
+        def options(**needs: Any) -> Any:
+            self.needs = needs
+            return SimpleNamespace(remote=make)
+
+        def make(*arguments: Any) -> Any:
+            self.alive += 1
+            actor = kind(*arguments)
+            return SimpleNamespace(**{name: self._method(getattr(actor, name)) for name in ("open", "call")})
+
+        return SimpleNamespace(options=options)
+
+    def _method(self, method: Any) -> Any:
+        def call(*arguments: Any) -> int:
+            self.calls += 1
+            try:
+                self.answers[self.calls] = GoneError() if self.calls in self.deaths else method(*arguments)
+            except Killed:
+                self.answers[self.calls] = GoneError()
+            return self.calls
+
+        return SimpleNamespace(remote=call)
+
+    def wait(self, refs: list[int], timeout: float) -> tuple[list[int], list[int]]:
+        assert refs
+        assert timeout > 0
+        if -1 in self.deaths:
+            raise ConnectionError("the head is gone")
+        return refs[:1], refs[1:]
+
+    def get(self, ref: int) -> Any:
+        answer = self.answers.pop(ref)
+        if isinstance(answer, GoneError):
+            raise answer
+        return answer
+
+    def kill(self, _: Any) -> None:
+        self.alive -= 1
+
+    def shutdown(self) -> None:
+        self.ended = True
+
+
+def made_up(monkeypatch: pytest.MonkeyPatch, deaths: set[int], **resources: float) -> MadeUpRay:
+    ray = MadeUpRay(deaths, **resources)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    return ray
+
+
+@pytest.mark.parametrize("deaths", [set[int](), {1, 2}, {3}, {3, 5, 9, 12}])
+def test_actors_that_die_change_nothing(deaths: set[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = made_up(monkeypatch, deaths, CPU=4.0)
+    for place, kind in ((tmp_path / "ray", Actors), (tmp_path / "here", Inline)):
+        work = work_in(place, inline=True)
+        crew: Any = Actors(work, 2, "local") if kind is Actors else Inline(work)
+        carry_out(work, names(30, lethal=7), crew, shard_size=4)
+    assert results(tmp_path / "ray") == results(tmp_path / "here")
+    assert ray.ended
+    assert ray.alive == 0
+    assert ray.needs == {"num_cpus": 2, "max_restarts": 0, "max_task_retries": 0}
+
+
+def test_a_gpu_for_each_actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = made_up(monkeypatch, set(), CPU=32.0, GPU=4.0)
+    assert Actors(work_in(tmp_path), None, "auto").slots == 4
+    assert (ray.needs["num_gpus"], ray.given["address"]) == (1.0, "auto")
+    assert Actors(work_in(tmp_path), 8, "auto").slots == 8
+    assert ray.needs["num_gpus"] == 0.5
+
+
+def test_errors_of_workers_and_of_the_cluster_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up(monkeypatch, {-1}, CPU=1.0)
+    work = work_in(tmp_path / "a", inline=True)
+    with pytest.raises(BackendError, match="the Ray cluster is gone; give the command again once it is back"):
+        carry_out(work, names(5), Actors(work, 1, "local"), shard_size=4)
+    made_up(monkeypatch, set(), CPU=1.0)
+
+    monkeypatch.setattr("diffiqa.shards.worker.read_entries", _damaged)
+    with pytest.raises(OutputError, match="the names were changed"):
+        carry_out(work, names(5), Actors(work, 1, "local"), shard_size=4)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match=r"--ray needs a package: pip install 'diffiqa\[ray\]'"):
+        Actors(work, 1, "local")
+
+
+def _damaged(*_: Any) -> None:
+    raise OutputError("the names were changed")
+
+
+def test_the_class_for_pipelines_scores_names_bytes_and_arrays(
+    tiny_engine: Path, tmp_path: Path, scorer: diffiqa.Scorer
+) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(photo(1, 40, 48)).save(path)
+    expected = scorer.score(path).score
+    score = diffiqa.ray.Scorer(tiny_engine, diffiqa.OnnxRuntime())
+    given = np.array([str(path), "none.png", path.read_bytes(), photo(1, 40, 48), "ftp://a/b.png", None], object)
+    out = score({"image": given, "id": np.arange(6)})
+    assert out["score"][[0, 2, 3]].tolist() == [expected] * 3
+    assert np.isnan(out["score"][[1, 4, 5]]).all()
+    assert [bool(error) for error in out["error"]] == [False, True, False, False, True, True]
+    assert out["id"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.minutes
+def test_a_real_cluster_with_an_actor_killed(tiny_engine: Path, tmp_path: Path) -> None:
+    """Fifteen seconds on two idle cores."""
+    ray: Any = pytest.importorskip("ray", reason="the extra ray is not installed")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    work = work_in(tmp_path / "here")
+    carry_out(work, names(200), Inline(work_in(tmp_path / "here", inline=True)), shard_size=10)
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    try:
+        work = work_in(tmp_path / "ray", seconds=0.02)
+        ended = threading.Event()
+        killed: list[int] = []
+        killer = threading.Thread(target=kill_an_actor, args=(tmp_path / "ray", ended, killed))
+        killer.start()
+        carry_out(work, names(200), Actors(work, 2, "local"), shard_size=10)
+        ended.set()
+        killer.join()
+        assert killed
+        assert results(tmp_path / "ray") == results(tmp_path / "here")
+        Image.fromarray(photo(1, 40, 48)).save(tmp_path / "a.png")
+        rows = ray.data.from_items([{"image": str(tmp_path / name)} for name in ("a.png", "b.png")])
+        found = rows.map_batches(
+            diffiqa.ray.Scorer,
+            fn_constructor_args=(str(tiny_engine),),
+            compute=ray.data.ActorPoolStrategy(size=1),
+            batch_size=2,
+        ).take_all()
+        assert [np.isnan(row["score"]) for row in found] == [False, True]
+    finally:
+        ray.shutdown()
+
+
+def kill_an_actor(out: Path, ended: threading.Event, killed: list[int]) -> None:
+    while not list(out.glob("part-*.jsonl")) and not ended.is_set():
+        time.sleep(0.02)
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal() and (folder / "cmdline").read_bytes().startswith(b"ray::_Actor"):
+            os.kill(int(folder.name), signal.SIGKILL)
+            killed.append(int(folder.name))
+            return

@@ -1,0 +1,228 @@
+"""Training PFD-IQA: what frozen blocks see, the ridge that a teacher begins as, damage by name, whole runs."""
+
+import csv
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from diffiqa.data.distortions import DISTORTIONS
+from diffiqa.data.pictures import read_pixels
+from diffiqa.engine.agreement import srcc
+from diffiqa.engine.codec import encode
+from diffiqa.engine.pixels import to_plane
+from diffiqa.evaluation.correlation import agreement, spread
+from diffiqa.model.lite0 import FEATURES, Lite0
+from diffiqa.model.network import build as build_diff
+from diffiqa.model.pfd.checkpoint import load
+from diffiqa.model.pfd.config import Words
+from diffiqa.model.pfd.network import build
+from diffiqa.training.cli import train
+from diffiqa.training.config import Optimisation, PfdTrainConfig
+from diffiqa.training.pfd import WORDS, begin_as_ridge, damaged, judge, lite0_of, severity, word_of
+from diffiqa.training.pfd_features import Picture, SeenPictures, encoded, finished, look
+
+from ..model.comparing import randomised
+from ..model.lite0_goldens import fill
+from ..model.pfd.small import LITE0
+from ..tiny import TINY, photo
+from .runs import CPU, write_photos
+from .test_commands import toml
+
+MODEL = dataclasses.replace(LITE0, words=Words())
+CONFIG = PfdTrainConfig(MODEL, 1, Optimisation(2, 3), Optimisation(2, 4), damaged=4, damaged_places=2)
+
+
+def test_rows_finished_are_what_the_encoder_returns() -> None:
+    model = build(MODEL, 1)
+    randomised(model.encoder, 1)
+    encoder = lite0_of(model.float())
+    crops = torch.rand(3, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        rows = torch.from_numpy(look(encoder.lite0, crops.numpy()))
+        of_maps, _ = seen = finished(encoder, rows)
+        for found, wanted in zip(encoded(encoder, seen), encoder(crops), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(of_maps, rows[:, :FEATURES], rtol=1e-4, atol=1e-4)
+
+
+def test_a_teacher_begins_as_a_ridge(tmp_path: Path) -> None:
+    model = build(MODEL, 1)
+    encoder = lite0_of(model)
+    encoder.lite0.load_state_dict(fill(Lite0()).state_dict())
+    pictures = [Picture(path, i / 5) for i, path in enumerate(write_photos(tmp_path, count=6, side=80))]
+    seen = SeenPictures(encoder.lite0, MODEL, tmp_path / "cache", crops=4, seed=1)
+    assert seen.fill(pictures, print) == pictures
+    begin_as_ridge(model, seen, pictures, 0.5)
+    found = judge(model, seen, pictures, CPU, denoised=False).scores
+    x = np.stack([seen(p)[:, :FEATURES].astype(np.float64).mean(0) for p in pictures])
+    x = (x - x.mean(0)) / np.maximum(x.std(0, ddof=1), 1e-3)
+    y = np.array([p.quality for p in pictures])
+    kernel = x @ x.T / FEATURES
+    wanted = y.mean() + kernel @ np.linalg.solve(kernel + 0.5 * np.eye(6), y - y.mean())
+    np.testing.assert_allclose(found, wanted, atol=2e-3)
+    with torch.no_grad():
+        rows = torch.from_numpy(seen(pictures[0]).astype(np.float32))
+        _, features = encoded(encoder, finished(encoder, rows))
+    assert 0.3 < float(features.std()) < 3
+
+
+def test_every_distortion_has_one_word_and_every_word_is_liqes() -> None:
+    assert sorted(kind for kinds in WORDS.values() for kind in kinds) == sorted(DISTORTIONS)
+    assert tuple(WORDS) == Words().distortions
+
+
+def test_good_pictures_are_damaged_by_words_in_turn(tmp_path: Path) -> None:
+    pictures = [Picture(tmp_path / f"{i}.png", i / 99) for i in range(100)]
+    found = damaged(pictures, 33, 1)
+    assert found == damaged(pictures[::-1], 33, 1) != damaged(pictures, 33, 2)
+    assert len({p.path for p in found}) == 33
+    assert min(p.quality for p in found) >= 0.6
+    assert [word_of(p.kind) for p in found] == 3 * list(WORDS)
+    assert all(severity(p) > 0 for p in found)  # level 3 of the mean shift changes nothing
+    assert {p.level for p in damaged(pictures, 33, 1, 3)} == {3, 4, 5}
+    assert damaged(pictures, 0, 1) == []
+
+
+def test_a_bootstrap_draws_images() -> None:
+    random = np.random.default_rng(1)
+    a, b = random.standard_normal((2, 60))
+    found = agreement(a + b, b)
+    value, low, high = found["srcc"]
+    assert value == pytest.approx(srcc(a + b, b), abs=1e-4)
+    assert 0 < low < value < high < 1
+    assert spread(lambda i: float(np.mean(b[i])), 60)[0] == pytest.approx(b.mean(), abs=1e-4)
+    low, high = spread(lambda i: float(np.mean(b[i])), 60)[1:]
+    assert high - low == pytest.approx(2 * 1.96 * b.std() / 60**0.5, rel=0.1)
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    """A tiny configuration, prompts, Lite0's weights and fourteen labelled pictures."""
+    paths = write_photos(tmp_path / "photos", count=14, side=70)
+    for i, path in enumerate(paths):  # the better, the brighter
+        Image.fromarray(photo(i, 70, 78) // 14 * (i + 1)).save(path)
+    names = [f"photos/{path.name}" for path in paths]
+    (tmp_path / "labels.csv").write_text("image,score\n" + "".join(f"{name},{i}\n" for i, name in enumerate(names)))
+    parts = {"train": names[:2] + names[8:], "validation": names[2:4], "test": names[4:8]}
+    (tmp_path / "split.json").write_text(json.dumps({"dataset": "labels", "seed": None, "parts": parts}))
+    write_config(tmp_path, CONFIG)
+    np.save(tmp_path / "prompts.npy", np.random.default_rng(1).standard_normal((16, 10)).astype(np.float32))
+    torch.save(fill(Lite0()).state_dict() | {"_fc.bias": torch.zeros(1000)}, tmp_path / "lite0.pth")
+    files = {"config": "base.toml", "data": "labels.csv", "split": "split.json", "lite0": "lite0.pth"}
+    files |= {"prompts": "prompts.npy"}
+    options = [text for name, file in files.items() for text in (f"--{name}", str(tmp_path / file))]
+    return ["pfd", *options, "-o", str(tmp_path / "out"), "--device", "cpu"]
+
+
+def write_config(folder: Path, config: PfdTrainConfig) -> None:
+    values = encode(config)
+    (folder / "base.toml").write_text("".join(f"{name} = {toml(value)}\n" for name, value in values.items()))
+
+
+def test_a_run_leaves_a_bundle_that_scores_as_it_was_judged(arguments: list[str], tmp_path: Path) -> None:
+    result = CliRunner().invoke(train, arguments)
+    assert result.exit_code == 0, result.stderr
+    loaded = load(tmp_path / "out" / "model.safetensors")
+    assert [source.role for source in loaded.sources] == ["bundle", "prompts", "encoder"]
+    assert "2 of its own" in loaded.notes[0]
+    for run in ("out", "out/teacher"):
+        with (tmp_path / run / "validation.csv").open(newline="") as file:
+            assert [row["step"] for row in csv.DictReader(file)] == ["2"]
+    picture = Picture(tmp_path / "photos" / "photo2.png", 0.5)
+    seen = SeenPictures(lite0_of(loaded.model).lite0, MODEL, tmp_path / "cache", crops=4, seed=1)
+    assert seen.fill([picture], print) == [picture]
+    found = judge(loaded.model, seen, [picture], CPU)
+    whole = seen.crops(picture)
+    assert len(whole) == 4
+
+    said = loaded.model.score(torch.from_numpy(to_plane(read_pixels(picture.path)))[None], crops=4)
+    np.testing.assert_allclose(found.scores, said.score.numpy(), atol=2e-3)
+    np.testing.assert_allclose(found.distortions, said.distortions.numpy(), atol=2e-2)
+
+    before = loaded.model.state_dict()
+    again = CliRunner().invoke(train, [*arguments, "--resume"])
+    assert again.exit_code == 0, again.stderr
+    after = load(tmp_path / "out" / "model.safetensors").model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_ablations_share_a_teacher_and_end_as_one_table(arguments: list[str], tmp_path: Path) -> None:
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    (recipes / "a-full.toml").write_text("")
+    (recipes / "learned.toml").write_text('[model]\nprompts = "learned"\n')
+    (recipes / "none.toml").write_text("[model]\nalignment = false\nschedule = { timesteps = [] }\n")
+    result = CliRunner().invoke(train, [*arguments, "--recipes", str(recipes)])
+    assert result.exit_code == 0, result.stderr
+    table = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    assert list(table) == ["teacher", "a-full", "learned", "none"]
+    assert all(len(row["srcc"]) == 3 for row in table.values())
+    assert all(len(table[name]["srcc_gain"]) == 3 for name in ("a-full", "learned", "none"))
+    assert (tmp_path / "out" / "learned" / "model.safetensors").exists()
+    (recipes / "a-full.toml").write_text("seed = 2\n")
+    result = CliRunner().invoke(train, [*arguments, "--recipes", str(recipes), "--resume"])
+    assert result.exit_code == 2
+    assert "a-full must change the model alone, and changes seed was 1, is 2" in result.stderr
+
+
+def cut(folder: Path) -> None:
+    path = folder / "photos" / "photo9.png"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def other_family(folder: Path) -> None:
+    torch.save(build_diff(TINY, 1).state_dict(), folder / "lite0.pth")
+
+
+def narrow(folder: Path) -> None:
+    np.save(folder / "prompts.npy", np.ones((16, 9), np.float32))
+
+
+def of_vit(folder: Path) -> None:
+    text = (folder / "base.toml").read_text()
+    (folder / "base.toml").write_text(text.replace('encoder = "lite0"', 'encoder = "vit"'))
+
+
+def gone(folder: Path) -> None:
+    (folder / "photos" / "photo9.png").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (narrow, "are 9 wide, model 'small' wants 10"),
+        (other_family, "wants an encoder of efficientnet-lite-pytorch"),
+        (of_vit, "model.encoder must be lite0"),
+        (gone, "photo9.png"),
+    ],
+)
+def test_what_cannot_be_trained_is_named(
+    spoil: Callable[[Path], None], words: str, arguments: list[str], tmp_path: Path
+) -> None:
+    spoil(tmp_path)
+    result = CliRunner().invoke(train, arguments)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_picture_that_was_cut_off_is_left_out_and_named(arguments: list[str], tmp_path: Path) -> None:
+    cut(tmp_path)
+    result = CliRunner().invoke(train, arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "left out: " in result.stderr
+    assert "photo9.png" in result.stderr
+
+
+def test_constant_prompts_must_be_given(arguments: list[str]) -> None:
+    place = arguments.index("--prompts")
+    result = CliRunner().invoke(train, arguments[:place] + arguments[place + 2 :])
+    assert result.exit_code == 2
+    assert "give the file that iqa-prompts makes, with --prompts" in result.stderr
