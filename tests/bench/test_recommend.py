@@ -30,9 +30,9 @@ class Made:
         del contender, log, timeout
 
     def start(self, ground: Ground) -> None:
-        self.backend = ground.backend
-        if not isinstance(self.backend, OnnxRuntime | OpenVino):
+        if not isinstance(ground.backend, OnnxRuntime | OpenVino):
             raise Out("it is not here")
+        self.backend = ground.backend
 
     def ask(self, ask: Ask) -> Answer:
         seconds, moved = ask.steps * self.cost, 0.0
