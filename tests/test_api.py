@@ -30,7 +30,9 @@ def test_every_public_name_can_be_had_and_is_listed_once() -> None:
 def test_type_checkers_see_the_names_that_there_are() -> None:
     tree = ast.parse(Path(diffiqa.__file__).read_text(encoding="utf-8"))
     block = next(node for node in tree.body if isinstance(node, ast.If))
-    seen = {alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    seen = {
+        alias.asname or alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
     assert seen | {"__version__"} == set(diffiqa.__all__)
 
 
