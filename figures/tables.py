@@ -179,6 +179,35 @@ def speed(results: Path) -> str:
     return report.table(["what", "measured"], rows)
 
 
+def shards(results: Path) -> str:
+    """Return what shards cost, how they grow, and what random kills left."""
+    growth = _read(results, "shards-growth")
+    rows = [
+        [
+            f"scoring {growth['scored']:,} names with a stub: CPU time, start included; memory of driver and worker",
+            f"{found['run_cpu_seconds'] / growth['scored'] * 1e6:.0f} µs a name; "
+            f"{found['run_mb']:.0f} and {found['run_worker_mb']:.0f} MiB",
+        ]
+        for found in growth["growth"][-1:]
+    ]
+    rows += [
+        [
+            f"planning and merging {found['names']:,.0f} names: time, CPU time, memory",
+            f"{found['merge_seconds']:.0f} s, {found['merge_cpu_seconds']:.0f} s, {found['merge_mb']:.0f} MiB",
+        ]
+        for found in growth["growth"]
+    ]
+    rows += [
+        [
+            f"{found['images']:,} images {of}; {found['worker']} workers and {found['driver']} drivers killed",
+            "the same files as without" if found["same_files"] else "OTHER FILES",
+        ]
+        for name, of in (("stub", "of the stub"), ("engine", "with an engine"))
+        if (found := _read(results, "shards-kills").get(name))
+    ]
+    return report.table(["what", "measured"], rows)
+
+
 def precision(results: Path) -> str:
     """Return a row per precision of the trained `mini`: scores beside float32, sizes, and time where it was taken."""
     found, engines = _read(results, "precision"), _read(results, "precision-engines")["bytes"]
@@ -307,7 +336,7 @@ def _read(results: Path, name: str) -> Any:
 SINGLE: dict[str, Callable[[Path], str]] = {
     made.__name__: made
     for made in (
-        *(figures, speed, precision, precisions, steps, cpu, cpu_full, tried, gpu, gpu_speed),
+        *(figures, speed, precision, precisions, steps, cpu, cpu_full, shards, tried, gpu, gpu_speed),
         *(people, opinions, damage, restored, papers),
         *(pfd_choices, pfd_cost),
         reliability,
