@@ -125,7 +125,8 @@ def _export(pipe: Connection, tiny: Path, target: Path, number: int) -> None:
 
 def kill_exports(tiny: Path, work: Path, times: int, seed: int = 0) -> Kills:
     """Kill exports over an engine, so many times; the old one or the new one must be there, whole."""
-    draw, found, target = random.Random(seed), Kills()  # noqa: S311 — not for secrets, work / "engine"
+    draw = random.Random(seed)  # noqa: S311 — not for secrets
+    found, target = Kills(), work / "engine"
     _killed(_export, (tiny, target, 0), None)
     start = time.monotonic()
     _killed(_export, (tiny, target, 1), None)
