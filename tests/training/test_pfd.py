@@ -135,6 +135,9 @@ def test_a_run_leaves_a_bundle_that_scores_as_it_was_judged(arguments: list[str]
     for run in ("out", "out/teacher"):
         with (tmp_path / run / "validation.csv").open(newline="") as file:
             assert [row["step"] for row in csv.DictReader(file)] == ["2"]
+    before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    # After two steps the decoder hardly listens to the features, and so not to the noise in them.
+    torch.nn.init.normal_(loaded.model.decoder.layer.multihead_attn.out_proj.weight)
     picture = Picture(tmp_path / "photos" / "photo2.png", 0.5)
     seen = SeenPictures(lite0_of(loaded.model).lite0, MODEL, tmp_path / "cache", crops=4, seed=1)
     assert seen.fill([picture], print) == [picture]
@@ -143,10 +146,9 @@ def test_a_run_leaves_a_bundle_that_scores_as_it_was_judged(arguments: list[str]
     assert len(whole) == 4
 
     said = loaded.model.score(torch.from_numpy(to_plane(read_pixels(picture.path)))[None], crops=4)
-    np.testing.assert_allclose(found.scores, said.score.numpy(), atol=2e-3)
+    np.testing.assert_allclose(found.scores, said.score.numpy(), rtol=5e-3)
     np.testing.assert_allclose(found.distortions, said.distortions.numpy(), atol=2e-2)
 
-    before = loaded.model.state_dict()
     again = CliRunner().invoke(train, [*arguments, "--resume"])
     assert again.exit_code == 0, again.stderr
     after = load(tmp_path / "out" / "model.safetensors").model.state_dict()
