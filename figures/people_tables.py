@@ -9,6 +9,7 @@ from typing import Any
 from diffiqa.bench.report import table
 
 MINI = Path(__file__).parents[1] / "models" / "mini"
+PFD_MINI = MINI.with_name("pfd-mini")
 SETS = {"clive": "CLIVE", "test": "BIQ2021, *test*", "validation": "BIQ2021, *validation*"}
 WHO = {  # in people.json: in the table
     "loop": "**`mini`, whole loop, both branches**",
@@ -75,6 +76,30 @@ def restored(results: Path) -> str:
     return table(["distortion", "levels 1 and 2, dB", "levels 3 to 5, dB"], rows)
 
 
+def pfd_people(results: Path) -> str:
+    """Return how far `pfd-mini`'s scores agree with people, with the loop and without it."""
+    del results
+    found = _read(PFD_MINI / "people.json")
+    rows = []
+    for key, title in SETS.items():
+        if key not in found:
+            continue
+        loop, without = found[key]["loop"], found[key]["without"]
+        rows += [
+            [f"**{title}**", f"{loop['images']:,}", *(_interval(loop[name]) for name in ("srcc", "plcc", "srcc_gain"))],
+            [f"{title}, without the loop", "", *(_interval(without[name]) for name in ("srcc", "plcc")), ""],
+        ]
+    return table(["on", "images", "SRCC (95 %)", "PLCC, raw (95 %)", "gain in SRCC by the loop"], rows)
+
+
+def pfd_named(results: Path) -> str:
+    """Return how often `pfd-mini` names damage right."""
+    del results
+    found = _read(PFD_MINI / "people.json")["damage"]
+    rows = [[word, f"{share:.0%}"] for word, share in found["words"].items()]
+    return table(["damage", "named right"], [*rows, ["**all**", f"**{_interval(found['right'])}**"]])
+
+
 def papers(results: Path) -> str:
     """Return what others have published, with where it stands."""
     found = json.loads((results / "people-papers.json").read_text(encoding="utf-8"))
@@ -88,4 +113,8 @@ def _interval(values: list[float]) -> str:
 
 
 def _mini(name: str) -> Any:
-    return json.loads((MINI / f"{name}.json").read_text(encoding="utf-8"))
+    return _read(MINI / f"{name}.json")
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

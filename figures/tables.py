@@ -24,7 +24,15 @@ from diffiqa.bench import report
 from diffiqa.bench.results import read
 from diffiqa.errors import DiffiqaError
 from diffiqa.figures.gpu.page import gpu, gpu_speed
-from diffiqa.figures.people_tables import damage, opinions, papers, people, restored
+from diffiqa.figures.people_tables import (
+    damage,
+    opinions,
+    papers,
+    people,
+    pfd_named,
+    pfd_people,
+    restored,
+)
 from diffiqa.figures.pfd import pfd_choices, pfd_cost
 from diffiqa.figures.reliability import reliability
 
@@ -338,7 +346,7 @@ SINGLE: dict[str, Callable[[Path], str]] = {
     for made in (
         *(figures, speed, precision, precisions, steps, cpu, cpu_full, shards, tried, gpu, gpu_speed),
         *(people, opinions, damage, restored, papers),
-        *(pfd_choices, pfd_cost),
+        *(pfd_choices, pfd_cost, pfd_people, pfd_named),
         reliability,
     )
 }

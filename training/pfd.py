@@ -171,7 +171,9 @@ class TeacherTask:
     def sample(self, step: int, index: int) -> Sample:
         """Return all rows of a picture, and its quality. A picture's crops differ more than pictures do."""
         picture = self._picked(self.data.training, step * self.config.optimisation.batch + index)
-        return Sample((self.seen(picture).astype(np.float32), np.array(picture.quality, np.float32)), picture.name)
+        rows = self.seen(picture)
+        rows = rows[np.arange(self.config.crops) % len(rows)]  # a small picture has fewer
+        return Sample((rows.astype(np.float32), np.array(picture.quality, np.float32)), picture.name)
 
     def _picked(self, among: Sequence[Picture], place: int) -> Picture:
         return among[picked(self.config.seed, place, len(among))]

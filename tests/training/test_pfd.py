@@ -107,7 +107,7 @@ def arguments(tmp_path: Path) -> list[str]:
     """A tiny configuration, prompts, Lite0's weights and fourteen labelled pictures."""
     paths = write_photos(tmp_path / "photos", count=14, side=70)
     for i, path in enumerate(paths):  # the better, the brighter
-        Image.fromarray(photo(i, 70, 78) // 14 * (i + 1)).save(path)
+        Image.fromarray(photo(i, 70, 78)[: 64 if i == 8 else 70, : 64 if i == 8 else 78] // 14 * (i + 1)).save(path)
     names = [f"photos/{path.name}" for path in paths]
     (tmp_path / "labels.csv").write_text("image,score\n" + "".join(f"{name},{i}\n" for i, name in enumerate(names)))
     parts = {"train": names[:2] + names[8:], "validation": names[2:4], "test": names[4:8]}
@@ -135,6 +135,9 @@ def test_a_run_leaves_a_bundle_that_scores_as_it_was_judged(arguments: list[str]
     for run in ("out", "out/teacher"):
         with (tmp_path / run / "validation.csv").open(newline="") as file:
             assert [row["step"] for row in csv.DictReader(file)] == ["2"]
+    before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    # After two steps the decoder hardly listens to the features, and so not to the noise in them.
+    torch.nn.init.normal_(loaded.model.decoder.layer.multihead_attn.out_proj.weight)
     picture = Picture(tmp_path / "photos" / "photo2.png", 0.5)
     seen = SeenPictures(lite0_of(loaded.model).lite0, MODEL, tmp_path / "cache", crops=4, seed=1)
     assert seen.fill([picture], print) == [picture]
@@ -143,10 +146,9 @@ def test_a_run_leaves_a_bundle_that_scores_as_it_was_judged(arguments: list[str]
     assert len(whole) == 4
 
     said = loaded.model.score(torch.from_numpy(to_plane(read_pixels(picture.path)))[None], crops=4)
-    np.testing.assert_allclose(found.scores, said.score.numpy(), atol=2e-3)
+    np.testing.assert_allclose(found.scores, said.score.numpy(), rtol=5e-3)
     np.testing.assert_allclose(found.distortions, said.distortions.numpy(), atol=2e-2)
 
-    before = loaded.model.state_dict()
     again = CliRunner().invoke(train, [*arguments, "--resume"])
     assert again.exit_code == 0, again.stderr
     after = load(tmp_path / "out" / "model.safetensors").model.state_dict()
