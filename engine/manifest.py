@@ -17,6 +17,7 @@ account made it. `export/engine.py` writes the directory; `export/builds.py` wri
 
 import enum
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -492,15 +493,16 @@ def _flow_problem(m: Manifest) -> str | None:
     for found in m.flow.probabilities:
         if outputs.get((found.stage, found.output)) != ("B", len(found.words)):
             return f"{found.output} has no probability for each of {len(found.words)} words"
-        if not found.output.isidentifier() or not all(0 < len(w) <= 100 and w.isprintable() for w in found.words):
-            return f"{shown(found.output)} has words that are not plain text"
+        plain = found.output.isidentifier() and all(0 < len(word) <= 100 and word.isprintable() for word in found.words)
+        if not plain or len(set(found.words)) < len(found.words):
+            return f"{shown(found.output)} has words that are not plain text, or a word twice"
     rules = {
         "the score is missing": m.flow.score is None or outputs.get((m.flow.score, "score")) == ("B",),
         "the state must have sizes whose product is a multiple of 4": not loop.result
         or (len(sizes) == len(state) - 1 > 0 and math.prod(sizes) % 4 == 0),
         "the noise must be like the state": not loop.result or outputs.get((loop.stage, "noise")) == state,
         "the share must be one number": not loop.result
-        or ("B", 1) in [s for (_, n), s in outputs.items() if n == loop.share],
+        or ("B", 1) in [outputs.get((name, loop.share)) for name in itertools.takewhile(loop.stage.__ne__, StageName)],
     }
     return next((text for text, ok in rules.items() if not ok), None)
 

@@ -37,12 +37,6 @@ class OnGpu:
         """Return what carries out plans, and closes the layer. If this raises, the layer is closed."""
         from .executor import DeviceExecutor
 
-        if directory.manifest.flow.loop.result:
-            self.layer.close()
-            raise BackendError(
-                f"{directory.path} refines a state of each crop, which only the CPU can do yet: take the backend "
-                f"onnxruntime, openvino or inductor"
-            )
         form = self.form if cuda_graph else Form.NONE
         with closed_if_it_fails(self.layer, directory):
             return DeviceExecutor(

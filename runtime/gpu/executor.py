@@ -62,6 +62,11 @@ class DeviceExecutor:
         together: int = 1,
         rebuild: Callable[[str, int], str] = "iqa-build --sizes {} --batch {}".format,
     ) -> None:
+        if manifest.flow.loop.result:
+            raise BackendError(
+                "this engine refines a state of each crop, which only the CPU can do yet: take "
+                "onnxruntime, openvino or inductor"
+            )
         self._manifest, self._layer, self._stages, self._rebuild = manifest, layer, stages, rebuild
         self.graphs, self._asked = Graphs(layer, form), together
         self._lock = threading.Lock()  # of all below; take a dock's lock first, then this one

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,17 @@ import PIL.Image
 import pytest
 
 from diffiqa.engine.crops import crop_grid
-from diffiqa.engine.manifest import MANIFEST, Manifest, open_engine, read_manifest
+from diffiqa.engine.manifest import MANIFEST, Library, Manifest, open_engine, read_manifest
 from diffiqa.engine.noise import NoiseField
 from diffiqa.engine.pixels import to_plane
-from diffiqa.errors import EngineError, UsageError
+from diffiqa.errors import BackendError, EngineError, UsageError
+from diffiqa.export.builds import BuildOptions, build_engines
 from diffiqa.runtime.backends import OnnxRuntime
 from diffiqa.runtime.command import api
 from diffiqa.runtime.command.recordfile import read_records
 from diffiqa.runtime.command.records import Format, Record, RunSettings
 from diffiqa.runtime.command.table import show_table
+from diffiqa.runtime.gpu.executor import DeviceExecutor
 from diffiqa.runtime.results import Options, Score, words_text
 from diffiqa.runtime.scorer import Scorer, load
 
@@ -117,6 +120,13 @@ def test_options_that_mean_nothing_are_refused(pfd: Scorer, options: dict[str, A
         pfd.score(PIXELS, Options(**options))
 
 
+def test_a_gpu_and_builds_for_one_are_refused_with_the_way_out(pfd_engine: Path) -> None:
+    with pytest.raises(BackendError, match="only the CPU can do yet: take onnxruntime"):
+        DeviceExecutor(read_manifest(pfd_engine), SimpleNamespace(), {})
+    with pytest.raises(UsageError, match="no GPU runs yet; build for this CPU: --target inductor"):
+        build_engines(pfd_engine, BuildOptions(Library.ONNXRUNTIME))
+
+
 def _flow(**changes: Any) -> Callable[[Manifest], Manifest]:
     return lambda m: dataclasses.replace(m, flow=dataclasses.replace(m.flow, **changes))
 
@@ -131,6 +141,11 @@ def _loop(**changes: Any) -> Callable[[Manifest], Manifest]:
         (_loop(start="gamma"), "the denoiser stage reads"),
         (_loop(start="nothing"), "the denoiser stage reads"),
         (_loop(share="start"), "share must be one number"),
+        (_loop(share="score"), "share must be one number"),
+        (
+            lambda m: _flow(probabilities=(dataclasses.replace(m.flow.probabilities[1], words=("a", "a")),))(m),
+            "a word twice",
+        ),
         (_loop(result="else"), "the decoder stage reads"),
         (_loop(scalar="noise_level"), "the denoiser stage reads"),
         (_flow(score=None), "neither a VCG nor a VDA"),
