@@ -126,8 +126,7 @@ def build_engines(
     directory = open_engine(path)
     if directory.manifest.flow.loop.result and not any(target.startswith(CPU) for target in maker.capabilities):
         raise UsageError(
-            f"{path} refines a state of each crop, which no GPU runs yet; build for this CPU: --target inductor "
-            f"--compute-capability cpu"
+            f"{path} refines a state of each crop, which no GPU runs yet; it needs no build: iqa-run takes it as it is"
         )
     if maker.library in {Library.ONNXRUNTIME, Library.INDUCTOR}:
         _refuse_8_bits(directory, maker.library)

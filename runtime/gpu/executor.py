@@ -64,8 +64,7 @@ class DeviceExecutor:
     ) -> None:
         if manifest.flow.loop.result:
             raise BackendError(
-                "this engine refines a state of each crop, which only the CPU can do yet: take "
-                "onnxruntime, openvino or inductor"
+                "this engine refines a state of each crop, which only the CPU can do yet: take onnxruntime or openvino"
             )
         self._manifest, self._layer, self._stages, self._rebuild = manifest, layer, stages, rebuild
         self.graphs, self._asked = Graphs(layer, form), together
