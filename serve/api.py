@@ -21,7 +21,8 @@ import uvicorn
 from ..engine.manifest import open_engine
 from ..errors import UsageError
 from ..runtime.backends import Backend
-from ..runtime.scorer import Scorer, load
+from ..runtime.scorer import Scorer
+from ..runtime.selftest import load_tested
 from .connection import Connection
 from .door import read_tokens
 from .http import make_app
@@ -60,7 +61,7 @@ def serve(
             name = given or directory.manifest.model_name
             if not re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII) or name in scorers:
                 raise UsageError(f"{name!r} cannot name an engine, or names two; give other names, as one=DIR two=DIR")
-            scorers[name] = stack.enter_context(load(directory, backend, max_pixels=limits.pixels))
+            scorers[name] = stack.enter_context(load_tested(directory, backend, max_pixels=limits.pixels, say=say))
             directories[name] = Path(path)
             reason = f" ({why})" if (why := scorers[name].info.reason) else ""
             say(f"engine {name}: {scorers[name].info.engine}, {scorers[name].info.backend}{reason}")

@@ -256,7 +256,7 @@ def test_a_service_that_cannot_score_or_listen_says_so(tiny_engine: Path, monkey
     scorer = Scorer(read_manifest(tiny_engine), Gate(), backend="gate")
     with monkeypatch.context() as patch:
         patch.setattr(Gate, "run_together", broken)
-        patch.setattr(api, "load", lambda *_, **__: scorer)
+        patch.setattr(api, "load_tested", lambda *_, **__: contextlib.nullcontext(scorer))
         with pytest.raises(BackendError, match="engine tiny cannot score: warm-up: not enough memory"):
             diffiqa.serve(tiny_engine, port=0)
     with socket.socket() as other:
