@@ -24,6 +24,7 @@ from .markup import Html, join, table, tag, visible
 _MAX_CROP_ROWS = 64
 _IMAGES_HERE = "<!-- images -->"  # where the template is cut
 _SPACE = Html(" ")
+_MEAN = ("The score is the mean over the crops.", "It is the mean over the crops.", "Both are means over the crops.")
 _MODES = {Mode.WHOLE: "as a whole", Mode.TILE: "in overlapping tiles", Mode.CROP: "crop by crop"}
 
 
@@ -283,7 +284,7 @@ class Page:
         better = "Higher is better." if m.higher_is_better else "Lower is better."
         low, high = short(m.minimum), short(m.nominal_maximum)
         span = f"No score is below {low}. The best images get about {high}; some get more."
-        if m.minimum or not m.higher_is_better:
+        if m.minimum or not m.higher_is_better or not self._branches:  # a branch has no score below 0
             span = f"The labels of training go from {low} to {high}; a score may lie outside."
         guided = ", guided by its restorations" if self._restores else ""
         texts = {
@@ -310,13 +311,13 @@ class Page:
         )
         return join(
             tag("p", tag("strong", better), f" {span} {m.meaning}"),
-            tag("p", *m.reference.explained) if m.reference else None,
+            tag("p", " ".join(m.reference.explained)) if m.reference else None,
             tag("p", WORDS_EXPLAINED) if self.manifest.flow.probabilities else None,
             tag(
                 "p",
                 f"Score = {total}. " if total else "",
                 *(texts[name] for name in self._branches),
-                "Both are means over the crops." if len(self._branches) > 1 else "It is the mean over the crops.",
+                _MEAN[len(self._branches)],
             ),
             # Without pictures there is nothing to explain about them.
             join(tag("dl", *terms, class_="terms"), maps) if collected.scales else None,
