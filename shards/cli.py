@@ -129,6 +129,10 @@ def status(out: str) -> None:
 
     OUT is what --shards was given: a folder or a bucket.
 
+    \b
+    Example:
+      iqa-status scores/
+
     Exit codes: 0 the run is finished, 1 it is not, 2 there is none.
     """
     from ..runtime.command.table import rate_text

@@ -416,6 +416,7 @@ def test_peers_run_where_ours_does() -> None:
         "onnxruntime, default settings",
         "openvino",
         "openvino, bf16",
+        "openvino, NNCF",
         "torch eager",
         "torch eager, bf16",
         "torch.compile",

@@ -119,7 +119,7 @@ def test_the_command_says_what_each_stage_does_and_writes_the_engine(
     [
         (["--precision", "mixed"], "give --calib"),
         (["--drift", "0.1"], "int8 takes all"),
-        (["--precision", "mixed", "--target", "tensorrt", "--calib", "x"], "form of ONNX Runtime"),
+        (["--precision", "mixed", "--target", "tensorrt", "--calib", "x"], "leave --target out, or take openvino"),
     ],
 )
 def test_contradictions_are_refused_before_anything_is_run(

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import tomllib
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import click
@@ -196,11 +197,11 @@ def test_what_the_python_blocks_call_can_be_called() -> None:
 
 
 def test_every_record_field_that_is_written_is_explained() -> None:
-    from diffiqa.runtime.command.records import COLUMNS
+    from diffiqa.runtime.command.records import Record
 
     text = (ROOT / "docs" / "scoring.md").read_text(encoding="utf-8")
     (rows,) = re.findall(r"\| field \|.*?\n\n", text, re.DOTALL)
-    assert tuple(re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE)) == COLUMNS
+    assert tuple(re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE)) == tuple(field.name for field in fields(Record))
 
 
 def test_every_extra_is_explained() -> None:

@@ -50,7 +50,7 @@ def snapshot(directory: Path) -> dict[str, bytes]:
 def test_the_directory_holds_the_four_stages_and_a_manifest_with_their_hashes(tiny_engine: Path) -> None:
     manifest = open_engine(tiny_engine).manifest
     assert [stage.name.value for stage in manifest.stages] == ["unet", "vit", "vcg", "vda"]
-    files = {"manifest.json", *(f"onnx/{name}.onnx" for name in ("unet", "vit", "vcg", "vda"))}
+    files = {"manifest.json", "self-test.json", *(f"onnx/{name}.onnx" for name in ("unet", "vit", "vcg", "vda"))}
     assert set(snapshot(tiny_engine)) == files
     for stage in manifest.stages:
         assert stage.file.sha256 == file_sha256(tiny_engine / stage.file.path)
