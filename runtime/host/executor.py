@@ -138,7 +138,8 @@ class BoundLoop:
         self.y, self.noise = buffers[:, 0]
         self.cancelled: Callable[[], bool] = lambda: False
         self._scalar = np.zeros((1, 1), np.float32)
-        self._call = stage.bind({"y": buffers[0], scalar: self._scalar, **others}, {"noise": buffers[1]})
+        # In the order of the stage's own inputs: a network in PyTorch takes them by place.
+        self._call = stage.bind({"y": buffers[0], **others, scalar: self._scalar}, {"noise": buffers[1]})
 
     def __call__(self, scalar: float) -> None:
         """Predict the noise in `y`. Raises Cancelled when nobody wants the result any more."""
