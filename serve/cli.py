@@ -8,7 +8,7 @@ import click
 
 from ..command import Command
 from ..errors import UsageError
-from ..runtime.command.cli import provider
+from ..runtime.command.cli import backend_of, provider
 
 _WHOLE = click.IntRange(1)
 
@@ -98,19 +98,16 @@ def serve(engines: tuple[str, ...], **given: Any) -> None:
 
     Exit codes: 0 it was told to end, and answered what it had accepted; 2 it could not start.
     """
-    from ..runtime.backends import from_options
     from .api import serve as run
     from .limits import Limits
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)  # to standard error
     logging.getLogger("diffiqa.access").setLevel(logging.WARNING if given["quiet"] else logging.INFO)
-    taken = ("device", "batch", "no_cuda_graph", "threads", "providers", "spin", "cpu_precision")
-    backend = from_options(given["backend"], **{name: given[name] for name in taken})
     same = {name: given[name] for name in ("queue", "per_client", "seconds", "drain", "pixel_budget")}
     limits = Limits(given["max_bytes"], given["max_pixels"], given["max_images"], **same)
     run(
         _named(engines),
-        backend=backend,
+        backend=backend_of(given),
         host=given["host"],
         port=given["port"],
         workers=given["workers"],

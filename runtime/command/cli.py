@@ -226,16 +226,22 @@ def run(engine: Path, images: tuple[str, ...], **given: Any) -> None:
         sys.exit(1)
 
 
+def backend_of(given: Mapping[str, Any]) -> "Backend | tuple[Backend, ...]":
+    """Return the backend that a command line asks for, or those of which the first that works is taken."""
+    from ..backends import from_options
+
+    taken = ("device", "batch", "no_cuda_graph", "threads", "providers", "spin", "cpu_precision")
+    return from_options(given["backend"], **{name: given[name] for name in taken})
+
+
 def how_to_score(given: Mapping[str, Any]) -> "tuple[Options, Backend | tuple[Backend, ...], int | None]":
     """Return the options, the backend and the largest size of images that a command line asks for."""
-    from ..backends import from_options
     from ..images import DEFAULT_MAX_PIXELS
     from ..results import PIXEL_BUDGET, Mode, Options
 
     same = {name: given[name] for name in ("crops", "seed", "seeds", "steps", "sampler", "fast")}
     options = Options(**same, mode=Mode(given["mode"]), pixel_budget=given["pixel_budget"] or PIXEL_BUDGET)
-    taken = ("device", "batch", "no_cuda_graph", "threads", "providers", "spin", "cpu_precision")
-    backend = from_options(given["backend"], **{name: given[name] for name in taken})
+    backend = backend_of(given)
     return options, backend, DEFAULT_MAX_PIXELS if given["max_pixels"] is None else given["max_pixels"] or None
 
 
