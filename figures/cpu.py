@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from precision import CALIBRATION_IMAGES, OPTIONS, SEED, drawn, ratio
+from precision import CALIBRATION_IMAGES, OPTIONS, SEED, add_pictures, drawn, ratio
 from record import ROOT, write
 from steps import psnr
 
@@ -70,9 +70,7 @@ def main() -> None:
     scores = commands.add_parser("scores")
     scores.set_defaults(measure=measure_scores)
     scores.add_argument("--ckpt", type=Path, default=ROOT / "models" / "mini" / "model.safetensors")
-    scores.add_argument("--labels", type=Path, required=True, help="A CSV file, or the folder of --dataset.")
-    scores.add_argument("--dataset")
-    scores.add_argument("--split", type=Path, required=True)
+    add_pictures(scores)
     scores.add_argument("--images", type=int, default=200)
     full = commands.add_parser("full")
     full.set_defaults(measure=measure_full)

@@ -70,9 +70,7 @@ def main() -> None:
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--ckpt", type=Path, default=ROOT / "models" / "mini" / "model.safetensors")
     pictures = argparse.ArgumentParser(add_help=False, parents=[model])
-    pictures.add_argument("--labels", type=Path, required=True, help="A CSV file, or the folder of --dataset.")
-    pictures.add_argument("--dataset")
-    pictures.add_argument("--split", type=Path, required=True)
+    add_pictures(pictures)
     scores = commands.add_parser("scores", parents=[pictures])
     scores.set_defaults(measure=measure_scores)
     scores.add_argument("--images", type=int, default=200)
@@ -87,6 +85,13 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         given.measure(given, Path(folder))
+
+
+def add_pictures(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which pictures are taken, and how people rated them."""
+    parser.add_argument("--labels", type=Path, required=True, help="A CSV file, or the folder of --dataset.")
+    parser.add_argument("--dataset")
+    parser.add_argument("--split", type=Path, required=True)
 
 
 def measure_scores(given: argparse.Namespace, folder: Path) -> None:

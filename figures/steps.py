@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from precision import SEED, drawn, ratio
+from precision import SEED, add_pictures, drawn, ratio
 from record import ROOT, write
 
 from diffiqa.calibration.steps import compare
@@ -56,9 +56,7 @@ def main() -> None:
     scores = commands.add_parser("scores")
     scores.set_defaults(measure=measure_scores)
     scores.add_argument("--engine", type=Path, required=True)
-    scores.add_argument("--labels", type=Path, required=True, help="A CSV file, or the folder of --dataset.")
-    scores.add_argument("--dataset")
-    scores.add_argument("--split", type=Path, required=True)
+    add_pictures(scores)
     scores.add_argument("--images", type=int, default=200)
     commands.add_parser("full").set_defaults(measure=measure_full)
     given = parser.parse_args()
