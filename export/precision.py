@@ -148,7 +148,9 @@ def plan_stage(
                 reasons[node.name] = "a sum of many values"
             elif node.op_type in {"InstanceNormalization", "GroupNormalization"} or _low_statistics(node):
                 reasons[node.name] = "norm statistics: sums of squares"
-        reasons |= dict.fromkeys(noise_embedding(graph), "noise embedding: it must tell levels near 1 apart")
+        reasons |= dict.fromkeys(
+            noise_embedding(graph, loop.scalar), "noise embedding: it must tell levels near 1 apart"
+        )
         reasons |= dict.fromkeys(_score_reduction(graph), "score reduction")
     kept = tuple(Kept(node.name, node.op_type, reasons[node.name]) for node in graph.node if node.name in reasons)
     low = _NAMES[_LOW.get(precision, TensorProto.FLOAT)]
@@ -165,10 +167,10 @@ def _low_statistics(node: onnx.NodeProto) -> bool:
     return node.op_type == "LayerNormalization" and stash != TensorProto.FLOAT
 
 
-def noise_embedding(graph: onnx.GraphProto) -> list[str]:
-    """Return the nodes that depend on the noise level and on constants alone."""
+def noise_embedding(graph: onnx.GraphProto, scalar: str = "noise_level") -> list[str]:
+    """Return the nodes that depend on what tells the step, and on constants alone."""
     constants = {tensor.name for tensor in graph.initializer} | {""}
-    known, nodes = {"noise_level"}, []
+    known, nodes = {scalar}, []
     for node in graph.node:
         read = set(node.input) - constants
         if read and read <= known:
@@ -242,6 +244,7 @@ class _Caster:
                     self.types[name] = kind
                     if name in outputs and kind != self._planned(name):
                         node.output[i] = f"{name}.{_NAMES[kind]}"
+                        self.converted.add(node.output[i])  # nodes after it may read it as it is
                         self._cast(node.output[i], name, self._planned(name))
         replace_nodes(self.graph, self.nodes)
         for value in [*self.graph.input, *self.graph.output]:
@@ -328,8 +331,6 @@ def rounded(typed: onnx.ModelProto) -> onnx.ModelProto:
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         nodes.append(node)
-        if node.op_type == "Cast" and node.input[0] in low:
-            node.attribute[0].i = TensorProto.FLOAT  # of what is float32 here already
         for i, name in enumerate(node.output):
             if name not in low or node.op_type in MOVES:
                 continue

@@ -356,9 +356,9 @@ def fixed_dims(spec: TensorSpec) -> tuple[int, ...]:
 
 
 def _touched(name: StageName, loop: LoopPlan) -> set[str]:
-    """Return the tensors of a stage that our kernels read or write."""
+    """Return the tensors of a stage that our kernels read or write; what a loop starts from is as its state."""
     of_loop = {"y", "noise"} if loop.result else {"y", "noise", "condition"}
-    return _CROPS | {loop.start, loop.share, loop.result} | (of_loop if name is loop.stage else set())
+    return _CROPS | of_loop if name is loop.stage else _CROPS
 
 
 def _storages(stage: LoadedStage, touched: set[str]) -> dict[str, Storage]:

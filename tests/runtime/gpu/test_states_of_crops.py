@@ -23,7 +23,6 @@ from ...fake_device import FakeLayer, fake_stages
 from ...fakecuda.driver import Driver
 from ...tiny import photo
 
-STEPS = 5
 CLOSE = {Precision.FP32: 5e-6, Precision.FP16: 2e-2}  # of scores and probabilities; fp16 rounds a state of up to 10
 
 
@@ -95,7 +94,7 @@ def test_a_score_does_not_depend_on_what_shares_its_batch(directory: EngineDirec
 def test_a_crop_is_launched_as_a_loop_and_once_by_one_graph(directory: EngineDirectory, layer: FakeLayer) -> None:
     pixels = photo(5, 64, 64)
     executor = device(layer, directory)
-    plan = make_plan(64, 64, directory.manifest, Options(crops=1))
+    plan = make_plan(64, 64, directory.manifest, Options(crops=1, steps=3))
     logs = []
     for _ in range(3):
         before = len(layer.log)
@@ -104,7 +103,7 @@ def test_a_crop_is_launched_as_a_loop_and_once_by_one_graph(directory: EngineDir
     step = [StageName.DENOISER, "sampler_step_f32"]
     begin = [StageName.ENCODER, StageName.PRIOR, "noise_init_f32"]
     gathers = ["gather_crops_f32", "gather_crops_f32"]
-    assert logs[0] == ["normalise_pad_f32", *gathers, *begin, *step * STEPS, StageName.DECODER]
+    assert logs[0] == ["normalise_pad_f32", *gathers, *begin, *step * 3, StageName.DECODER]
     assert logs[1] == logs[2] == ["normalise_pad_f32", *gathers, "graph"]
     assert executor.graphs.captures == 1
 
