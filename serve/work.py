@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ..engine.manifest import read_manifest
 from ..errors import BackendError, EngineError, ImageError, UsageError
-from ..runtime.executor import Cancelled
+from ..runtime.executor import Cancelled, Show
 from ..runtime.images import Image, Source, synthetic
 from ..runtime.plan import make_plan
 from ..runtime.results import Failure, Options, Score
@@ -42,7 +42,7 @@ class Job:
     name: str
     options: Options
     client: str = ""
-    pictures: bool = False
+    show: Show | None = None  # somebody looks on, and wants pictures
     result: "Future[Score | Failure]" = field(default_factory=Future)
     image: Image | None = None
     since: float = 0.0  # when it was decoded
@@ -52,7 +52,7 @@ class Job:
     def shares_with(self, other: "Job") -> bool:
         """Whether both may stand in one batch."""
         return (
-            (self.engine, self.options, self.pictures) == (other.engine, other.options, other.pictures)
+            (self.engine, self.options, self.show is None) == (other.engine, other.options, other.show is None)
             and self.image is not None
             and other.image is not None
             and self.image.size == other.image.size
@@ -233,7 +233,7 @@ class Service:
         return group
 
     def _score(self, group: list[Job]) -> None:
-        scorer, options = self.scorers[group[0].engine], group[0].options
+        scorer, options, show = self.scorers[group[0].engine], group[0].options, group[0].show
 
         def cancelled() -> bool:
             for job in group:
@@ -246,7 +246,7 @@ class Service:
             for job in group:
                 job.steps, job.done = steps, 0
             start = time.monotonic()
-            scores = scorer.score_read(read, options, group[0].pictures, cancelled)
+            scores = scorer.score_read(read, options, show is not None, cancelled, show)
             self._pace += 0.2 * ((time.monotonic() - start) / len(group) - self._pace)
         except Cancelled:
             return
