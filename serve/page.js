@@ -22,7 +22,9 @@
       state.className = "quiet";
       progress.setAttribute("aria-label", `Score of ${file.name}`);
       progress.value = 0;
-      item.append(image, name, state, progress);
+      const sights = document.createElement("div");
+      sights.className = "sights";
+      item.append(image, name, state, progress, sights);
       find("#waiting").append(item);
       queue.push({ file, item, image, state, progress, maps: [] });
     }
@@ -112,7 +114,7 @@
     canvas.setAttribute("aria-label", `${name}, of ${one.file.name}`);
     caption.textContent = name;
     figure.append(canvas, caption);
-    one.item.append(figure);
+    find(".sights", one.item).append(figure);
     const context = canvas.getContext("2d");
     context.imageSmoothingEnabled = false;
     if (one.image.naturalWidth) lay(context, one.image, [0, 0, 1, 1]); // not every browser reads every format

@@ -39,20 +39,21 @@ class Sights:
     """What a running score shows, between two looks at it: small, whatever the image's size."""
 
     def __init__(self) -> None:
-        self._states: collections.deque[tuple[Window, FloatArray]] = collections.deque()
+        self._state: tuple[Window, FloatArray] | None = None
         self._maps: collections.deque[tuple[Window, FloatArray]] = collections.deque()
 
     def __call__(self, place: Window, values: FloatArray) -> None:
-        """Note a state, if the last one was taken, or a map. The thread that scores calls this: it only copies."""
+        """Note a state or a map. The thread that scores calls this: it only copies."""
         if values.ndim == 2:
             self._maps.append((place, values))
-        elif not self._states:
+        else:
             every = -(-max(values.shape) // _STATE_SIDE)
-            self._states.append((place, values[:, ::every, ::every].copy()))
+            self._state = place, values[:, ::every, ::every].copy()
 
     def taken(self, image: Image | None) -> dict[str, Any]:
         """Return what is new, each with its place (top, left, height, width) in shares of the image's size."""
-        if not image or not (self._states or self._maps):
+        latest, self._state = self._state, None
+        if not image or not (latest or self._maps):
             return {}
         height, width = image.size
 
@@ -66,8 +67,8 @@ class Sights:
             index = base64.b64encode(found.index.tobytes()).decode()
             about = {"low": found.low, "high": found.high, "columns": values.shape[1], "index": index}
             told["maps"].append({"at": at(place), **about})
-        if self._states:
-            place, state = self._states.popleft()
+        if latest:
+            place, state = latest
             stream = io.BytesIO()
             PIL.Image.fromarray(to_pixels(state)).save(stream, "JPEG")
             told["state"] = {"at": at(place), "jpeg": base64.b64encode(stream.getvalue()).decode()}

@@ -283,8 +283,8 @@ def _give(job: Job, result: Score | Failure) -> None:
 
 
 def _steps(scorer: Scorer, image: Image, options: Options) -> int:
-    """Return how often an executor on the host asks whether it is cancelled: before each step, and before each crop."""
+    """Return how often an executor on the host asks whether it is cancelled: at each step, window and crop."""
     plan = make_plan(*image.size, scorer.manifest, options)
-    loop = scorer.manifest.flow.loop
-    states = len(plan.crops if loop.result else plan.windows) if scorer.manifest.stage(loop.stage) else 0
-    return (states * len(plan.sampling.steps) + len(plan.crops)) * options.seeds
+    loop, steps, crops = scorer.manifest.flow.loop, len(plan.sampling.steps), len(plan.crops)
+    states = crops * steps if loop.result else len(plan.windows) * (steps + 1)
+    return (crops + (states if scorer.manifest.stage(loop.stage) else 0)) * options.seeds

@@ -120,6 +120,7 @@ class HostExecutor:
             ]
             denoiser.watch = partial(watch, (window, denoiser.y))
             restored = restore(denoiser, field, rows)
+            denoiser.watch()
             weight = plan.blend_weight(window)
             for index in plan.readers(window):
                 paste(crops[index], shares[index], plan, index, window, restored, weight)

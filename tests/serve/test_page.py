@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from diffiqa.engine.manifest import read_manifest
+from diffiqa.engine.schedule import Kind
 from diffiqa.runtime.report.heatmap import COLOURS
 from diffiqa.runtime.results import Options, Score
 from diffiqa.runtime.scorer import Scorer, load
@@ -66,6 +68,7 @@ def test_a_score_shows_a_state_and_every_map_in_its_place(engine: str, request: 
         assert sights.taken(None) == {}
         service.submit([job])
         score = job.result.result(60)
+        assert job.done == job.steps > 3
         told = sights.taken(job.image)
         assert told["size"] == (side, 3 * side)
         assert ("state" in told) == (len(scorer.info.kinds) > 1)
@@ -78,7 +81,9 @@ def test_a_score_shows_a_state_and_every_map_in_its_place(engine: str, request: 
         if state := told.get("state"):
             assert state["at"] == [0, 0, 1, 1]
             with Image.open(io.BytesIO(base64.b64decode(state["jpeg"]))) as image:
-                assert image.size == (3 * side, side)
+                restored = np.asarray(image, float)
+            far = {kind: np.abs(restored - plane).mean() for kind, plane in score.pictures.planes.items()}
+            assert min(far, key=lambda kind: far[kind]) is Kind.Y0
         assert sights.taken(job.image) == {}
 
 

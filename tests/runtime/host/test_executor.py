@@ -137,16 +137,17 @@ def test_who_looks_on_sees_every_state_and_map_and_changes_nothing(
     seen = executor.run(plane, plan, 5, show=lambda window, values: shown.append((window, values.copy())))
     outcome = executor.run(plane, plan, 5)
     np.testing.assert_array_equal(seen.crops, outcome.crops)
-    steps = len(plan.sampling.steps)
-    states, maps = shown[: len(plan.windows) * steps], shown[len(plan.windows) * steps :]
-    assert [window for window, _ in states] == [window for window in plan.windows for _ in range(steps)]
+    each = len(plan.sampling.steps) + 1
+    states, maps = shown[: len(plan.windows) * each], shown[len(plan.windows) * each :]
+    assert [window for window, _ in states] == [window for window in plan.windows for _ in range(each)]
     first = plan.windows[0]
     noise = np.empty((3, first.height, first.width), np.float32)
     field = NoiseField(5, plan.noise_size, window=noise.shape[1:], top=0, left=0, lane=first.lane)
     field.fill(manifest.schedule.steps, noise)
     np.testing.assert_array_equal(states[0][1], noise)
-    tapped = outcome.planes.get(Kind.T1, outcome.crops[0, manifest.kinds.index(Kind.T1)])
-    assert any(np.array_equal(state[:, :40, :52], tapped) for _, state in states[:steps])
+    for kind, found in ((Kind.T1, states[:each]), (Kind.Y0, states[each - 1 : each])):
+        tapped = outcome.planes.get(kind, outcome.crops[0, manifest.kinds.index(kind)])
+        assert any(np.array_equal(state[:, :40, :52], tapped) for _, state in found)
     for (window, score_map), crop, verdict in zip(maps, plan.crops, outcome.verdicts, strict=True):
         assert window == Window(crop.top, crop.left, plan.crop_size, plan.crop_size)
         assert verdict.vcg
