@@ -14,8 +14,8 @@ FloatArray = npt.NDArray[np.float32]
 Planes = FloatArray | tuple[FloatArray, FloatArray]  # an image, or a pair: see `both`
 Call = Callable[[], None]
 Task = tuple[Any, int]  # an image, as its executor takes it, and a seed
-# Told what a running plan has so far: before each step and after the last the state (3, height, width) of a window, then
-# the score map (grid, grid) of each crop. Executors reuse what they show. One whose steps nobody sees shows nothing.
+# Told what a running plan has so far: the state (3, height, width) of a window before each step and after the last,
+# then the score map (grid, grid) of each crop. Executors reuse what they show, and may show nothing.
 Show = Callable[[Window, FloatArray], None]
 
 
