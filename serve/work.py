@@ -267,14 +267,16 @@ class Service:
         for job in group:
             self.metrics.count("failed_images", engine=job.engine)
             if isinstance(exc, ImageError):
-                # The reader calls all bytes `bytes`; the client gave them a name.
-                why = str(exc)
-                why = why if why.startswith(f"{job.name}: ") else f"{job.name}: {why.removeprefix('bytes: ')}"
-                _give(job, Failure(job.name, why))
+                _give(job, Failure(job.name, named(job.name, str(exc))))
             else:
                 log.error("cannot score an image", exc_info=exc)
                 with contextlib.suppress(InvalidStateError, CancelledError):
                     job.result.set_exception(exc)
+
+
+def named(name: str, why: str) -> str:
+    """Return why an image has no score, with its name: the reader calls all bytes `bytes`."""
+    return why if why.startswith(f"{name}: ") else f"{name}: {why.removeprefix('bytes: ')}"
 
 
 def _give(job: Job, result: Score | Failure) -> None:
