@@ -144,7 +144,8 @@ async def server(request: Request) -> Response:
 
 async def openapi(request: Request) -> Response:
     """Describe all this for programs."""
-    return answer(description(service_of(request).limits))
+    service = service_of(request)
+    return answer(description(service.limits, list(service.scorers)))
 
 
 async def metrics(request: Request) -> Response:
