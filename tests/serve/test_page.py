@@ -14,6 +14,8 @@ from PIL import Image
 
 from diffiqa.engine.manifest import read_manifest
 from diffiqa.engine.schedule import Kind
+from diffiqa.runtime.images import read_image
+from diffiqa.runtime.plan import Window
 from diffiqa.runtime.report.heatmap import COLOURS
 from diffiqa.runtime.results import Options, Score
 from diffiqa.runtime.scorer import Scorer, load
@@ -85,6 +87,17 @@ def test_a_score_shows_a_state_and_every_map_in_its_place(engine: str, request: 
             far = {kind: np.abs(restored - plane).mean() for kind, plane in score.pictures.planes.items()}
             assert min(far, key=lambda kind: far[kind]) is Kind.Y0
         assert sights.taken(job.image) == {}
+
+
+def test_what_is_shown_is_small_and_a_copy() -> None:
+    sights, state = Sights(), np.full((3, 100, 600), -1, np.float32)  # black
+    sights(Window(0, 300, 100, 600), state)
+    state[:] = 1  # the next step
+    told = sights.taken(read_image(photo(1, 300, 1200)))["state"]
+    assert told["at"] == [0, 0.25, 1 / 3, 0.5]
+    with Image.open(io.BytesIO(base64.b64decode(told["jpeg"]))) as image:
+        assert image.size == (200, 34)
+        assert image.getextrema() == ((0, 0),) * 3
 
 
 def test_an_error_of_ours_ends_the_stream_in_words(
