@@ -15,9 +15,11 @@ import io
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -197,9 +199,12 @@ def schema(given: argparse.Namespace) -> dict[str, Any]:
     # Where options exclude one another, what fits the schema can be refused.
     rules = ["--exclude-checks", "positive_data_acceptance", "--suppress-health-check", "too_slow"]
     rules += ["--max-examples", str(given.examples), "--request-timeout", "60", "--seed", "22"]
-    command = [given.schemathesis, "run", address, *rules]
+    command = [Path(shutil.which(given.schemathesis) or given.schemathesis).absolute(), "run", address, *rules]
     start = time.perf_counter()
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    with tempfile.TemporaryDirectory() as folder:  # it keeps things where it runs
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, cwd=folder
+        )
     seconds = time.perf_counter() - start
     assert service.end() == 0
     reading.join()
