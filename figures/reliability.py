@@ -1,4 +1,4 @@
-"""The table of docs/reliability.md, from what crashes.py, kills.py, fuzz.py and soak.py recorded."""
+"""The table of docs/reliability.md, from what crashes.py, kills.py, fuzz.py, soak.py and serving.py recorded."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,8 @@ COMMANDS = {
 
 def reliability(results: Path) -> str:
     """Return one row for each thing that was tried."""
-    crashes, kills, fuzz, soak = (_read(results / f"{name}.json") for name in ("crashes", "kills", "fuzz", "soak"))
+    names = ("crashes", "kills", "fuzz", "soak", "serving-flood", "serving-schema")
+    crashes, kills, fuzz, soak, flood, schema = (_read(results / f"{name}.json") for name in names)
     rows = []
     for name, found in crashes.get("commands", {}).items():
         planted = f"{found['power_cuts']:,} power cuts, {found['failures']:,} failing writes, syncs and renames"
@@ -37,6 +38,15 @@ def reliability(results: Path) -> str:
         )
         planted = f"soak: {soak['images']:,} images, {soak['failed']} of them bad"
         rows.append(("`diffiqa.score`", planted, f"{soak['scored'] + soak['failed']:,} records; {kept}"))
+    if flood:
+        answers, (first, last) = flood["answers"], flood["most_mib_by_half"]
+        planted = f"{sum(answers.values()):,} requests of {flood['clients']} clients at a queue of {flood['queue']}"
+        kinds = {"200": "scored", "503": "told to try again"}
+        found = ", ".join(f"{count:,} {kinds.get(status, status)}" for status, count in sorted(answers.items()))
+        rows.append(("`iqa-serve`", planted, f"{found}; memory in MiB {first:.1f} → {last:.1f}"))
+    if schema:
+        planted = f"{sum(schema['answers'].values()):,} requests that schemathesis made in {schema['seconds']:.0f} s"
+        rows.append(("`iqa-serve`", planted, f"{schema['faults']} errors of its own, {schema['hangs']} hangs"))
     lines = ["| what | tried | found |", "|---|---|---|", *("| " + " | ".join(row) + " |" for row in rows)]
     return "\n".join(lines)
 

@@ -1,19 +1,25 @@
-"""What `iqa-serve` costs beside the bare scorer, and what ten times more than it can carry does to it.
+"""What `iqa-serve` costs beside the bare scorer, what ten times more than it can hold does to it, and what a fuzzer.
 
-    python figures/serving.py --engine out/engine [--query 'crops=1&mode=crop&steps=3'] [--seconds 20] [--rounds 3]
+    python figures/serving.py cost --engine out/engine [--query 'crops=1'] [--seconds 20] [--rounds 3]
+    python figures/serving.py flood --engine out/engine [--query 'crops=1'] [--seconds 60]
+    python figures/serving.py schema --engine out/engine --schemathesis FILE [--examples 60]
 
-Writes results/serving.json. Bare scoring and service alternate within a round, each in its own process, on the same
-picture with as many threads; clients keep their connections.
+Each writes results/serving-WHAT.json. `cost`: bare scoring and service alternate within a round, each in its own
+process, on the same picture with as many threads; clients keep their connections. `flood`: ten clients for each place
+in the queue. `schema`: the program schemathesis makes requests from the service's own OpenAPI.
 """
 
 import argparse
 import http.client
 import io
+import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -47,9 +53,9 @@ with diffiqa.load(engine, diffiqa.OnnxRuntime(threads=int(threads))) as scorer:
 class Service:
     """A running `iqa-serve`."""
 
-    def __init__(self, engine: Path, threads: int) -> None:
-        command = [sys.executable, "-m", "diffiqa.cli", "serve", "--engine", str(engine), "--port", "0", "--quiet"]
-        command += ["--threads", str(threads), "--queue", str(QUEUE), "--seconds", "600"]
+    def __init__(self, engine: Path, threads: int, *more: str) -> None:
+        command = [sys.executable, "-m", "diffiqa.cli", "serve", "--engine", str(engine), "--port", "0"]
+        command += ["--threads", str(threads), "--queue", str(QUEUE), "--seconds", "600", *more]
         start = time.perf_counter()
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr
@@ -138,20 +144,18 @@ def load(port: int, path: str, body: bytes, clients: int, seconds: float) -> dic
     }
 
 
-def main() -> None:
-    """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", type=Path, required=True)
-    parser.add_argument("--query", default="crops=1&mode=crop&steps=3")
-    parser.add_argument("--side", type=int, default=224)
-    parser.add_argument("--seconds", type=float, default=20)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args()
+def picture_of(side: int) -> bytes:
+    """Return a picture as a PNG file."""
     stream = io.BytesIO()
-    Image.fromarray(synthetic(0, given.side, given.side)).save(stream, "PNG")
+    Image.fromarray(synthetic(0, side, side)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def cost(given: argparse.Namespace) -> dict[str, Any]:
+    """Measure what the service costs beside the bare scorer."""
+    body, path = picture_of(given.side), f"/score?{given.query}"
     picture = Path("/tmp") / f"serving-{given.side}.png"  # noqa: S108 — for the other process
-    picture.write_bytes(stream.getvalue())
+    picture.write_bytes(body)
     options = [f"{name}={value}" for name, value in parse_qsl(given.query)]
     bare, rounds = [], []
     everything: set[str] = set()
@@ -159,23 +163,77 @@ def main() -> None:
         *scores, busy, rate = run_apart(BARE, given.engine, picture, str(given.seconds), str(given.threads), *options)
         bare.append({"scored_a_second": float(rate), "cpu_ms_a_score": float(busy) * 1000})
         everything.update(scores)
-        service = Service(given.engine, given.threads)
-        path = f"/score?{given.query}"
-        found = [service.load(path, stream.getvalue(), clients, given.seconds) for clients in (*CLIENTS, 10 * QUEUE)]
+        service = Service(given.engine, given.threads, "--quiet")
+        found = [service.load(path, body, clients, given.seconds) for clients in CLIENTS]
         for cell in found:
             everything.update(cell.pop("scores"))
         rounds.append({"start_seconds": service.start_seconds, "load": found})
         assert service.end() == 0
     assert len(everything) == 1, "the service and the bare scorer gave different scores"
-    cost = {
+    beside = {
         f"{what}, {clients} clients": statistics.median(
             sign * (one["load"][place][what] / alone[what] - 1) for one, alone in zip(rounds, bare, strict=True)
         )
         for place, clients in enumerate(CLIENTS)
         for what, sign in (("scored_a_second", -1), ("cpu_ms_a_score", 1))
     }
-    how = {"engine": given.engine.name, "query": given.query, "side": given.side, "threads": given.threads}
-    write("serving", {"how": how, "cost_beside_bare": cost, "bare": bare, "rounds": rounds})
+    return {"how": how(given), "cost_beside_bare": beside, "bare": bare, "rounds": rounds}
+
+
+def flood(given: argparse.Namespace) -> dict[str, Any]:
+    """Have ten clients for each place in the queue ask at once."""
+    service = Service(given.engine, given.threads, "--quiet")
+    found = service.load(f"/score?{given.query}", picture_of(given.side), 10 * QUEUE, given.seconds)
+    assert len(found.pop("scores")) == 1, "one picture got different scores"
+    assert service.end() == 0
+    return {"how": how(given), "start_seconds": service.start_seconds, "queue": QUEUE, **found}
+
+
+def schema(given: argparse.Namespace) -> dict[str, Any]:
+    """Have schemathesis make requests from the description, and count the service's own log of them."""
+    service = Service(given.engine, given.threads)
+    log: list[str] = []
+    reading = threading.Thread(target=lambda: log.extend(service.process.stderr or ()))
+    reading.start()
+    address = f"http://127.0.0.1:{service.port}/openapi.json"
+    # Where options exclude one another, what fits the schema can be refused.
+    rules = ["--exclude-checks", "positive_data_acceptance", "--suppress-health-check", "too_slow"]
+    rules += ["--max-examples", str(given.examples), "--request-timeout", "60", "--seed", "22"]
+    command = [Path(shutil.which(given.schemathesis) or given.schemathesis).absolute(), "run", address, *rules]
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:  # it keeps things where it runs
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, cwd=folder
+        )
+    seconds = time.perf_counter() - start
+    assert service.end() == 0
+    reading.join()
+    answers = Counter(str(json.loads(line)["status"]) for line in log if line.startswith("{"))
+    if done.returncode:
+        sys.exit(done.stdout)
+    faults = sum(count for status, count in answers.items() if status.startswith("5") and status != "503")
+    return {"how": how(given), "seconds": seconds, "answers": answers, "faults": faults, "hangs": answers["499"]}
+
+
+def how(given: argparse.Namespace) -> dict[str, Any]:
+    """Return what a run was asked for."""
+    return {"engine": given.engine.name} | {name: getattr(given, name) for name in ("query", "side", "threads")}
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["cost", "flood", "schema"])
+    parser.add_argument("--engine", type=Path, required=True)
+    parser.add_argument("--query", default="crops=1")
+    parser.add_argument("--side", type=int, default=224)
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--schemathesis", default="schemathesis")
+    parser.add_argument("--examples", type=int, default=60)
+    given = parser.parse_args()
+    write(f"serving-{given.what}", {"cost": cost, "flood": flood, "schema": schema}[given.what](given))
 
 
 if __name__ == "__main__":

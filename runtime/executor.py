@@ -14,6 +14,9 @@ FloatArray = npt.NDArray[np.float32]
 Planes = FloatArray | tuple[FloatArray, FloatArray]  # an image, or a pair: see `both`
 Call = Callable[[], None]
 Task = tuple[Any, int]  # an image, as its executor takes it, and a seed
+# Told what a running plan has so far: the state (3, height, width) of a window before each step and after the last,
+# then the score map (grid, grid) of each crop. Executors reuse what they show, and may show nothing.
+Show = Callable[[Window, FloatArray], None]
 
 
 def both(image: Any) -> tuple[Any, Any]:
@@ -46,6 +49,13 @@ class Verdict:
     score: float | None = None
     probabilities: tuple[FloatArray, ...] = ()  # in the order of the manifest's plan, each (words,)
 
+    @property
+    def maps(self) -> tuple[FloatArray, FloatArray]:
+        """Score and weight over the crop: those of VCG, else of VDA; a score without branches is one place."""
+        if branch := self.vcg or self.vda:
+            return branch.score_map, branch.weight_map
+        return np.full((1, 1), self.score, np.float32), np.ones((1, 1), np.float32)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -70,7 +80,13 @@ class Executor(Protocol):
     queue_depth: int  # callers whose images it can bring in while it works for another; they do not count as workers
 
     def run_together(
-        self, tasks: Sequence[Task], plan: Plan, cancelled: Callable[[], bool], *, pictures: bool = True
+        self,
+        tasks: Sequence[Task],
+        plan: Plan,
+        cancelled: Callable[[], bool],
+        *,
+        pictures: bool = True,
+        show: Show | None = None,
     ) -> list[Outcome]:
         """Restore and score images of one size. Without `pictures`, outcomes may lack crops and planes."""
 

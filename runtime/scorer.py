@@ -23,7 +23,7 @@ from ..engine.score import weighted_sum
 from ..errors import BackendError, EngineError, ImageError, UsageError
 from .arrays import is_foreign
 from .backends import Backend, GpuBackend, best
-from .executor import Executor, Outcome, StageRunner, Verdict
+from .executor import Executor, Outcome, Show, StageRunner, Verdict
 from .host.executor import HostExecutor
 from .images import DEFAULT_MAX_PIXELS, Image, Source, read_for
 from .plan import Plan, make_plan, sampling_of
@@ -224,10 +224,12 @@ class Scorer:
         options: Options,
         pictures: bool,
         cancelled: Callable[[], bool] = lambda: False,
+        show: Show | None = None,
     ) -> list[Score]:
         """Score images of one size, each with its name, at most `group_size`. Raises ImageError for all of them.
 
         `cancelled` is asked before each step, on a GPU before each launch; once it is true, this raises Cancelled.
+        `show` is told what goes into pictures, on the CPU, as it comes.
         """
         executor = self._executor
         if executor is None:
@@ -244,7 +246,7 @@ class Scorer:
                 some = tasks[start : start + executor.together]
                 # Pictures show the first seed only.
                 wanted = pictures and any((start + i) % len(seeds) == 0 for i in range(len(some)))
-                outcomes += executor.run_together(some, plan, cancelled, pictures=wanted)
+                outcomes += executor.run_together(some, plan, cancelled, pictures=wanted, show=show if wanted else None)
         except MemoryError as exc:
             raise ImageError(f"{images[0][1]}: {_too_large(plan)}" + (f" ({exc})" if str(exc) else "")) from exc
         except BackendError as exc:
@@ -440,17 +442,13 @@ def _pictures(m: Manifest, plan: Plan, image: Image, outcome: Outcome) -> Pictur
         for crop, pixels in zip(plan.crops, outcome.crops, strict=True):
             canvas[crop.top : crop.top + size, crop.left : crop.left + size] = to_pixels(pixels[row])
         planes[kind] = canvas
-    branches = [branch for verdict in outcome.verdicts if (branch := verdict.vcg or verdict.vda)]
-    if branches:
-        score, weight = ([getattr(branch, name) for branch in branches] for name in ("score_map", "weight_map"))
-        return Pictures(planes, _over(plan, shape, score), _over(plan, shape, weight))
-    whole = [np.full((1, 1), _total(m, verdict), np.float32) for verdict in outcome.verdicts]
+    score, weight = zip(*(verdict.maps for verdict in outcome.verdicts), strict=True)
     words = {}
     for i, (name, found) in enumerate(_probabilities(m, outcome.verdicts).items()):
         at = int(np.argmax(list(found.values())))
         shown = [verdict.probabilities[i][at].reshape(1, 1) for verdict in outcome.verdicts]
         words[name] = WordMap(list(found)[at], _over(plan, shape, shown))
-    return Pictures(planes, _over(plan, shape, whole), _over(plan, shape, [np.ones_like(whole[0])] * len(whole)), words)
+    return Pictures(planes, _over(plan, shape, score), _over(plan, shape, weight), words)
 
 
 def _over(plan: Plan, shape: tuple[int, ...], of_crops: Sequence[FloatArray]) -> FloatArray:

@@ -4,7 +4,7 @@
 is the queue in front of the engines, without HTTP. `http.py` has the routes, `page.py` those of the page for people.
 `visit.py` is what one request goes through, `door.py` what stands around all of them, `connection.py` what is ours of
 HTTP itself. `form.py` and `protocol.py` take bodies apart: forms, and the Open Inference Protocol. `limits.py` says
-what is refused.
+what is refused. `triton.py` is another way in: a model for a Triton server.
 """
 
 from ..rooms import make_callable

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import re
 import signal
 import socket
 import threading
@@ -26,7 +25,7 @@ from ..runtime.selftest import load_tested
 from .connection import Connection
 from .door import read_tokens
 from .http import make_app
-from .limits import Limits
+from .limits import Limits, engine_name
 from .work import Service
 
 _LOOK_EVERY = 10.0  # seconds between looks at the engines' folders
@@ -58,9 +57,9 @@ def serve(
         directories: dict[str, Path] = {}
         for given, path in engines.items():
             directory = open_engine(Path(path))
-            name = given or directory.manifest.model_name
-            if not re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII) or name in scorers:
-                raise UsageError(f"{name!r} cannot name an engine, or names two; give other names, as one=DIR two=DIR")
+            name = engine_name(given, directory.manifest)
+            if name in scorers:
+                raise UsageError(f"{name!r} names two engines; give them other names, as one=DIR two=DIR")
             scorers[name] = stack.enter_context(load_tested(directory, backend, max_pixels=limits.pixels, say=say))
             directories[name] = Path(path)
             reason = f" ({why})" if (why := scorers[name].info.reason) else ""

@@ -83,6 +83,12 @@ _WHOLE = click.IntRange(1)
     multiple=True,
     help="Execution provider of ONNX Runtime, with its options.",
 )
+@click.option(
+    "--triton",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Serve nothing: write the engines to DIR as models for a Triton server. Not tried in one.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Write no access log.")
 def serve(engines: tuple[str, ...], **given: Any) -> None:
     """Answer with scores over HTTP: the records of iqa-run, the same bits.
@@ -94,10 +100,18 @@ def serve(engines: tuple[str, ...], **given: Any) -> None:
     Examples:
       iqa-serve --engine engine/
       iqa-serve --engine full=engine/ --engine small=engine-int8/ --port 8080 --token-file tokens.txt
+      iqa-serve --engine engine/ --triton models/
       curl --data-binary @photo.jpg 'http://127.0.0.1:8000/score?crops=4'
 
     Exit codes: 0 it was told to end, and answered what it had accepted; 2 it could not start.
     """
+    if given["triton"]:
+        from .triton import write_model
+
+        for name, path in _named(engines).items():
+            click.echo(write_model(path, given["triton"], name))
+        return
+
     from .api import serve as run
     from .limits import Limits
 

@@ -21,6 +21,7 @@ from .work import Service
 
 ENTRY = "diffiqa"  # in a request's scope
 _OPEN = {"/v2/health/live", "/v2/health/ready"}  # without a token
+FAULT = "an error of the service itself; its log says more"
 GONE = 499  # in the log: the client went before its answer
 access = logging.getLogger("diffiqa.access")
 

@@ -14,7 +14,7 @@ from .. import __version__
 from ..errors import DiffiqaError, one_line
 from ..runtime.command.records import Format, Record, RunSettings, document, to_line
 from . import protocol
-from .door import GONE, Door, answer, refused
+from .door import FAULT, GONE, Door, answer, refused
 from .form import read_form
 from .limits import Refusal
 from .openapi import description
@@ -53,7 +53,7 @@ def make_app(service: Service, tokens: tuple[bytes, ...] = ()) -> ASGIApp:
         HTTPException: _no_such_address,
         DiffiqaError: lambda _, exc: answer({"error": str(exc)}, 500),
         ClientDisconnect: lambda *_: Response(status_code=GONE),  # nobody reads it
-        Exception: lambda *_: answer({"error": "an error of the service itself; its log says more"}, 500),
+        Exception: lambda *_: answer({"error": FAULT}, 500),
     }
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.state.service = service
@@ -144,7 +144,8 @@ async def server(request: Request) -> Response:
 
 async def openapi(request: Request) -> Response:
     """Describe all this for programs."""
-    return answer(description(service_of(request).limits))
+    service = service_of(request)
+    return answer(description(service.limits, list(service.scorers)))
 
 
 async def metrics(request: Request) -> Response:

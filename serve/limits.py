@@ -61,6 +61,14 @@ class Limits:
         return options
 
 
+def engine_name(given: str, manifest: Manifest) -> str:
+    """Return what requests call an engine: the name given to it, or else its model's. Raises UsageError."""
+    name = given or manifest.model_name
+    if not re.fullmatch(r"[\w-][\w.-]{0,63}", name, re.ASCII):
+        raise UsageError(f"{name!r} cannot name an engine; give it another name of letters and digits: NAME=DIR")
+    return name
+
+
 def _at_most(name: str, value: int, most: int) -> None:
     if value > most:
         raise UsageError(f"{name} may be at most {most} in this service, not {value}; iqa-run has no such limit")

@@ -2,6 +2,7 @@
 
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -33,8 +34,8 @@ _REASONS = {
 }
 
 
-def description(limits: Limits) -> dict[str, Any]:
-    """Return the whole document."""
+def description(limits: Limits, engines: Sequence[str]) -> dict[str, Any]:
+    """Return the whole document of a service that has these engines."""
     record = {"$ref": "#/components/schemas/Record"}
     image = {"schema": {"type": "string", "format": "binary"}}
     files = {"type": "object", "additionalProperties": {"type": "string", "format": "binary"}}
@@ -48,12 +49,23 @@ def description(limits: Limits) -> dict[str, Any]:
     post = {
         "summary": "Score images",
         "description": f"An image file as body, or up to {limits.images} as files of a form.",
-        "parameters": [_query(name, schema) for name, schema in _options(limits).items()],
+        "parameters": [
+            {"name": name, "in": "query", "schema": schema} for name, schema in _options(limits, engines).items()
+        ],
         "requestBody": {"required": True, "content": {"image/*": image, "multipart/form-data": {"schema": files}}},
         "responses": {"200": scored, **_errors(*_REASONS)},
     }
-    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
-    tensors = {"type": "object", "required": ["inputs"], "properties": {"inputs": {"type": "array"}}}
+    name = {"name": "name", "in": "path", "required": True, "schema": {"enum": list(engines)}}
+    elements = {"type": "array", "items": {"type": "string", "contentEncoding": "base64"}}
+    tensor = {
+        "name": {"const": "image"},
+        "datatype": {"const": "BYTES"},
+        "shape": {"type": "array", "items": {"type": "integer", "minimum": 1}},
+        "data": elements,
+    }
+    image_tensor = {"type": "object", "required": ["name", "datatype", "shape"], "properties": tensor}
+    inputs = {"type": "array", "items": image_tensor, "minItems": 1, "maxItems": 1}
+    tensors = {"type": "object", "required": ["inputs"], "properties": {"inputs": inputs}}
     inference = {
         "summary": "Score images by the Open Inference Protocol, version 2",
         "parameters": [name],
@@ -83,12 +95,12 @@ def description(limits: Limits) -> dict[str, Any]:
     }
 
 
-def _options(limits: Limits) -> dict[str, dict[str, Any]]:
+def _options(limits: Limits, engines: Sequence[str]) -> dict[str, dict[str, Any]]:
     def whole(least: int, most: int) -> dict[str, Any]:
         return {"type": "integer", "minimum": least, "maximum": most}
 
     return {
-        "engine": {"type": "string"},
+        "engine": {"enum": list(engines)},
         "format": {"enum": ["json", "jsonl"]},
         "name": {"type": "string"},
         "crops": whole(1, MAX_LOOKS),
@@ -100,10 +112,6 @@ def _options(limits: Limits) -> dict[str, dict[str, Any]]:
         "fast": {"type": "boolean"},
         "pixel_budget": whole(2**16, limits.pixel_budget),
     }
-
-
-def _query(name: str, schema: dict[str, Any]) -> dict[str, Any]:
-    return {"name": name, "in": "query", "schema": schema}
 
 
 def _ok(what: str) -> dict[str, Any]:

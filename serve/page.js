@@ -5,6 +5,7 @@
   const queue = [];
   let busy = 0;
   let number = 0;
+  const COLOURS = find("main").dataset.colours.match(/../g).map((two) => parseInt(two, 16)); // red, green, blue, red, …
   const [drop, files, cards] = [find("#drop"), find("#files"), find("#cards")];
 
   function add(list) {
@@ -21,9 +22,11 @@
       state.className = "quiet";
       progress.setAttribute("aria-label", `Score of ${file.name}`);
       progress.value = 0;
-      item.append(image, name, state, progress);
+      const sights = document.createElement("div");
+      sights.className = "sights";
+      item.append(image, name, state, progress, sights);
       find("#waiting").append(item);
-      queue.push({ file, item, state, progress });
+      queue.push({ file, item, image, state, progress, maps: [] });
     }
     next();
   }
@@ -59,19 +62,68 @@
       if (done) break;
       const events = (text + value).split("\n\n");
       text = events.pop();
-      for (const event of events) take(one, JSON.parse(event.slice(event.indexOf("data: ") + 6)));
+      for (const event of events) await take(one, JSON.parse(event.slice(event.indexOf("data: ") + 6)));
     }
     if (one.item.isConnected && !one.failed) throw new Error("The service broke off; try again.");
   }
 
-  function take(one, told) {
+  async function take(one, told) {
     if (told.error) fail(one, told.error);
     else if (told.card) show(one, told.card);
     else {
       one.state.textContent = told.steps ? `step ${Math.min(told.done, told.steps)} of ${told.steps}` : "waits for its turn";
       one.progress.max = told.steps || 1;
       one.progress.value = Math.min(told.done, told.steps);
+      if (told.size) await look(one, told);
     }
+  }
+
+  // What a score shows before it is there: the state of its restoration, and the maps of the crops judged so far.
+  async function look(one, told) {
+    if (told.state) {
+      const picture = new Image();
+      picture.src = `data:image/jpeg;base64,${told.state.jpeg}`;
+      await picture.decode();
+      one.restored ??= drawn(one, "The restoration so far", told.size);
+      lay(one.restored, picture, told.state.at);
+    }
+    if (!told.maps.length) return;
+    one.maps.push(...told.maps.map((map) => ({ ...map, index: atob(map.index) })));
+    one.judged ??= drawn(one, "The score so far, place by place", told.size);
+    const low = Math.min(...one.maps.map((map) => map.low));
+    const span = Math.max(...one.maps.map((map) => map.high)) - low || 1;
+    for (const map of one.maps) {
+      const values = [...map.index].map((letter) => letter.charCodeAt(0)); // of 254; 255 is no number
+      const pixels = values.flatMap((value) => {
+        const unit = (map.low + ((map.high - map.low) * value) / 254 - low) / span;
+        const at = 3 * Math.round(254 * Math.min(1, unit));
+        return [...COLOURS.slice(at, at + 3), value < 255 ? 255 : 0];
+      });
+      const small = document.createElement("canvas");
+      [small.width, small.height] = [map.columns, values.length / map.columns];
+      small.getContext("2d").putImageData(new ImageData(new Uint8ClampedArray(pixels), map.columns), 0, 0);
+      lay(one.judged, small, map.at);
+    }
+  }
+
+  function drawn(one, name, [height, width]) {
+    const [figure, canvas, caption] = ["figure", "canvas", "figcaption"].map((tag) => document.createElement(tag));
+    const scale = Math.min(1, 512 / Math.max(height, width));
+    [canvas.width, canvas.height] = [width, height].map((side) => Math.max(1, Math.round(side * scale)));
+    canvas.setAttribute("role", "img");
+    canvas.setAttribute("aria-label", `${name}, of ${one.file.name}`);
+    caption.textContent = name;
+    figure.append(canvas, caption);
+    find(".sights", one.item).append(figure);
+    const context = canvas.getContext("2d");
+    context.imageSmoothingEnabled = false;
+    if (one.image.naturalWidth) lay(context, one.image, [0, 0, 1, 1]); // not every browser reads every format
+    return context;
+  }
+
+  function lay(context, picture, [top, left, tall, wide]) {
+    const { width, height } = context.canvas;
+    context.drawImage(picture, left * width, top * height, wide * width, tall * height);
   }
 
   function fail(one, why) {

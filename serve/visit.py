@@ -8,6 +8,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 
 from ..errors import one_line
+from ..runtime.executor import Show
 from ..runtime.results import Failure, Options, Score
 from .door import ENTRY, Entry
 from .limits import Refusal
@@ -77,9 +78,9 @@ class Visit:
             for job in jobs:
                 job.result.cancel()
 
-    def job(self, source: bytes, name: str, options: Options, *, pictures: bool = False) -> Job:
+    def job(self, source: bytes, name: str, options: Options, show: Show | None = None) -> Job:
         """Return one image as a job."""
-        return Job(self.engine, source, one_line(name) or "image 0", options, self.entry.client, pictures)
+        return Job(self.engine, source, one_line(name) or "image 0", options, self.entry.client, show)
 
     async def _gone(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":

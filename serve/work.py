@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ..engine.manifest import read_manifest
 from ..errors import BackendError, EngineError, ImageError, UsageError
-from ..runtime.executor import Cancelled
+from ..runtime.executor import Cancelled, Show
 from ..runtime.images import Image, Source, synthetic
 from ..runtime.plan import make_plan
 from ..runtime.results import Failure, Options, Score
@@ -42,7 +42,7 @@ class Job:
     name: str
     options: Options
     client: str = ""
-    pictures: bool = False
+    show: Show | None = None  # somebody looks on, and wants pictures
     result: "Future[Score | Failure]" = field(default_factory=Future)
     image: Image | None = None
     since: float = 0.0  # when it was decoded
@@ -52,7 +52,7 @@ class Job:
     def shares_with(self, other: "Job") -> bool:
         """Whether both may stand in one batch."""
         return (
-            (self.engine, self.options, self.pictures) == (other.engine, other.options, other.pictures)
+            (self.engine, self.options, self.show is None) == (other.engine, other.options, other.show is None)
             and self.image is not None
             and other.image is not None
             and self.image.size == other.image.size
@@ -233,7 +233,7 @@ class Service:
         return group
 
     def _score(self, group: list[Job]) -> None:
-        scorer, options = self.scorers[group[0].engine], group[0].options
+        scorer, options, show = self.scorers[group[0].engine], group[0].options, group[0].show
 
         def cancelled() -> bool:
             for job in group:
@@ -246,7 +246,7 @@ class Service:
             for job in group:
                 job.steps, job.done = steps, 0
             start = time.monotonic()
-            scores = scorer.score_read(read, options, group[0].pictures, cancelled)
+            scores = scorer.score_read(read, options, show is not None, cancelled, show)
             self._pace += 0.2 * ((time.monotonic() - start) / len(group) - self._pace)
         except Cancelled:
             return
@@ -267,14 +267,16 @@ class Service:
         for job in group:
             self.metrics.count("failed_images", engine=job.engine)
             if isinstance(exc, ImageError):
-                # The reader calls all bytes `bytes`; the client gave them a name.
-                why = str(exc)
-                why = why if why.startswith(f"{job.name}: ") else f"{job.name}: {why.removeprefix('bytes: ')}"
-                _give(job, Failure(job.name, why))
+                _give(job, Failure(job.name, named(job.name, str(exc))))
             else:
                 log.error("cannot score an image", exc_info=exc)
                 with contextlib.suppress(InvalidStateError, CancelledError):
                     job.result.set_exception(exc)
+
+
+def named(name: str, why: str) -> str:
+    """Return why an image has no score, with its name: the reader calls all bytes `bytes`."""
+    return why if why.startswith(f"{name}: ") else f"{name}: {why.removeprefix('bytes: ')}"
 
 
 def _give(job: Job, result: Score | Failure) -> None:
@@ -283,8 +285,8 @@ def _give(job: Job, result: Score | Failure) -> None:
 
 
 def _steps(scorer: Scorer, image: Image, options: Options) -> int:
-    """Return how often an executor on the host asks whether it is cancelled: before each step, and before each crop."""
+    """Return how often an executor on the host asks whether it is cancelled: at each step, window and crop."""
     plan = make_plan(*image.size, scorer.manifest, options)
-    loop = scorer.manifest.flow.loop
-    states = len(plan.crops if loop.result else plan.windows) if scorer.manifest.stage(loop.stage) else 0
-    return (states * len(plan.sampling.steps) + len(plan.crops)) * options.seeds
+    loop, steps, crops = scorer.manifest.flow.loop, len(plan.sampling.steps), len(plan.crops)
+    states = crops * steps if loop.result else len(plan.windows) * (steps + 1)
+    return (crops + (states if scorer.manifest.stage(loop.stage) else 0)) * options.seeds

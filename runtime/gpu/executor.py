@@ -31,7 +31,7 @@ from ...engine.pixels import TapForm, as_tapped, squash_planes, to_plane
 from ...engine.schedule import Kind
 from ...errors import BackendError, UsageError
 from ...kernels.launch import Storage, Window, crop_table, gather_crops, normalise_pad, source_table, window_table
-from ..executor import Branch, FloatArray, Outcome, Task, Verdict, both, paste
+from ..executor import Branch, FloatArray, Outcome, Show, Task, Verdict, both, paste
 from ..plan import Plan
 from ..plan import Window as PlanWindow
 from ..results import Mode
@@ -103,9 +103,13 @@ class DeviceExecutor:
         cancelled: Callable[[], bool] = lambda: False,
         *,
         pictures: bool = True,
+        show: Show | None = None,
         form: Form | None = None,
     ) -> list[Outcome]:
-        """Restore and score images of the plan's size, each with a seed, in batches. No result depends on another."""
+        """Restore and score images of the plan's size, each with a seed, in batches. No result depends on another.
+
+        It shows nothing: its steps are one launch.
+        """
         job = _Job(tasks, plan, cancelled, pictures, form)
         first, second = self._docks
         free = second if first.lock.locked() and not second.lock.locked() else first

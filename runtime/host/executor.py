@@ -4,6 +4,7 @@ import contextlib
 import queue
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -11,11 +12,12 @@ from ...engine.manifest import Manifest, Stage, StageName
 from ...engine.noise import NoiseField
 from ...engine.pixels import as_tapped, squash_planes
 from ...engine.schedule import Kind
-from ..executor import Branch, Cancelled, FloatArray, Outcome, Planes, StageRunner, Task, Verdict, both, paste
-from ..plan import Plan
+from ..executor import Branch, Cancelled, FloatArray, Outcome, Planes, Show, StageRunner, Task, Verdict, both, paste
+from ..plan import Plan, Window
 from .sampler import restore
 
-_InCrop = tuple[Plan, int, int, Callable[[], bool]]  # a plan, a seed, the crop's index, and whether to stop
+_Watch = Callable[[], None]  # what happens before each step; it may raise Cancelled
+_InCrop = tuple[Plan, int, int, _Watch]  # a plan, a seed, the crop's index
 
 
 class HostExecutor:
@@ -37,6 +39,7 @@ class HostExecutor:
         cancelled: Callable[[], bool] = lambda: False,
         *,
         pictures: bool = True,
+        show: Show | None = None,
     ) -> Outcome:
         """Restore and score one image (3, height, width) in [-1, 1], or a pair: see `both`.
 
@@ -46,26 +49,40 @@ class HostExecutor:
         seen, restored_from = both(image)
         height, width = plan.cut
         crops = np.empty((len(plan.crops), len(self._manifest.kinds), 3, height, width), np.float32)
+
+        def watch(sight: tuple[Window, FloatArray] | None = None) -> None:
+            if cancelled():
+                raise Cancelled
+            if show and sight:
+                show(*sight)
+
         for index, crop in enumerate(() if plan.squashed else plan.crops):
             crops[index, 0] = seen[:, crop.top : crop.top + height, crop.left : crop.left + width]
         planes: dict[Kind, FloatArray] = {}
         with self._workspace() as work:
             if StageName.UNET in self._stages:
-                planes = self._restore(work, restored_from, plan, seed, crops, cancelled)
+                planes = self._restore(work, restored_from, plan, seed, crops, watch)
             if plan.squashed:
                 crops = np.stack([seen, *squash_planes(crops[0, 1:], plan.crop_size)])[None]
             verdicts = []
-            for index in range(len(plan.crops)):
-                if cancelled():
-                    raise Cancelled
-                verdicts.append(work.assess(crops[index], plan, seed, index, cancelled))
+            for index, crop in enumerate(plan.crops):
+                watch()
+                verdicts.append(work.assess(crops[index], plan, seed, index, watch))
+                if show:
+                    show(Window(crop.top, crop.left, height, width), verdicts[-1].maps[0])
         return Outcome(tuple(verdicts), crops, planes, seconds=time.perf_counter() - start)
 
     def run_together(
-        self, tasks: Sequence[Task], plan: Plan, cancelled: Callable[[], bool], *, pictures: bool = True
+        self,
+        tasks: Sequence[Task],
+        plan: Plan,
+        cancelled: Callable[[], bool],
+        *,
+        pictures: bool = True,
+        show: Show | None = None,
     ) -> list[Outcome]:
         """Restore and score one after the other."""
-        return [self.run(image, plan, seed, cancelled, pictures=pictures) for image, seed in tasks]
+        return [self.run(image, plan, seed, cancelled, pictures=pictures, show=show) for image, seed in tasks]
 
     def close(self) -> None:
         """Drop the workspaces that no plan is using."""
@@ -78,7 +95,7 @@ class HostExecutor:
         plan: Plan,
         seed: int,
         crops: FloatArray,
-        cancelled: Callable[[], bool],
+        watch: Callable[[tuple[Window, FloatArray]], None],
     ) -> dict[Kind, FloatArray]:
         """Fill `crops[:, 1:]` from the restored windows. Return whole planes if they are cut from one window.
 
@@ -101,8 +118,9 @@ class HostExecutor:
             denoiser.condition[:] = padded[
                 :, window.top : window.top + window.height, window.left : window.left + window.width
             ]
-            denoiser.cancelled = cancelled
+            denoiser.watch = partial(watch, (window, denoiser.y))
             restored = restore(denoiser, field, rows)
+            denoiser.watch()
             weight = plan.blend_weight(window)
             for index in plan.readers(window):
                 paste(crops[index], shares[index], plan, index, window, restored, weight)
@@ -136,15 +154,14 @@ class BoundLoop:
     ) -> None:
         buffers = np.zeros((2, 1, *shape), np.float32)
         self.y, self.noise = buffers[:, 0]
-        self.cancelled: Callable[[], bool] = lambda: False
+        self.watch: _Watch = lambda: None
         self._scalar = np.zeros((1, 1), np.float32)
         # In the order of the stage's own inputs: a network in PyTorch takes them by place.
         self._call = stage.bind({"y": buffers[0], **others, scalar: self._scalar}, {"noise": buffers[1]})
 
     def __call__(self, scalar: float) -> None:
         """Predict the noise in `y`. Raises Cancelled when nobody wants the result any more."""
-        if self.cancelled():
-            raise Cancelled
+        self.watch()
         self._scalar[0, 0] = scalar
         self._call()
 
@@ -188,11 +205,11 @@ class _Workspace:
             self._denoiser = BoundDenoiser(self._stages[StageName.UNET], height, width)
         return self._denoiser
 
-    def assess(self, images: FloatArray, plan: Plan, seed: int, index: int, cancelled: Callable[[], bool]) -> Verdict:
+    def assess(self, images: FloatArray, plan: Plan, seed: int, index: int, watch: _Watch) -> Verdict:
         """Score the (kinds, 3, size, size) images of one crop, whose noise is that of its index."""
         self._images[0] = images
         for call in self._calls:
-            call((plan, seed, index, cancelled))
+            call((plan, seed, index, watch))
         flow = self._manifest.flow
         return Verdict(
             self._branch(StageName.VCG),
@@ -220,7 +237,7 @@ class _Workspace:
         self._tensors[loop.result] = bound.y[None]
 
         def run(crop: _InCrop) -> None:
-            plan, seed, lane, bound.cancelled = crop
+            plan, seed, lane, bound.watch = crop
             field = NoiseField(seed, (1, bound.y.size), lane=lane, planes=1)
             restore(bound, field, plan.sampling.rows(m.schedule, m.taps, m.kinds), (start[0], share[0]))
 

@@ -320,11 +320,11 @@ def test_a_stream_that_is_given_up_ends_what_it_has_begun(scorer: Scorer) -> Non
     class SlowFromTheSecondOn:
         takes_pixels, together, queue_depth, calls = False, 1, 0, 0
 
-        def run_together(self, tasks: Any, plan: Any, cancelled: Callable[[], bool], *, pictures: bool = True) -> Any:
+        def run_together(self, tasks: Any, plan: Any, cancelled: Callable[[], bool], **more: Any) -> Any:
             assert executor is not None
             self.calls += 1
             if self.calls == 1:
-                return executor.run_together(tasks, plan, cancelled, pictures=pictures)
+                return executor.run_together(tasks, plan, cancelled, **more)
             begun.set()
             for _ in range(1000):
                 if cancelled():

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from diffiqa.runtime.executor import Branch, Cancelled, Outcome, Task, Verdict
-from diffiqa.runtime.plan import Plan
+from diffiqa.runtime.executor import Branch, Cancelled, Outcome, Show, Task, Verdict
+from diffiqa.runtime.plan import Plan, Window
 from diffiqa.serve.api import Server
 from diffiqa.serve.work import Service
 
@@ -97,10 +97,15 @@ class Gate:
     cancelled: int = 0
 
     def run_together(
-        self, tasks: Sequence[Task], plan: Plan, cancelled: Callable[[], bool], *, pictures: bool = True
+        self, tasks: Sequence[Task], plan: Plan, cancelled: Callable[[], bool], *, show: Show | None = None, **_: Any
     ) -> list[Outcome]:
         means = [int(image.mean()) for image, _ in tasks]
         self.groups.append(means)
+        if show:
+            window, crop = plan.windows[0], plan.crops[0]
+            show(window, np.full((3, window.height, window.width), -1, np.float32))  # black
+            half = Window(crop.top, crop.left, plan.crop_size, plan.crop_size)
+            show(half, np.array([[0.25, 0.75]], np.float32))
         while not self.open.wait(0.005):
             if cancelled():
                 self.cancelled += 1
@@ -114,5 +119,5 @@ class Gate:
 def _outcome(mean: int, plan: Plan) -> Outcome:
     one = np.ones((4, 4), np.float32)
     branch = Branch(float(mean), one, one)
-    crops = np.empty((0, 4, 3, plan.crop_size, plan.crop_size), np.float32)
+    crops = np.zeros((len(plan.crops), 4, 3, plan.crop_size, plan.crop_size), np.float32)
     return Outcome((Verdict(branch, branch),) * len(plan.crops), crops, {}, seconds=0.001)

@@ -351,6 +351,8 @@ def test_the_description_names_every_route_option_and_field(site: Running) -> No
     assert {"/score", "/v2/models/{name}/infer", "/metrics"} <= set(about["paths"])
     named = {parameter["name"] for parameter in about["paths"]["/score"]["post"]["parameters"]}
     assert named == {f.name for f in diffiqa.Options.__dataclass_fields__.values()} | {"engine", "format", "name"}
+    (model,) = about["paths"]["/v2/models/{name}/infer"]["post"]["parameters"]
+    assert model["schema"] == {"enum": ["tiny"]}
     record = site.ask("POST", "/score?crops=1", png(1)).json
     schema = about["components"]["schemas"]["Record"]["properties"]
     assert set(record) <= set(schema)

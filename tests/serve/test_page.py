@@ -1,20 +1,33 @@
 """The page for people: its stream, and the page in a real browser."""
 
+import base64
+import contextlib
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from diffiqa.runtime.scorer import load
+from diffiqa.engine.manifest import read_manifest
+from diffiqa.engine.schedule import Kind
+from diffiqa.runtime.images import read_image
+from diffiqa.runtime.plan import Window
+from diffiqa.runtime.report.heatmap import COLOURS
+from diffiqa.runtime.results import Options, Score
+from diffiqa.runtime.scorer import Scorer, load
+from diffiqa.serve import page as page_module
+from diffiqa.serve.door import FAULT
 from diffiqa.serve.limits import Limits
-from diffiqa.serve.work import Service
+from diffiqa.serve.page import Sights
+from diffiqa.serve.work import Job, Service
 
 from ..browser import BROWSER, DRIVER, Browser, started
 from ..tiny import photo
-from .serving import Answer, Running, running
+from .serving import Answer, Gate, Running, running
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +55,57 @@ def test_the_stream_tells_steps_and_ends_with_the_card_of_the_same_score(site: R
     told = events(site.ask("POST", "/page/card?crops=2&name=a.png", pictures[0].read_bytes()))
     *steps, last = told
     assert steps
-    assert all(step.keys() == {"done", "steps"} for step in steps)
+    assert all(step.keys() >= {"done", "steps"} for step in steps)
     score = site.ask("POST", "/score?crops=2", pictures[0].read_bytes()).json["score"]
     assert f'data-score="{score:.9g}"' in last["card"]
     assert all(f'data-kind="{kind}"' in last["card"] for kind in ("dis", "y0", "t1", "t2", "score_map", "difference"))
+
+
+@pytest.mark.parametrize("engine", ["tiny_engine", "pfd_engine"])
+def test_a_score_shows_a_state_and_every_map_in_its_place(engine: str, request: pytest.FixtureRequest) -> None:
+    with load(request.getfixturevalue(engine)) as scorer, contextlib.closing(Service({"a": scorer})) as service:
+        sights = Sights()
+        side = scorer.info.crop_size
+        job = Job("a", photo(1, side, 3 * side), "a.png", Options(crops=3), show=sights)
+        assert sights.taken(None) == {}
+        service.submit([job])
+        score = job.result.result(60)
+        assert job.done == job.steps > 3
+        told = sights.taken(job.image)
+        assert told["size"] == (side, 3 * side)
+        assert ("state" in told) == (len(scorer.info.kinds) > 1)
+        assert isinstance(score, Score)
+        assert score.pictures
+        for map_, crop in zip(told["maps"], score.crops, strict=True):
+            assert map_["at"] == [0, crop.left / (3 * side), 1, 1 / 3]
+            if score.pictures.words:  # its map is one score
+                assert map_["low"] == map_["high"] == pytest.approx(crop.score)
+        if state := told.get("state"):
+            assert state["at"] == [0, 0, 1, 1]
+            with Image.open(io.BytesIO(base64.b64decode(state["jpeg"]))) as image:
+                restored = np.asarray(image, float)
+            far = {kind: np.abs(restored - plane).mean() for kind, plane in score.pictures.planes.items()}
+            assert min(far, key=lambda kind: far[kind]) is Kind.Y0
+        assert sights.taken(job.image) == {}
+
+
+def test_what_is_shown_is_small_and_a_copy() -> None:
+    sights, state = Sights(), np.full((3, 100, 600), -1, np.float32)  # black
+    sights(Window(0, 300, 100, 600), state)
+    state[:] = 1  # the next step
+    told = sights.taken(read_image(photo(1, 300, 1200)))["state"]
+    assert told["at"] == [0, 0.25, 1 / 3, 0.5]
+    with Image.open(io.BytesIO(base64.b64decode(told["jpeg"]))) as image:
+        assert image.size == (200, 34)
+        assert image.getextrema() == ((0, 0),) * 3
+
+
+def test_an_error_of_ours_ends_the_stream_in_words(
+    site: Running, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_module, "single_card", lambda *_: 1 / 0)
+    told = events(site.ask("POST", "/page/card?crops=1", pictures[0].read_bytes()))
+    assert told[-1] == {"error": FAULT}
 
 
 def test_the_stream_tells_why_there_is_no_card(site: Running, pictures: list[Path]) -> None:
@@ -72,15 +132,19 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield browser
 
 
+def choose(browser: Browser, *paths: Path) -> None:
+    root = browser.devtools("DOM.getDocument")["root"]["nodeId"]
+    chooser = browser.devtools("DOM.querySelector", nodeId=root, selector="#files")["nodeId"]
+    browser.devtools("DOM.setFileInputFiles", nodeId=chooser, files=[str(path) for path in paths])
+
+
 CARDS = "[...document.querySelectorAll('.card')]"
 
 
 def test_pictures_become_cards_in_a_browser(browser: Browser, site: Running, pictures: list[Path]) -> None:
     browser.open(f"http://127.0.0.1:{site.port}/?crops=2")
     browser.log("performance")
-    root = browser.devtools("DOM.getDocument")["root"]["nodeId"]
-    chooser = browser.devtools("DOM.querySelector", nodeId=root, selector="#files")["nodeId"]
-    browser.devtools("DOM.setFileInputFiles", nodeId=chooser, files=[str(pictures[0]), str(pictures[2])])
+    choose(browser, pictures[0], pictures[2])
     dropped = json.dumps(list(pictures[1].read_bytes()))
     browser.run(f"""
         const data = new DataTransfer();
@@ -108,6 +172,29 @@ def test_pictures_become_cards_in_a_browser(browser: Browser, site: Running, pic
     assert [url for url in asked if not url.startswith((own, "data:", "blob:"))] == []
     assert sum(url.startswith(own) for url in asked) == 3
     assert browser.log("browser") == []
+
+
+def test_restorations_and_maps_are_shown_while_they_come(
+    browser: Browser, tiny_engine: Path, pictures: list[Path]
+) -> None:
+    gate = Gate()
+    service = Service({"gate": Scorer(read_manifest(tiny_engine), gate, backend="gate")})
+    with running(service) as site:
+        browser.open(f"http://127.0.0.1:{site.port}/?crops=1")
+        choose(browser, pictures[0])
+        browser.wait("document.querySelectorAll('#waiting canvas').length === 2")
+
+        def pixels(number: int) -> Any:
+            """The middle of the left and of the right half of the one crop, 32 of 64 × 48 pixels."""
+            return browser.run(f"""
+                const context = document.querySelectorAll('#waiting canvas')[{number}].getContext('2d');
+                return [24, 40].map(x => [...context.getImageData(x, 24, 1, 1).data]);""")
+
+        assert pixels(0) == [[0, 0, 0, 255]] * 2
+        assert pixels(1) == [[*COLOURS[0].tolist(), 255], [*COLOURS[-1].tolist(), 255]]
+        gate.open.set()
+        browser.wait(f"{CARDS}.length === 1 && !document.querySelector('#waiting canvas')")
+        assert [entry for entry in browser.log("browser") if entry["level"] == "SEVERE"] == []
 
 
 def test_the_page_fits_a_phone_and_its_chooser_has_the_keyboard(browser: Browser, site: Running) -> None:

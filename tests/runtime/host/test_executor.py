@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from diffiqa.engine.manifest import Manifest, open_engine
+from diffiqa.engine.noise import NoiseField
 from diffiqa.engine.pixels import to_plane
+from diffiqa.engine.schedule import Kind
 from diffiqa.model.network import DiffV2IQA
 from diffiqa.runtime import plan as plan_module
-from diffiqa.runtime.executor import Cancelled, Outcome
+from diffiqa.runtime.executor import Cancelled, FloatArray, Outcome
 from diffiqa.runtime.host.executor import BoundDenoiser, HostExecutor
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime
 from diffiqa.runtime.host.stages import load_stages
-from diffiqa.runtime.plan import make_plan
+from diffiqa.runtime.plan import Window, make_plan
 from diffiqa.runtime.results import Mode, Options, Picture
 
 from ...tiny import photo
@@ -124,13 +126,45 @@ def test_a_cancelled_plan_ends_at_its_next_step(setup: tuple[Manifest, HostExecu
         executor.run(plane, make_plan(32, 32, manifest, Options()), 0, lambda: next(answers))
 
 
+@pytest.mark.parametrize("mode", [Mode.WHOLE, Mode.CROP])
+def test_who_looks_on_sees_every_state_and_map_and_changes_nothing(
+    setup: tuple[Manifest, HostExecutor], mode: Mode
+) -> None:
+    manifest, executor = setup
+    plane = to_plane(photo(13, 40, 52))
+    plan = make_plan(40, 52, manifest, Options(mode=mode, crops=2))
+    shown: list[tuple[Window, FloatArray]] = []
+    seen = executor.run(plane, plan, 5, show=lambda window, values: shown.append((window, values.copy())))
+    outcome = executor.run(plane, plan, 5)
+    np.testing.assert_array_equal(seen.crops, outcome.crops)
+    each = len(plan.sampling.steps) + 1
+    states, maps = shown[: len(plan.windows) * each], shown[len(plan.windows) * each :]
+    assert [window for window, _ in states] == [window for window in plan.windows for _ in range(each)]
+    first = plan.windows[0]
+    noise = np.empty((3, first.height, first.width), np.float32)
+    field = NoiseField(5, plan.noise_size, window=noise.shape[1:], top=0, left=0, lane=first.lane)
+    field.fill(manifest.schedule.steps, noise)
+    np.testing.assert_array_equal(states[0][1], noise)
+    for kind, found in ((Kind.T1, states[:each]), (Kind.Y0, states[each - 1 : each])):
+        tapped = outcome.planes.get(kind, outcome.crops[0, manifest.kinds.index(kind)])
+        assert any(np.array_equal(state[:, :40, :52], tapped) for _, state in found)
+    for (window, score_map), crop, verdict in zip(maps, plan.crops, outcome.verdicts, strict=True):
+        assert window == Window(crop.top, crop.left, plan.crop_size, plan.crop_size)
+        assert verdict.vcg
+        np.testing.assert_array_equal(score_map, verdict.vcg.score_map)
+
+
 def test_a_denoiser_runs_until_it_is_cancelled() -> None:
     """Other rooms use one that nobody cancels."""
     levels: list[float] = []
     stage: Any = SimpleNamespace(bind=lambda inputs, _outputs: lambda: levels.append(inputs["noise_level"].item()))
     denoiser = BoundDenoiser(stage, 32, 48)
     denoiser(0.5)
-    denoiser.cancelled = lambda: True
+
+    def cancel() -> None:
+        raise Cancelled
+
+    denoiser.watch = cancel
     with pytest.raises(Cancelled):
         denoiser(0.25)
     assert levels == [0.5]
