@@ -48,7 +48,15 @@ def test_names_are_kept_once_in_their_order_whatever_they_are(tmp_path: Path, sh
 
 def test_names_of_a_plan_that_were_changed_are_refused(tmp_path: Path) -> None:
     store, plan = planned(tmp_path, [Entry(f"{i}.png") for i in range(10)], 5)
-    for damaged in (b"", b"[1, 2, 3, 4]\n" * 5, (tmp_path / NAMES).read_bytes()[:-4]):
+    no_names = (
+        b"7\n",
+        b"null\n",
+        b'["1.png", "0", 5]\n',
+        b'["1.png", -1, 5]\n',
+        b'["1.png", 0]\n',
+        b"[" * 9999 + b"\n",
+    )
+    for damaged in (b"", b"[1, 2, 3, 4]\n" * 5, (tmp_path / NAMES).read_bytes()[:-4], *(5 * one for one in no_names)):
         (tmp_path / NAMES).write_bytes(damaged)
         with pytest.raises(OutputError, match=r"names.jsonl was changed or is damaged \(shard 1\)"):
             read_entries(store, plan, 1)
