@@ -1,8 +1,8 @@
-"""Scores many small images of mixed sizes and kinds, 5 % of them bad: `python figures/soak.py ENGINE [IMAGES]`.
+"""Scores many small images of mixed sizes and kinds, 5 % of them bad: `python figures/soak.py ENGINE IMAGES [WAY…]`.
 
-`iqa-run`'s function scores them, then a service answers for them over sockets. Memory, file descriptors and threads are
-read on the way. The first tenth of the images is warm-up: buffers and compiled shapes come then. After it, all three
-must stay flat.
+WAY is run, the function behind `iqa-run`, or serve, a service that is asked over sockets; without it, both. Memory,
+file descriptors and threads are read on the way. The first tenth of the images is warm-up: buffers and compiled shapes
+come then. After it, all three must stay flat.
 """
 
 import http.client
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from record import write
+from record import RESULTS, write
 
 from diffiqa.runtime.backends import OnnxRuntime
 from diffiqa.runtime.command.api import Outputs, score_names
@@ -99,6 +99,9 @@ def by_serve(scorer: Scorer, names: list[str], count: int, tell: Tell) -> None:
                 tell(scored)
 
 
+WAYS = {"run": by_run, "serve": by_serve}
+
+
 def state() -> dict[str, float]:
     """Return what this process holds."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -135,9 +138,12 @@ def soak(way: Callable[[Scorer, list[str], int, Tell], None], engine: Path, coun
 
 
 def main() -> None:
-    """Score both ways, and write figures/results/soak.json."""
-    engine, count = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 2000
-    write("soak", {"run": soak(by_run, engine, count), "serve": soak(by_serve, engine, count)})
+    """Score, and write what was found into figures/results/soak.json, beside what is there of the other way."""
+    engine, count, *ways = sys.argv[1:]
+    for way in ways or WAYS:
+        found = soak(WAYS[way], Path(engine), int(count))
+        before = json.loads((RESULTS / "soak.json").read_text(encoding="utf-8"))
+        write("soak", {name: before[name] for name in WAYS if name in before} | {way: found})
 
 
 if __name__ == "__main__":
