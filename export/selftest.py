@@ -21,14 +21,15 @@ from ..runtime.selftest import SCHEMA, SELF_TEST, Picture, SelfTest, answer, rea
 # emulated fp16 and bf16 forms are 2e-3 and 9e-3 away. A weight of a wrong sign or place moves an answer by 1e-4 to 1.
 TOLERANCES = {"fp32": 1e-4, "fp16": 0.01, "bf16": 0.03, "int8": 0.05, "fp8": 0.05}
 MARGIN = 4  # × what the engine's own stages are away from the model, on ONNX Runtime: other kernels round otherwise
-LEAST_8_BITS = 0.02  # two pictures may happen to lie where 8 bits change little
+LEAST_8_BITS = 0.03  # OpenVINO answers otherwise than ONNX Runtime by up to 0.013 on `mini` in int8
 CHEAP = 4e11  # MACs; a second picture is added below this
 
 
-def write_self_test(work: Path, manifest: Manifest, reference: Scorer, *, in_8_bits: str = "") -> None:
+def write_self_test(work: Path, manifest: Manifest, reference: Scorer | None, *, in_8_bits: str = "") -> None:
     """Write the self-test of the engine whose stages lie in the folder `work`. `reference` is the float32 model.
 
-    `in_8_bits`: the precision, if stages compute in int8 or fp8.
+    `in_8_bits`: the precision, if stages compute in int8 or fp8. Such an engine is no float32 model, and has no
+    reference: how far it is from one is for iqa-verify. Its answers are its own, on ONNX Runtime.
     """
     directory = EngineDirectory(work, manifest)
     stages = load_stages(directory, OnnxRuntime(as_written=in_8_bits == "fp8"))
@@ -39,7 +40,8 @@ def write_self_test(work: Path, manifest: Manifest, reference: Scorer, *, in_8_b
     for number in range(2 if 2 * _macs(manifest, options.steps or 0) < CHEAP else 1):
         png = _draw(number, manifest.crop.size)
         image = read_picture(png, manifest)
-        expected, found = answer(reference, image, options), answer(candidate, image, options)
+        found = answer(candidate, image, options)
+        expected = answer(reference, image, options) if reference else found
         pictures.append(Picture(png, expected))
         drift = max([drift, *(abs(found[n] - value) / max(span, abs(value)) for n, value in expected.items())])
     least = LEAST_8_BITS if in_8_bits else 0.0
