@@ -38,6 +38,9 @@ from ..export.compare import compare_with_original
 from ..export.engine import writing
 from ..export.precision import Kept, noise_embedding, replace_nodes
 from ..export.selftest import write_self_test
+from ..runtime.host.onnx_stage import OnnxRuntime
+from ..runtime.host.stages import load_stages
+from ..runtime.scorer import Scorer
 from .ranges import Method, choose_range
 from .statistics import NAME, StageStatistics, Statistics, check_engine, read
 
@@ -161,8 +164,9 @@ def quantise_engine(
         folder.mkdir()
         reports = {"recipe": recipe, "statistics": statistics.digest, "stages": [made.report for made in done]}
         (folder / "quantisation.json").write_text(json.dumps(encode(reports), indent=1) + "\n", encoding="utf-8")
-        say("self-test: scoring")
-        write_self_test(work, manifest, None, in_8_bits=recipe.number)
+        say("self-test: scoring in float32")
+        original = Scorer(manifest, load_stages(directory, OnnxRuntime()), backend="float32")
+        write_self_test(work, manifest, original, in_8_bits=recipe.number)
         (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest, done
 

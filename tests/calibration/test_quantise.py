@@ -64,10 +64,10 @@ def test_the_self_test_holds_what_the_engine_itself_answers(int8_engine: Path, t
     """8 bits move scores of trained models by a tenth: a tolerance around the float32 model would allow anything."""
     test = read_self_test(open_engine(int8_engine))
     assert test is not None
-    assert test.tolerances["fp32"] == LEAST_8_BITS
+    assert LEAST_8_BITS < test.tolerances["fp32"] < 4 * LEAST_8_BITS
     assert all(answer.share == 0 for answer in self_test(int8_engine).answers)
     assert self_test(int8_engine, OpenVino()).within
-    spoil(engine := Path(shutil.copytree(int8_engine, tmp_path / "engine")), StageName.UNET)
+    spoil(engine := Path(shutil.copytree(int8_engine, tmp_path / "engine")), StageName.VIT)
     assert not self_test(engine).within
 
 

@@ -260,6 +260,7 @@ def test_quantise_in_place(
     found = SimpleNamespace(digest="0", samples=(), stages=dict.fromkeys(StageName))
     monkeypatch.setattr(quantise, "read_fitting", lambda *_: found)
     monkeypatch.setattr(quantise, "write_stage", write_stage)
+    monkeypatch.setattr(quantise, "load_stages", lambda *_: {})
     monkeypatch.setattr(quantise, "write_self_test", lambda work, *_, **__: (work / "self-test.json").write_text("{}"))
     (tmp_path / f"{statistics.NAME}.npz").touch()
 
