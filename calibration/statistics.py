@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import time
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from onnx import TensorProto, helper
 from ..engine.atomic import replacing
 from ..engine.codec import decode, encode
 from ..engine.manifest import EngineDirectory, Precision, StageName, open_engine
+from ..engine.npz import read_arrays
 from ..errors import BackendError, EngineError, ImageError, OutputError, UsageError, first_line
 from ..export.precision import PLAN_SCHEMA, Kept, PrecisionPlan, element_types, plan_stage
 from ..runtime.executor import Call
@@ -173,25 +173,24 @@ def read(folder: Path) -> Statistics:
         return UsageError(f"{path} is not whole ({message}); delete it and run iqa-calibrate again")
 
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            header = json.loads(bytes(arrays["header"]).decode())
-            parts = {name: arrays[name] for name in arrays.files if name != "header"}
+        parts = read_arrays(path)
+        header = json.loads(bytes(parts["header"]).decode())
     except FileNotFoundError as exc:
         raise UsageError(f"{folder} holds no {NAME}.npz; make it with iqa-calibrate") from exc
     except OSError as exc:
         raise UsageError(f"cannot read {path}: {exc.strerror or exc}") from exc
-    except (ValueError, KeyError, RecursionError, EOFError, zipfile.BadZipFile) as exc:
+    except (ValueError, KeyError, RecursionError) as exc:
         raise damaged(first_line(exc)) from exc
     parsed = decode(_Header, header, "header", damaged)
     if parsed.schema != SCHEMA:
         raise damaged(f"it has schema version {parsed.schema}, this diffiqa reads version {SCHEMA}")
     fields = [field.name for field in dataclasses.fields(StageStatistics)[1:]]
-    stages = {}
+    stages, empty = {}, StageStatistics.empty((), 0)
     for name, tensors in parsed.tensors.items():
-        expected = StageStatistics.empty(tensors, parsed.steps[name])
         for field in fields:
-            wanted, found = getattr(expected, field), parts.get(f"{name}.{field}")
-            if found is None or found.shape != wanted.shape or found.dtype != wanted.dtype:
+            form, found = getattr(empty, field), parts.get(f"{name}.{field}")
+            shape = (len(tensors), parsed.steps.get(name), *form.shape[2:])
+            if found is None or found.shape != shape or found.dtype != form.dtype:
                 raise damaged(f"{name}.{field} does not fit")
         stages[name] = StageStatistics(tensors, **{field: parts[f"{name}.{field}"] for field in fields})
     return Statistics(parsed.engine, parsed.samples, stages)

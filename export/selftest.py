@@ -21,14 +21,17 @@ from ..runtime.selftest import SCHEMA, SELF_TEST, Picture, SelfTest, answer, rea
 # emulated fp16 and bf16 forms are 2e-3 and 9e-3 away. A weight of a wrong sign or place moves an answer by 1e-4 to 1.
 TOLERANCES = {"fp32": 1e-4, "fp16": 0.01, "bf16": 0.03, "int8": 0.05, "fp8": 0.05}
 MARGIN = 4  # × what the engine's own stages are away from the model, on ONNX Runtime: other kernels round otherwise
-LEAST_8_BITS = 0.02  # two pictures may happen to lie where 8 bits change little
+# An engine in 8 bits may differ from its own answers by this, and by this share of what 8 bits moved them by. On `mini`
+# they moved answers by 0.07, and OpenVINO's are up to 0.013 from ONNX Runtime's.
+LEAST_8_BITS, SHARE_8_BITS = 0.005, 0.5
 CHEAP = 4e11  # MACs; a second picture is added below this
 
 
 def write_self_test(work: Path, manifest: Manifest, reference: Scorer, *, in_8_bits: str = "") -> None:
     """Write the self-test of the engine whose stages lie in the folder `work`. `reference` is the float32 model.
 
-    `in_8_bits`: the precision, if stages compute in int8 or fp8.
+    `in_8_bits`: the precision, if stages compute in int8 or fp8. Such an engine is too far from the float32 model: it
+    holds its own answers, on ONNX Runtime.
     """
     directory = EngineDirectory(work, manifest)
     stages = load_stages(directory, OnnxRuntime(as_written=in_8_bits == "fp8"))
@@ -40,10 +43,10 @@ def write_self_test(work: Path, manifest: Manifest, reference: Scorer, *, in_8_b
         png = _draw(number, manifest.crop.size)
         image = read_picture(png, manifest)
         expected, found = answer(reference, image, options), answer(candidate, image, options)
-        pictures.append(Picture(png, expected))
+        pictures.append(Picture(png, found if in_8_bits else expected))
         drift = max([drift, *(abs(found[n] - value) / max(span, abs(value)) for n, value in expected.items())])
-    least = LEAST_8_BITS if in_8_bits else 0.0
-    tolerances = {name: max(value + MARGIN * drift, least) for name, value in TOLERANCES.items()}
+    more = LEAST_8_BITS + SHARE_8_BITS * drift if in_8_bits else MARGIN * drift
+    tolerances = {name: value + more for name, value in TOLERANCES.items()}
     test = SelfTest(SCHEMA, manifest.engine_id, options.steps, span, tolerances, tuple(pictures))
     (work / SELF_TEST).write_text(json.dumps(encode(test), indent=1) + "\n", encoding="utf-8")
 

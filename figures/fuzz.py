@@ -1,10 +1,11 @@
 """Fuzzes every reader of untrusted files: `python figures/fuzz.py [--seconds 60] [--record]`.
 
 `tests/fuzz/targets.py` has the readers. It exits with 1 if anything is found, and says in which folder it lies. With
-`--record` it writes figures/results/fuzz.json.
+`--record` it writes what was found into figures/results/fuzz.json, beside what is there of other readers.
 """
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from record import write
+from record import RESULTS, write
 
 from diffiqa.tests.fuzz.targets import TARGETS
 
@@ -27,7 +28,8 @@ def fuzz(name: str, seconds: int, folder: Path) -> dict[str, Any]:
         sys.exit(f"{name}: the fuzzer did not end by itself:\n{done.stderr[-2000:]}")
     kinds = [path.name.partition("-")[0] for path in (folder / "finds").iterdir() if path.suffix != ".bin"]
     hangs = sum(kind in {"slow", "timeout"} for kind in kinds)
-    return {"inputs": int(inputs[1]), "branches": int(covered[-1]), "tracebacks": len(kinds) - hangs, "hangs": hangs}
+    found = {"seconds": seconds, "inputs": int(inputs[1]), "branches": int(covered[-1])}
+    return {**found, "tracebacks": len(kinds) - hangs, "hangs": hangs}
 
 
 def main() -> None:
@@ -43,7 +45,8 @@ def main() -> None:
         found[name] = fuzz(name, asked.seconds, folder / name)
         print(name, found[name], flush=True)
     if asked.record:
-        write("fuzz", {"seconds_each": asked.seconds, "readers": found})
+        before = json.loads((RESULTS / "fuzz.json").read_text(encoding="utf-8"))["readers"]
+        write("fuzz", {"readers": {name: (before | found)[name] for name in TARGETS if name in before | found}})
     if any(one["tracebacks"] or one["hangs"] for one in found.values()):
         sys.exit(f"look into {folder}/*/finds")
 

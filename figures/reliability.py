@@ -29,15 +29,16 @@ def reliability(results: Path) -> str:
             what = f"{found['kills']} × kill -9, {found['reported']:,} {ends} reported"
             rows.append((f"`iqa-{name}`", what, f"{found['lost']} lost, {found['half']} half"))
     for name, found in fuzz.get("readers", {}).items():
-        planted = f"{found['inputs']:,} inputs of a fuzzer in {fuzz['seconds_each']} s"
+        planted = f"{found['inputs']:,} inputs of a fuzzer in {found['seconds']} s"
         rows.append((f"reader: {name}", planted, f"{found['tracebacks']} tracebacks, {found['hangs']} hangs"))
-    if soak:
-        kept = "; ".join(
-            f"{name.replace('memory_mib', 'memory in MiB')} {soak[name]['first']:g} → {soak[name]['last']:g}"
-            for name in ("memory_mib", "descriptors", "threads")
-        )
-        planted = f"soak: {soak['images']:,} images, {soak['failed']} of them bad"
-        rows.append(("`diffiqa.score`", planted, f"{soak['scored'] + soak['failed']:,} records; {kept}"))
+    for name in ("run", "serve"):
+        if found := soak.get(name):
+            kept = "; ".join(
+                f"{what.replace('memory_mib', 'memory in MiB')} {found[what]['first']:g} → {found[what]['last']:g}"
+                for what in ("memory_mib", "descriptors", "threads")
+            )
+            planted = f"soak: {found['images']:,} images, {found['failed']} of them bad"
+            rows.append((f"`iqa-{name}`", planted, f"{found['scored'] + found['failed']:,} records; {kept}"))
     if flood:
         answers, (first, last) = flood["answers"], flood["most_mib_by_half"]
         planted = f"{sum(answers.values()):,} requests of {flood['clients']} clients at a queue of {flood['queue']}"

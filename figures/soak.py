@@ -1,25 +1,32 @@
-"""Scores many small images of mixed sizes and kinds, 5 % of them bad: `python figures/soak.py ENGINE [IMAGES]`.
+"""Scores many small images of mixed sizes and kinds, 5 % of them bad: `python figures/soak.py ENGINE IMAGES [WAY…]`.
 
-Memory, file descriptors and threads are read on the way. The first tenth of the images is warm-up: buffers and compiled
-shapes come then. After it, all three must stay flat.
+WAY is run, the function behind `iqa-run`, or serve, a service that is asked over sockets; without it, both. Memory,
+file descriptors and threads are read on the way. The first tenth of the images is warm-up: buffers and compiled shapes
+come then. After it, all three must stay flat.
 """
 
+import http.client
+import json
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from record import write
+from record import RESULTS, write
 
 from diffiqa.runtime.backends import OnnxRuntime
 from diffiqa.runtime.command.api import Outputs, score_names
 from diffiqa.runtime.command.records import Format, Record, Status
 from diffiqa.runtime.results import Options
-from diffiqa.runtime.scorer import load
+from diffiqa.runtime.scorer import Scorer, load
+from diffiqa.serve.work import Service
+from diffiqa.tests.serve.serving import running
 from diffiqa.tests.tiny import photo
 
 KINDS = (
@@ -33,6 +40,9 @@ KINDS = (
 )
 EVERY = 20  # one image in so many is bad
 DIFFERENT = 200  # pictures; each is scored many times
+CLIENTS = 4
+SAMPLE_EVERY = 50  # images
+Tell = Callable[[bool], None]  # of each image, whether it has a score
 
 
 def draw(folder: Path) -> list[str]:
@@ -52,6 +62,46 @@ def draw(folder: Path) -> list[str]:
     return names
 
 
+def rounds(names: list[str], count: int) -> Iterator[list[str]]:
+    """Yield all names, again and again, until there were so many."""
+    for start in range(0, count, len(names)):
+        yield names[: count - start]
+
+
+def by_run(scorer: Scorer, names: list[str], count: int, tell: Tell) -> None:
+    """Score with the function behind `iqa-run`."""
+
+    def watch(record: Record, _kept: bool) -> None:
+        tell(record.status is Status.OK)
+
+    for some in rounds(names, count):
+        with tempfile.TemporaryDirectory() as folder:
+            outputs = Outputs(file=Path(folder, "scores.jsonl"), form=Format.JSONL)
+            score_names(scorer, some, Options(crops=1), outputs, workers=2, watch=watch)
+            assert len(Path(folder, "scores.jsonl").read_bytes().splitlines()) == len(some)
+
+
+def by_serve(scorer: Scorer, names: list[str], count: int, tell: Tell) -> None:
+    """Ask a service, each image in a connection of its own."""
+
+    def ask(name: str) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=600)
+        connection.request("POST", "/score?crops=1", Path(name).read_bytes())
+        answer = connection.getresponse()
+        record = json.loads(answer.read())
+        connection.close()
+        assert (answer.status, record["status"]) in {(200, "ok"), (422, "error")}
+        return answer.status == 200
+
+    with running(Service({"tiny": scorer})) as site, ThreadPoolExecutor(CLIENTS) as clients:
+        for some in rounds(names, count):
+            for scored in clients.map(ask, some):
+                tell(scored)
+
+
+WAYS = {"run": by_run, "serve": by_serve}
+
+
 def state() -> dict[str, float]:
     """Return what this process holds."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -62,30 +112,19 @@ def state() -> dict[str, float]:
     }
 
 
-def main() -> None:
-    """Score, and write figures/results/soak.json."""
-    engine, count = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 2000
-    with tempfile.TemporaryDirectory() as folder:
-        different = draw(Path(folder))
-        scored, failed, samples = 0, 0, []
-        start = time.monotonic()
-        with load(engine, OnnxRuntime(threads=1)) as scorer:
-            for round_ in range(-(-count // len(different))):
-                outputs = Outputs(file=Path(folder, f"{round_}.jsonl"), form=Format.JSONL)
-                some = different[: count - round_ * len(different)]
-                seen: list[Record] = []
+def soak(way: Callable[[Scorer, list[str], int, Tell], None], engine: Path, count: int) -> dict[str, Any]:
+    """Score so many images one way, and return what became of them and of this process."""
+    found, start = {True: 0, False: 0}, time.monotonic()
+    samples: list[dict[str, float]] = []
 
-                def watch(record: Record, _kept: bool, seen: list[Record] = seen) -> None:
-                    seen.append(record)
-                    if len(seen) % 50 == 0:
-                        samples.append(state())
+    def tell(scored: bool) -> None:
+        found[scored] += 1
+        if sum(found.values()) % SAMPLE_EVERY == 0:
+            samples.append(state())
 
-                score_names(scorer, some, Options(crops=1), outputs, workers=2, watch=watch)
-                written = len(Path(folder, f"{round_}.jsonl").read_bytes().splitlines())
-                assert written == len(seen) == len(some)
-                scored += sum(record.status is Status.OK for record in seen)
-                failed += sum(record.status is Status.ERROR for record in seen)
-        seconds = time.monotonic() - start
+    with tempfile.TemporaryDirectory() as folder, load(engine, OnnxRuntime(threads=1)) as scorer:
+        way(scorer, draw(Path(folder)), count, tell)
+    assert sum(found.values()) == count
     warm = samples[max(1, len(samples) // 10) :]
     third = max(1, len(warm) // 3)
 
@@ -93,8 +132,18 @@ def main() -> None:
         first, last = (statistics.median(one[name] for one in part) for part in (warm[:third], warm[-third:]))
         return {"first": round(first, 1), "last": round(last, 1), "most": round(max(one[name] for one in warm), 1)}
 
-    found: dict[str, Any] = {"images": count, "scored": scored, "failed": failed, "seconds": round(seconds, 1)}
-    write("soak", {**found, **{name: growth(name) for name in samples[0]}})
+    seconds = round(time.monotonic() - start, 1)
+    done = {"images": count, "scored": found[True], "failed": found[False], "seconds": seconds}
+    return {**done, **{name: growth(name) for name in samples[0]}}
+
+
+def main() -> None:
+    """Score, and write what was found into figures/results/soak.json, beside what is there of the other way."""
+    engine, count, *ways = sys.argv[1:]
+    for way in ways or WAYS:
+        found = soak(WAYS[way], Path(engine), int(count))
+        before = json.loads((RESULTS / "soak.json").read_text(encoding="utf-8"))
+        write("soak", {name: before[name] for name in WAYS if name in before} | {way: found})
 
 
 if __name__ == "__main__":

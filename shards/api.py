@@ -200,7 +200,7 @@ def status(out: str | Path) -> Status:
         raise OutputError(f"{store} has no plan: no run has begun here, or it is still looking for names")
     manifest, progress = _read_manifest(store), None
     if data := store.read(PROGRESS):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             progress = decode(Progress, json.loads(data), "progress", ValueError)
     if manifest:
         return Status(plan.names.count, manifest.records, manifest.failed, True, progress)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..engine.codec import decode, encode
-from ..errors import OutputError, UsageError, first_line
+from ..errors import DiffiqaError, OutputError, UsageError, first_line
 from ..runtime.command.records import Format, Record, Status, from_line, to_line
 from .store import Store
 
@@ -88,7 +88,12 @@ def read_shard(store: Store, shard: Shard) -> list[Record]:
     if data is None or hashlib.sha256(data).hexdigest() != shard.sha256:
         what = "is missing" if data is None else "was changed since it was written"
         raise OutputError(f"{store}/{shard.file} {what}; give the command that wrote it again, and it is scored again")
-    return from_bytes(data, Form(shard.file.rpartition(".")[2]))
+    try:
+        return from_bytes(data, Form(shard.file.rpartition(".")[2]))
+    except DiffiqaError:
+        raise
+    except Exception as exc:  # the reader of Parquet has many of its own
+        raise OutputError(f"{store}/{shard.file} holds no records of diffiqa ({first_line(exc)})") from exc
 
 
 def to_bytes(records: Sequence[Record], form: Form) -> bytes:

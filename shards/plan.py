@@ -111,11 +111,16 @@ def read_entries(store: Store, plan: Plan, shard: int) -> list[Entry]:
     """Return the entries of a shard."""
     start, end = plan.names.starts[shard : shard + 2]
     lines = (store.read(NAMES, start, end) or b"").splitlines()
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
         entries = [Entry(*found) if isinstance(found := json.loads(line), list) else Entry(found) for line in lines]
-        if len(entries) == plan.names.in_shard(shard):
+        if len(entries) == plan.names.in_shard(shard) and all(map(_is_whole, entries)):
             return entries
     raise OutputError(f"{store}/{NAMES} was changed or is damaged (shard {shard}); start over in another place")
+
+
+def _is_whole(entry: Entry) -> bool:
+    place = (entry.start, entry.size)
+    return isinstance(entry.name, str) and (place == (None, None) or all(type(n) is int and n >= 0 for n in place))
 
 
 def cut(entries: Iterable[Entry], shard_size: int, scratch: Path) -> tuple[Names, Path]:

@@ -5,7 +5,6 @@ verify.json     which engines were compared, the seed, the images, and the figur
 """
 
 import json
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from ..engine.atomic import writing
 from ..engine.codec import decode, encode
 from ..engine.manifest import Manifest
+from ..engine.npz import read_arrays
 from ..errors import OutputError, UsageError, first_line
 from .compare import Subject
 from .figures import Findings, RunFigures, image_figures
@@ -119,7 +119,7 @@ def read_saved(folder: Path, quantile: float | None = None) -> tuple[Findings, s
             image_figures(manifest, name, reference, candidate, answers, chosen)
             for name, reference, candidate, answers in _traces(folder, index)
         )
-    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile) as exc:
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as exc:
         raise UsageError(f"saved results in {folder} are damaged ({first_line(exc)}); save again") from exc
     score = manifest.score
     findings = Findings(
@@ -139,12 +139,11 @@ def read_saved(folder: Path, quantile: float | None = None) -> tuple[Findings, s
 
 def _traces(folder: Path, index: _Index) -> Iterator[tuple[str, Trace, Trace, Answers | None]]:
     for number, entry in enumerate(index.images, 1):
-        with (folder / f"{number:04d}.npz").open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            traces = [
-                Trace(**{f.name: arrays[f"{part}.{f.name}"] for f in fields(Trace)})
-                for part in ("reference", "candidate")
-            ]
-            answers = None
-            if "answers.noise" in arrays:
-                answers = Answers(**{f.name: arrays[f"answers.{f.name}"] for f in fields(Answers)})
+        arrays = read_arrays(folder / f"{number:04d}.npz")
+        traces = [
+            Trace(**{f.name: arrays[f"{part}.{f.name}"] for f in fields(Trace)}) for part in ("reference", "candidate")
+        ]
+        answers = None
+        if "answers.noise" in arrays:
+            answers = Answers(**{f.name: arrays[f"answers.{f.name}"] for f in fields(Answers)})
         yield entry.name, traces[0], traces[1], answers

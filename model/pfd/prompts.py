@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...engine.manifest import Source, file_sha256
+from ...engine.npz import read_arrays
 from ...errors import CheckpointError, ConfigError, UsageError
 from ..bundle import Description, read_description, write_bundle
 from ..weightfile import read, shown
@@ -123,10 +124,10 @@ def read_prompts(path: Path, words: Words | None = None) -> PromptSet:
 
 def _load_npy(path: Path) -> Tensor:
     try:
-        rows = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as exc:
+        rows = read_arrays(path).get("")
+    except (OSError, ValueError) as exc:
         raise CheckpointError(f"cannot read {path} as an array: {exc}") from exc
-    if not isinstance(rows, np.ndarray) or rows.dtype.kind != "f" or rows.ndim == 0:
+    if rows is None or rows.dtype.kind != "f" or rows.ndim == 0:
         raise CheckpointError(f"{path} must hold one array of floats")
     return torch.from_numpy(rows.astype(np.float32))
 

@@ -21,8 +21,12 @@ from diffiqa.calibration.statistics import StageStatistics, Statistics, read, wa
 from diffiqa.cli import export
 from diffiqa.engine.manifest import EngineDirectory, StageName, open_engine
 from diffiqa.errors import EngineError, UsageError
+from diffiqa.export.selftest import LEAST_8_BITS
+from diffiqa.runtime.host.openvino_stage import OpenVino
 from diffiqa.runtime.scorer import Scorer, load
+from diffiqa.runtime.selftest import read_self_test, self_test
 
+from ..runtime.test_selftest import spoil
 from ..tiny import STAGES, photo
 
 FloatArray = npt.NDArray[np.float32]
@@ -54,6 +58,17 @@ def quantised(
 
 def constants(model: onnx.ModelProto) -> dict[str, npt.NDArray[Any]]:
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def test_the_self_test_holds_what_the_engine_itself_answers(int8_engine: Path, tmp_path: Path) -> None:
+    """8 bits move scores of trained models by a tenth: a tolerance around the float32 model would allow anything."""
+    test = read_self_test(open_engine(int8_engine))
+    assert test is not None
+    assert LEAST_8_BITS < test.tolerances["fp32"] < 4 * LEAST_8_BITS
+    assert all(answer.share == 0 for answer in self_test(int8_engine).answers)
+    assert self_test(int8_engine, OpenVino()).within
+    spoil(engine := Path(shutil.copytree(int8_engine, tmp_path / "engine")), StageName.VIT)
+    assert not self_test(engine).within
 
 
 def test_scores_stay_near_float32(int8_engine: Path, scorer: Scorer) -> None:

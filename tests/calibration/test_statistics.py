@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from diffiqa.calibration.statistics import (
     write,
 )
 from diffiqa.engine.manifest import EngineDirectory, Precision, StageName, open_engine
+from diffiqa.engine.npz import read_arrays
 from diffiqa.errors import EngineError, UsageError
 from diffiqa.export.precision import cast, plan_stage, read_plan
 
@@ -123,6 +125,17 @@ def test_what_was_written_is_read_and_damage_is_named(tmp_path: Path) -> None:
         read(tmp_path)
     with pytest.raises(UsageError, match=r"holds no statistics.npz; make it with iqa-calibrate"):
         read(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("steps", [{}, {"vda": -1}, {"vda": 3}, {"vda": 10**18}])
+def test_steps_that_the_arrays_do_not_have_are_refused(tmp_path: Path, steps: dict[str, int]) -> None:
+    write(of_vda("ab", of_tensors(x=[[1.0], [2.0]])), tmp_path)
+    arrays = read_arrays(tmp_path / "statistics.npz")
+    header = json.loads(bytes(arrays.pop("header"))) | {"steps": steps}
+    text = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    np.savez(tmp_path / "statistics.npz", header=text, **arrays)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"vda.low does not fit"):
+        read(tmp_path)
 
 
 def test_images_that_are_there_already_are_not_run_again(

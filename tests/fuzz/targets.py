@@ -6,18 +6,23 @@ reader's others.
 """
 
 import contextlib
+import functools
 import hashlib
-import json
 import sys
 import tempfile
 import time
 import traceback
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from diffiqa.errors import DiffiqaError
 
-ROOT = Path(__file__).parent.parent.parent
+from .seeds import SEEDS
+
 SLOW = 5.0  # seconds that no input may take
 Reader = Callable[[bytes, Path], object]  # bytes, and a file to put them into where the reader wants one
 
@@ -62,12 +67,127 @@ def _weights(data: bytes, file: Path) -> None:
     read(file)
 
 
-def _records(data: bytes, file: Path) -> None:
-    from diffiqa.runtime.command.recordfile import read_records
-    from diffiqa.runtime.command.records import Format
+def _pickle(data: bytes, file: Path) -> None:
+    """A file of torch around a pickle: its checksum would stop what is changed inside."""
+    from diffiqa.model.weightfile import read
 
-    file.write_bytes(data[1:])
-    read_records(file, (Format.JSONL, Format.CSV, Format.JSON)[data[0] % 3 if data else 0])
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in {
+            "data.pkl": data,
+            "byteorder": b"little",
+            "version": b"3\n",
+            "data/0": bytes(64),
+            "data/1": bytes(64),
+        }.items():
+            archive.writestr(f"a/{name}", content)
+    read(file)
+
+
+def _shards_index(data: bytes, file: Path) -> None:
+    from diffiqa.model.weightfile import read_index
+
+    file.write_bytes(data)
+    read_index(file)
+
+
+def _options(data: bytes, file: Path) -> None:
+    from diffiqa.model.options import read_options
+
+    file.write_bytes(data)
+    read_options(file)
+
+
+def _prompts(data: bytes, file: Path) -> None:
+    from diffiqa.model.pfd.prompts import read_prompts
+
+    file = file.with_suffix(".npy")
+    file.write_bytes(data)
+    read_prompts(file)
+
+
+def _statistics(data: bytes, file: Path) -> None:
+    """The first line is the header, beside arrays that fit the seed's; or all is the file."""
+    from diffiqa.calibration.statistics import NAME, read
+    from diffiqa.engine.manifest import StageName
+
+    file = file.with_name(f"{NAME}.npz")
+    if data.startswith(b"{"):
+        arrays = {f"{StageName.UNET}.{name}": array for name, array in _arrays().items()}
+        np.savez(file, header=np.frombuffer(data, np.uint8), **arrays)
+    else:
+        file.write_bytes(data)
+    read(file.parent)
+
+
+@functools.cache
+def _arrays() -> dict[str, Any]:
+    from diffiqa.calibration.statistics import StageStatistics
+
+    return {name: array for name, array in vars(StageStatistics.empty(("a",), 1)).items() if name != "tensors"}
+
+
+def _records(data: bytes, file: Path) -> None:
+    """A file, or the journal beside it, that a run goes on with: what it leaves holds what it found."""
+    from diffiqa.runtime.command.recordfile import RecordFile, read_records
+    from diffiqa.runtime.command.records import Format
+    from diffiqa.tests.runtime.command.test_recordfile import SETTINGS
+
+    form, suffix = [
+        (Format.JSONL, ""),
+        (Format.CSV, ""),
+        (Format.JSON, ""),
+        (Format.CSV, ".partial"),
+        (Format.JSON, ".partial"),
+    ][data[0] % 5 if data else 0]
+    for old in file.parent.iterdir():
+        old.unlink()
+    file.with_name(file.name + suffix).write_bytes(data[1:])
+    with RecordFile(file, form, SETTINGS, resume=True) as resumed:
+        resumed.finish()
+    left = {record.image: record.score for record in read_records(file, form)}
+    assert left == {name: record.score for name, record in resumed.done.items()}
+
+
+def _shard_plan(data: bytes, file: Path) -> None:
+    """The first line is the plan, the rest are the names."""
+    from diffiqa.shards.api import status
+    from diffiqa.shards.driver import find_done
+    from diffiqa.shards.plan import NAMES, PLAN, read_entries, read_plan
+    from diffiqa.shards.store import Folder
+
+    plan_text, _, names = data.partition(b"\n")
+    store = Folder(file.parent)
+    for name, content in {PLAN: plan_text, NAMES: names, "progress.json": names, "part-000000.json": names}.items():
+        (file.parent / name).write_bytes(content)
+    status(file.parent)
+    plan = read_plan(store)
+    assert plan is not None
+    find_done(store, plan, lambda _: None)
+    for shard in range(min(plan.names.shards, 9)):
+        for entry in read_entries(store, plan, shard):
+            assert isinstance(entry.name, str)
+            assert {type(entry.start), type(entry.size)} <= {int, type(None)}
+
+
+def _shard(data: bytes, file: Path) -> None:
+    """A shard whose hash is right."""
+    from diffiqa.shards.part import Shard, read_shard
+    from diffiqa.shards.store import Folder
+
+    name = "part-000000." + ("parquet" if data.startswith(b"PAR1") else "jsonl")
+    (file.parent / name).write_bytes(data)
+    read_shard(Folder(file.parent), Shard(name, hashlib.sha256(data).hexdigest(), 1, 0))
+
+
+def _request(data: bytes, _file: Path) -> None:
+    _site().answer(data)
+
+
+@functools.cache
+def _site() -> Any:
+    from diffiqa.tests.fuzz.site import Site
+
+    return Site()
 
 
 TARGETS: dict[str, Reader] = {
@@ -77,47 +197,16 @@ TARGETS: dict[str, Reader] = {
     "plan": _plan,
     "labels": _labels,
     "weights": _weights,
+    "pickle": _pickle,
+    "index of shards": _shards_index,
+    "options": _options,
+    "prompts": _prompts,
+    "statistics": _statistics,
     "records": _records,
+    "shard plan": _shard_plan,
+    "shard": _shard,
+    "request": _request,
 }
-
-
-def seeds(name: str) -> list[bytes]:
-    """Return a few whole inputs to start from."""
-    if name == "image":
-        from diffiqa.tests.runtime.test_images_fuzz import samples
-
-        return list(samples().values())
-    if name == "manifest":
-        return [path.read_bytes() for path in sorted((ROOT / "tests/engine/manifests").glob("**/*.json"))[:4]]
-    if name == "self-test":
-        picture = {"png": "iVBORw0KGgo=", "answers": {"score": 0.5}}
-        test = {"schema": 1, "engine": "0" * 16, "steps": 3, "span": 1.0, "tolerances": {"fp32": 1e-4}}
-        return [json.dumps({**test, "pictures": [picture]}).encode()]
-    if name == "plan":
-        kept = {"node": "n", "op": "Conv", "why": "it must"}
-        stage = {"name": "unet", "onnx_sha256": "0" * 64, "tensors": {"y": "float16"}, "float32": [kept]}
-        return [json.dumps({"schema": 1, "precision": "fp16", "stages": [stage]}).encode()]
-    if name == "labels":
-        return [b"name,score\na.png,0.5\nb.png,1e3\n", "name,mos,std\nä.png,3,0.1\n".encode()]
-    if name == "weights":
-        return _weight_files()
-    from diffiqa.runtime.command.records import document
-    from diffiqa.tests.runtime.command.test_recordfile import FILE_FORMATS, failed, scored
-
-    records = [scored("a.png"), failed("b.png")]
-    return [bytes([i]) + b"".join(document(records, form)) for i, form in enumerate(FILE_FORMATS)]
-
-
-def _weight_files() -> list[bytes]:
-    import safetensors.torch
-    import torch
-
-    tensors = {"a": torch.arange(4.0), "b": torch.zeros(2, 2)}
-    with tempfile.TemporaryDirectory() as folder:
-        for zipped in (True, False):
-            torch.save(tensors, Path(folder, f"{zipped}.pt"), _use_new_zipfile_serialization=zipped)
-        made = [path.read_bytes() for path in Path(folder).iterdir()]
-    return [safetensors.torch.save(tensors), *made]
 
 
 def tried(read: Reader, data: bytes, file: Path, finds: Path) -> None:
@@ -150,9 +239,13 @@ def main() -> None:
     read = TARGETS[name]
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as work:  # noqa: S108
         file = Path(work) / "input"
+        if name == "pickle":
+            from torch._weights_only_unpickler import Unpickler
+
+            atheris.instrument_func(Unpickler.load)
         with atheris.instrument_imports(include=["diffiqa"]), contextlib.suppress(DiffiqaError):
             read(b"", file)  # imports what it needs
-        for number, seed in enumerate(seeds(name)):
+        for number, seed in enumerate(SEEDS[name]()):
             (corpus / str(number)).write_bytes(seed)
         options = [f"-max_total_time={seconds}", "-print_final_stats=1", "-timeout=60", "-rss_limit_mb=4096"]
         options += ["-max_len=20000", f"-artifact_prefix={finds}/", "-verbosity=1"]

@@ -1,5 +1,6 @@
 """A run to its end, whatever workers do: one file for each shard, the same bytes, and one manifest."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import pytest
 from diffiqa.errors import BackendError, OutputError, UsageError
 from diffiqa.runtime.command.records import Status
 from diffiqa.shards.api import MANIFEST, Manifest, carry_out, read_scores, status
-from diffiqa.shards.part import Form
+from diffiqa.shards.part import Form, Shard, read_shard
+from diffiqa.shards.store import Folder
 
 from .stub import Inline, names, work_in
 
@@ -158,6 +160,14 @@ def test_a_shard_that_was_changed_is_refused_by_readers_and_scored_again_by_the_
     (tmp_path / "part-000002.jsonl").unlink()
     with pytest.raises(OutputError, match=r"part-000002.jsonl is missing"):
         list(read_scores(tmp_path))
+
+
+def test_a_shard_of_no_records_is_refused(tmp_path: Path) -> None:
+    store = Folder(tmp_path)
+    for data in (b"{}\n", b"[" * 9999 + b"\n", b"\xff\n"):
+        store.write("part-000000.jsonl", data)
+        with pytest.raises(OutputError, match=r"part-000000.jsonl holds no records of diffiqa"):
+            read_shard(store, Shard("part-000000.jsonl", hashlib.sha256(data).hexdigest(), 1, 0))
 
 
 def test_files_of_late_attempts_are_not_read(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import random
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,15 @@ def test_names_of_a_plan_that_were_changed_are_refused(tmp_path: Path) -> None:
         (tmp_path / NAMES).write_bytes(damaged)
         with pytest.raises(OutputError, match=r"names.jsonl was changed or is damaged \(shard 1\)"):
             read_entries(store, plan, 1)
+
+
+@pytest.mark.parametrize("line", ["7", "null", '["1.png", "0", 5]', '["1.png", -1, 5]', '["1.png", 0]', "[" * 9999])
+def test_names_that_are_none_are_refused(tmp_path: Path, line: str) -> None:
+    store, plan = planned(tmp_path, [Entry("1.png")], 5)
+    (tmp_path / NAMES).write_text(line + "\n")
+    changed = replace(plan, names=replace(plan.names, starts=(0, len(line) + 1)))
+    with pytest.raises(OutputError, match=r"names.jsonl was changed or is damaged \(shard 0\)"):
+        read_entries(store, changed, 0)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 2}', "[" * 10_000])
