@@ -1,18 +1,22 @@
 """Shards: what they cost, how they grow, and what is left of them after kills.
 
     python figures/shards.py growth
-    python figures/shards.py kills --engine engine/ --photos photos/
+    python figures/shards.py kills --engine engine/
+    python figures/shards.py overhead --engine engine/ [--ray]
 
 `growth` (results/shards-growth.json) scores made-up names with a stub that takes no time, in two processes, and plans
 and merges many more of them. `kills` (results/shards-kills.json) kills workers and driver at random, and compares
-the files with those of a run that nobody disturbed.
+the files with those of a run that nobody disturbed. `overhead` (results/shards-overhead.json) runs `iqa-run` in turn
+without shards, with them and one worker, and with that worker on Ray.
 """
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,6 +24,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from PIL import Image
 from record import write
 
 from diffiqa.engine.codec import encode
@@ -30,6 +35,7 @@ from diffiqa.shards.processes import Processes
 from diffiqa.shards.store import Folder
 from diffiqa.tests.shards.kills import kill_at_random, results
 from diffiqa.tests.shards.stub import SETTINGS, Inline, work_in
+from diffiqa.tests.tiny import photo
 
 SCORED = 20_000
 
@@ -48,8 +54,13 @@ def main() -> None:
     command.set_defaults(measure=measure_step)
     command = commands.add_parser("kills")
     command.add_argument("--engine", type=Path, required=True)
-    command.add_argument("--photos", type=Path, required=True)
     command.set_defaults(measure=kills)
+    command = commands.add_parser("overhead")
+    command.add_argument("--engine", type=Path, required=True)
+    command.add_argument("--images", type=int, default=150)
+    command.add_argument("--rounds", type=int, default=5)
+    command.add_argument("--ray", action="store_true", help="on Ray too, on a cluster that is started before")
+    command.set_defaults(measure=overhead)
     given = parser.parse_args()
     given.measure(given)
 
@@ -114,13 +125,11 @@ def _names(count: int) -> Iterator[Entry]:
 def kills(given: argparse.Namespace) -> None:
     """Compare runs that were killed with runs that were not: of the stub, and of an engine."""
     found = {}
-    for name, count, seconds, number, longest, more in [
-        ("stub", 2000, 0.01, 50, 9.0, []),
-        ("engine", 0, 0, 6, 9.0, [given.engine, given.photos]),
-    ]:
+    for name, number, longest in (("engine", 15, 6.0), ("stub", 50, 9.0)):
         with tempfile.TemporaryDirectory() as folder:
-            whole, killed = Path(folder, "whole"), Path(folder, "killed")
-            rest = [str(count), str(seconds), *map(str, more)]
+            whole, killed, photos = Path(folder, "whole"), Path(folder, "killed"), Path(folder, "photos")
+            _draw(photos, 60)
+            rest = ["--engine", str(given.engine), str(photos)] if name == "engine" else ["2000", "0.01"]
             kill_at_random([whole, *rest], 0, 1, seed=0)
             start = time.perf_counter()
             hit = kill_at_random([killed, *rest], number, longest, seed=7)
@@ -128,6 +137,62 @@ def kills(given: argparse.Namespace) -> None:
             same = results(whole) == results(killed)
             found[name] = {"images": images, **hit, "seconds": time.perf_counter() - start, "same_files": same}
         write("shards-kills", found)
+
+
+def overhead(given: argparse.Namespace) -> None:
+    """Run in turn without shards, with them, and on Ray: few images, which tell what a start costs, and many."""
+    found: dict[str, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        counts, place = (1, given.images), Path(folder)
+        for count in counts:
+            _draw(place / str(count), count)
+        ways = {"plain": ["-o"], "shards": ["--shards"]}
+        if given.ray:
+            import ray
+
+            about = ray.init(include_dashboard=False, num_cpus=2, object_store_memory=100 * 2**20)
+            stack.callback(ray.shutdown)
+            ways["ray"] = ["--ray", about.address_info["gcs_address"], "--shards"]
+        command = ["-m", "diffiqa.cli", "run", "--engine", given.engine, "-q", "--threads", "1"]
+        command = [sys.executable, *command, "--backend", "onnxruntime", "--no-self-test"]
+        for number in range(given.rounds):
+            for (way, more), count in itertools.product(ways.items(), counts):
+                start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+                subprocess.run(
+                    [*command, place / str(count), *more, place / f"{number}-{way}-{count}.jsonl"], check=True
+                )
+                seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+                cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+                row = found.setdefault(way, {})
+                row.setdefault(f"seconds_{count}", []).append(seconds)
+                row.setdefault(f"cpu_seconds_{count}", []).append(cpu)
+    # On Ray most of the work is done by processes that are not ours: their CPU time is not known here.
+    ratios = {
+        f"{way}_beside_plain_{clock}": {
+            "whole_run": _median_ratio(found[way][f"{clock}_{counts[1]}"], found["plain"][f"{clock}_{counts[1]}"]),
+            "without_start": _median_ratio(*(_slope(found[one], clock, counts) for one in (way, "plain"))),
+        }
+        for way, clock in itertools.product(list(ways)[1:], ("seconds", "cpu_seconds"))
+        if (way, clock) != ("ray", "cpu_seconds")
+    }
+    write("shards-overhead", {"images": given.images, "rounds": given.rounds, "ratios": ratios, "samples": found})
+
+
+def _median_ratio(ours: list[float], plain: list[float]) -> float:
+    return statistics.median(one / other for one, other in zip(ours, plain, strict=True))
+
+
+def _slope(row: dict[str, list[float]], clock: str, counts: tuple[int, int]) -> list[float]:
+    """Return the time of all images but the few, by round."""
+    few, many = (row[f"{clock}_{count}"] for count in counts)
+    return [more - less for more, less in zip(many, few, strict=True)]
+
+
+def _draw(folder: Path, count: int) -> None:
+    """Write so many pictures."""
+    folder.mkdir()
+    for number in range(count):
+        Image.fromarray(photo(number, 240, 320)).save(folder / f"{number}.png")
 
 
 if __name__ == "__main__":

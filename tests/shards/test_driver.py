@@ -1,6 +1,7 @@
 """A run to its end, whatever workers do: one file for each shard, the same bytes, and one manifest."""
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,24 @@ def test_status_tells_what_is_done_at_any_time(tmp_path: Path) -> None:
     assert not seen[0].finished
     after = status(tmp_path)
     assert (after.total, after.done, after.failed, after.left, after.finished) == (10, 10, 1, 0, True)
+
+
+@pytest.mark.parametrize("limit", [100, 1200], ids=["while names are found", "in a shard"])
+def test_a_disk_that_is_full_ends_the_run_and_the_next_one_goes_on(tmp_path: Path, limit: int) -> None:
+    out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=r"cannot use .*: File too large; mend this and give the command again"):
+            run(out, names(10))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    left = {path.name for path in out.iterdir()}
+    assert ("plan.json" in left) == (limit == 1200)
+    assert not left & {MANIFEST, "part-000000.jsonl"}
+    assert not [name for name in left if name.startswith(".")]
+    run(out, names(10))
+    run(tmp_path / "whole", names(10))
+    assert files(out) == files(tmp_path / "whole")
 
 
 def test_only_one_run_at_a_time(tmp_path: Path) -> None:

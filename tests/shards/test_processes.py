@@ -33,6 +33,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     for index in range(7):
         Image.fromarray(photo(index, 40, 48)).save(folder / f"{index}.png")
+    (folder / "6.png").rename(folder / "6\n.png")
     (folder / "broken.jpg").write_bytes(b"no picture")
     return folder
 
