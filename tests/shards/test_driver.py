@@ -2,6 +2,7 @@
 
 import json
 import resource
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from diffiqa.errors import BackendError, OutputError, UsageError
 from diffiqa.runtime.command.records import Status
 from diffiqa.shards.api import MANIFEST, Manifest, carry_out, read_scores, status
 from diffiqa.shards.part import Form
+from diffiqa.shards.store import Folder
 
 from .stub import Inline, names, work_in
 
@@ -159,6 +161,21 @@ def test_a_shard_that_was_changed_is_refused_by_readers_and_scored_again_by_the_
     (tmp_path / "part-000002.jsonl").unlink()
     with pytest.raises(OutputError, match=r"part-000002.jsonl is missing"):
         list(read_scores(tmp_path))
+
+
+def test_shards_that_are_done_are_read_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a bucket a request takes long, and there may be a hundred thousand."""
+    run(tmp_path, names(8))
+    both, alone = threading.Barrier(2), Folder.read
+
+    def slow(self: Folder, name: str, start: int = 0, end: int | None = None) -> bytes | None:
+        if name.startswith("part-") and name.endswith(".jsonl"):
+            both.wait(10)
+        return alone(self, name, start, end)
+
+    monkeypatch.setattr(Folder, "read", slow)
+    _, crew = run(tmp_path, names(8))
+    assert crew.asked == []
 
 
 def test_files_of_late_attempts_are_not_read(tmp_path: Path) -> None:
