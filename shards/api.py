@@ -10,7 +10,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -166,14 +166,15 @@ def carry_out(
         if before and todo:
             driver.start()
         driver.run(plan, found, attempts, retry_failed=retry_failed)
-        manifest = _manifest(plan, driver.shards)
+        manifest = manifest_of(plan, driver.shards)
         data = json.dumps(encode(manifest)).encode()
         if store.read(MANIFEST) != data:
             store.write(MANIFEST, data)
     return manifest
 
 
-def _manifest(plan: Plan, shards: dict[int, Shard]) -> Manifest:
+def manifest_of(plan: Plan, shards: Mapping[int, Shard]) -> Manifest:
+    """Return the manifest of a plan whose shards are all done."""
     ordered = tuple(shards[index] for index in range(plan.names.shards))
     failed = sum(shard.failed for shard in ordered)
     same = plan.digest, plan.engine, plan.settings, plan.backend
