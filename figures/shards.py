@@ -191,7 +191,7 @@ def requests(_: argparse.Namespace) -> None:
 
     seen: collections.Counter[str] = collections.Counter()
     handler = logging.Handler()
-    handler.emit = lambda record: seen.update(re.findall(r'"([A-Z]+) /', record.getMessage()))  # type: ignore[method-assign]
+    handler.emit = lambda record: seen.update(re.findall(r"([A-Z]+) /", record.getMessage()))  # type: ignore[method-assign]
     logging.getLogger("werkzeug").addHandler(handler)
     server = ThreadedMotoServer("127.0.0.1", 0)
     server.start()
