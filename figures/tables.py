@@ -215,8 +215,8 @@ def shards(results: Path) -> str:
             f"{found['images']:,} images {of}; {found['worker']} workers and {found['driver']} drivers killed",
             "the same files as without" if found["same_files"] else "OTHER FILES",
         ]
-        for name, of in (("stub", "of the stub"), ("engine", "with an engine"))
-        if (found := _read(results, "shards-kills").get(name))
+        for name, of in (("stub", "of the stub"), ("engine", "with `pfd-mini`"))
+        for found in [_read(results, f"shards-kills-{name}")]
     ]
     return report.table(["what", "measured"], rows)
 
