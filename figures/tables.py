@@ -198,11 +198,6 @@ def shards(results: Path) -> str:
         ]
         for found in growth["growth"][-1:]
     ]
-    beside = _read(results, "shards-overhead")
-    for clock, what in (("cpu_seconds", "CPU time"), ("seconds", "time")):
-        ratio = beside["ratios"][f"shards_beside_plain_{clock}"]
-        text = f"{ratio['without_start']:.3f}×; {ratio['whole_run']:.2f}×"
-        rows.append([f"{what} beside plain `iqa-run`, {beside['images']} images: without start-up; in all", text])
     rows += [
         [
             f"planning and merging {found['names']:,.0f} names: time, CPU time, memory",
@@ -216,6 +211,7 @@ def shards(results: Path) -> str:
             "the same files as without" if found["same_files"] else "OTHER FILES",
         ]
         for name, of in (("stub", "of the stub"), ("engine", "with `pfd-mini`"))
+        if (results / f"shards-kills-{name}.json").exists()
         for found in [_read(results, f"shards-kills-{name}")]
     ]
     return report.table(["what", "measured"], rows)
