@@ -1,5 +1,6 @@
 """Workers on a Ray cluster: those of a made-up one always, those of a real one where Ray is installed."""
 
+import contextlib
 import functools
 import importlib
 import os
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -184,27 +185,25 @@ def without_ray(out: Path, count: int) -> dict[str, bytes]:
 @real
 @pytest.mark.parametrize("what", ["actor", "node"])
 def test_an_actor_or_a_node_that_is_killed_changes_nothing(cluster: Any, tmp_path: Path, what: str) -> None:
-    out = tmp_path / "out"
-    node = cluster.add_node(**SMALL, num_cpus=1) if what == "node" else None
+    out, kill = tmp_path / "out", kill_an_actor
+    if what == "node":
+        kill = functools.partial(cluster.remove_node, cluster.add_node(**SMALL, num_cpus=1), allow_graceful=False)
     work = work_in(out, seconds=0.01)
     with ThreadPoolExecutor() as pool:
-        crew = Actors(work, 3 if node else 2, "local")  # one for each CPU
-        killed = pool.submit(kill_once_there_are_shards, out, node and functools.partial(cluster.remove_node, node))
+        crew = Actors(work, 3 if what == "node" else 2, "local")  # one for each CPU
+        killed = pool.submit(lambda: (wait_for_shards(out, 2), kill()))
         carry_out(work, names(400), crew, shard_size=50)
-    assert killed.result()
+    killed.result()
     assert results(out) == without_ray(tmp_path / "here", 400)
 
 
-def kill_once_there_are_shards(out: Path, kill_node: Callable[[], None] | None) -> bool:
-    wait_for_shards(out, 2)
-    if kill_node:
-        kill_node()
-        return True
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal() and (folder / "cmdline").read_bytes().startswith(b"ray::_Actor"):
-            os.kill(int(folder.name), signal.SIGKILL)
-            return True
-    return False
+def kill_an_actor() -> None:
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # processes come and go
+            if file.read_bytes().startswith(b"ray::_Actor"):
+                os.kill(int(file.parent.name), signal.SIGKILL)
+                return
+    raise AssertionError
 
 
 def wait_for_shards(out: Path, count: int) -> None:
