@@ -1,8 +1,6 @@
 """Workers on a Ray cluster: those of a made-up one always, those of a real one where Ray is installed."""
 
 import contextlib
-import functools
-import importlib
 import os
 import signal
 import subprocess
@@ -158,22 +156,17 @@ def test_the_class_for_pipelines_scores_names_bytes_and_arrays(
 
 
 real = pytest.mark.minutes  # one cluster for all of these
-SMALL = {"object_store_memory": 100 * 2**20}
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A small cluster of this machine, as another program would find it by its address."""
     ray: Any = pytest.importorskip("ray", reason="the extra ray is not installed")
-    from ray.cluster_utils import Cluster
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        cluster = Cluster(initialize_head=True, head_node_args=SMALL | {"num_cpus": 2, "include_dashboard": False})
-        ray.init(cluster.address, logging_level="ERROR")
-        yield cluster
+        ray.init(num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, logging_level="ERROR")
+        yield ray
         ray.shutdown()
-        cluster.shutdown()
 
 
 def without_ray(out: Path, count: int) -> dict[str, bytes]:
@@ -183,27 +176,26 @@ def without_ray(out: Path, count: int) -> dict[str, bytes]:
 
 
 @real
-@pytest.mark.parametrize("what", ["actor", "node"])
-def test_an_actor_or_a_node_that_is_killed_changes_nothing(cluster: Any, tmp_path: Path, what: str) -> None:
-    out, kill = tmp_path / "out", kill_an_actor
-    if what == "node":
-        kill = functools.partial(cluster.remove_node, cluster.add_node(**SMALL, num_cpus=1), allow_graceful=False)
+def test_an_actor_that_is_killed_changes_nothing(cluster: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
     work = work_in(out, seconds=0.01)
     with ThreadPoolExecutor() as pool:
-        crew = Actors(work, 3 if what == "node" else 2, "local")  # one for each CPU
-        killed = pool.submit(lambda: (wait_for_shards(out, 2), kill()))
-        carry_out(work, names(400), crew, shard_size=50)
-    killed.result()
+        killed = pool.submit(kill_an_actor_of, out)
+        carry_out(work, names(400), Actors(work, 2, "local"), shard_size=50)
+    assert killed.result()
+    assert cluster.is_initialized()  # it was there before
     assert results(out) == without_ray(tmp_path / "here", 400)
 
 
-def kill_an_actor() -> None:
+def kill_an_actor_of(out: Path) -> bool:
+    """Kill an actor once two shards are done."""
+    wait_for_shards(out, 2)
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # processes come and go
             if file.read_bytes().startswith(b"ray::_Actor"):
                 os.kill(int(file.parent.name), signal.SIGKILL)
-                return
-    raise AssertionError
+                return True
+    return False
 
 
 def wait_for_shards(out: Path, count: int) -> None:
@@ -214,8 +206,8 @@ def wait_for_shards(out: Path, count: int) -> None:
 
 @real
 def test_a_driver_that_is_killed_goes_on_where_it_was(cluster: Any, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "diffiqa.tests.shards.kills", out, "400", "0.01", "--ray", cluster.address]
+    out, address = tmp_path / "out", cluster.get_runtime_context().gcs_address
+    command = [sys.executable, "-m", "diffiqa.tests.shards.kills", out, "400", "0.01", "--ray", address]
     driver = subprocess.Popen(command)
     wait_for_shards(out, 3)
     driver.kill()
@@ -252,17 +244,15 @@ def test_an_engine_that_no_actor_can_open_ends_the_run_with_the_reason(tiny_engi
 
 
 @real
-@pytest.mark.usefixtures("cluster")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
-def test_a_pipeline_of_ray_data_scores_names(tiny_engine: Path, tmp_path: Path) -> None:
-    data: Any = importlib.import_module("ray.data")
+def test_a_pipeline_of_ray_data_scores_names_and_bytes(cluster: Any, tiny_engine: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.fromarray(photo(1, 40, 48)).save(path)
     given = [{"image": str(path)}, {"image": str(tmp_path / "none.png")}, {"image": str(path)}]
-    found = data.from_items(given).map_batches(
+    found = cluster.data.from_items(given).map_batches(
         diffiqa.ray.Scorer,
         fn_constructor_args=(str(tiny_engine),),
-        compute=data.ActorPoolStrategy(size=1),
+        compute=cluster.data.ActorPoolStrategy(size=1),
         batch_size=2,
     )
     rows = sorted(found.take_all(), key=lambda row: str(row["error"]))
