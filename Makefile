@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT := out
 
-.PHONY: run test slow fuzz check docs mutants clean
+.PHONY: run test slow fuzz scale check docs mutants clean
 
 run: $(VENV)/ready
 	@echo "== exporting models/mini to $(OUT)/engine (half a minute)"
@@ -27,6 +27,17 @@ slow: $(VENV)/ready fuzz
 fuzz: $(VENV)/ready
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps atheris==3.0.0
 	@$(BIN)/python figures/fuzz.py --seconds 60
+
+# Shards on a real Ray, in buckets of a server that speaks S3, and in Parquet: 200 MB of packages, which get an
+# environment of their own on top of $(VENV).
+scale: $(VENV)/ready
+	@$(BIN)/python -m venv $(OUT)/scale
+	@$(BIN)/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' \
+	  > "$$($(OUT)/scale/bin/python -c 'import site; print(site.getsitepackages()[0])')/below.pth"
+	@$(OUT)/scale/bin/python -m pip install --quiet --disable-pip-version-check \
+	  'ray[data]==2.60.0' s3fs==2026.9.0 'moto[server]==5.2.5'
+	@$(OUT)/scale/bin/python -m pytest -q -m "not slow and not gpu" \
+	  tests/shards/test_ray.py tests/shards/test_bucket.py tests/shards/test_sources.py tests/shards/test_driver.py
 
 check: $(VENV)/ready
 	@echo "== format, lint, types, which room imports which, the documents: their tables, their links"

@@ -210,8 +210,37 @@ def shards(results: Path) -> str:
             f"{found['images']:,} images {of}; {found['worker']} workers and {found['driver']} drivers killed",
             "the same files as without" if found["same_files"] else "OTHER FILES",
         ]
-        for name, of in (("stub", "of the stub"), ("engine", "with an engine"))
-        if (found := _read(results, "shards-kills").get(name))
+        for name, of in (("stub", "of the stub"), ("engine", "with `pfd-mini`"))
+        if (results / f"shards-kills-{name}.json").exists()
+        for found in [_read(results, f"shards-kills-{name}")]
+    ]
+    return report.table(["what", "measured"], rows)
+
+
+def thousand(results: Path) -> str:
+    """Return what names and shards cost beside scores: what a run on very many GPUs is reckoned from."""
+    plan, drive = _read(results, "shards-growth")["growth"][-1], _read(results, "shards-driver")["growth"]
+    runs = _read(results, "shards-requests")["runs"]
+    few, many, cut_finer = ({"GET": 0, "PUT": 0, **run} for run in runs)
+
+    def difference(more: dict[str, int], less: dict[str, int], of: str) -> str:
+        count = more[of] - less[of]
+        return ", ".join(f"{n / count:g} {verb}" for verb in ("GET", "PUT") if (n := more[verb] - less[verb]))
+
+    microseconds = plan["plan_cpu_seconds"] / plan["names"] * 1e6
+    shards = (drive[-1]["names"] - drive[0]["names"]) / 1000
+    per_shard = (drive[-1]["drive_cpu_seconds"] - drive[0]["drive_cpu_seconds"]) / shards * 1e6
+    rows = [
+        ["planning: CPU time", f"{microseconds:.1f} µs a name, {microseconds * 100 / 60:.0f} minutes for 100,000,000"],
+        ["driver: CPU time", f"{per_shard:.0f} µs a shard"],
+        [
+            f"driver: memory with {drive[0]['names']:,.0f} and {drive[-1]['names']:,.0f} names, in shards of 1000",
+            f"{drive[0]['drive_mb']:.0f} and {drive[-1]['drive_mb']:.0f} MiB",
+        ],
+        [
+            "requests to a bucket",
+            f"{difference(many, few, 'images')} an image; {difference(cut_finer, many, 'shards')} a shard",
+        ],
     ]
     return report.table(["what", "measured"], rows)
 
@@ -344,7 +373,7 @@ def _read(results: Path, name: str) -> Any:
 SINGLE: dict[str, Callable[[Path], str]] = {
     made.__name__: made
     for made in (
-        *(figures, speed, precision, precisions, steps, cpu, cpu_full, shards, tried, gpu, gpu_speed),
+        *(figures, speed, precision, precisions, steps, cpu, cpu_full, shards, thousand, tried, gpu, gpu_speed),
         *(people, opinions, damage, restored, papers),
         *(pfd_choices, pfd_cost, pfd_people, pfd_named),
         reliability,

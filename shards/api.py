@@ -10,7 +10,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ..runtime.command.records import Record, RunSettings
 from ..runtime.images import DEFAULT_MAX_PIXELS
 from ..runtime.inputs import Images
 from ..runtime.results import Options
-from ..runtime.scorer import load
+from ..runtime.selftest import load_tested
 from .driver import PROGRESS, Crew, Driver, Progress, Watch, find_done
 from .part import Form, Shard, read_shard
 from .plan import NAMES, VERSION, Entry, Plan, cut, read_plan, write_plan
@@ -84,6 +84,7 @@ def run_shards(
     http: str = Http.NEVER,
     ray: str | None = None,
     max_pixels: int | None = DEFAULT_MAX_PIXELS,
+    self_test: bool = True,
     watch: Watch = _ignore,
     say: Callable[[str], None] = _ignore,
 ) -> Manifest:
@@ -93,8 +94,9 @@ def run_shards(
         print(done.records, done.failed)
 
     `images` may be any iterable, and is gone through once: names, folders, patterns, lists, archives, URIs. `workers`
-    is by default the number of GPUs, or 1; `ray` places them on a cluster ("local", or its address). The options are
-    those of `iqa-run --shards`. Raises DiffiqaError if nothing can be scored, or too many images fail.
+    is by default the number of GPUs, or 1; `ray` places them on a cluster ("local", or its address). Each worker first
+    tests the engine, once for each build and machine, unless `self_test` is false. The options are those of
+    `iqa-run --shards`. Raises DiffiqaError if nothing can be scored, or too many images fail.
     """
     wanted, chosen = options or Options(), member(Http, http)
     if shard_size < 1 or (workers is not None and workers < 1) or not 0 <= max_failure_rate <= 1:
@@ -102,7 +104,8 @@ def run_shards(
     place = Path(engine).absolute()
     settings = RunSettings.of(read_manifest(place), wanted)
     store = open_store(out)
-    work = Work(store, functools.partial(load, place, backend, max_pixels=max_pixels), wanted, settings, chosen)
+    opened = functools.partial(load_tested, place, backend, max_pixels=max_pixels, wanted=self_test)
+    work = Work(store, opened, wanted, settings, chosen)
     some = (backend,) if isinstance(backend, Backend) else backend
     count = workers or (len(gpus()) if some is None or any(one.on_gpu for one in some) else 1) or 1
     if ray is not None:
@@ -163,14 +166,15 @@ def carry_out(
         if before and todo:
             driver.start()
         driver.run(plan, found, attempts, retry_failed=retry_failed)
-        manifest = _manifest(plan, driver.shards)
+        manifest = manifest_of(plan, driver.shards)
         data = json.dumps(encode(manifest)).encode()
         if store.read(MANIFEST) != data:
             store.write(MANIFEST, data)
     return manifest
 
 
-def _manifest(plan: Plan, shards: dict[int, Shard]) -> Manifest:
+def manifest_of(plan: Plan, shards: Mapping[int, Shard]) -> Manifest:
+    """Return the manifest of a plan whose shards are all done."""
     ordered = tuple(shards[index] for index in range(plan.names.shards))
     failed = sum(shard.failed for shard in ordered)
     same = plan.digest, plan.engine, plan.settings, plan.backend

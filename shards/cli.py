@@ -105,6 +105,7 @@ def _run_shards(context: click.Context, own: dict[str, Any], given: dict[str, An
             http=own["http"] or "never",
             ray=own["ray"],
             max_pixels=max_pixels,
+            self_test=not given["no_self_test"],
             watch=watch,
             say=say,
         )

@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ PROGRESS = "progress.json"
 DEATHS = 3  # of workers on one image
 _DEATHS_IN_VAIN = 6  # of each worker, while none does anything
 _PROGRESS_SECONDS = 5.0
+_READERS = 16
 
 
 class Died:
@@ -225,8 +227,9 @@ def find_done(store: Store, plan: Plan, say: Callable[[str], None]) -> tuple[dic
             index, attempt = place
             files.setdefault(index, []).append((attempt, name))
             attempts[index] = max(attempts.get(index, 0), attempt + 1)
-    found = {index: shard for index in files if (shard := next(_whole(store, plan, files[index], say), None))}
-    return found, attempts
+    with ThreadPoolExecutor(_READERS, "diffiqa-find") as pool:  # in a bucket each shard takes two requests
+        shards = pool.map(lambda some: next(_whole(store, plan, some, say), None), files.values())
+        return {index: shard for index, shard in zip(files, shards, strict=True) if shard}, attempts
 
 
 def _whole(store: Store, plan: Plan, files: list[tuple[int, str]], say: Callable[[str], None]) -> Iterator[Shard]:

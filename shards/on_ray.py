@@ -73,10 +73,12 @@ class Actors:
     def __init__(self, work: Work, workers: int | None, address: str) -> None:
         self._work, self._ray = work, _import_ray()
         self._ours = not self._ray.is_initialized()
-        local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {"address": address}
+        # What goes through the store of a cluster made here is small; Ray would set aside 30 % of the memory.
+        local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 100 * 2**20}
         if self._ours:
+            where = local if address == "local" else {"address": address}
             with _explained(f"cannot reach Ray at {address}"):
-                self._ray.init(**local, log_to_driver=True, logging_level="ERROR")
+                self._ray.init(**where, log_to_driver=True, logging_level="ERROR")
         there = self._ray.cluster_resources()
         found = int(there.get("GPU", 0))
         self.slots = workers or found or 1

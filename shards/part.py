@@ -10,7 +10,7 @@ import json
 import re
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ..engine.codec import decode, encode
@@ -114,11 +114,6 @@ def from_bytes(data: bytes, form: Form) -> list[Record]:
         return [from_line(line) for line in data.splitlines()]
     _, parquet = arrow_and_parquet()
     return [decode(Record, row, "record", ValueError) for row in parquet.read_table(io.BytesIO(data)).to_pylist()]
-
-
-def without_circumstances(record: Record) -> Record:
-    """Return a record as shards hold it."""
-    return replace(record, seconds=None, backend=None)
 
 
 def arrow_and_parquet() -> tuple[Any, Any]:

@@ -27,7 +27,7 @@ _HASHED = np.dtype([("low", "<u8"), ("high", "<u8"), ("place", "<u8")])
 
 
 class Entry(NamedTuple):
-    """One image to score: its name and, in an archive, where its bytes lie."""
+    """One image to score: its name and, in an archive, where its bytes lie (in a table: its row group, its row)."""
 
     name: str
     start: int | None = None

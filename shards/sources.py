@@ -56,10 +56,9 @@ def entries(names: Iterable[str], http: Http = Http.NEVER) -> Iterator[Entry]:
 def read(entry: Entry, http: Http = Http.NEVER) -> str | bytes:
     """Return the bytes of an entry, or the name of a file that is to be read as it is. Raises ImageError."""
     name, start, size = entry
-    container, column = _split(name)
-    if column:
-        return _cell(container, column.rpartition(":")[0], start or 0)
     if start is not None and size is not None:
+        if _PARQUET in name:
+            return _cell(name, start, size)
         return _bytes(name.partition(".tar#")[0] + ".tar", name, start, start + size)
     scheme = scheme_of(name)
     if scheme is None:
@@ -166,13 +165,17 @@ def _members(path: str) -> Iterator[Entry]:
 def _cells(path: str, column: str) -> Iterator[Entry]:
     """Yield the names in a column of texts; else where each image lies."""
     arrow, parquet = arrow_and_parquet()
+    number = 0
     try:
         with _opened(path) as stream, parquet.ParquetFile(stream) as table:
             if column not in table.schema_arrow.names:
                 raise DatasetError(f"{path} has no column {column}, but {', '.join(table.schema_arrow.names)}")
             kind = table.schema_arrow.field(column).type
             if not arrow.types.is_string(kind) and not arrow.types.is_large_string(kind):
-                yield from (Entry(f"{path}#{column}:{row}", row, 1) for row in range(table.metadata.num_rows))
+                for group in range(table.num_row_groups):
+                    for row in range(table.metadata.row_group(group).num_rows):
+                        yield Entry(f"{path}#{column}:{number}", group, row)
+                        number += 1
                 return
             for batch in table.iter_batches(columns=[column]):
                 for name in batch.column(0).to_pylist():
@@ -183,25 +186,15 @@ def _cells(path: str, column: str) -> Iterator[Entry]:
         raise DatasetError(f"{path} is no Parquet file that can be read ({first_line(exc)})") from exc
 
 
-def _cell(path: str, column: str, row: int) -> bytes:
-    name = f"{path}#{column}:{row}"
+def _cell(name: str, group: int, row: int) -> bytes:
+    path, column = _split(name)
     with _explained(name), _one_at_a_time:
-        starts = _row_groups(path)
-        group = next(i for i, end in enumerate(starts[1:]) if row < end)
-        value = _column(path, column, group)[row - starts[group]].as_py()
+        value = _column(path, column.rpartition(":")[0], group)[row].as_py()
     if isinstance(value, dict):  # as data sets of the Hugging Face hub have them
         value = value.get("bytes")
     if not isinstance(value, bytes):
         raise ImageError(f"{name}: there are no bytes of an image")
     return value
-
-
-@functools.lru_cache(1)
-def _row_groups(path: str) -> list[int]:
-    """Return the row at which each group begins, and the end of the last."""
-    with _opened(path) as stream, arrow_and_parquet()[1].ParquetFile(stream) as table:
-        sizes = [table.metadata.row_group(i).num_rows for i in range(table.metadata.num_row_groups)]
-    return list(itertools.accumulate(sizes, initial=0))
 
 
 @functools.lru_cache(1)

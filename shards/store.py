@@ -74,6 +74,12 @@ def _explained(what: str, kind: type[Exception] = OSError) -> Iterator[None]:
         raise OutputError(f"cannot use {what}: {why}; {advice}") from exc
 
 
+@contextlib.contextmanager
+def _scratch(place: Path) -> Iterator[Path]:
+    with _explained(str(place)), tempfile.TemporaryDirectory(prefix=".plan-", dir=place) as folder:
+        yield Path(folder)
+
+
 @dataclass(frozen=True)
 class Folder:
     """A folder of this machine, or one that it shares with others."""
@@ -95,10 +101,8 @@ class Folder:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file through to the disk, give it its name, and write the folder through."""
-        with _explained(f"{self.path / name}"):
-            with replacing(self.path / name) as stream:
-                stream.write(data)
-            sync(self.path)
+        with _explained(f"{self.path / name}"), replacing(self.path / name) as stream:
+            stream.write(data)
 
     create = write  # on a file system the last of equal attempts may stay
 
@@ -118,11 +122,9 @@ class Folder:
             except FileNotFoundError:
                 return set()
 
-    @contextlib.contextmanager
-    def scratch(self) -> Iterator[Path]:
+    def scratch(self) -> contextlib.AbstractContextManager[Path]:
         """Yield a folder in this one, so that files can be moved out of it."""
-        with tempfile.TemporaryDirectory(prefix=".plan-", dir=self.path) as folder, _explained(str(self.path)):
-            yield Path(folder)
+        return _scratch(self.path)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -152,8 +154,7 @@ class Bucket:
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes | None:
         """Return an object or a part of it."""
-        fs, path = self._at(name)
-        with _explained(f"{self.uri}/{name}", Exception):
+        with self._at(name) as (fs, path):
             try:
                 data: bytes = fs.cat_file(path, start=start or None, end=end)
             except FileNotFoundError:
@@ -162,8 +163,7 @@ class Bucket:
 
     def write(self, name: str, data: bytes) -> None:
         """Write an object."""
-        fs, path = self._at(name)
-        with _explained(f"{self.uri}/{name}", Exception):
+        with self._at(name) as (fs, path):
             fs.pipe_file(path, data)
 
     def create(self, name: str, data: bytes) -> None:
@@ -173,25 +173,21 @@ class Bucket:
 
     def take(self, name: str, file: Path) -> None:
         """Send a file, in parts if it is large."""
-        fs, path = self._at(name)
-        with _explained(f"{self.uri}/{name}", Exception):
+        with self._at(name) as (fs, path):
             fs.put_file(str(file), path)
 
     def names(self) -> set[str]:
         """Return the names of all objects right below the prefix."""
-        fs, path = file_system(self.uri)
-        with _explained(self.uri, Exception):
+        with self._at() as (fs, path):
             fs.invalidate_cache()
             try:
                 return {found.rpartition("/")[2] for found in fs.ls(path, detail=False)}
             except FileNotFoundError:
                 return set()
 
-    @contextlib.contextmanager
-    def scratch(self) -> Iterator[Path]:
+    def scratch(self) -> contextlib.AbstractContextManager[Path]:
         """Yield a folder of this machine."""
-        with tempfile.TemporaryDirectory(prefix="diffiqa-plan-") as folder:
-            yield Path(folder)
+        return _scratch(Path(tempfile.gettempdir()))
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -214,8 +210,7 @@ class Bucket:
         finally:
             ended.set()
             thread.join()
-            fs, path = self._at(LOCK)
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(OutputError), self._at(LOCK) as (fs, path):
                 fs.rm_file(path)
 
     def _wait_for_death(self) -> None:
@@ -234,16 +229,18 @@ class Bucket:
 
     def _is_new(self, name: str, data: bytes) -> bool:
         """Write an object unless there is one (If-None-Match); return whether it was written."""
-        fs, path = self._at(name)
-        with _explained(f"{self.uri}/{name}", Exception):
+        with self._at(name) as (fs, path):
             try:
                 fs.pipe_file(path, data, mode="create")
             except FileExistsError:
                 return False
             return True
 
-    def _at(self, name: str) -> tuple[Any, str]:
-        return file_system(f"{self.uri}/{name}")
+    @contextlib.contextmanager
+    def _at(self, name: str = "") -> Iterator[tuple[Any, str]]:
+        uri = f"{self.uri}/{name}".rstrip("/")
+        with _explained(uri, Exception):
+            yield file_system(uri)
 
 
 Store = Folder | Bucket

@@ -5,6 +5,7 @@ import functools
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from ..errors import ImageError, OutputError
@@ -27,7 +28,7 @@ class Work:
     """All that workers of a run are told. It can be sent to another process or machine."""
 
     store: Store
-    open: Callable[[], Scorer]
+    open: Callable[[], AbstractContextManager[Scorer]]
     options: Options
     settings: RunSettings
     http: Http = Http.NEVER
@@ -41,7 +42,8 @@ class Worker:
 
     def __init__(self, work: Work, tell: Callable[[int], None] = _ignore) -> None:
         self._work, self._tell = work, tell
-        self._scorer = work.open()
+        self._opened = work.open()  # it closes the scorer when nobody holds it any more
+        self._scorer = self._opened.__enter__()
         self.backend = self._scorer.info.backend
 
     def shard(self, index: int, attempt: int, keep: Shard | None = None) -> Shard:
@@ -69,10 +71,6 @@ class Worker:
             return Side(shard, self._plan.digest, socket.gethostname(), self.backend, seconds, time.time())
 
         return commit(self._work.store, file_of(index, attempt, self._plan.form), records, side)
-
-    def close(self) -> None:
-        """Free the engine."""
-        self._scorer.close()
 
     @functools.cached_property
     def _plan(self) -> Plan:

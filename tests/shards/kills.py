@@ -1,4 +1,8 @@
-"""Runs that are killed again and again: `python -m diffiqa.tests.shards.kills OUT COUNT SECONDS [ENGINE PHOTOS]`."""
+"""Runs that are killed again and again.
+
+python -m diffiqa.tests.shards.kills OUT COUNT SECONDS [--ray ADDRESS]
+python -m diffiqa.tests.shards.kills OUT --engine ENGINE PHOTOS
+"""
 
 import os
 import random
@@ -11,6 +15,8 @@ from pathlib import Path
 
 import diffiqa
 from diffiqa.shards.api import carry_out
+from diffiqa.shards.driver import Crew
+from diffiqa.shards.on_ray import Actors
 from diffiqa.shards.processes import Processes
 
 from .stub import names, work_in
@@ -18,14 +24,15 @@ from .stub import names, work_in
 WORKERS = 2
 
 
-def drive(out: Path, count: int, seconds: float, *engine_and_photos: str) -> None:
-    """Score so many names with the stub, or photographs with an engine, in two processes."""
-    if engine_and_photos:
-        engine, photos = engine_and_photos
-        diffiqa.run_shards(engine, photos, out, diffiqa.OnnxRuntime(), shard_size=5, workers=WORKERS)
-        return
-    work = work_in(out, seconds=seconds)
-    carry_out(work, names(count), Processes(work, WORKERS), shard_size=50)
+def drive(out: Path, *rest: str) -> None:
+    """Score so many names with the stub, here or on Ray, or photographs with an engine: always by two workers."""
+    match rest:
+        case "--engine", engine, photos:
+            diffiqa.run_shards(engine, photos, out, diffiqa.OnnxRuntime(), shard_size=5, workers=WORKERS)
+        case count, seconds, *ray:
+            work = work_in(out, seconds=float(seconds))
+            crew: Crew = Actors(work, WORKERS, ray[1]) if ray else Processes(work, WORKERS)
+            carry_out(work, names(int(count)), crew, shard_size=50)
 
 
 def kill_at_random(arguments: Sequence[str | Path], kills: int, longest: float, seed: int) -> dict[str, int]:
@@ -75,4 +82,4 @@ def workers_of(driver: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    drive(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), *sys.argv[4:])
+    drive(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,5 +1,6 @@
 """A scorer that takes no time, and a crew in this process: for tests of everything around scores."""
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -53,12 +54,11 @@ class Stub:
                 name, score, score, None, None, 8, 8, Mode.WHOLE, (0,), (), (), digest, "stub-engine", "stub 1", 0.5
             )
 
-    def close(self) -> None:
-        pass
 
-
-def open_stub(broken: Path | None = None, seconds: float = 0.0, *, inline: bool = False) -> Scorer:
-    return cast("Scorer", Stub(broken, seconds, inline))
+def open_stub(
+    broken: Path | None = None, seconds: float = 0.0, *, inline: bool = False
+) -> contextlib.nullcontext[Scorer]:
+    return contextlib.nullcontext(cast("Scorer", Stub(broken, seconds, inline)))
 
 
 def work_in(out: Path | Store, **options: Any) -> Work:

@@ -1,7 +1,7 @@
 """Images from a bucket and shards in one, on a server of this machine that speaks S3."""
 
-import functools
 import json
+import math
 import os
 import socket
 import time
@@ -12,15 +12,13 @@ from typing import Any
 import pytest
 
 from diffiqa.errors import OutputError
-from diffiqa.runtime.results import Options
 from diffiqa.shards import store as store_module
 from diffiqa.shards.api import carry_out, read_scores, run_shards, status
 from diffiqa.shards.sources import entries, read
 from diffiqa.shards.store import LOCK, Bucket, open_store
-from diffiqa.shards.worker import Work
 
 from .kills import results
-from .stub import SETTINGS, Inline, names, open_stub, work_in
+from .stub import Inline, names, work_in
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +96,35 @@ def test_a_bucket_is_held_by_one_run_and_taken_over_from_a_dead_one(
         assert (time.monotonic() - begun >= 1.0) == (host == "another")
 
 
-def test_a_bucket_that_is_not_there_or_closed_is_named(bucket: Any) -> None:
-    work = Work(open_store("s3://nowhere/out"), functools.partial(open_stub, inline=True), Options(), SETTINGS)
+@pytest.mark.usefixtures("server")
+def test_a_bucket_that_is_not_there_is_named() -> None:
+    work = work_in(open_store("s3://nowhere/out"), inline=True)
     with pytest.raises(OutputError, match="cannot use s3://nowhere/out"):
         carry_out(work, names(3), Inline(work), shard_size=2)
+
+
+@pytest.mark.parametrize("when", ["at the start", "after a shard"])
+def test_a_bucket_without_rights_is_named_and_the_run_goes_on_once_there_are_some(
+    bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    monkeypatch.setattr(store_module, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(store_module, "DEAD_SECONDS", 1.0)  # its lock stays, and this process lives
+
+    def close(*_: object) -> None:
+        monkeypatch.setattr("moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", 0)  # who asks is nobody it knows
+
+    work = work_in(open_store("s3://bucket/out"), inline=True)
+    if when == "at the start":
+        close()
+    with pytest.raises(OutputError, match=r"cannot use s3://bucket/out\S*: .*; mend this and give the command again"):
+        carry_out(work, names(9), Inline(work), shard_size=2, watch=close)
+    monkeypatch.setattr("moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", math.inf)
+    assert bool(bucket.glob("bucket/out/part-*.jsonl")) == (when == "after a shard")
+    assert not bucket.exists("bucket/out/manifest.json")
+    for place in (Bucket("s3://bucket/out"), tmp_path / "out"):
+        work = work_in(place, inline=True)
+        carry_out(work, names(9), Inline(work), shard_size=2)
+    assert files(bucket, "bucket/out") == results(tmp_path / "out")
 
 
 def test_images_of_a_bucket(bucket: Any, tiny_engine: Path, tmp_path: Path) -> None:

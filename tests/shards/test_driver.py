@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import resource
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +172,21 @@ def test_a_shard_of_no_records_is_refused(tmp_path: Path) -> None:
             read_shard(store, Shard("part-000000.jsonl", hashlib.sha256(data).hexdigest(), 1, 0))
 
 
+def test_shards_that_are_done_are_read_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a bucket a request takes long, and there may be a hundred thousand."""
+    run(tmp_path, names(8))
+    both, alone = threading.Barrier(2), Folder.read
+
+    def slow(self: Folder, name: str, start: int = 0, end: int | None = None) -> bytes | None:
+        if name.startswith("part-") and name.endswith(".jsonl"):
+            both.wait(10)
+        return alone(self, name, start, end)
+
+    monkeypatch.setattr(Folder, "read", slow)
+    _, crew = run(tmp_path, names(8))
+    assert crew.asked == []
+
+
 def test_files_of_late_attempts_are_not_read(tmp_path: Path) -> None:
     run(tmp_path, names(10))
     whole = list(read_scores(tmp_path))
@@ -194,6 +211,24 @@ def test_status_tells_what_is_done_at_any_time(tmp_path: Path) -> None:
     assert not seen[0].finished
     after = status(tmp_path)
     assert (after.total, after.done, after.failed, after.left, after.finished) == (10, 10, 1, 0, True)
+
+
+@pytest.mark.parametrize("limit", [100, 1200], ids=["while names are found", "in a shard"])
+def test_a_disk_that_is_full_ends_the_run_and_the_next_one_goes_on(tmp_path: Path, limit: int) -> None:
+    out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=r"cannot use .*: File too large; mend this and give the command again"):
+            run(out, names(10))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    left = {path.name for path in out.iterdir()}
+    assert ("plan.json" in left) == (limit == 1200)
+    assert not left & {MANIFEST, "part-000000.jsonl"}
+    assert not [name for name in left if name.startswith(".")]
+    run(out, names(10))
+    run(tmp_path / "whole", names(10))
+    assert files(out) == files(tmp_path / "whole")
 
 
 def test_only_one_run_at_a_time(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Workers that are processes: their number changes nothing, and neither does a kill -9 of any of them."""
 
+import json
 import multiprocessing
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ from PIL import Image
 
 import diffiqa
 from diffiqa.cli import main
+from diffiqa.runtime.selftest import SELF_TEST
 from diffiqa.shards.api import carry_out
 from diffiqa.shards.plan import Entry
 from diffiqa.shards.processes import Processes, gpus
@@ -30,6 +33,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     for index in range(7):
         Image.fromarray(photo(index, 40, 48)).save(folder / f"{index}.png")
+    (folder / "6.png").rename(folder / "6\n.png")
     (folder / "broken.jpg").write_bytes(b"no picture")
     return folder
 
@@ -91,6 +95,19 @@ def test_an_engine_that_no_worker_can_open_ends_the_run(tiny_engine: Path, photo
     assert run.stderr.startswith("error: ")
     assert "Traceback" not in run.stderr
     assert not Path("out/plan.json").exists()
+
+
+def test_an_engine_that_fails_its_self_test_scores_nothing(tiny_engine: Path, photos: Path) -> None:
+    file = Path(shutil.copytree(tiny_engine, "engine")) / SELF_TEST
+    test = json.loads(file.read_text())
+    test["pictures"][0]["answers"]["score"] += 1000
+    file.write_text(json.dumps(test))
+    arguments = "run", "--engine", "engine", "photos/0.png", "--shards", "out"
+    run = call(*arguments)
+    assert run.exit_code == 2
+    assert "does not give the model's answers here" in run.stderr
+    assert not Path("out/plan.json").exists()
+    assert call(*arguments, "--no-self-test").exit_code == 0
 
 
 def test_an_image_that_kills_processes_is_found(tmp_path: Path) -> None:

@@ -1,19 +1,24 @@
 """Workers on a Ray cluster: those of a made-up one always, those of a real one where Ray is installed."""
 
+import contextlib
 import os
 import signal
+import subprocess
 import sys
-import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 import diffiqa
+from diffiqa.cli import main
 from diffiqa.errors import BackendError, OutputError, UsageError
 from diffiqa.shards.api import carry_out
 from diffiqa.shards.on_ray import Actors
@@ -103,6 +108,7 @@ def test_actors_that_die_change_nothing(deaths: set[int], tmp_path: Path, monkey
         carry_out(work, names(30, lethal=7), crew, shard_size=4)
     assert results(tmp_path / "ray") == results(tmp_path / "here")
     assert ray.ended
+    assert ray.given["object_store_memory"] == 100 * 2**20
     assert ray.alive == 0
     assert ray.needs == {"num_cpus": 2, "max_restarts": 0, "max_task_retries": 0}
 
@@ -149,43 +155,107 @@ def test_the_class_for_pipelines_scores_names_bytes_and_arrays(
     assert out["id"].tolist() == [0, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.minutes
-def test_a_real_cluster_with_an_actor_killed(tiny_engine: Path, tmp_path: Path) -> None:
-    """Fifteen seconds on two idle cores."""
+real = pytest.mark.minutes  # one cluster for all of these
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A small cluster of this machine, as another program would find it by its address."""
     ray: Any = pytest.importorskip("ray", reason="the extra ray is not installed")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    work = work_in(tmp_path / "here")
-    carry_out(work, names(200), Inline(work_in(tmp_path / "here", inline=True)), shard_size=10)
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
-    try:
-        work = work_in(tmp_path / "ray", seconds=0.02)
-        ended = threading.Event()
-        killed: list[int] = []
-        killer = threading.Thread(target=kill_an_actor, args=(tmp_path / "ray", ended, killed))
-        killer.start()
-        carry_out(work, names(200), Actors(work, 2, "local"), shard_size=10)
-        ended.set()
-        killer.join()
-        assert killed
-        assert results(tmp_path / "ray") == results(tmp_path / "here")
-        Image.fromarray(photo(1, 40, 48)).save(tmp_path / "a.png")
-        rows = ray.data.from_items([{"image": str(tmp_path / name)} for name in ("a.png", "b.png")])
-        found = rows.map_batches(
-            diffiqa.ray.Scorer,
-            fn_constructor_args=(str(tiny_engine),),
-            compute=ray.data.ActorPoolStrategy(size=1),
-            batch_size=2,
-        ).take_all()
-        assert [np.isnan(row["score"]) for row in found] == [False, True]
-    finally:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, logging_level="ERROR")
+        yield ray
         ray.shutdown()
 
 
-def kill_an_actor(out: Path, ended: threading.Event, killed: list[int]) -> None:
-    while not list(out.glob("part-*.jsonl")) and not ended.is_set():
+def without_ray(out: Path, count: int) -> dict[str, bytes]:
+    work = work_in(out, inline=True)
+    carry_out(work, names(count), Inline(work), shard_size=50)
+    return results(out)
+
+
+@real
+def test_an_actor_that_is_killed_changes_nothing(cluster: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    work = work_in(out, seconds=0.01)
+    with ThreadPoolExecutor() as pool:
+        killed = pool.submit(kill_an_actor_of, out)
+        carry_out(work, names(400), Actors(work, 2, "local"), shard_size=50)
+    assert killed.result()
+    assert cluster.is_initialized()  # it was there before
+    assert results(out) == without_ray(tmp_path / "here", 400)
+
+
+def kill_an_actor_of(out: Path) -> bool:
+    """Kill an actor once two shards are done."""
+    wait_for_shards(out, 2)
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # processes come and go
+            if file.read_bytes().startswith(b"ray::_Actor"):
+                os.kill(int(file.parent.name), signal.SIGKILL)
+                return True
+    return False
+
+
+def wait_for_shards(out: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("part-*.jsonl"))) < count and time.monotonic() < deadline:
         time.sleep(0.02)
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal() and (folder / "cmdline").read_bytes().startswith(b"ray::_Actor"):
-            os.kill(int(folder.name), signal.SIGKILL)
-            killed.append(int(folder.name))
-            return
+
+
+@real
+def test_a_driver_that_is_killed_goes_on_where_it_was(cluster: Any, tmp_path: Path) -> None:
+    out, address = tmp_path / "out", cluster.get_runtime_context().gcs_address
+    command = [sys.executable, "-m", "diffiqa.tests.shards.kills", out, "400", "0.01", "--ray", address]
+    driver = subprocess.Popen(command)
+    wait_for_shards(out, 3)
+    driver.kill()
+    driver.wait()
+    before = {path: path.stat().st_mtime_ns for path in out.glob("part-*.jsonl")}
+    assert 3 <= len(before) < 8
+    assert not (out / "manifest.json").exists()
+    subprocess.run(command, check=True)
+    assert results(out) == without_ray(tmp_path / "here", 400)
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # only the others were scored
+
+
+@real
+@pytest.mark.usefixtures("cluster")
+def test_iqa_run_on_ray_scores_as_without(tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for index in range(5):
+        Image.fromarray(photo(index, 40, 48)).save(f"{index}.png")
+    for out, more in (("ray", ["--ray", "local", "--workers", "2"]), ("here", [])):
+        run = CliRunner().invoke(
+            main, ["run", "--engine", str(tiny_engine), ".", "--shards", out, "--shard-size", "2", *more]
+        )
+        assert run.exit_code == 0, run.output
+    assert results(Path("ray")) == results(Path("here"))
+
+
+@real
+@pytest.mark.usefixtures("cluster")
+def test_an_engine_that_no_actor_can_open_ends_the_run_with_the_reason(tiny_engine: Path, tmp_path: Path) -> None:
+    """An actor whose constructor fails would end the job without one."""
+    Image.fromarray(photo(1, 40, 48)).save(tmp_path / "a.png")
+    with pytest.raises(BackendError, match=r"no NVIDIA GPU|needs a package"):
+        diffiqa.run_shards(tiny_engine, tmp_path, tmp_path / "out", diffiqa.TensorRt(), ray="local")
+
+
+@real
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
+def test_a_pipeline_of_ray_data_scores_names_and_bytes(cluster: Any, tiny_engine: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(photo(1, 40, 48)).save(path)
+    given = [{"image": str(path)}, {"image": str(tmp_path / "none.png")}, {"image": str(path)}]
+    found = cluster.data.from_items(given).map_batches(
+        diffiqa.ray.Scorer,
+        fn_constructor_args=(str(tiny_engine),),
+        compute=cluster.data.ActorPoolStrategy(size=1),
+        batch_size=2,
+    )
+    rows = sorted(found.take_all(), key=lambda row: str(row["error"]))
+    assert [row["score"] for row in rows[:2]] == [diffiqa.score(tiny_engine, path).records[0].score] * 2
+    assert np.isnan(rows[2]["score"])
+    assert rows[2]["error"] == f"{tmp_path}/none.png: no such file"
