@@ -164,7 +164,12 @@ def cluster() -> Iterator[Any]:
     ray: Any = pytest.importorskip("ray", reason="the extra ray is not installed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, logging_level="ERROR")
+        settings = {"object_store_memory": 100 * 2**20, "include_dashboard": False, "logging_level": "ERROR"}
+        try:
+            ray.init(num_cpus=2, **settings)
+        except Exception:  # it waits for its node 30 s, and the first one on a machine may take longer
+            ray.shutdown()
+            ray.init(num_cpus=2, **settings)
         yield ray
         ray.shutdown()
 
