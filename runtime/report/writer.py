@@ -158,7 +158,8 @@ def single_card(page: Page, score: Score, side: int) -> Html:
         for name, values in _maps(score.pictures, side // _PIXELS_PER_BLOCK).items():
             heatmap = to_heatmap(values)
             scales[name] = (heatmap.low, heatmap.high)
-            maps.append(page.heatmap(score.source, name, heatmap, scales[name], width, height))
+            word = score.pictures.words[name].word if name in score.pictures.words else None
+            maps.append(page.heatmap(score.source, name, heatmap, scales[name], width, height, word))
     collected = Collected((score,), scales, side)
     return page.card(1, score, collected, page.facts(score), join(*photos, *maps), page.details(score))
 
