@@ -22,7 +22,7 @@ import numpy.typing as npt
 from ..engine.manifest import EngineDirectory, Library, Manifest, StageName, open_engine
 from ..engine.pixels import ImageForm, to_plane
 from ..errors import BackendError, UsageError
-from ..runtime.backends import BACKENDS, Backend, GpuBackend, HostBackend, OnnxOnGpu, OnnxRuntime, OpenVino
+from ..runtime.backends import BACKENDS, Backend, GpuBackend, OnnxOnGpu, OnnxRuntime, OpenVino
 from ..runtime.executor import Call, StageRunner
 from ..runtime.gpu.onnx_stage import CUDA, prepare
 from ..runtime.gpu.tensorrt import load_library
@@ -81,8 +81,7 @@ class Missing(Exception):  # noqa: N818 — a library that is not installed is n
 
 def ours(ground: Ground) -> tuple[Score, str]:
     """Return diffiqa as `iqa-run` runs it."""
-    backend = ground.backend
-    return _on_gpu(ground, backend) if isinstance(backend, GpuBackend) else _on_host(ground, backend)
+    return _loaded(ground, ground.backend)
 
 
 class DefaultStage:
@@ -136,7 +135,7 @@ def onnxruntime_bound(ground: Ground) -> tuple[Score, str]:
     """Return `iqa-run --backend onnxruntime-gpu`: images stay on the GPU, and sessions are bound to their memory."""
     with _or_missing():
         prepare(None)
-    return _on_gpu(ground, OnnxOnGpu(ground.gpu or 0, builds=False))
+    return _loaded(ground, OnnxOnGpu(ground.gpu or 0, builds=False))
 
 
 def onnxruntime_tensorrt(ground: Ground, *, fp16: bool) -> tuple[Score, str]:
@@ -145,7 +144,7 @@ def onnxruntime_tensorrt(ground: Ground, *, fp16: bool) -> tuple[Score, str]:
     with _or_missing():
         load_library(Library.TENSORRT)  # into this process: onnxruntime does not look for it where pip puts it
         prepare(OnnxRuntime(providers=providers))
-    return _on_gpu(ground, OnnxOnGpu(ground.gpu or 0, providers=providers, builds=False))
+    return _loaded(ground, OnnxOnGpu(ground.gpu or 0, providers=providers, builds=False))
 
 
 def openvino(ground: Ground, *, precision: str) -> tuple[Score, str]:
@@ -153,7 +152,7 @@ def openvino(ground: Ground, *, precision: str) -> tuple[Score, str]:
     backend = OpenVino(ground.threads, precision)
     with _or_missing():
         _ = backend.name
-    return _on_host(ground, backend)
+    return _loaded(ground, backend)
 
 
 def openvino_nncf(ground: Ground) -> tuple[Score, str]:
@@ -317,13 +316,7 @@ def _in_our_loop(manifest: Manifest, stages: Mapping[StageName, StageRunner]) ->
     return _scored(Scorer(manifest, stages, backend="peer"))
 
 
-def _on_host(ground: Ground, backend: HostBackend) -> tuple[Score, str]:
-    directory = open_engine(ground.engine)
-    loaded = backend.load(directory)
-    return _in_our_loop(directory.manifest, loaded.stages), loaded.name.partition(":")[0]
-
-
-def _on_gpu(ground: Ground, backend: GpuBackend) -> tuple[Score, str]:
+def _loaded(ground: Ground, backend: Backend) -> tuple[Score, str]:
     scorer = load(ground.engine, backend)
     return _scored(scorer), scorer.info.backend.partition(":")[0]
 
