@@ -263,7 +263,7 @@ def fp16_plan(directory: EngineDirectory, statistics: Statistics) -> PrecisionPl
     stages = []
     for stage in directory.manifest.stages:
         model = onnx.load(directory.file(stage.file))
-        plan = plan_stage(model, stage, Precision.FP16)
+        plan = plan_stage(model, stage, Precision.FP16, directory.manifest.flow.loop)
         reasons = {kept.node: kept.why for kept in plan.float32}
         unfit = _unfit(statistics.stages[stage.name])
         for node in model.graph.node:

@@ -75,7 +75,7 @@ def export(
         _loaded(weights, options), output, stages=chosen, force=force, accept_drift=accept_drift, say=say
     )
     built = None
-    if library and (target or not manifest.flow.loop.result):  # a GPU runs no state of crops: asked for, it is refused
+    if library:
         try:
             built = build(output, target=library, say=say)
         except DiffiqaError as exc:

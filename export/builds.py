@@ -38,7 +38,6 @@ from ..engine.manifest import (
 )
 from ..engine.seal import seal
 from ..errors import BackendError, EngineError, ExportError, UsageError
-from ..runtime.builds import CPU
 from ..runtime.gpu.tensorrt import device_capability, usable_library
 from ..runtime.inductor import torch_on_gpu
 from .compare import compare_cast
@@ -124,10 +123,6 @@ def build_engines(
     """
     maker = make_maker(options)
     directory = open_engine(path)
-    if directory.manifest.flow.loop.result and not any(target.startswith(CPU) for target in maker.capabilities):
-        raise UsageError(
-            f"{path} refines a state of each crop, which no GPU runs yet; it needs no build: iqa-run takes it as it is"
-        )
     if maker.library in {Library.ONNXRUNTIME, Library.INDUCTOR}:
         _refuse_8_bits(directory, maker.library)
     plan = resolve_plan(directory, options.precision or (None if options.plan else maker.precision), options.plan)

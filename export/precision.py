@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, checker, helper, numpy_helper, shape_inference
 
 from ..engine.codec import decode, encode
-from ..engine.manifest import EngineDirectory, Precision, Stage, StageName
+from ..engine.manifest import EngineDirectory, Loop, Precision, Stage, StageName
 from ..errors import ExportError, UsageError, first_line
 
 PLAN_SCHEMA = 1
@@ -113,7 +113,8 @@ def resolve_plan(
                 f"the precision plan is for another {stage.file.path} than {directory.path} holds; use the engine that "
                 f"it was made for, or --precision {wanted} for a plan of this one"
             )
-        made.append(plan.stage(stage.name) if plan else plan_stage(model, stage, wanted))
+        loop = directory.manifest.flow.loop
+        made.append(plan.stage(stage.name) if plan else plan_stage(model, stage, wanted, loop))
     return plan or PrecisionPlan(PLAN_SCHEMA, wanted, tuple(made))
 
 
@@ -123,11 +124,17 @@ def _is_unsigned(graph: onnx.GraphProto) -> bool:
     return any(node.op_type == "QuantizeLinear" and unsigned & set(node.input) for node in graph.node)
 
 
-def plan_stage(model: onnx.ModelProto, stage: Stage, precision: Precision) -> StagePrecision:
+def plan_stage(
+    model: onnx.ModelProto,
+    stage: Stage,
+    precision: Precision,
+    loop: Loop = Loop(),  # noqa: B008 — a frozen value
+) -> StagePrecision:
     """Return the plan of a stage from its graph alone; `calibration.statistics.fp16_plan` adds what it measured.
 
     Inputs and outputs: ViT maps go from engine to engine in the low type. Images and noise are fp16 in an fp16 plan,
-    because our kernels store fp16, and float32 in a bf16 plan, because they do not store bf16. The rest is float32.
+    because our kernels store fp16, and float32 in a bf16 plan, because they do not store bf16. So are the state of a
+    crop, and what its loop starts from. The rest is float32.
 
     Softmax and LayerNormalization become low too. The products around them round their inputs and results anyway, and
     LayerNormalization with `stash_type` 1 has float32 statistics by definition. In float32, the 6912×6912 attention of
@@ -141,12 +148,15 @@ def plan_stage(model: onnx.ModelProto, stage: Stage, precision: Precision) -> St
                 reasons[node.name] = "a sum of many values"
             elif node.op_type in {"InstanceNormalization", "GroupNormalization"} or _low_statistics(node):
                 reasons[node.name] = "norm statistics: sums of squares"
-        reasons |= dict.fromkeys(noise_embedding(graph), "noise embedding: it must tell levels near 1 apart")
+        reasons |= dict.fromkeys(
+            noise_embedding(graph, loop.scalar), "noise embedding: it must tell levels near 1 apart"
+        )
         reasons |= dict.fromkeys(_score_reduction(graph), "score reduction")
     kept = tuple(Kept(node.name, node.op_type, reasons[node.name]) for node in graph.node if node.name in reasons)
     low = _NAMES[_LOW.get(precision, TensorProto.FLOAT)]
     images = "float16" if precision is Precision.FP16 else "float32"
-    dtypes = {"maps": low, **dict.fromkeys(("y", "condition", "noise", "image", "images"), images)}
+    touched = ("y", "condition", "noise", "image", "images", loop.start, loop.share, loop.result)
+    dtypes = {"maps": low, **dict.fromkeys(touched, images)}
     names = [spec.name for spec in (*stage.inputs, *stage.outputs)]
     return StagePrecision(stage.name, stage.file.sha256, {name: dtypes.get(name, "float32") for name in names}, kept)
 
@@ -157,10 +167,10 @@ def _low_statistics(node: onnx.NodeProto) -> bool:
     return node.op_type == "LayerNormalization" and stash != TensorProto.FLOAT
 
 
-def noise_embedding(graph: onnx.GraphProto) -> list[str]:
-    """Return the nodes that depend on the noise level and on constants alone."""
+def noise_embedding(graph: onnx.GraphProto, scalar: str = "noise_level") -> list[str]:
+    """Return the nodes that depend on what tells the step, and on constants alone."""
     constants = {tensor.name for tensor in graph.initializer} | {""}
-    known, nodes = {"noise_level"}, []
+    known, nodes = {scalar}, []
     for node in graph.node:
         read = set(node.input) - constants
         if read and read <= known:
@@ -234,6 +244,7 @@ class _Caster:
                     self.types[name] = kind
                     if name in outputs and kind != self._planned(name):
                         node.output[i] = f"{name}.{_NAMES[kind]}"
+                        self.converted.add(node.output[i])  # nodes after it may read it as it is
                         self._cast(node.output[i], name, self._planned(name))
         replace_nodes(self.graph, self.nodes)
         for value in [*self.graph.input, *self.graph.output]:
@@ -320,8 +331,6 @@ def rounded(typed: onnx.ModelProto) -> onnx.ModelProto:
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         nodes.append(node)
-        if node.op_type == "Cast" and node.input[0] in low:
-            node.attribute[0].i = TensorProto.FLOAT  # of what is float32 here already
         for i, name in enumerate(node.output):
             if name not in low or node.op_type in MOVES:
                 continue

@@ -144,6 +144,11 @@ def _max_pool(x: Tensor, **given: Any) -> Tensor:
     return functional.max_pool2d(x, tuple(given["kernel_shape"]), tuple(given.get("strides", (1, 1))), padding)
 
 
+def _average_pool(x: Tensor, **given: Any) -> Tensor:
+    _expect(_padding("AveragePool", given) == (0, 0) and not given.get("ceil_mode"), "AveragePool", given)
+    return functional.avg_pool2d(x, tuple(given["kernel_shape"]), tuple(given.get("strides", (1, 1))))
+
+
 def _padding(op: str, given: dict[str, Any]) -> Pair:
     top, left, bottom, right = given.get("pads", (0, 0, 0, 0))
     _expect((top, left) == (bottom, right) and given.get("auto_pad", "NOTSET") == "NOTSET", op, given)
@@ -260,6 +265,7 @@ _OPERATORS: dict[str, Callable[..., Value]] = {
     "Abs": torch.abs,
     "Add": _binary(operator.add, operator.add),
     "ArgMin": lambda x, axis=0, keepdims=1: x.argmin(axis, keepdim=bool(keepdims)),
+    "AveragePool": _average_pool,
     "BatchNormalization": _batch_norm,
     "Cast": _cast,
     "Clip": _clip,
@@ -278,6 +284,7 @@ _OPERATORS: dict[str, Callable[..., Value]] = {
     "MaxPool": _max_pool,
     "Mul": _binary(operator.mul, operator.mul),
     "Pad": _pad,
+    "ReduceL2": _reduce(lambda x, over, keepdim: torch.linalg.vector_norm(x, dim=over, keepdim=keepdim)),
     "ReduceMean": _reduce(torch.mean),
     "ReduceSum": _reduce(torch.sum),
     "Pow": lambda x, _two: x * x,

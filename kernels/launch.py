@@ -72,11 +72,13 @@ class Window:
 
 @dataclass(frozen=True)
 class SamplerBuffers:
-    """The device memory of one restoration loop over `batch` images of `height`×`width`.
+    """The device memory of one loop over a `batch` of states of P `planes` of `height`×`width`.
 
-    `state` (N,3,H,W) float32 · `y`, `noise` (N,3,H,W) `storage`: the U-Net's input and output · `noise_level` (N,1)
-    float32 · `taps` (slots,N,3,H,W) float32, 0 if no step is tapped · `windows` N × WINDOW · `table` `steps` × STEP ·
-    `progress` one PROGRESS. With float32 storage, `y` may be `state`. `start` is the counter of the first noise.
+    `state` (N,P,H,W) float32 · `y`, `noise` (N,P,H,W) `storage`: the network's input and output · `noise_level` (N,1)
+    float32 · `taps` (slots,N,P,H,W) float32, 0 if no step is tapped · `windows` N × WINDOW · `table` `steps` × STEP ·
+    `progress` one PROGRESS · `given` (N,P,H,W) and its `share` (N,1) `storage`: what the loop starts from beside noise,
+    0 if nothing. With float32 storage, `y` may be `state`. `start` is the counter of the first noise. `silent` rows
+    leave the state alone.
     """
 
     storage: Storage
@@ -93,19 +95,24 @@ class SamplerBuffers:
     windows: int
     table: int
     progress: int
+    given: int = 0
+    share: int = 0
+    planes: int = 3
+    silent: int = 0
+    clip: bool = True
 
     def __post_init__(self) -> None:
         """Raise ValueError for what the kernels do not check."""
         _check_size("sampler", self.batch, self.height, self.width)
-        for name in ("state", "y", "noise", "taps", "windows", "table"):
+        for name in ("state", "y", "noise", "taps", "windows", "table", "given"):
             _check_address(name, getattr(self, name))
         if self.y == self.state and self.storage is not Storage.F32:
             raise ValueError("y and state can share memory only if both are float32")
 
     def begin(self) -> Launch:
-        """Fill `state` and `y` with the starting noise and make the last row the next one to do."""
+        """Fill `state` and `y` with what the loop starts from, and make the last row the next one to do."""
         addresses = (self.state, self.y, self.noise_level, self.windows, self.table, self.progress)
-        return self._launch("noise_init", addresses, self.start)
+        return self._launch("noise_init", (*addresses, self.given, self.share), np.int32(self.start))
 
     def step(self) -> Launch:
         """Advance `state` and `y` past the current row, copy a tap, and move on `progress` and `noise_level`.
@@ -113,15 +120,17 @@ class SamplerBuffers:
         The same launch serves every row. After the last one it changes nothing any more.
         """
         addresses = (self.state, self.y, self.noise, self.noise_level, self.taps, self.windows, self.table)
-        return self._launch("sampler_step", (*addresses, self.progress))
+        limit = np.float32(1 if self.clip else np.inf)
+        return self._launch("sampler_step", (*addresses, self.progress), np.int32(self.silent), limit)
 
-    def _launch(self, kernel: str, addresses: Sequence[int], *more: int) -> Launch:
+    def _launch(self, kernel: str, addresses: Sequence[int], *more: np.generic) -> Launch:
+        sizes = self.batch, self.planes, self.height, self.width, self.steps
         return Launch(
             "sampler.cu",
             f"{kernel}_{self.storage}",
-            _grid(self.height * self.width // 4, 3 * self.batch),
+            _grid(self.height * self.width // 4, self.planes * self.batch),
             _BLOCK,
-            (*map(np.uint64, addresses), *map(np.int32, (self.batch, self.height, self.width, self.steps, *more))),
+            (*map(np.uint64, addresses), *map(np.int32, sizes), *more),
         )
 
 
@@ -199,7 +208,7 @@ def step_table(
 
 
 def window_table(windows: Sequence[Window], size: tuple[int, int]) -> Table:
-    """Return the noise windows of a batch whose images are `size` (height, width)."""
+    """Return the noise windows of a batch whose images, or states of one plane, are `size` (height, width)."""
     rows = []
     for window in windows:
         height, width = window.size

@@ -291,7 +291,9 @@ def fake_stages(
 def _built(
     m: Manifest, stage: Stage, batches: tuple[str, ...], sizes: tuple[str, ...], precision: Precision
 ) -> BuiltStage:
-    low = {"y", "condition", "noise", "image", "images", "maps"} if precision is Precision.FP16 else set()
+    loop = m.flow.loop
+    images = {"y", "condition", "noise", "image", "images", "crop", "maps", loop.start, loop.share, loop.result}
+    low = images if precision is Precision.FP16 else set()
     inputs, outputs = (
         tuple(dataclasses.replace(s, dtype="float16") if s.name in low else s for s in specs)
         for specs in (stage.inputs, stage.outputs)

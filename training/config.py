@@ -226,6 +226,7 @@ class PfdTrainConfig:
     teacher: Optimisation
     optimisation: Optimisation  # of the student
     crops: int = 4  # of each picture, on the grid that scoring uses
+    teacher_crops: int = 0  # of these, by lot, in one step of the teacher; 0: all
     ridge: float = 1.0  # the strength of the ridge regression that the teacher begins as
     encoder_rate: float = 0.5  # of Lite0's last blocks in the teacher's run, as a multiple of the learning rate
     readout_rate: float = 0.1  # of the regression
@@ -252,6 +253,7 @@ class PfdTrainConfig:
             {
                 "model.encoder must be lite0: what its frozen blocks see is kept": self.model.encoder is Backbone.LITE0,
                 "crops must be between 1 and 100": 1 <= self.crops <= 100,
+                "teacher_crops must be between 0 and crops": 0 <= self.teacher_crops <= self.crops,
                 "ridge must be above 0": self.ridge > 0,
                 "rates must not be negative": min(self.encoder_rate, self.readout_rate, self.decoder_rate) >= 0,
                 "weights must not be negative": min(*weights, self.level_weight) >= 0,

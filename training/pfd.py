@@ -30,7 +30,7 @@ from ..model.pfd.prompts import PromptSet
 from ..model.pfd.training import Targets, Teacher, losses, soft_levels
 from .config import PfdTrainConfig, digest, identity
 from .loop import QUIETLY, Conduct, Machine, Result, Sample, Verdict, open_machine, picked, train
-from .pfd_features import Picture, SeenPictures, encoded, finished, learning
+from .pfd_features import Picture, SeenPictures, encoded, finished, learning, turned
 from .plot import write_plot
 from .score import Rated, correlation, judged, lot, ranking_loss
 
@@ -170,11 +170,13 @@ class TeacherTask:
         self.network.eval()
 
     def sample(self, step: int, index: int) -> Sample:
-        """Return all rows of a picture, and its quality. A picture's crops differ more than pictures do."""
-        picture = self._picked(self.data.training, step * self.config.optimisation.batch + index)
-        rows = self.seen(picture)
-        rows = rows[np.arange(self.config.crops) % len(rows)]  # a small picture has fewer
-        return Sample((rows.astype(np.float32), np.array(picture.quality, np.float32)), picture.name)
+        """Return rows of a picture, some of them mirrored, and its quality."""
+        config = self.config
+        picture = self._picked(self.data.training, step * config.optimisation.batch + index)
+        draw, rows = generator(config.seed, Purpose.DATA, step, index), self.seen(picture)
+        places = draw.permutation(config.crops)[: config.teacher_crops or config.crops]
+        taken = turned(rows[places % len(rows)], draw)  # a small picture has fewer
+        return Sample((taken, np.array(picture.quality, np.float32)), picture.name)
 
     def _picked(self, among: Sequence[Picture], place: int) -> Picture:
         return among[picked(self.config.seed, place, len(among))]
@@ -241,8 +243,8 @@ class StudentTask(TeacherTask):
             picture = self._picked(self.data.damaged, step * share + index)
         else:
             picture = self._picked(self.data.training, step * own + index - share)
-        rows = self.seen(picture)
-        row = rows[int(generator(config.seed, Purpose.DATA, step, index).integers(len(rows)))].astype(np.float32)
+        draw, rows = generator(config.seed, Purpose.DATA, step, index), self.seen(picture)
+        row = turned(rows[draw.integers(len(rows), size=1)], draw)[0]
         word = self.model.config.words.distortions.index(word_of(picture.kind)) if picture.kind else -1
         quality = np.nan if picture.kind else picture.quality
         labels = (quality, word, picture.quality * (1 - severity(picture) / 6))

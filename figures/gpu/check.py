@@ -50,6 +50,7 @@ STEPS = (
     Step("kernels", 55, "our kernels' tests: bit for bit as NumPy or the host build", dry=True, driver=True),
     Step("layer", 40, "the tests of cuda.core as we call it, of events and of NVML", dry=True, driver=True),
     Step("executor", 70, "`mini` on the card: every form of graph and mode, batches, memory", dry=True, driver=True),
+    Step("pfd", 40, "`pfd-mini` the same way; images of 4 crops, alone and 8 at a time", dry=True, driver=True),
     Step("unet", 55, "a step of the full-size U-Net in PyTorch: float32, TF32, fp16, CUDA graphs", module=UNET),
     Step("score", 65, "a full-size score through our executor: graph, no graph, launches, energy", driver=True),
     Step("inductor", 110, "`iqa-build --target inductor` of `mini`, its scores and times"),

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from ...bench.torch_loop import lowered_unet
 from ...engine.manifest import BuiltStage, FileEntry, Precision, Stage, StageName, TensorSpec
+from ...export import pfd
 from ...export.engine import manifest_of
 from ...export.pytorch import TorchStage
 from ...export.stages import stage_plans
 from ...model.checkpoint import Loaded
+from ...model.pfd.checkpoint import LoadedPfd
 from ...model.unet import UNet
 from ...runtime.arrays import result_of
 from ...runtime.gpu.cuda import CudaLayer
@@ -37,8 +39,9 @@ HALF = torch.float16
 class Networks:
     """The deployed stages of a model, and the manifest that executors want."""
 
-    def __init__(self, loaded: Loaded) -> None:
-        self.model, self.plans = loaded.model, {plan.name: plan for plan in stage_plans(loaded.model)}
+    def __init__(self, loaded: Loaded | LoadedPfd) -> None:
+        plans = pfd.stage_plans(loaded.model) if isinstance(loaded, LoadedPfd) else stage_plans(loaded.model)
+        self.plans = {plan.name: plan for plan in plans}
         stages = []
         for name, plan in self.plans.items():
             inputs, outputs = (
@@ -125,9 +128,10 @@ class TorchBinding:
             [tensor_at(device, addresses[spec.name], spec.at(sizes), spec.dtype) for spec in specs]
             for specs in (built.inputs, built.outputs)
         )
-        self._late = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _data: self._run())
+        self._late = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _data: self._run(self._inputs, self._outputs))
+        # On zeros: what memory holds by chance may be no step that a network knows.
         for _ in range(3):
-            self._run()
+            self._run([torch.zeros_like(x) for x in self._inputs], [torch.empty_like(x) for x in self._outputs])
 
     def use_activation(self, address: int, size: int) -> None:
         """Never asked for."""
@@ -135,7 +139,7 @@ class TorchBinding:
     def enqueue(self) -> None:
         """Run on the layer's stream, or become part of what is being captured."""
         if self._on_card:
-            self._run()
+            self._run(self._inputs, self._outputs)
         else:  # PyTorch on a CPU runs at once, the fake driver's streams run late: let the stream call it
             driver = self._layer._driver
             function = driver.CUhostFn(ctypes.cast(self._late, ctypes.c_void_p).value)
@@ -150,11 +154,11 @@ class TorchBinding:
         self._inputs, self._outputs = [], []
 
     @torch.inference_mode()
-    def _run(self) -> None:
+    def _run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         stream = torch.cuda.ExternalStream(self._layer.stream)  # type: ignore[no-untyped-call, unused-ignore]
         with torch.cuda.stream(stream):
-            found = self._module(*(self._inputs if self._on_card else [x.float() for x in self._inputs]))
-            for target, value in zip(self._outputs, found if isinstance(found, tuple) else (found,), strict=True):
+            found = self._module(*(inputs if self._on_card else [x.float() for x in inputs]))
+            for target, value in zip(outputs, found if isinstance(found, tuple) else (found,), strict=True):
                 target.copy_(value)
 
 

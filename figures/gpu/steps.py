@@ -28,12 +28,14 @@ from ...engine.manifest import Manifest, StageName, open_engine
 from ...export.api import export
 from ...model.checkpoint import Loaded, load
 from ...model.network import build
+from ...model.pfd.checkpoint import load as load_pfd
 from ...runtime import plan as plan_module
 from ...runtime.backends import BACKENDS
 from ...runtime.gpu.cuda import CudaLayer
 from ...runtime.gpu.graphs import Form
 from ...runtime.plan import make_plan
 from ...runtime.results import Mode, Options, Score
+from ...tests.model.pfd.small import random_small
 from ...tests.tiny import TINY, perturbed, photo
 from . import kernel_rates
 from .check import Notes, Place
@@ -120,6 +122,38 @@ def executor(place: Place, notes: Notes) -> None:
         (photo(seed, size + down, size + right), Options(crops=crops, mode=mode, seed=seed))
         for seed, (mode, down, right, crops) in enumerate(shapes[1::2] if place.dry else shapes)
     ]
+    backend = every_form(place, notes, networks, jobs)
+    images, early = 15 if place.dry else 200, 0
+    with backend.scorer(Form.LOOP)[0] as scorer:
+        for number in range(images):
+            scorer.score(photo(number % 7, size, size), jobs[0][1])
+            early = early if number > 9 else memory_used()
+        grown = memory_used() - early
+    notes.check(f"memory is flat over {images} images", grown <= 2**21, {"grown_bytes": grown})
+
+
+def pfd(place: Place, notes: Notes) -> None:
+    """The same of PFD-IQA, whose loop runs over a state of each crop."""
+    allow_tf32(False)
+    torch.backends.cudnn.deterministic = True
+    model = random_small() if place.dry else load_pfd(place.root / "models" / "pfd-mini" / "model.safetensors")
+    networks = Networks(model)
+    size = networks.manifest.crop.size
+    ways = (Options(crops=1), Options(crops=4, seed=1), Options(crops=11, seed=2))
+    jobs = [(photo(seed, size + 30 * seed, size + 70 * seed), how) for seed, how in enumerate(ways)]
+    backend = every_form(place, notes, networks, jobs[1:] if place.dry else jobs)
+    if place.dry:
+        return
+    with backend.scorer(Form.LOOP, 8)[0] as scorer:
+        eight: list[Any] = [photo(seed, 2 * size, 2 * size) for seed in range(8)]
+        for kind, pixels in (("one image", eight[:1]), ("8 images", eight)):
+            run = partial(scorer.score, pixels, Options(crops=4))
+            notes.add(**{f"{kind} of 4 crops, ms": 1e3 * statistics.median([seconds_of(run) for _ in range(12)][2:])})
+
+
+def every_form(place: Place, notes: Notes, networks: Networks, jobs: Sequence[tuple[Any, Options]]) -> TorchOnGpu:
+    """Score in fp32 and fp16, in every form of graph, alone and four together; return the backend in fp16."""
+    size = networks.manifest.crop.size
     expected = [networks.host().score(*job).score for job in jobs]
     notes.add(**{"scores on the host": expected})
     for half in (False, True):
@@ -143,13 +177,7 @@ def executor(place: Place, notes: Notes) -> None:
             alone = [bits(scorer.score(pixels, jobs[0][1])) for pixels in four]
             together = [bits(score) for _ in range(2) for score in scorer.score(four, jobs[0][1])]
         notes.check(f"{kind}: four together have the bits of each alone", together == 2 * alone)
-    images, early = 15 if place.dry else 200, 0
-    with backend.scorer(Form.LOOP)[0] as scorer:
-        for number in range(images):
-            scorer.score(photo(number % 7, size, size), jobs[0][1])
-            early = early if number > 9 else memory_used()
-        grown = memory_used() - early
-    notes.check(f"memory is flat over {images} images", grown <= 2**21, {"grown_bytes": grown})
+    return backend
 
 
 def bits(score: Score) -> bytes:
@@ -185,7 +213,8 @@ def score(place: Place, notes: Notes) -> None:
     """The whole full-size score through our executor, timed as `iqa-bench` does, and PyTorch's own loop beside it."""
     torch.backends.cudnn.benchmark = True
     allow_tf32(False)
-    networks = Networks(tiny() if place.dry else load(None, preset="paper", seed=0))
+    loaded = tiny() if place.dry else load(None, preset="paper", seed=0)
+    networks = Networks(loaded)
     manifest, size = networks.manifest, networks.manifest.crop.size
     one, wide = photo(0, size, size), photo(1, size + size // 7, size + 3 * size // 7)
     cases = {
@@ -207,7 +236,7 @@ def score(place: Place, notes: Notes) -> None:
     for way in (Way.EAGER, Way.GRAPH):
 
         def peer(way: Way = way) -> dict[str, float]:
-            scorer = TorchScorer(networks.model, torch.device(place.device), low(place), way)
+            scorer = TorchScorer(loaded.model, torch.device(place.device), low(place), way)
             score = partial(scorer.score, one, manifest, Options(crops=1))
             found = [score() for _ in range(3)][-1]
             return {"ms per image": 1e3 * statistics.median(seconds_of(score) for _ in range(5)), "score": found}

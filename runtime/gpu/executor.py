@@ -1,7 +1,9 @@
 """Carries out plans on a device: the results are those of `host/executor.py`, the images stay in device memory.
 
     pixels ─ normalise, pad ─▶ plane ─ cut windows ─▶ condition ─ noise, T × (U-Net, sampler step) ─▶ taps
-    plane, taps ─ cut crops ─▶ crops of all kinds, float32 ─ a batch at a time ─▶ ViT ─▶ VCG, VDA ─▶ scores
+    plane, taps ─ cut crops ─▶ crops of all kinds, float32 ─ a batch at a time ─▶ stages that look at crops ─▶ scores
+
+The stages that look at crops may have a loop among them, over a state of each crop: the same kernels walk it.
 
 Everything runs on one stream. The host waits for scores, restored images and tiles, and for nothing else. Images come
 in on a second stream while the device computes for another thread. `bindings.py` has the buffers whose addresses a CUDA
@@ -62,10 +64,6 @@ class DeviceExecutor:
         together: int = 1,
         rebuild: Callable[[str, int], str] = "iqa-build --sizes {} --batch {}".format,
     ) -> None:
-        if manifest.flow.loop.result:
-            raise BackendError(
-                "this engine refines a state of each crop, which only the CPU can do yet: take onnxruntime or openvino"
-            )
         self._manifest, self._layer, self._stages, self._rebuild = manifest, layer, stages, rebuild
         self.graphs, self._asked = Graphs(layer, form), together
         self._lock = threading.Lock()  # of all below; take a dock's lock first, then this one
@@ -332,23 +330,33 @@ class DeviceExecutor:
         """Score all crops; the verdicts can be asked for after `synchronise`."""
         kinds, size, each = len(self._manifest.kinds), job.plan.crop_size, len(job.plan.crops)
         count = len(job.tasks) * each
-        landed: dict[tuple[StageName, str], Array] = {}
+        landed: dict[StageName, dict[str, Array]] = {}
         for batch in self._batches(count, each, self._bindings.takes_crops):
-            heads = self._bindings.heads(batch.size)
+            heads = self._bindings.heads(batch.size, job.plan.sampling)
             planes = [i * kinds + kind for i in batch.members for kind in range(kinds)]
             for storage, images in heads.images.items():
                 places = [(plane, 0, 0) for plane in planes]
                 self._gather([job.crops], (size, size), places, count * kinds, images, size, storage)
+            if heads.sampler:
+                state = heads.sampler.height, heads.sampler.width
+                noise = [Window(job.tasks[i // each][1], state, lane=i % each) for i in batch.members]
+                self._layer.upload(heads.sampler.windows, window_table(noise, state))
             self._launch(job, heads.work)
             for (stage, spec), address in heads.outputs.items():
                 shape = (count, *fixed_dims(spec))
                 all_ = self._pinned.get(f"{stage}.{spec.name}", shape, np.dtype(spec.dtype))
                 self._layer.download(all_[batch.start : batch.start + batch.used], address)
-                landed[stage, spec.name] = all_
+                landed.setdefault(stage, {})[spec.name] = all_
 
-        return lambda: tuple(
-            Verdict(_branch(landed, StageName.VCG, index), _branch(landed, StageName.VDA, index))
-            for index in range(count)
+        return lambda: tuple(self._verdict(landed, index) for index in range(count))
+
+    def _verdict(self, landed: Mapping[StageName, Mapping[str, Array]], index: int) -> Verdict:
+        flow = self._manifest.flow
+        return Verdict(
+            _branch(landed.get(StageName.VCG), index),
+            _branch(landed.get(StageName.VDA), index),
+            float(landed[flow.score]["score"][index]) if flow.score else None,
+            tuple(landed[found.stage][found.output][index].astype(np.float32) for found in flow.probabilities),
         )
 
     def _launch(self, job: "_Job", work: Work) -> None:
@@ -501,8 +509,8 @@ class _Blend:
         return np.moveaxis(self._crops[:, 1:], 1, 0)
 
 
-def _branch(landed: Mapping[tuple[StageName, str], Array], name: StageName, index: int) -> Branch | None:
-    if (name, "score") not in landed:
+def _branch(landed: Mapping[str, Array] | None, index: int) -> Branch | None:
+    if landed is None:
         return None
-    score, *maps = (landed[name, output][index] for output in ("score", "score_map", "weight_map"))
+    score, *maps = (landed[output][index] for output in ("score", "score_map", "weight_map"))
     return Branch(float(score), *(plane.astype(np.float32) for plane in maps))

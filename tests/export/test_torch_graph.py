@@ -63,6 +63,13 @@ def test_a_stage_computes_what_onnx_runtime_does(tiny_engine: Path, name: StageN
     check(open_engine(tiny_engine), name, precision)
 
 
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
+def test_stages_of_pfd_iqa_too(pfd_engine: Path, precision: Precision) -> None:
+    directory = open_engine(pfd_engine)
+    for stage in directory.manifest.stages:
+        check(directory, stage.name, precision)
+
+
 def test_group_norm_too(tmp_path: Path) -> None:
     path = grouped(tmp_path)
     for precision in (Precision.FP32, Precision.FP16):
@@ -136,6 +143,8 @@ def test_attributes_that_change_the_result_are_not_passed_over(op: str, attribut
         pytest.param("ReduceMean", {"axes": np.array([1], np.int64)}, {"keepdims": 0}, id="mean, dimension dropped"),
         pytest.param("ReduceMean", {"axes": np.array([2, 3], np.int64)}, {}, id="mean, dimensions kept"),
         pytest.param("ReduceMean", {}, {}, id="mean of all"),
+        pytest.param("ReduceL2", {"axes": np.array([1], np.int64)}, {}, id="length"),
+        pytest.param("AveragePool", {}, {"kernel_shape": [2, 3], "strides": [2, 1]}, id="average pool"),
     ],
 )
 def test_a_node_computes_what_onnx_runtime_does(

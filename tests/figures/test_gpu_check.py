@@ -59,7 +59,7 @@ def dry(tiny_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 @pytest.mark.minutes
 def test_a_dry_run_runs_every_step_and_claims_no_more_than_it_shows(dry: dict[str, Any]) -> None:
-    shown = {"kernels", "layer", "executor"}
+    shown = {"kernels", "layer", "executor", "pfd"}
     wanted = {step.name: "ok" if step.name in shown else "not shown here" for step in STEPS}
     assert {name: step["status"] for name, step in dry["steps"].items()} == wanted
     assert all(step["figures"] for step in dry["steps"].values())

@@ -23,10 +23,14 @@ class Loop:
     taps: tuple[int, ...] = ()  # rows
     walk: Rows | None = None  # the schedule's own
     in_place: bool = False  # y is the state
+    planes: int = 3
+    given: tuple[Array, Array] | None = (
+        None  # what it starts from beside noise, (windows, planes, *size), and its share
+    )
 
     def __post_init__(self) -> None:
         self.rows = self.walk or Sampling.trained(self.schedule).rows(self.schedule, Taps(), ())
-        self.shape = (len(self.windows), 3, *self.size)
+        self.shape = (len(self.windows), self.planes, *self.size)
         device, real = self.device, self.storage.dtype
         state = device.like(self.shape, np.float32)
         self.buffers = SamplerBuffers(
@@ -40,6 +44,11 @@ class Loop:
             windows=device.put(window_table(self.windows, self.size)),
             table=device.put(step_table(vars(self.rows.factors), self.taps, self.rows.steps)),
             progress=device.like((), PROGRESS),
+            given=device.put(self.given[0].astype(real)) if self.given else 0,
+            share=device.put(self.given[1].astype(real)) if self.given else 0,
+            planes=self.planes,
+            silent=self.rows.silent,
+            clip=self.rows.clip,
         )
 
     @property

@@ -55,12 +55,14 @@ def test_grid_fits_the_planes_and_cudas_limits() -> None:
 
 @pytest.mark.parametrize("storage", Storage)
 def test_sampler_arguments_stand_in_the_kernels_order(storage: Storage) -> None:
-    step = buffers(storage=storage).step()
+    loop = buffers(storage=storage, given=4096 * 9, share=4096 * 10, planes=5, silent=2, clip=False)
+    step, begin = loop.step(), loop.begin()
     assert step.kernel == f"sampler_step_{storage}"
-    assert [int(a) for a in step.arguments] == [*(4096 * i for i in range(1, 9)), 2, 32, 48, 50]
-    begin = buffers(storage=storage).begin()
+    assert list(step.arguments) == [*(4096 * i for i in range(1, 9)), 2, 5, 32, 48, 50, 2, np.inf]
+    assert buffers().step().arguments[-1] == 1
     assert begin.kernel == f"noise_init_{storage}"
-    assert [int(a) // 4096 for a in begin.arguments[:6]] == [1, 2, 4, 6, 7, 8]
+    assert list(begin.arguments) == [*(4096 * i for i in (1, 2, 4, 6, 7, 8, 9, 10)), 2, 5, 32, 48, 50, 50]
+    assert step.grid[1] == begin.grid[1] == 10
 
 
 def test_a_launch_is_a_value() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from diffiqa.engine.noise import NoiseField
 from diffiqa.engine.sampling import Sampler, Sampling, TapRule
-from diffiqa.engine.schedule import Kind, Schedule, Taps
+from diffiqa.engine.schedule import Ddim, Kind, Schedule, Taps
 from diffiqa.kernels.launch import COEFFICIENTS, PROGRESS, Storage, Window
 from diffiqa.runtime.host.sampler import restore, step
 
@@ -127,6 +127,42 @@ def test_steps_are_numpys_bit_for_bit_given_the_normals(
         level = schedule.coefficients.noise_level[max(i - 1, 0)]  # the last step leaves the level as it is
         np.testing.assert_array_equal(device.get(loop.buffers.noise_level), np.full((batch, 1), level))
     np.testing.assert_array_equal(device.get(loop.buffers.taps), np.stack([tapped[2], tapped[0]]))
+
+
+@both
+def test_a_state_of_another_shape_starts_from_a_share_of_what_is_given(
+    device: Device, rng: np.random.Generator, storage: Storage
+) -> None:
+    elements, batch = 4 * int(rng.integers(1, 2000)), int(rng.integers(1, 4))
+    windows = [Window(int(rng.integers(2**63)), (1, elements), lane=lane) for lane in range(batch)]
+    given = (
+        rng.normal(0, 3, (batch, 1, 1, elements)).astype(storage.dtype),
+        rng.random((batch, 1)).astype(storage.dtype),
+    )
+    schedule = Schedule(3, linear=Ddim((400, 100, 0)), clip=False)
+    walk = Sampling.trained(schedule).rows(schedule, Taps(), ())
+    loop = Loop(device, storage, windows, (1, elements), walk=walk, planes=1, given=given)
+    loop.begin()
+    plain = Loop(device, Storage.F32, windows, (1, elements), walk=walk, planes=1)
+    plain.begin()
+    expected, shares = plain.state, given[1].astype(np.float32)[:, :, None, None]
+    for state, window in zip(expected, windows, strict=True):
+        noise = np.empty((1, elements), np.float32)
+        NoiseField(window.seed, (1, elements), lane=window.lane, planes=1).fill(walk.start, noise)
+        assert np.max(np.abs(state[0] - noise) / np.spacing(np.abs(noise))) <= NORMAL_ULP
+    expected *= 1 - shares
+    expected += given[0].astype(np.float32) * shares
+    for row in (*reversed(range(3)), None):
+        np.testing.assert_array_equal(bits(loop.state), bits(expected))
+        np.testing.assert_array_equal(bits(loop.y), bits(expected.astype(storage.dtype)))
+        if row is None:  # the last timestep is 0, and a step like the others
+            break
+        np.testing.assert_array_equal(device.get(loop.buffers.noise_level), np.float32((0, 100, 400)[row]))
+        predicted = rng.normal(0, 2, loop.shape).astype(storage.dtype)  # estimates far outside of -1 and 1
+        loop.predict(predicted)
+        loop.step()
+        scratch = np.full((2, *loop.shape), np.nan, np.float32)
+        step(walk.factors, row, expected, predicted.astype(np.float32), *scratch, clip=False)
 
 
 def test_last_step_adds_not_even_zero(device: Device) -> None:

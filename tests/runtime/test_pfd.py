@@ -6,7 +6,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,17 +14,16 @@ import PIL.Image
 import pytest
 
 from diffiqa.engine.crops import crop_grid
-from diffiqa.engine.manifest import MANIFEST, Library, Manifest, open_engine, read_manifest
+from diffiqa.engine.manifest import MANIFEST, Library, Manifest, Precision, StageName, open_engine, read_manifest
 from diffiqa.engine.noise import NoiseField
 from diffiqa.engine.pixels import to_plane
-from diffiqa.errors import BackendError, EngineError, UsageError
+from diffiqa.errors import EngineError, UsageError
 from diffiqa.export.builds import BuildOptions, build_engines
 from diffiqa.runtime.backends import OnnxRuntime
 from diffiqa.runtime.command import api
 from diffiqa.runtime.command.recordfile import read_records
 from diffiqa.runtime.command.records import Format, Record, RunSettings
 from diffiqa.runtime.command.table import show_table
-from diffiqa.runtime.gpu.executor import DeviceExecutor
 from diffiqa.runtime.report.page import Page
 from diffiqa.runtime.report.writer import single_card
 from diffiqa.runtime.results import Options, Score, words_text
@@ -124,11 +122,16 @@ def test_options_that_mean_nothing_are_refused(pfd: Scorer, options: dict[str, A
         pfd.score(PIXELS, Options(**options))
 
 
-def test_a_gpu_and_builds_for_one_are_refused_with_the_way_out(pfd_engine: Path) -> None:
-    with pytest.raises(BackendError, match="only the CPU can do yet: take onnxruntime"):
-        DeviceExecutor(read_manifest(pfd_engine), SimpleNamespace(), {})
-    with pytest.raises(UsageError, match="no GPU runs yet; it needs no build"):
-        build_engines(pfd_engine, BuildOptions(Library.ONNXRUNTIME))
+@pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])
+def test_typed_stages_of_a_build_stay_close(pfd_engine: Path, tmp_path: Path, precision: Precision) -> None:
+    shutil.copytree(pfd_engine, tmp_path / "engine")
+    build, made = build_engines(tmp_path / "engine", BuildOptions(Library.ONNXRUNTIME, precision))
+    state = {spec.dtype for stage in build.stages for spec in stage.inputs if spec.name in {"y", "refined"}}
+    assert state == {"float16" if precision is Precision.FP16 else "float32"}
+    for stage in made:
+        errors = [check.max_abs_error / check.max_abs_reference for check in stage.stage.drift]
+        assert max(errors) < (0.02 if precision is Precision.FP16 else 0.1)
+        assert stage.stage.name is StageName.DECODER or max(errors) > 1e-4  # it was rounded
 
 
 def _flow(**changes: Any) -> Callable[[Manifest], Manifest]:

@@ -25,8 +25,8 @@ from diffiqa.model.pfd.config import Words
 from diffiqa.model.pfd.network import build
 from diffiqa.training.cli import train
 from diffiqa.training.config import Optimisation, PfdTrainConfig
-from diffiqa.training.pfd import WORDS, begin_as_ridge, damaged, judge, lite0_of, severity, word_of
-from diffiqa.training.pfd_features import Picture, SeenPictures, encoded, finished, look
+from diffiqa.training.pfd import WORDS, Data, TeacherTask, begin_as_ridge, damaged, judge, lite0_of, severity, word_of
+from diffiqa.training.pfd_features import Picture, SeenPictures, encoded, finished, look, turned
 
 from ..model.comparing import randomised
 from ..model.lite0_goldens import fill
@@ -50,6 +50,33 @@ def test_rows_finished_are_what_the_encoder_returns() -> None:
         for found, wanted in zip(encoded(encoder, seen), encoder(crops), strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(of_maps, rows[:, :FEATURES], rtol=1e-4, atol=1e-4)
+
+
+def test_a_turned_row_has_its_maps_mirrored_and_its_moments_as_they_were() -> None:
+    rng = np.random.default_rng(0)
+    maps = rng.standard_normal((8, 176, 4, 4)).astype(np.float16)
+    moments = rng.standard_normal((8, FEATURES)).astype(np.float16)
+    rows, mirrored = (np.concatenate([moments, x.reshape(8, -1)], axis=1) for x in (maps, maps[..., ::-1]))
+    found = turned(rows, rng)
+    assert found.dtype == np.float32
+    kinds = [
+        (bool((row == as_is).all()), bool((row == turn).all()))
+        for row, as_is, turn in zip(found, rows, mirrored, strict=True)
+    ]
+    assert set(kinds) == {(True, False), (False, True)}
+
+
+def test_a_step_of_the_teacher_takes_as_many_crops_as_it_is_told(tmp_path: Path) -> None:
+    model, path = build(MODEL, 1), write_photos(tmp_path, count=1, side=200)[0]
+    seen = SeenPictures(lite0_of(model).lite0, MODEL, tmp_path / "cache", crops=4, seed=1)
+    pictures = seen.fill([Picture(path, 0.5)], print)
+    for told, taken in ((0, 4), (3, 3)):
+        config = dataclasses.replace(CONFIG, teacher_crops=told)
+        task = TeacherTask(config, model, seen, Data(pictures, (), (), ()))
+        rows = [task.sample(step, 0).arrays[0] for step in range(8)]
+        assert {len(row) for row in rows} == {taken}
+        assert len({row[0, :FEATURES].tobytes() for row in rows}) > 1  # by lot
+        assert all(len({row.tobytes() for row in some}) == taken for some in rows)  # none twice
 
 
 def test_a_teacher_begins_as_a_ridge(tmp_path: Path) -> None:

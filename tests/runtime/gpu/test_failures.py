@@ -119,14 +119,16 @@ def test_a_device_of_any_size_scores_in_batches_that_fit_it(
     assert len(set(found)) == 4
 
 
-@pytest.mark.parametrize("part", ["heads", "loop"])
+@pytest.mark.parametrize("part", ["heads", "loop", "states of crops"])
 def test_what_lost_its_memory_to_a_failure_is_bound_anew(
-    directory: EngineDirectory, driver: Driver, layer: FakeLayer, part: str
+    directory: EngineDirectory, driver: Driver, layer: FakeLayer, part: str, pfd_engine: Path
 ) -> None:
     """Also where nobody gives up the rest, as Ctrl-C does not."""
+    directory = open_engine(pfd_engine) if part == "states of crops" else directory
     bindings = device(layer, directory, batches=("1", "4"))._bindings
-    whole = partial(bindings.loop, sampling=Sampling.trained(directory.manifest.schedule))
-    ask: Callable[..., Loop | Heads] = whole if part == "loop" else bindings.heads
+    ask: Callable[..., Loop | Heads] = partial(
+        bindings.loop if part == "loop" else bindings.heads, sampling=Sampling.trained(directory.manifest.schedule)
+    )
     small, large = ((1, 32, 32), (1, 64, 64)) if part == "loop" else ((1,), (4,))
     for nth in itertools.count(1):
         bindings.release()
