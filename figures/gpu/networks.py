@@ -41,6 +41,7 @@ class Networks:
 
     def __init__(self, loaded: Loaded | LoadedPfd) -> None:
         plans = pfd.stage_plans(loaded.model) if isinstance(loaded, LoadedPfd) else stage_plans(loaded.model)
+        self.model = loaded.model
         self.plans = {plan.name: plan for plan in plans}
         stages = []
         for name, plan in self.plans.items():
