@@ -105,13 +105,14 @@ def _check(model: onnx.ModelProto, plan: StagePlan) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide the exporter's own warnings: missing torchvision, and deprecations of its own calls."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    """Hide the exporter's own warnings: missing torchvision, deprecations of its own calls, what it did not fold."""
+    loggers = {logger: logger.level for logger in map(logging.getLogger, ("torch.onnx", "onnxscript"))}
     try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(before)
+        for logger, level in loggers.items():
+            logger.setLevel(level)

@@ -220,9 +220,16 @@ def test_what_was_not_measured_says_so() -> None:
     assert "unet-max" not in found
     assert all(check.within for check in found.values())
     found = judged(bare, fp16(), RunFigures(spread=0.0, device=0.0, graph_note="no graph today"))
-    assert "same score" in found["spread"].where
+    assert "move the score by 0 only" in found["spread"].where
     assert "no graph today" in found["graph"].where
     assert found["device"].value == 0
+
+
+def test_a_spread_of_next_to_nothing_is_no_yardstick() -> None:
+    one = [figures("a", forced=(), heads={})]
+    slight, enough = (judged(one, fp16(), RunFigures(spread=spread))["spread"] for spread in (9e-4, 1.1e-3))
+    assert (slight.value is None, slight.within) == (True, True)
+    assert enough.value is not None
 
 
 def test_the_default_srcc_forgives_one_swap_of_neighbours_in_twenty_images() -> None:
