@@ -6,14 +6,14 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
 import click
 
-from .errors import DiffiqaError
+from .errors import DiffiqaError, UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 _DEBUG = "diffiqa.debug"
@@ -60,6 +60,19 @@ class Command(click.Command):
         except Exception as exc:
             what = f"unexpected {type(exc).__name__}: {exc}; please report this with the output of --debug"
             _fail(ctx, _missing(exc) or what, 2, exc, debug=debug)
+
+
+def refuse_given(names: Collection[str], message: str, *, all_but: bool = False) -> None:
+    """Raise UsageError if the command line gives one of these options, or, with `all_but`, one of the others.
+
+    The option takes the place of {} in the message.
+    """
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        given = context.get_parameter_source(name) not in {None, click.core.ParameterSource.DEFAULT}
+        if given and (name in names) is not all_but:
+            raise UsageError(message.replace("{}", parameter.opts[0], 1))
 
 
 def _missing(exc: Exception) -> str | None:

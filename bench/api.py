@@ -3,12 +3,12 @@
 import contextlib
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import DiffiqaError, UsageError
 from ..runtime.backends import Backend, OnnxRuntime, OpenVino
 from ..runtime.inputs import Images, find_images, names_of
-from ..runtime.plan import sampling_of
 from ..runtime.results import Options
 from .contenders import peers_for
 from .results import Results
@@ -88,8 +88,8 @@ def bench(
     shown = {name: str(value) for name, value in options.items() if value not in (None, (), [])}
     run = Run(Path(engine), backend, shown, say)
     m, crop = run.directory.manifest, run.directory.manifest.crop.size
+    ways = [Options(seed=seed, steps=n) for n in steps or (None,)] + [Options(seed=seed, fast=True)] * fast
     try:
-        quick = [(len(sampling_of(m, Options(fast=True)).steps), True)] if fast else []
         with tempfile.TemporaryDirectory() as folder, contextlib.closing(run):
             if images:
                 say("reading images")
@@ -105,16 +105,13 @@ def bench(
                     images=in_batches(files, batch) if backend.on_gpu else tuple(files),
                     height=height,
                     width=width,
-                    crops=crops_,
-                    steps=steps_,
+                    options=replace(way, crops=crops_),
                     workers=workers_,
-                    seed=seed,
                     batch=batch,
-                    fast=fast_,
                 )
                 for (height, width), files in found.by_size.items()
                 for crops_ in crops or (m.crop.count,)
-                for steps_, fast_ in (*((n, False) for n in steps or (m.schedule.steps,)), *quick)
+                for way in ways
                 for workers_ in workers
                 for batch in batches
             ]

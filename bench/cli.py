@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
-from ..command import Command
+from ..command import Command, refuse_given
 from ..engine.atomic import check_folder_of
+from ..errors import UsageError
 
 if TYPE_CHECKING:
     from .results import Results
@@ -74,7 +74,7 @@ def counts(maximum: int) -> Several:
     "--count", type=click.IntRange(1, 1000), metavar="N", help="How many images to generate of each size. Default: 2."
 )
 @click.option("--crops", type=counts(10_000), metavar="N[,…]", help="Crops per image. Default: the engine's.")
-@click.option("--steps", type=counts(4000), metavar="N[,…]", help="Sampling steps. Default: the engine's.")
+@click.option("--steps", type=counts(4000), metavar="N[,…]", help="Sampling steps, as in iqa-run. Default: all.")
 @click.option("--fast", is_flag=True, help="Measure the fast sampling from iqa-calibrate --steps beside all steps.")
 @click.option("--workers", type=counts(64), default="1", metavar="N[,…]", help="Images scored at the same time.")
 @click.option("--batch", type=counts(1024), default="1", metavar="N[,…]", help="Images per batch; needs a GPU.")
@@ -125,8 +125,7 @@ def counts(maximum: int) -> Several:
 @click.option("--json", "json_file", type=_PATH, metavar="FILE", help="Write all results, with the raw samples.")
 @click.option("--html", "html_file", type=_PATH, metavar="FILE", help="Write the report as a page with plots.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
-@click.pass_context
-def bench(ctx: click.Context, /, engine: Path, images: tuple[str, ...], **given: Any) -> None:
+def bench(engine: Path, images: tuple[str, ...], **given: Any) -> None:
     """Measure how fast this machine scores images, and how fast it could by other means.
 
     On a GPU it also shows where the time goes: transfers, launches, every stage and step, idle time, energy, clocks and
@@ -157,7 +156,7 @@ def bench(ctx: click.Context, /, engine: Path, images: tuple[str, ...], **given:
 
     say = partial(_say, quiet=given["quiet"])
     if given["recommend"] or given["quantised"]:
-        _recommend(ctx, engine, images, given, say)
+        _recommend(engine, images, given, say)
         return
     for file in (given["json_file"], given["html_file"]):
         if file:
@@ -200,18 +199,13 @@ def _say(text: str, *, quiet: bool) -> None:
         click.echo(f"{text} …", err=True)
 
 
-def _recommend(
-    ctx: click.Context, engine: Path, images: tuple[str, ...], given: dict[str, Any], say: Callable[[str], None]
-) -> None:
+def _recommend(engine: Path, images: tuple[str, ...], given: dict[str, Any], say: Callable[[str], None]) -> None:
     """Print what was tried, then the line of the best."""
     from .recommend import recommend
 
     if not given["recommend"]:
-        raise click.UsageError("--quantised is for --recommend")
-    for param in ctx.command.params:
-        name = param.name or ""
-        if name not in _OF_RECOMMEND and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--recommend chooses by itself: leave out {param.opts[0]}")
+        raise UsageError("--quantised is for --recommend")
+    refuse_given(_OF_RECOMMEND, "--recommend chooses by itself: leave out {}", all_but=True)
     found = recommend(engine, images, quantised=given["quantised"], seed=given["seed"], say=say)
     rows = ["| speed | middle half | s per image | change of score | |", "|--:|--:|--:|--:|---|"]
     for t in found.trials:

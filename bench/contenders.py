@@ -22,15 +22,15 @@ import numpy.typing as npt
 from ..engine.manifest import EngineDirectory, Library, Manifest, StageName, open_engine
 from ..engine.pixels import ImageForm, to_plane
 from ..errors import BackendError, UsageError
-from ..runtime.backends import BACKENDS, Backend, GpuBackend, HostBackend, OnnxOnGpu, OnnxRuntime, OpenVino
+from ..runtime.backends import BACKENDS, Backend, GpuBackend, OnnxOnGpu, OnnxRuntime, OpenVino
 from ..runtime.executor import Call, StageRunner
 from ..runtime.gpu.onnx_stage import CUDA, prepare
 from ..runtime.gpu.tensorrt import load_library
 from ..runtime.host.onnx_stage import Provider, available_cpus
 from ..runtime.images import read_for, synthetic
+from ..runtime.plan import sampling_of
 from ..runtime.results import Mode, Options
 from ..runtime.scorer import Scorer, load
-from .workload import with_steps
 
 if TYPE_CHECKING:
     import torch
@@ -71,18 +71,7 @@ class Ground:
         return self.backend.device if isinstance(self.backend, GpuBackend) else None
 
 
-@dataclass(frozen=True)
-class Ask:
-    """One image to score."""
-
-    image: Path
-    crops: int
-    seed: int
-    steps: int
-    fast: bool = False  # `steps` are then all; only ours knows the fast sampling
-
-
-Score = Callable[[Ask], float]
+Score = Callable[[Path, Options], float]
 Make = Callable[[Ground], tuple[Score, str]]  # runs in the peer's process; the text is the version of its library
 
 
@@ -92,8 +81,7 @@ class Missing(Exception):  # noqa: N818 — a library that is not installed is n
 
 def ours(ground: Ground) -> tuple[Score, str]:
     """Return diffiqa as `iqa-run` runs it."""
-    backend = ground.backend
-    return _on_gpu(ground, backend) if isinstance(backend, GpuBackend) else _on_host(ground, backend)
+    return _loaded(ground, ground.backend)
 
 
 class DefaultStage:
@@ -147,7 +135,7 @@ def onnxruntime_bound(ground: Ground) -> tuple[Score, str]:
     """Return `iqa-run --backend onnxruntime-gpu`: images stay on the GPU, and sessions are bound to their memory."""
     with _or_missing():
         prepare(None)
-    return _on_gpu(ground, OnnxOnGpu(ground.gpu or 0, builds=False))
+    return _loaded(ground, OnnxOnGpu(ground.gpu or 0, builds=False))
 
 
 def onnxruntime_tensorrt(ground: Ground, *, fp16: bool) -> tuple[Score, str]:
@@ -156,7 +144,7 @@ def onnxruntime_tensorrt(ground: Ground, *, fp16: bool) -> tuple[Score, str]:
     with _or_missing():
         load_library(Library.TENSORRT)  # into this process: onnxruntime does not look for it where pip puts it
         prepare(OnnxRuntime(providers=providers))
-    return _on_gpu(ground, OnnxOnGpu(ground.gpu or 0, providers=providers, builds=False))
+    return _loaded(ground, OnnxOnGpu(ground.gpu or 0, providers=providers, builds=False))
 
 
 def openvino(ground: Ground, *, precision: str) -> tuple[Score, str]:
@@ -164,7 +152,7 @@ def openvino(ground: Ground, *, precision: str) -> tuple[Score, str]:
     backend = OpenVino(ground.threads, precision)
     with _or_missing():
         _ = backend.name
-    return _on_host(ground, backend)
+    return _loaded(ground, backend)
 
 
 def openvino_nncf(ground: Ground) -> tuple[Score, str]:
@@ -236,9 +224,9 @@ def _torch_loop(ground: Ground, precision: str, way: str) -> tuple[Score, str]:
     scorer = TorchScorer(model, device, dtype, Way(way))
     manifest = open_engine(ground.engine).manifest
 
-    def score(ask: Ask) -> float:
-        image, options = read_for(ask.image, manifest), Options(crops=ask.crops, seed=ask.seed)
-        return scorer.score(image.pixels, with_steps(manifest, ask.steps), options, image.restored_from)
+    def score(path: Path, options: Options) -> float:
+        image = read_for(path, manifest)
+        return scorer.score(image.pixels, manifest, options, image.restored_from)
 
     return score, version
 
@@ -294,14 +282,11 @@ def plain_loop(ground: Ground) -> tuple[Score, str]:
     if manifest.image_form is ImageForm.SQUASHED:
         raise Missing("it squashes no images")
     model.to(device)
-    trained = model.config
 
     @torch.no_grad()
-    def score(ask: Ask) -> float:
-        stepped = with_steps(manifest, ask.steps)
-        model.config = replace(trained, schedule=stepped.schedule, taps=stepped.taps)
-        size = manifest.crop.size
-        read = read_for(ask.image, manifest)
+    def score(path: Path, options: Options) -> float:
+        size, sampling = manifest.crop.size, sampling_of(manifest, options)
+        read = read_for(path, manifest)
         pixels, (height, width) = read.pixels, read.size
         restored_from = pixels if read.restored_from is None else read.restored_from
         rows, columns = padded_size(height, width, manifest.alignment)
@@ -310,54 +295,30 @@ def plain_loop(ground: Ground) -> tuple[Score, str]:
         with tempfile.TemporaryDirectory() as folder:
             files = {kind: Path(folder, f"{kind}.png") for kind in manifest.kinds}
             Image.fromarray(pixels.astype(np.uint8, copy=False)).save(files[Kind.DIS])
-            for kind, plane in model.restore(image, ask.seed).items():
+            for kind, plane in model.restore(image, options.seed, sampling).items():
                 restored = plane[0, :, :height, :width].add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
                 Image.fromarray(restored.permute(1, 2, 0).contiguous().cpu().numpy()).save(files[kind])
             planes = torch.from_numpy(np.stack([to_plane(np.asarray(Image.open(file))) for file in files.values()]))
         planes = planes.to(device)
-        crops = place_crops(manifest.crop.places, height, width, size, ask.crops, ask.seed)
+        count = options.crops or manifest.crop.count
+        crops = place_crops(manifest.crop.places, height, width, size, count, options.seed)
         cut = (planes[None, :, :, c.top : c.top + size, c.left : c.left + size] for c in crops)
         return float(np.mean([model(crop).total.item() for crop in cut]))
 
     return score, f"torch {torch.__version__}"
 
 
-def _scored(make: Callable[[int], Scorer], first: Scorer) -> Score:
-    """Return a function that scores files with `first`, and with what `make` returns for other numbers of steps."""
-    scorer = first
-
-    def score(ask: Ask) -> float:
-        nonlocal scorer
-        if ask.steps != scorer.info.steps:
-            scorer.close()  # its buffers, before there are others
-            scorer = make(ask.steps)
-        return scorer.score(ask.image, Options(crops=ask.crops, seed=ask.seed, fast=ask.fast)).score
-
-    return score
+def _scored(scorer: Scorer) -> Score:
+    return lambda path, options: scorer.score(path, options).score
 
 
 def _in_our_loop(manifest: Manifest, stages: Mapping[StageName, StageRunner]) -> Score:
-    def loop(steps: int) -> Scorer:
-        return Scorer(with_steps(manifest, steps), stages, backend="peer")
-
-    return _scored(loop, loop(manifest.schedule.steps))
+    return _scored(Scorer(manifest, stages, backend="peer"))
 
 
-def _on_host(ground: Ground, backend: HostBackend) -> tuple[Score, str]:
-    directory = open_engine(ground.engine)
-    loaded = backend.load(directory)
-    return _in_our_loop(directory.manifest, loaded.stages), loaded.name.partition(":")[0]
-
-
-def _on_gpu(ground: Ground, backend: GpuBackend) -> tuple[Score, str]:
-    """Return ours on the GPU. A new number of steps loads the engine again, before the scores that count."""
-    directory = open_engine(ground.engine)
-
-    def loaded(steps: int) -> Scorer:
-        return load(replace(directory, manifest=with_steps(directory.manifest, steps)), backend)
-
-    first = loaded(directory.manifest.schedule.steps)
-    return _scored(loaded, first), first.info.backend.partition(":")[0]
+def _loaded(ground: Ground, backend: Backend) -> tuple[Score, str]:
+    scorer = load(ground.engine, backend)
+    return _scored(scorer), scorer.info.backend.partition(":")[0]
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..runtime.backends import Backend
 
 
-def measure_start(engine: Path, image: Path, backend: "Backend", *, crops: int, seed: int) -> Start:
+def measure_start(engine: Path, image: Path, backend: "Backend", *, crops: int | None, seed: int) -> Start:
     """Start a process that loads the engine and scores an image twice, on a GPU three times."""
     asked: dict[str, object] = {"engine": str(engine), "image": str(image), "crops": crops, "seed": seed}
     asked |= {"backend": backend.key, "settings": dataclasses.asdict(backend)}

@@ -4,7 +4,6 @@ import itertools
 import time
 from collections.abc import Callable, Iterable
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 from ..engine.manifest import EngineDirectory
@@ -17,7 +16,7 @@ from .results import Case, DeviceTimes, Soak
 from .running import DeviceCase, Runtime, Sample
 from .timing import Clock
 from .work import count_work
-from .workload import Workload, with_steps
+from .workload import Workload
 
 _COLUMNS = ("upload", "kernels", "download", "computing", "busy", "wall", "enqueue", "plain", "enqueue_plain")
 _READINGS = 40  # of memory, over a soak
@@ -30,8 +29,8 @@ class Measurement:
         self, directory: EngineDirectory, runtime: Runtime, workload: Workload, clock: Clock = time.perf_counter
     ) -> None:
         self.workload, self._clock, self._watch = workload, clock, runtime.watch
-        manifest = directory.manifest if workload.fast else with_steps(directory.manifest, workload.steps)
-        self._directory, self._item_bytes = replace(directory, manifest=manifest), runtime.item_bytes
+        manifest = directory.manifest
+        self._directory, self._item_bytes = directory, runtime.item_bytes
         self._plan = make_plan(*read_for(workload.images[0], manifest).size, manifest, workload.options)
         read = {path: read_image(path, min_side=manifest.crop.size).pixels for path in dict.fromkeys(workload.images)}
         self._pixels = [read[path] for path in workload.images]  # the scorer prepares them
@@ -68,7 +67,7 @@ class Measurement:
             height=workload.height,
             width=workload.width,
             crops=len(self._plan.crops),
-            steps=workload.steps,
+            steps=len(self._plan.sampling.steps),
             workers=workload.workers,
             mode=self._plan.mode.value,
             images=tuple(path.name for path in dict.fromkeys(workload.images)),

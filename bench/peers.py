@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,8 +17,8 @@ from pathlib import Path
 from ..engine.manifest import read_manifest
 from ..errors import BackendError, first_line
 from ..runtime.plan import make_plan
-from ..runtime.results import Mode
-from .contenders import Ask, Contender, Ground, Make, Missing, place_of
+from ..runtime.results import Mode, Options
+from .contenders import Contender, Ground, Make, Missing, place_of
 from .machine import peak_mib
 from .results import Peer, PeerCase
 from .timing import SETTLE
@@ -27,6 +27,7 @@ from .workload import Workload
 EXACT = 1e-4  # mean difference of scores near 1 that another order of sums may cause
 SEEDS = 3  # of ours: reduced precision may change a score by no more than their spread
 
+Ask = tuple[Path, Options]  # an image to score, and how
 _UNTILED = "it cannot restore images in tiles"
 
 
@@ -65,9 +66,9 @@ def serve(pipe: "Connection[Ready | Refused | Answer, Ask]", make: Make, ground:
         score, version = make(ground)
         pipe.send(Ready(version))
         while True:
-            ask = pipe.recv()
+            image, options = pipe.recv()
             start = time.perf_counter()
-            pipe.send(Answer(score(ask), time.perf_counter() - start, peak_mib()))
+            pipe.send(Answer(score(image, options), time.perf_counter() - start, peak_mib()))
     except Exception as exc:  # a peer may fail in any way: the others go on
         missing = isinstance(exc, Missing)
         reason = first_line(exc) if missing else f"{type(exc).__name__}: {first_line(exc)}"
@@ -118,11 +119,11 @@ class Entrant:
         assert isinstance(answer, Ready)  # noqa: S101 — what a process says first
         self._ready, self._version = time.perf_counter() - start, answer.version
 
-    def ask(self, ask: Ask) -> Answer:
+    def ask(self, image: Path, options: Options) -> Answer:
         """Have an image scored."""
         assert self._pipe  # noqa: S101 — started
         try:
-            self._pipe.send(ask)
+            self._pipe.send((image, options))
         except OSError:
             raise Out(self._died()) from None
         answer = self._receive()
@@ -244,11 +245,11 @@ class Contest:
         """Score every image once; ours also with other seeds, for the spread."""
         samples = entrant.samples[-1]
         # One more score than needed: compilers may compile again at the second call of a shape.
-        entrant.ask(Ask(workload.images[0], workload.crops, workload.seed, workload.steps))
+        entrant.ask(workload.images[0], workload.options)
         seeds = SEEDS if entrant is self._entrants[0] and not all(c.exact for c in self._contenders) else 1
+        reseeded = [replace(workload.options, seed=workload.options.seed + more) for more in range(seeds)]
         for image in workload.images:
-            asks = [Ask(image, workload.crops, workload.seed + seed, workload.steps) for seed in range(seeds)]
-            scores = [entrant.ask(ask).score for ask in asks]
+            scores = [entrant.ask(image, options).score for options in reseeded]
             samples.scores.append(scores[0])
             samples.spread.append(statistics.stdev(scores) if seeds > 1 else 0.0)
 
@@ -268,7 +269,7 @@ class Contest:
 
     def _time(self, entrant: Entrant, workload: Workload, index: int, image: Path) -> None:
         samples = entrant.samples[-1]
-        answer = entrant.ask(Ask(image, workload.crops, workload.seed, workload.steps))
+        answer = entrant.ask(image, workload.options)
         apart = abs(answer.score - samples.scores[index])
         if not apart <= EXACT * max(1.0, abs(answer.score)):
             raise Out(f"it scored {image.name} twice, {apart:.1e} apart")

@@ -13,13 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..engine.manifest import Manifest, read_manifest, weights_id
+from ..engine.sampling import fewest_steps
 from ..errors import BackendError, DiffiqaError, UsageError
 from ..runtime.backends import BACKENDS, Backend, GpuBackend, OnnxRuntime, OpenVino
 from ..runtime.host.onnx_stage import available_cpus
 from ..runtime.inputs import Images, find_images, names_of
-from .contenders import Ask, Contender, Ground, Missing, Score, ours
+from ..runtime.results import Options
+from .contenders import Contender, Ground, Missing, Score, ours
 from .peers import EXACT, Entrant, Out
-from .workload import generate, sort_by_size, with_steps
+from .workload import generate, sort_by_size
 
 PICTURES = 2
 TURNS = 4
@@ -105,14 +107,14 @@ def recommend(
         size = max(224, m.crop.size)
         found = sort_by_size(find_images(names), m) if names else generate(folder, [(size, size)], PICTURES, seed)
         pictures = [path for paths in found.by_size.values() for path in paths][:PICTURES]
-        return _Contest(m, pictures, seed, folder, say, seconds).run(forms)
+        return _Contest(m, pictures, Options(crops=1, seed=seed), folder, say, seconds).run(forms)
 
 
 @dataclass
 class _Contest:
     manifest: Manifest
     pictures: Sequence[Path]
-    seed: int
+    options: Options
     folder: Path  # of logs
     say: Callable[[str], None]
     seconds: float
@@ -124,9 +126,10 @@ class _Contest:
         reference, first = Way(forms[0], OnnxRuntime()), None
         try:
             first = self._start(reference)
-            self.steps = self._choose_steps(first)
-            own = [first.ask(self._ask(picture)) for picture in self.pictures]
-            other = [first.ask(self._ask(picture, seed=self.seed + 1)) for picture in self.pictures]
+            self._choose_steps(first)
+            reseeded = replace(self.options, seed=self.options.seed + 1)
+            own = [first.ask(picture, self.options) for picture in self.pictures]
+            other = [first.ask(picture, reseeded) for picture in self.pictures]
             pairs = list(zip(own, other, strict=True))
             allowed = max(EXACT, statistics.fmean(abs(a.score - b.score) for a, b in pairs))
             took = statistics.median(answer.seconds for answer in (*own, *other))
@@ -153,16 +156,16 @@ class _Contest:
     def _all_steps(self) -> int:
         return self.manifest.schedule.steps
 
-    def _choose_steps(self, first: Entrant) -> int:
-        """Return all steps, or as few as the taps allow if all of them would take most of the time."""
-        count = self._all_steps
-        fewest = next(n for n in range(1, count + 1) if n == count or _holds_taps(self.manifest, n))
+    def _choose_steps(self, first: Entrant) -> None:
+        """Take all steps, or as few as the taps allow if all of them would take most of the time."""
+        m, self.steps = self.manifest, self._all_steps
+        if (fewest := fewest_steps(m.schedule, m.taps, m.kinds)) is None:
+            return
+        few = replace(self.options, steps=fewest)
         for _ in range(2):  # the first warms up
-            took = first.ask(Ask(self.pictures[0], 1, self.seed, fewest)).seconds
-        return fewest if took * count / fewest > self.seconds / 20 else count
-
-    def _ask(self, picture: Path, *, seed: int | None = None, fast: bool = False) -> Ask:
-        return Ask(picture, 1, self.seed if seed is None else seed, self._all_steps if fast else self.steps, fast)
+            took = first.ask(self.pictures[0], few).seconds
+        if took * self._all_steps / fewest > self.seconds / 20:
+            self.steps, self.options = fewest, few
 
     def _start(self, way: Way) -> Entrant:
         self.say(f"trying {way.line}")
@@ -178,15 +181,16 @@ class _Contest:
     def _try(self, way: Way, first: Entrant) -> Trial:
         """Let a way take turns with the reference."""
         entrant, until = None, time.monotonic() + self.share
+        options = replace(self.options, steps=None, fast=True) if way.fast else self.options
         ratios, took, apart = [], [], []
         try:
             entrant = self._start(way)
-            entrant.ask(self._ask(self.pictures[0], fast=way.fast))  # it may compile
+            entrant.ask(self.pictures[0], options)  # it may compile
             for turn, picture in enumerate([*self.pictures] * TURNS):
                 if turn >= LEAST and time.monotonic() > until:
                     break
-                reference = first.ask(self._ask(picture))
-                answer = entrant.ask(self._ask(picture, fast=way.fast))
+                reference = first.ask(picture, self.options)
+                answer = entrant.ask(picture, options)
                 ratios.append(reference.seconds / answer.seconds)
                 took.append(answer.seconds)
                 apart.append(abs(reference.score - answer.score))
@@ -207,14 +211,6 @@ def _ours(ground: Ground) -> tuple[Score, str]:
         return ours(ground)
     except DiffiqaError as exc:
         raise Missing(str(exc)) from exc
-
-
-def _holds_taps(manifest: Manifest, steps: int) -> bool:
-    try:
-        with_steps(manifest, steps)
-    except UsageError:
-        return False
-    return True
 
 
 def _fastest(trials: Sequence[Trial], allowed: float) -> Trial:

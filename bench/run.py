@@ -70,7 +70,7 @@ class Run:
     def measure_starts(self, count: int) -> None:
         """Start fresh processes that score an image of the first case."""
         workload = self._measurements[0].workload
-        image, crops, seed = workload.images[0], workload.crops, workload.seed
+        image, crops, seed = workload.images[0], workload.options.crops, workload.options.seed
         for number in range(count):
             self._say(f"fresh process {number + 1} of {count}")
             try:

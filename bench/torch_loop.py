@@ -8,7 +8,7 @@ import contextlib
 import copy
 import enum
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..engine.manifest import Manifest, StageName
 from ..engine.noise import MULTIPLIERS, ROUNDS, WEYL, split_seed
+from ..engine.sampling import Sampling
 from ..engine.schedule import Kind
 from ..engine.score import weighted_sum
 from ..errors import UsageError
@@ -88,7 +89,7 @@ class TorchScorer:
             raise UsageError("this peer squashes no images")
         plane = self._plane(pixels, plan)
         condition = plane if whole is pixels else self._plane(whole, plan)
-        restored = self._restore(self._step, condition, manifest, options.seed) if self._step else {}
+        restored = self._restore(self._step, condition, manifest, plan.sampling, options.seed) if self._step else {}
         planes = torch.cat([plane, *restored.values()])[:, :, : plan.height, : plan.width]
         crops = _cut(planes, plan)
         scores = [self._assess(crops[start : start + BATCH]) for start in range(0, len(crops), BATCH)]
@@ -107,24 +108,26 @@ class TorchScorer:
         plane = nn.functional.pad(plane, missing, mode="reflect") if any(missing) else plane
         return plane.contiguous(memory_format=torch.channels_last)
 
-    def _restore(self, step: Function, plane: Tensor, manifest: Manifest, seed: int) -> dict[Kind, Tensor]:
+    def _restore(
+        self, step: Function, plane: Tensor, manifest: Manifest, sampling: Sampling, seed: int
+    ) -> dict[Kind, Tensor]:
         """Run the sampling loop → the state (1, 3, H, W) for every restored kind."""
-        schedule, c = manifest.schedule, manifest.schedule.coefficients
+        rows = sampling.rows(manifest.schedule, manifest.taps, manifest.kinds)
+        c = rows.factors
         columns = (c.noise_level, c.y_to_x0, c.noise_to_x0, c.x0_to_mean, c.y_to_mean, c.sigma)
-        table = torch.from_numpy(np.stack(columns, axis=1)).to(self._device)  # [T, 6]
-        z = self._draw(seed, schedule.steps, plane)
+        table = torch.from_numpy(np.stack(columns, axis=1)).to(self._device)  # [steps, 6]
+        z = self._draw(seed, [*rows.steps, rows.start], plane)
         condition = plane.to(self._dtype)
-        wanted = {kind: manifest.taps.step_of(kind) for kind in manifest.kinds if kind is not Kind.DIS}
         tapped = {}
-        y = z[schedule.steps - 1 :]
-        for i in reversed(range(schedule.steps)):
-            y = step(y, condition, z[max(i - 1, 0)][None], table[i])  # the last adds none: its sigma is 0
-            if i in wanted.values():
+        y = z[-1:]
+        for i in reversed(range(len(rows.steps))):
+            y = step(y, condition, z[i][None], table[i])
+            if i in rows.taps.values():
                 tapped[i] = y
-        return {kind: as_tapped(tapped[i], manifest.tap_form) for kind, i in wanted.items()}
+        return {kind: as_tapped(tapped[i], manifest.tap_form) for kind, i in rows.taps.items()}
 
-    def _draw(self, seed: int, steps: int, plane: Tensor) -> Tensor:
-        """Return the noise of steps 1 … T as (T, 3, H, W).
+    def _draw(self, seed: int, steps: Sequence[int], plane: Tensor) -> Tensor:
+        """Return the noise of steps as (steps, 3, H, W).
 
         All noise is drawn at once, on the device, within the score's time. On the host it would take longer than the
         networks on a GPU. A step of a 224×224 image has 0.6 MB of noise; scratch memory takes about ten times as much.
@@ -135,9 +138,9 @@ class TorchScorer:
         drawn = self._noise(
             torch.tensor(keys, device=self._device),
             torch.arange(3 * height * width // 4, device=self._device),
-            torch.arange(1, steps + 1, device=self._device)[:, None],
+            torch.tensor(steps, device=self._device)[:, None],
         )
-        return drawn.reshape(steps, 3, height, width).contiguous(memory_format=torch.channels_last)
+        return drawn.reshape(len(steps), 3, height, width).contiguous(memory_format=torch.channels_last)
 
 
 def normals(keys: Tensor, blocks: Tensor, steps: Tensor) -> Tensor:

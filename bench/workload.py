@@ -3,14 +3,12 @@
 import itertools
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import PIL.Image
 
-from ..engine.manifest import Manifest, StageName
-from ..engine.sampling import choose_sampling
-from ..engine.schedule import Taps
+from ..engine.manifest import Manifest
 from ..errors import ImageError, UsageError
 from ..runtime.images import read_for, synthetic
 from ..runtime.results import Options
@@ -29,17 +27,9 @@ class Workload:
     images: tuple[Path, ...]
     height: int
     width: int
-    crops: int
-    steps: int
-    workers: int
-    seed: int
+    options: Options  # of every score
+    workers: int = 1
     batch: int = 1  # images that are restored together, on a GPU
-    fast: bool = False  # `steps` are those of the engine's fast sampling
-
-    @property
-    def options(self) -> Options:
-        """The options of every score."""
-        return Options(crops=self.crops, seed=self.seed, fast=self.fast)
 
 
 @dataclass(frozen=True)
@@ -80,25 +70,3 @@ def in_batches(paths: Sequence[Path], batch: int) -> tuple[Path, ...]:
     """Return the images, repeated until they fill whole batches, and enough of them for a sample on a GPU."""
     batches = max(_GROUPS, -(-len(paths) // batch))
     return tuple(itertools.islice(itertools.cycle(paths), batches * batch))
-
-
-def with_steps(manifest: Manifest, steps: int) -> Manifest:
-    """Return the manifest with another number of sampling steps, and its taps at the same share of them.
-
-    That is another function with other scores. Only its speed is asked for.
-    """
-    if steps == manifest.schedule.steps:
-        return manifest
-    if linear := manifest.schedule.linear:
-        taken = choose_sampling(manifest.schedule, manifest.taps, manifest.kinds, steps, None).steps
-        fewer = tuple(linear.timesteps[len(linear.timesteps) - 1 - step] for step in reversed(taken))
-        return replace(
-            manifest, schedule=replace(manifest.schedule, steps=steps, linear=replace(linear, timesteps=fewer))
-        )
-    share = steps / manifest.schedule.steps
-    taps = Taps(manifest.taps.y0, *(max(1, round(tap * share)) for tap in (manifest.taps.t1, manifest.taps.t2)))
-    if StageName.UNET not in [stage.name for stage in manifest.stages]:
-        raise UsageError("this engine restores nothing, so it has no steps to choose")
-    if not 2 <= steps <= 4000 or len({taps.y0, taps.t1, taps.t2}) < 3 or max(taps.t1, taps.t2) >= steps:
-        raise UsageError(f"{steps} steps are too few, or too many, for the taps of this engine")
-    return replace(manifest, schedule=replace(manifest.schedule, steps=steps), taps=taps)

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from ..command import refuse_given
 from ..errors import UsageError
 from ..runtime.command.cli import RunCommand
 
@@ -76,7 +77,9 @@ def evaluate(
 
     if sum(value is not None for value in (engine, scores, gmad)) != 1:
         raise UsageError("give one of --engine, --scores and --gmad: where do the scores come from?")
-    _refuse_idle("--gmad" if gmad else "--scores" if scores else "--engine")
+    source = "--gmad" if gmad else "--scores" if scores else "--engine"
+    # Whoever gives an option expects an effect.
+    refuse_given(_IDLE[source], f"{{}} has no effect with {source}: leave it out")
     levels, data, threads = given.pop("levels"), given.pop("data"), given.pop("threads")
     if gmad:
         click.echo(table(compete(*gmad, levels=levels, output=given["output"])))
@@ -102,12 +105,3 @@ _IDLE = {
     "--scores": ("levels", "reference", *_SCORING),
     "--gmad": ("reference", *_SCORING, *_COMPARING),
 }
-
-
-def _refuse_idle(source: str) -> None:
-    """Refuse options that would change nothing: whoever gives one expects an effect."""
-    context = click.get_current_context()
-    for parameter in context.command.params:
-        name = parameter.name or ""
-        if name in _IDLE[source] and context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            raise UsageError(f"{parameter.opts[0]} has no effect with {source}: leave it out")

@@ -2,8 +2,9 @@
 
 import posixpath
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..data.datasets import Item
 from ..data.labelfiles import read_csv
@@ -15,31 +16,41 @@ from .findings import BRANCHES, PEOPLE, Scores
 IMAGE_COLUMNS = ("image", "path", "name")
 
 
-def read_scores(path: Path, column: str = "score") -> dict[str, float]:
-    """Return the scores by image of a file that `iqa-run` wrote (.jsonl, .json, .csv) or of any CSV image,score.
+def read_scores(path: Path) -> dict[str, float]:
+    """Return the scores by image of a file that `read_columns` reads. Raises DatasetError."""
+    return read_columns(path)["score"]
 
-    The images' column may also be called path or name. `column` may also be one of the branches, vcg or vda, or one of
-    PEOPLE. Images without a score (failed ones) are left out, and so are all where the file has no such column. Raises
-    DatasetError.
+
+def read_columns(path: Path) -> dict[str, dict[str, float]]:
+    """Return the numbers of a file that `iqa-run` wrote (.jsonl, .json, .csv), or of any CSV image,score.
+
+    They are by column, "score" and the others of BRANCHES and PEOPLE, and by image. The images' column may also be
+    called path or name. Images without a number (failed ones) are left out. Raises DatasetError.
     """
+    columns: dict[str, dict[str, float]] = {column: {} for column in (*BRANCHES, *PEOPLE)}
+    twice = 0
     try:
-        if path.suffix.lower() == ".csv":
-            rows = read_csv(path, "score")
-            header = next((name for name in IMAGE_COLUMNS if rows and name in rows[0]), IMAGE_COLUMNS[0])
-            rows = read_csv(path, header, "score")
-            found = [(text_in_cell(row[header]), float(row[column])) for row in rows if row.get(column)]
-        elif path.suffix.lower() in {".jsonl", ".json"}:
-            records = read_records(path, Format(path.suffix.lower()[1:]))
-            values = [(record.image, getattr(record, column)) for record in records]
-            found = [(image, value) for image, value in values if value is not None]
-        else:
-            raise DatasetError(f"the score file {path} must be called .jsonl, .json or .csv")
+        for image, values in _rows(path):
+            known = {column: float(values[column]) for column in columns if values.get(column) not in {None, ""}}
+            twice += "score" in known and image in columns["score"]
+            for column, value in known.items():
+                columns[column][image] = value
     except (OutputError, ValueError, OSError) as exc:
         raise DatasetError(f"the score file {path} cannot be read: {exc}") from exc
-    scores = dict(found)
-    if len(scores) < len(found):
-        raise DatasetError(f"the score file {path} has {len(found) - len(scores)} images twice")
-    return scores
+    if twice:
+        raise DatasetError(f"the score file {path} has {twice} images twice")
+    return columns
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if path.suffix.lower() == ".csv":
+        rows = read_csv(path, "score")
+        header = next((name for name in IMAGE_COLUMNS if rows and name in rows[0]), IMAGE_COLUMNS[0])
+        yield from ((text_in_cell(row[header]), row) for row in read_csv(path, header, "score"))
+    elif path.suffix.lower() in {".jsonl", ".json"}:
+        yield from ((record.image, vars(record)) for record in read_records(path, Format(path.suffix.lower()[1:])))
+    else:
+        raise DatasetError(f"the score file {path} must be called .jsonl, .json or .csv")
 
 
 def pictures_of(items: Iterable[Item]) -> dict[str, Path]:
@@ -54,12 +65,16 @@ def pictures_of(items: Iterable[Item]) -> dict[str, Path]:
 
 def read_branches(path: Path, pictures: Mapping[str, Path]) -> dict[str, dict[str, float]]:
     """Return the scores of a file by column and by the labels' names of the images. Raises DatasetError."""
-    return branches_of(path, match_names(pictures, read_scores(path), path))
+    columns = read_columns(path)
+    return _renamed(columns, match_names(pictures, columns["score"], path))
 
 
 def branches_of(path: Path, names: Mapping[str, str]) -> dict[str, dict[str, float]]:
     """Return the scores of a file by column, with what it calls each image in `names`. Raises DatasetError."""
-    columns = {column: read_scores(path, column) for column in (*BRANCHES, *PEOPLE)}
+    return _renamed(read_columns(path), names)
+
+
+def _renamed(columns: Mapping[str, Scores], names: Mapping[str, str]) -> dict[str, dict[str, float]]:
     return {
         column: {image: values[name] for image, name in names.items() if name in values}
         for column, values in columns.items()

@@ -136,18 +136,16 @@ def convert(
 
     `options` as in `export`. Raises OutputError if `output` is there and `force` is not given.
     """
-    from ..model.bundle import save_bundle
-    from ..model.pfd.checkpoint import LoadedPfd, save
+    from ..model.bundle import Bundle, save_bundle
+    from ..model.pfd.checkpoint import LoadedPfd, PfdBundle
 
     output = Path(output)
     if output.exists() and not force:
         raise OutputError(f"{output} exists; give --force to overwrite it")
     loaded = _loaded(weights, options)
+    kind = PfdBundle if isinstance(loaded, LoadedPfd) else Bundle
     about: Any = {"sources": loaded.sources, "notes": loaded.notes, "reference": loaded.reference}
-    if isinstance(loaded, LoadedPfd):
-        save(loaded.model, output, half=half, **about)
-    else:
-        save_bundle(loaded.model, output, half=half, **about)
+    save_bundle(loaded.model, output, kind=kind, half=half, **about)
     return output
 
 

@@ -320,6 +320,8 @@ def print_exported(output: Path, loaded: "Loaded | LoadedPfd", done: "Exported")
         click.echo(f"ACCEPTED DRIFT: differs from PyTorch in {drift}")
     if not done.manifest.score.trained:
         click.echo(done.manifest.score.meaning)
+    for note in done.manifest.provenance.notes[len(loaded.notes) :]:  # those of the weights were printed before
+        click.echo(f"note: {note}")
     if reference := done.manifest.score.reference:
         click.echo(f"scores are placed among those of {reference.images} images of {reference.name}")
     if done.built:

@@ -10,11 +10,9 @@ import onnx
 
 from ..engine.manifest import EngineDirectory, Library, Precision, Stage, TensorSpec
 from ..errors import BackendError, ExportError, UsageError
-from ..runtime.gpu.tensorrt import TensorRT, device_capability, load_library
+from ..runtime.gpu.tensorrt import DTYPES, TensorRT, device_capability, load_library
 from .maker import Made, Profiles
 from .profiles import BATCHES
-
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 
 
 class TensorRtMaker:
@@ -143,5 +141,5 @@ def _signature(stage: Stage, planned: tuple[TensorSpec, ...], tensors: list[Any]
     expected = {spec.name: tuple(d if isinstance(d, int) else -1 for d in spec.shape) for spec in planned}
     if found != expected:
         raise ExportError(f"stage {stage.name}: the network has tensors {found}, the stage {expected}")
-    dtypes = {tensor.name: _DTYPES.get(tensor.dtype.name, tensor.dtype.name) for tensor in tensors}
+    dtypes = {tensor.name: DTYPES.get(tensor.dtype.name, tensor.dtype.name) for tensor in tensors}
     return tuple(dataclasses.replace(spec, dtype=dtypes[spec.name]) for spec in planned)

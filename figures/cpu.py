@@ -16,13 +16,14 @@ import importlib.util
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from precision import CALIBRATION_IMAGES, OPTIONS, SEED, add_pictures, drawn, ratio
-from record import ROOT, write
+from record import ROOT, seconds_in_turn, write
 from steps import psnr
 
 from diffiqa.bench.contenders import DefaultStage, nncf_stage, unet_inputs
@@ -147,18 +148,10 @@ def measure_full(given: argparse.Namespace, folder: Path) -> None:
         stages["OpenVINO, NNCF's int8 and bf16"] = nncf_stage(directory, OpenVino())
     denoisers = {name: BoundDenoiser(stage, *size) for name, stage in stages.items()}
     pixels = read_image(ROOT / "samples" / "jpeg-strong.jpg", min_side=size[0]).pixels[: size[0], : size[1]]
-    seconds: dict[str, list[float]] = {name: [] for name in stages}
-    used: dict[str, list[float]] = {name: [] for name in stages}
     for denoiser in denoisers.values():
         denoiser.condition[:] = to_plane(pixels)
-        denoiser(0.5)  # compiles, warms up
-    for _ in range(given.rounds):
-        for name, denoiser in denoisers.items():
-            time.sleep(0.1)  # threads that wait busily give up after some milliseconds
-            start, cpu = time.perf_counter(), time.process_time()
-            denoiser(0.5)
-            seconds[name].append(time.perf_counter() - start)
-            used[name].append(time.process_time() - cpu)
+    steps = {name: partial(denoiser, 0.5) for name, denoiser in denoisers.items()}
+    seconds, used = seconds_in_turn(steps, given.rounds, pause=0.1)  # threads that wait busily give up meanwhile
     first = next(iter(stages))
     rows: dict[str, Any] = {}
     for name in stages:

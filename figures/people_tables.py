@@ -22,9 +22,8 @@ WHO = {  # in people.json: in the table
 }
 
 
-def people(results: Path) -> str:
+def people(_results: Path) -> str:
     """Return how far scores agree with people: a row for each program and set."""
-    del results
     found = _mini("people")
     rows = [
         [WHO[who], title, f"{row['images']:,}", *(_interval(row[name]) for name in ("srcc", "plcc"))]
@@ -35,9 +34,8 @@ def people(results: Path) -> str:
     return table(["who", "on", "images", "SRCC (95 %)", "PLCC, raw (95 %)"], rows)
 
 
-def opinions(results: Path) -> str:
+def opinions(_results: Path) -> str:
     """Return how far `mini`'s opinions are off: on its reference by cross-validation, and on a set it never saw."""
-    del results
     found = _mini("clive")["opinions"]
     labels = f"1 is a label of {found['worst']:g}, 5 one of {found['best']:g}"
     rows = [
@@ -47,9 +45,8 @@ def opinions(results: Path) -> str:
     return table(["on", "root mean square error of opinions, 1 to 5", "median percentile"], rows)
 
 
-def damage(results: Path) -> str:
+def damage(_results: Path) -> str:
     """Return how well the score orders levels of each distortion, and originals and damaged versions."""
-    del results
     found = _mini("evaluation")
     levels = sorted((row for row in found["levels"] if row["ordered"]), key=lambda row: row["median"])
     rows = [[row["distortion"].replace("_", " "), str(row["references"]), f"{row['median']:.2f}"] for row in levels]
@@ -61,9 +58,8 @@ def damage(results: Path) -> str:
     return table(["distortion", "photographs", "median Spearman of score and level"], rows)
 
 
-def restored(results: Path) -> str:
+def restored(_results: Path) -> str:
     """Return the gain in PSNR by distortion, over levels 1 to 2 and 3 to 5."""
-    del results
     with (MINI / "gains.csv").open(newline="", encoding="utf-8") as file:
         found = [row for row in csv.DictReader(file) if row["gain_db"]]
     rows = []
@@ -76,9 +72,8 @@ def restored(results: Path) -> str:
     return table(["distortion", "levels 1 and 2, dB", "levels 3 to 5, dB"], rows)
 
 
-def pfd_people(results: Path) -> str:
+def pfd_people(_results: Path) -> str:
     """Return how far `pfd-mini`'s scores agree with people, with the loop and without it."""
-    del results
     found = _read(PFD_MINI / "people.json")
     rows = []
     for key, title in SETS.items():
@@ -92,9 +87,8 @@ def pfd_people(results: Path) -> str:
     return table(["on", "images", "SRCC (95 %)", "PLCC, raw (95 %)", "gain in SRCC by the loop"], rows)
 
 
-def pfd_named(results: Path) -> str:
+def pfd_named(_results: Path) -> str:
     """Return how often `pfd-mini` names damage right."""
-    del results
     found = _read(PFD_MINI / "people.json")["damage"]
     rows = [[word, f"{share:.0%}"] for word, share in found["words"].items()]
     return table(["damage", "named right"], [*rows, ["**all**", f"**{_interval(found['right'])}**"]])
@@ -102,7 +96,7 @@ def pfd_named(results: Path) -> str:
 
 def papers(results: Path) -> str:
     """Return what others have published, with where it stands."""
-    found = json.loads((results / "people-papers.json").read_text(encoding="utf-8"))
+    found = _read(results / "people-papers.json")
     rows = [[row["who"], row["trained"], row["on"], f"{row['srcc']:.3f}", row["source"]] for row in found]
     return table(["who", "trained on", "judged on", "SRCC", "as stated in"], rows)
 

@@ -169,20 +169,12 @@ def figures(results: Path) -> str:
 
 def speed(results: Path) -> str:
     """Return the README's table: how long a score takes."""
-    small, larger = _seconds_per_image(results)
-    full, eight = _read(results, "score-full"), _read(results, "precision-speed")["speed_over_defaults"]
+    small, _ = _seconds_per_image(results)
+    start, full = _read(results, "score-startup"), _read(results, "score-full")
     rows = [
         ["`mini`, one image of 224×224, 9 crops", f"{small:.1f} s"],
-        ["`mini`, one image of 384×320, 9 crops", f"{larger:.1f} s"],
-        [
-            "`mini`, new process to first score",
-            f"{_read(results, 'score-startup')['first_score_seconds_median']:.1f} s",
-        ],
+        ["`mini`, new process to first score", f"{start['first_score_seconds_median']:.1f} s"],
         ["full size (`paper`), one image of 224×224", f"{full['samples'][0]['seconds']:.0f} s"],
-        [
-            "full size, one step, speed beside ONNX Runtime's default settings: float32; int8; OpenVINO in bf16",
-            "; ".join(f"{eight[name]:.2f}×" for name in ("fp32", "int8", "openvino bf16")),
-        ],
     ]
     return report.table(["what", "measured"], rows)
 

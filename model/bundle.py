@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine.atomic import replacing
 from ..engine.codec import LATER, decode, encode
@@ -20,7 +20,6 @@ from ..engine.manifest import Source
 from ..engine.reference import Reference
 from ..errors import CheckpointError, ConfigError, OutputError, UsageError
 from .config import ModelConfig
-from .network import DiffV2IQA
 from .weightfile import listed, not_finite, shown
 
 # What a bundle of each format is. To a version of diffiqa that knows fewer of them, the others are too new.
@@ -55,9 +54,10 @@ class Bundle(Description[ModelConfig]):
 
 
 def save_bundle(
-    model: DiffV2IQA,
+    model: nn.Module,
     path: Path,
     *,
+    kind: type[Description[Any]] = Bundle,
     half: bool = False,
     sources: Iterable[Source] = (),
     notes: Iterable[str] = (),
@@ -65,9 +65,10 @@ def save_bundle(
 ) -> None:
     """Write weights and configuration to a `.safetensors` or `.pt` file, atomically. `half` stores float16.
 
-    Raises UsageError (another suffix), OutputError (cannot be written) or CheckpointError (weights not finite).
+    `kind` is that of the model. Raises UsageError (another suffix), OutputError (cannot be written) or CheckpointError
+    (weights not finite).
     """
-    bundle = Bundle(Bundle.FORMAT, model.config, tuple(sources), tuple(notes), reference)
+    bundle = kind(kind.FORMAT, model.config, tuple(sources), tuple(notes), reference)
     write_bundle(bundle, model.state_dict(), path, half=half)
 
 

@@ -133,7 +133,7 @@ def load(
     model = _skeleton(config)
     if problems := misfits(model.state_dict(), weights, seeded=seed is not None):
         raise CheckpointError(_explain(config, given, problems, seed))
-    untrained = _fill(model, _copied(weights, given), seed)
+    untrained = _fill(model, copied(weights, _paths(given), sum(g.file.bytes for g in given)), seed)
     inherited, old_notes = _ancestry(given)
     if stated:
         notes.append("given: " + ", ".join(f"{name} {as_text(values)}" for name, (values, _) in stated.items()))
@@ -167,7 +167,8 @@ def load_part(path: Path, part: str) -> tuple[dict[str, Tensor], Source] | None:
     prefix, words = PARTS[part]
     if given.form.part != prefix:
         raise CheckpointError(f"{path}, given with --{part}, has no {words}: it is {given.form.words}")
-    return _copied(adapt(given.form, given.file.weights, vit_blocks=64)[0], [given]), given.source
+    ours = adapt(given.form, given.file.weights, vit_blocks=64)[0]
+    return copied(ours, str(given.file.path), given.file.bytes), given.source
 
 
 def misfits(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, seeded: bool = False) -> Misfits:
@@ -398,11 +399,11 @@ def _skeleton(config: ModelConfig) -> DiffV2IQA:
         return DiffV2IQA(config)
 
 
-def _copied(weights: Mapping[str, Tensor], given: list[_Given]) -> dict[str, Tensor]:
-    """Copy tensors out of their files, as float32; raises CheckpointError where that is not finite."""
+def copied(weights: Mapping[str, Tensor], where: str, size: int) -> dict[str, Tensor]:
+    """Copy tensors out of files of so many bytes, as float32. Raises CheckpointError where that is not finite."""
     # One stored number may pose as a tensor of any shape: the model must be no larger than its files.
-    if sum(tensor.numel() for tensor in weights.values()) > sum(g.file.bytes for g in given):
-        raise CheckpointError(f"{_paths(given)}: the tensors have more numbers than the file has bytes")
+    if sum(tensor.numel() for tensor in weights.values()) > size:
+        raise CheckpointError(f"{where}: the tensors have more numbers than the file has bytes")
     # Always copy: a file stays mapped only until `load` returns. A training run that truncates a mapped file, to write
     # its next checkpoint, would end this process (SIGBUS), and Windows could not replace the file.
     out = {
@@ -414,7 +415,7 @@ def _copied(weights: Mapping[str, Tensor], given: list[_Given]) -> dict[str, Ten
         for name, tensor in weights.items()
     }
     if broken := not_finite(out):
-        raise CheckpointError(f"{_paths(given)}: weights that are NaN, infinite or beyond float32: {listed(broken)}")
+        raise CheckpointError(f"{where}: weights that are NaN, infinite or beyond float32: {listed(broken)}")
     return out
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..engine.crops import padded_size, place_crops
 from ..engine.noise import NoiseField
 from ..engine.pixels import ImageForm, Sides, TapForm, squash_planes
+from ..engine.sampling import Sampling
 from ..engine.schedule import Kind
 from ..engine.score import weighted_sum
 from .attention import TransposedAttention
@@ -67,14 +68,17 @@ class DiffV2IQA(nn.Module):
         return Scores(weighted_sum(self.config, vcg, vda), vcg, vda)
 
     @torch.no_grad()
-    def restore(self, images: Tensor, seed: int = 0) -> dict[Kind, Tensor]:
+    def restore(self, images: Tensor, seed: int = 0, sampling: Sampling | None = None) -> dict[Kind, Tensor]:
         """Run the sampling loop on whole images (B, 3, H, W) in [-1, 1]; sides must be aligned. The dict has no `dis`.
 
-        Each image sees the noise of `seed` alone, whatever its neighbours in the batch.
+        Each image sees the noise of `seed` alone, whatever its neighbours in the batch. Without a `sampling` it takes
+        all steps, as trained.
         """
         if self.unet is None:
             return {}
-        config, table = self.config, self.config.schedule.coefficients
+        config = self.config
+        rows = (sampling or Sampling.trained(config.schedule)).rows(config.schedule, config.taps, config.kinds)
+        table = rows.factors
         field = NoiseField(seed, (images.shape[2], images.shape[3]))
 
         def noise(step: int) -> Tensor:
@@ -82,17 +86,17 @@ class DiffV2IQA(nn.Module):
             field.fill(step, z)
             return torch.from_numpy(z).to(images).expand_as(images)
 
-        y = noise(config.schedule.steps)
+        y = noise(rows.start)
         tapped = {}
-        for i in reversed(range(config.schedule.steps)):
+        for i in reversed(range(len(rows.steps))):
             level = torch.full((images.shape[0], 1), float(table.noise_level[i])).to(images)
             eps = self.unet(y, images, level)
             x0 = (y * float(table.y_to_x0[i]) - eps * float(table.noise_to_x0[i])).clamp(-1, 1)
             y = x0 * float(table.x0_to_mean[i]) + y * float(table.y_to_mean[i])
-            if i > 0:
-                y = y + noise(i) * float(table.sigma[i])
+            if table.sigma[i]:
+                y = y + noise(rows.steps[i]) * float(table.sigma[i])
             tapped[i] = y
-        return {kind: tapped[config.taps.step_of(kind)] for kind in config.kinds if kind is not Kind.DIS}
+        return {kind: tapped[row] for kind, row in rows.taps.items()}
 
     @torch.no_grad()
     def score(

@@ -40,8 +40,8 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class _WithGraph:
-    """What backends with CUDA graphs of ours share."""
+class _OnGpu:
+    """What the backends on a GPU share."""
 
     device: int = 0
     batch: int = 1  # images of one size, or seeds of one image, that are restored at a time
@@ -51,7 +51,9 @@ class _WithGraph:
 
     def __post_init__(self) -> None:
         """Refuse what is no number of images or GPU."""
-        _check_gpu(self.device, self.batch)
+        for name, value, least in (("device", self.device, 0), ("batch", self.batch, 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UsageError(f"{name} must be a whole number from {least} on, not {value!r}")
 
     def load(self, directory: EngineDirectory) -> "OnGpu":
         """Load the build; an executor then owns it."""
@@ -63,7 +65,7 @@ class _WithGraph:
 
 
 @dataclass(frozen=True)
-class TensorRt(_WithGraph):
+class TensorRt(_OnGpu):
     """TensorRT or TensorRT-RTX on a GPU: the newest build in the engine directory that fits the GPU and the library."""
 
     key: ClassVar[str] = "tensorrt"
@@ -77,7 +79,7 @@ class TensorRt(_WithGraph):
 
 
 @dataclass(frozen=True)
-class InductorOnGpu(_WithGraph):
+class InductorOnGpu(_OnGpu):
     """PyTorch's compiler on a GPU: the newest build in the engine directory that was made on this machine."""
 
     key: ClassVar[str] = "inductor-gpu"
@@ -91,23 +93,18 @@ class InductorOnGpu(_WithGraph):
 
 
 @dataclass(frozen=True)
-class OnnxOnGpu:
-    """ONNX Runtime on a GPU: the newest build for it in the engine directory, else the float32 stages as exported."""
+class OnnxOnGpu(_OnGpu):
+    """ONNX Runtime on a GPU: the newest build for it in the engine directory, else the float32 stages as exported.
 
-    device: int = 0
-    batch: int = 1  # images of one size, or seeds of one image, that are restored at a time
-    cuda_graph: bool = True  # of a build: ONNX Runtime captures each step in a graph of its own
+    With `cuda_graph`, ONNX Runtime captures each step of a build in a graph of its own.
+    """
+
     providers: Sequence[Provider] = ("CUDAExecutionProvider",)
     session_config: Mapping[str, str] = field(default_factory=dict)  # any entry ONNX Runtime documents
     builds: bool = True  # False: the float32 stages even where there is a build
 
     key: ClassVar[str] = "onnxruntime-gpu"
     title: ClassVar[str] = "ONNX Runtime on a GPU"
-    on_gpu: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        """Refuse what is no number of images or GPU."""
-        _check_gpu(self.device, self.batch)
 
     def load(self, directory: EngineDirectory) -> "OnGpu":
         """Load the stages; an executor then owns them."""
@@ -115,10 +112,6 @@ class OnnxOnGpu:
 
         how = {"cuda_graph": self.cuda_graph, "builds": self.builds}
         return open_onnxruntime(directory, self.device, self.providers, self.session_config, **how)
-
-    def open(self, directory: EngineDirectory) -> Opened:
-        """Load an engine, ready to carry out plans."""
-        return self.load(directory).ready(directory, cuda_graph=False, batch=self.batch)
 
 
 GpuBackend = TensorRt | InductorOnGpu | OnnxOnGpu
@@ -195,9 +188,3 @@ def _refuse_strangers(asked: Mapping[str, Any], own: set[str], name: str) -> Non
             *others, last = owners
             whose = f"backends {', '.join(others)} and {last}" if others else f"backend {last}"
             raise UsageError(f"{OPTIONS[option]} is an option of the {whose}, not of {name}")
-
-
-def _check_gpu(device: Any, batch: Any) -> None:
-    for name, value, least in (("device", device, 0), ("batch", batch, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UsageError(f"{name} must be a whole number from {least} on, not {value!r}")

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ..data.distortions import DISTORTIONS
 from ..data.draws import Purpose, generator
 from ..errors import ConfigError, DatasetError
+from ..model.bundle import save_bundle
 from ..model.lite0 import FEATURES
-from ..model.pfd.checkpoint import LoadedPfd, begin, save
+from ..model.pfd.checkpoint import LoadedPfd, PfdBundle, begin
 from ..model.pfd.config import Prompts
 from ..model.pfd.encoder import Lite0Encoder
 from ..model.pfd.network import PfdIQA
@@ -365,7 +366,8 @@ def study(
     model.load_state_dict(result.weights)
     steps = f"a teacher of {taught.step} steps and {result.step} of its own"
     note = f"trained on {len(data.training)} pictures, {steps}, configuration {digest(identity(config))}"
-    save(model.cpu().eval(), folder / "model.safetensors", sources=begun.sources, notes=[note])
+    path = folder / "model.safetensors"
+    save_bundle(model.cpu().eval(), path, kind=PfdBundle, sources=begun.sources, notes=[note])
     write_plot(folder)
     return result
 

@@ -1,12 +1,14 @@
 """`iqa-verify`: options in; a verdict as table, JSON and page, and an exit code, out."""
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..command import Command
+from ..command import Command, refuse_given
 from ..engine.atomic import check_folder_of
 from ..errors import UsageError
 
@@ -17,22 +19,11 @@ BUILDS = (
     "onnxruntime-gpu",
     "inductor",
 )  # backends that run builds; the last one on the CPU
-# Options that a comparison of scores has no use for.
-_OF_TENSORS = (
-    "precision",
-    "plan_file",
-    "backend",
-    "device",
-    "any_weights",
-    "quantile",
-    "limits_of",
-    "changes",
-    "fail_fast",
-    "save",
-    "saved",
-    "html_file",
-    "bisect_file",
-)
+_OF_SELF_TEST = {"self_test", "engine", "backend", "device", "threads", "json_file", "quiet", "debug"}
+# Options that a comparison of scores, or of what was saved, has no use for.
+_OF_TENSORS = {"precision", "plan_file", "backend", "device", "any_weights", "quantile", "limits_of", "changes"}
+_OF_TENSORS |= {"fail_fast", "save", "saved", "html_file", "bisect_file"}
+_OF_A_RUN = {"save", "bisect_file", "fail_fast", "backend", "device", "fast"}
 
 
 @click.command(cls=Command)
@@ -163,27 +154,29 @@ def verify(engine: Path | None, images: tuple[str, ...], **given: Any) -> None:
 
     Exit codes: 0 within all limits, 1 beyond one, 2 could not run.
     """
+    from .scores import is_scores
+
+    if given["self_test"]:
+        _self_test(engine, given)
+    elif given["against"] and is_scores(given["against"]):
+        _against_scores(engine, images, given)
+    else:
+        _tensors(engine, images, given)
+
+
+def _tensors(engine: Path | None, images: tuple[str, ...], given: dict[str, Any]) -> None:
+    """Compare what two forms of a model compute, or judge again what was saved of that."""
     from rich.console import Console
 
     from ..export.precision import read_plan
-    from ..runtime.results import Mode, Options
     from . import api
     from .figures import QUANTILE
     from .limits import parse_limit
     from .page import render
-    from .report import show, show_culprits, to_json, write
-    from .scores import is_scores
+    from .report import show, show_culprits, to_json
 
-    if given["self_test"]:
-        _self_test(engine, images, given)
-        return
-    if given["against"] and is_scores(given["against"]):
-        _against_scores(engine, images, given)
-        return
     _refuse_contradictions(engine, images, given)
-    for option in ("json_file", "html_file", "bisect_file"):
-        if given[option]:
-            check_folder_of(given[option])
+    _check_folders(given)
     judged: dict[str, Any] = {
         "against": given["against"],
         "precision": given["precision"],
@@ -200,87 +193,66 @@ def verify(engine: Path | None, images: tuple[str, ...], **given: Any) -> None:
                 engine,
                 images,
                 backend=_backend(given["backend"], given["device"]),
-                options=Options(given["crops"], given["seed"], given["seeds"], Mode(given["mode"]), fast=given["fast"]),
+                options=_options(given, fast=given["fast"]),
                 quantile=given["quantile"] or QUANTILE,
                 bisect=given["bisect_file"] is not None,
                 say=status.update,
                 **judged,
                 **{name: given[name] for name in ("any_weights", "forced", "fail_fast", "save", "trials", "threads")},
             )
-    if not given["quiet"]:
-        show(result.findings, result.checks, sys.stdout)
-        if result.culprits:
-            show_culprits(result.culprits, given["bisect_file"], sys.stdout)
-    if given["json_file"]:
-        write(given["json_file"], to_json(result.findings, result.checks))
-    if given["html_file"]:
-        write(given["html_file"], render(result.findings, result.checks))
-    if result.culprits:
-        write(given["bisect_file"], result.culprits.plan.to_json())
-    if not result.within:
-        sys.exit(1)
+    found, culprits = (result.findings, result.checks), result.culprits
+    files = {"json_file": lambda: to_json(*found), "html_file": lambda: render(*found)}
+    if culprits:
+        files["bisect_file"] = culprits.plan.to_json
+
+    def show_all() -> None:
+        show(*found, sys.stdout)
+        if culprits:
+            show_culprits(culprits, given["bisect_file"], sys.stdout)
+
+    _conclude(given, result.within, show_all, **files)
 
 
-def _self_test(engine: Path | None, images: tuple[str, ...], given: dict[str, Any]) -> None:
+def _self_test(engine: Path | None, given: dict[str, Any]) -> None:
     """Test the engine with the pictures that it carries."""
     from ..runtime.backends import from_options
     from ..runtime.selftest import self_test
-    from .report import self_test_to_json, show_self_test, write
+    from .report import self_test_to_json, show_self_test
 
-    context = click.get_current_context()
-    taken = {"self_test", "engine", "backend", "device", "threads", "json_file", "quiet"}
-    source = click.core.ParameterSource.DEFAULT
-    for parameter in context.command.params:
-        if parameter.name and parameter.name not in taken and context.get_parameter_source(parameter.name) != source:
-            raise UsageError(f"--self-test takes the engine's own pictures: leave out {parameter.opts[0]}")
+    refuse_given(_OF_SELF_TEST, "--self-test takes the engine's own pictures: leave out {}", all_but=True)
     if engine is None:
         raise UsageError("give --engine DIR, which is tested")
-    if given["json_file"]:
-        check_folder_of(given["json_file"])
+    _check_folders(given)
     backend = from_options(given["backend"] or "auto", device=given["device"], threads=given["threads"])
     tested = self_test(engine, backend)
-    if not given["quiet"]:
-        show_self_test(tested, sys.stdout)
-    if given["json_file"]:
-        write(given["json_file"], self_test_to_json(tested))
-    if not tested.within:
-        sys.exit(1)
+    show = partial(show_self_test, tested, sys.stdout)
+    _conclude(given, tested.within, show, json_file=lambda: self_test_to_json(tested))
 
 
 def _against_scores(engine: Path | None, images: tuple[str, ...], given: dict[str, Any]) -> None:
     """Compare with the scores of another program."""
     from rich.console import Console
 
-    from ..runtime.results import Mode, Options
-    from .report import scores_to_json, show_scores, write
+    from .report import scores_to_json, show_scores
     from .scores import compare_scores
 
     if engine is None:
         raise UsageError("give --engine DIR, whose scores are compared")
-    for name in _OF_TENSORS:
-        if given[name]:
-            option = "--" + name.removesuffix("_file").replace("_", "-").replace("changes", "limit")
-            raise UsageError(
-                f"{option} is about tensors, and {given['against']} has scores alone; leave one of them out"
-            )
-    if given["json_file"]:
-        check_folder_of(given["json_file"])
+    why = f"{{}} is about tensors, and {given['against']} has scores alone; leave one of them out"
+    refuse_given(_OF_TENSORS, why)
+    _check_folders(given)
     with Console(stderr=True, quiet=given["quiet"]).status("loading") as status:
         found = compare_scores(
             engine,
             images,
             given["against"],
-            options=Options(given["crops"], given["seed"], given["seeds"], Mode(given["mode"])),
+            options=_options(given),
             trials=given["trials"],
             threads=given["threads"],
             say=status.update,
         )
-    if not given["quiet"]:
-        show_scores(found, sys.stdout)
-    if given["json_file"]:
-        write(given["json_file"], scores_to_json(found))
-    if not found.within:
-        sys.exit(1)
+    show = partial(show_scores, found, sys.stdout)
+    _conclude(given, found.within, show, json_file=lambda: scores_to_json(found))
 
 
 def _refuse_contradictions(engine: Path | None, images: tuple[str, ...], given: dict[str, Any]) -> None:
@@ -288,10 +260,7 @@ def _refuse_contradictions(engine: Path | None, images: tuple[str, ...], given: 
     if given["saved"]:
         if images:
             raise UsageError("--saved judges the images that were saved; leave IMAGES out, or run without --saved")
-        for name in ("save", "bisect_file", "fail_fast", "backend", "device", "fast"):
-            if given[name] is not None and given[name] is not False:
-                option = "--" + name.removesuffix("_file").replace("_", "-")
-                raise UsageError(f"{option} needs a run, and --saved does without; leave one of them out")
+        refuse_given(_OF_A_RUN, "{} needs a run, and --saved does without; leave one of them out")
     elif engine is None:
         raise UsageError("give --engine DIR to verify one, or --saved DIR to judge saved results")
     elif given["backend"] == "openvino":
@@ -302,8 +271,33 @@ def _refuse_contradictions(engine: Path | None, images: tuple[str, ...], given: 
         raise UsageError(f"--device names a GPU, and needs --backend {', '.join(BUILDS[:-1])}")
 
 
+def _check_folders(given: dict[str, Any]) -> None:
+    for option in ("json_file", "html_file", "bisect_file"):
+        if given[option]:
+            check_folder_of(given[option])
+
+
+def _options(given: dict[str, Any], **more: Any) -> Any:
+    from ..runtime.results import Mode, Options
+
+    return Options(given["crops"], given["seed"], given["seeds"], Mode(given["mode"]), **more)
+
+
 def _backend(name: str | None, device: int | None) -> Any:
     """Return the backend whose build is verified; None for the ONNX stages on the CPU."""
     from ..runtime.backends import from_options
 
     return from_options(name, device=device) if name in BUILDS else None
+
+
+def _conclude(given: dict[str, Any], within: bool, show: Callable[[], object], **files: Callable[[], str]) -> None:
+    """Show what was found, write the files that were asked for, and exit with the verdict."""
+    from .report import write
+
+    if not given["quiet"]:
+        show()
+    for option, text in files.items():
+        if given[option]:
+            write(given[option], text())
+    if not within:
+        sys.exit(1)

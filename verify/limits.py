@@ -26,10 +26,10 @@ _STEP = "in one step, given the reference's inputs"
 # The worst image and step count, unless the text says otherwise. The limits of scores are what a precision plan must
 # hold; the others are wide enough for the rounding of the networks at hand: more than that has another cause.
 RULES: dict[str, Rule] = {
-    "unet-max": Rule(f"largest error of the U-Net {_STEP}", (1e-3, 0.05, 0.2, 0.5, 0.5, 1e-3)),
-    "unet-mean": Rule(f"mean error of the U-Net {_STEP}", (1e-4, 0.005, 0.02, 0.05, 0.05, 1e-4)),
+    "unet-max": Rule(f"largest error of the noise {_STEP}", (1e-3, 0.05, 0.2, 0.5, 0.5, 1e-3)),
+    "unet-mean": Rule(f"mean error of the noise {_STEP}", (1e-4, 0.005, 0.02, 0.05, 0.05, 1e-4)),
     "unet-cosine": Rule(
-        f"cosine similarity of the U-Net {_STEP}", (0.99999, 0.9995, 0.99, 0.97, 0.97, 0.99999), floor=True
+        f"cosine similarity of the noise {_STEP}", (0.99999, 0.9995, 0.99, 0.97, 0.97, 0.99999), floor=True
     ),
     "vit-mean": Rule("mean error of the ViT maps, given the reference's inputs", (1e-4, 0.005, 0.02, 0.02, 0.02, 1e-4)),
     "vit-cosine": Rule(

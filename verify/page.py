@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from .. import __version__
 from ..runtime.report.frame import page
-from ..runtime.report.markup import Html, join, tag
+from ..runtime.report.markup import Html, table, tag
 from ..runtime.report.page import number_text
 from ..runtime.report.svg import Axis, Series, linear, logarithmic, plot
 from .figures import Difference, Findings
@@ -91,7 +91,7 @@ def _loop(findings: Findings) -> Html:
         tag("p", "Errors are shares of the reference’s largest value. The largest error is that of the worst image, "
             "the mean is over all images. “One step” gives the candidate the reference’s inputs at each step; in the "
             "“whole run” it goes on from its own results.", class_="quiet"),
-        _chart("Noise that the U-Net predicts: error", errors),
+        _chart("Noise that the network predicts: error", errors),
         _chart("The same: distance of the cosine from 1", cosines),
         _chart("The same: PSNR, dB", psnr, on_powers=False),
         _chart("State that each step starts from, in the whole run: error", states),
@@ -139,8 +139,7 @@ def _section(title: str, *children: Html) -> Html:
 def _table(titles: Sequence[str], rows: Sequence[Html]) -> Html:
     texts = {"What", "Where"}
     cells = (tag("th", title, scope="col", class_="left" if title in texts else None) for title in titles)
-    head = tag("thead", tag("tr", *cells))
-    return tag("div", tag("table", head, tag("tbody", join(*rows)), class_="numbers"), class_="wide")
+    return tag("div", table([*cells], rows, class_="numbers"), class_="wide")
 
 
 def _worst(label: str, runs: Sequence[tuple[Difference, ...]], pick: Callable[[Difference], float]) -> Series:
@@ -171,11 +170,10 @@ def _chart(title: str, lines: Sequence[Series], *, on_powers: bool = True) -> Ht
     steps = Axis(last, 0, tuple((step, str(step)) for step in sorted({last, *range(0, last, max(1, (last + 1) // 5))})))
     margin = 0.05 * (max(shown) - min(shown)) or 0.05 * abs(shown[0]) or 1.0
     up = logarithmic(min(shown), max(shown)) if on_powers else linear(min(shown) - margin, max(shown) + margin)
-    head = tag("tr", tag("th", "Step", scope="col"), *(tag("th", line.label, scope="col") for line in lines))
     rows = [
         tag("tr", tag("th", f"{last - i}", scope="row"), *(tag("td", f"{line.points[i][1]:.3g}") for line in lines))
         for i in range(last + 1)
     ]
-    table = tag("table", tag("thead", head), tag("tbody", *rows), class_="numbers")
-    numbers = tag("details", tag("summary", "The same as a table"), tag("div", table, class_="scroll"))
+    below = table(["Step", *(line.label for line in lines)], rows, class_="numbers")
+    numbers = tag("details", tag("summary", "The same as a table"), tag("div", below, class_="scroll"))
     return plot(title, drawn, steps, up, below=numbers)

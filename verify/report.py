@@ -27,22 +27,18 @@ EXPLANATIONS = 5  # that are shown
 
 def to_json(findings: Findings, checks: Sequence[LimitCheck]) -> str:
     """Return everything measured, and the verdict. NaN and infinity become null: JSON does not have them."""
-    verdict = {"schema": SCHEMA, "within": is_within(checks), "checks": encode(tuple(checks))}
-    data = _finite({**verdict, **encode(findings)})
-    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return _json(is_within(checks), {"checks": encode(tuple(checks)), **encode(findings)})
 
 
 def scores_to_json(found: ScoresFound) -> str:
     """Return a comparison of scores."""
-    data = _finite({"schema": SCHEMA, "within": found.within, **encode(found)})
-    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return _json(found.within, encode(found))
 
 
 def self_test_to_json(tested: Tested) -> str:
     """Return what a self-test found."""
     answers = [{**encode(answer), "within": answer.within} for answer in tested.answers]
-    data = _finite({"schema": SCHEMA, "within": tested.within, **encode(tested), "answers": answers})
-    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return _json(tested.within, {**encode(tested), "answers": answers})
 
 
 def show_self_test(tested: Tested, stream: TextIO) -> None:
@@ -165,6 +161,11 @@ def number(value: float | None) -> str:
     if 0.9 < value < 1:
         return f"{value:.6f}"
     return f"{value:.3g}"
+
+
+def _json(within: bool, found: dict[str, Any]) -> str:
+    data = _finite({"schema": SCHEMA, "within": within, **found})
+    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:

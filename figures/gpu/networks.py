@@ -8,7 +8,7 @@ needs. Whatever runs on one stream uses that memory in turn.
 import copy
 import ctypes
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from ...bench.torch_loop import lowered_unet
 from ...engine.manifest import BuiltStage, FileEntry, Precision, Stage, StageName, TensorSpec
 from ...export import pfd
 from ...export.engine import manifest_of
+from ...export.pytorch import TorchStage
 from ...export.stages import stage_plans
 from ...model.checkpoint import Loaded
 from ...model.pfd.checkpoint import LoadedPfd
@@ -40,6 +41,7 @@ class Networks:
 
     def __init__(self, loaded: Loaded | LoadedPfd) -> None:
         plans = pfd.stage_plans(loaded.model) if isinstance(loaded, LoadedPfd) else stage_plans(loaded.model)
+        self.model = loaded.model
         self.plans = {plan.name: plan for plan in plans}
         stages = []
         for name, plan in self.plans.items():
@@ -52,7 +54,7 @@ class Networks:
 
     def host(self) -> Scorer:
         """Return a scorer on the CPU, in float32."""
-        return Scorer(self.manifest, {name: OnHost(plan.module) for name, plan in self.plans.items()}, backend="host")
+        return Scorer(self.manifest, {s.name: TorchStage(self.model, s) for s in self.manifest.stages}, backend="host")
 
 
 class TorchOnGpu:
@@ -87,7 +89,7 @@ class TorchOnGpu:
                 batches=("1:1:8",),
                 sizes=tuple(self._sizes),
                 precision=Precision.FP16 if self._half else Precision.FP32,
-                kind=lambda _layer, _path, built: TorchStage(self._place, layer, built, self.modules[built.name]),
+                kind=lambda _layer, _path, built: PlacedStage(self._place, layer, built, self.modules[built.name]),
             )
 
         return OnGpu(layer, stages, f"torch {torch.__version__}", Precision.FP16, form)
@@ -98,7 +100,7 @@ class TorchOnGpu:
         return Scorer(self.directory.manifest, executor, backend="torch"), executor
 
 
-class TorchStage:
+class PlacedStage:
     """A network as a `LoadedStage`."""
 
     open_ended = False
@@ -119,7 +121,7 @@ class TorchBinding:
 
     activation_bytes = 0  # PyTorch allocates its own
 
-    def __init__(self, stage: TorchStage, shapes: Shapes, addresses: Mapping[str, int]) -> None:
+    def __init__(self, stage: PlacedStage, shapes: Shapes, addresses: Mapping[str, int]) -> None:
         built, device = stage.built, stage.place.device
         sizes = built.sizes(shapes)
         self._module, self._layer, self._on_card = stage.module, stage.layer, device == "cuda"
@@ -159,25 +161,6 @@ class TorchBinding:
             found = self._module(*(inputs if self._on_card else [x.float() for x in inputs]))
             for target, value in zip(outputs, found if isinstance(found, tuple) else (found,), strict=True):
                 target.copy_(value)
-
-
-class OnHost:
-    """A network as a `StageRunner`."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-
-    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Callable[[], None]:
-        """Return a call that runs the network from and into these arrays."""
-        given, targets = ([torch.from_numpy(array) for array in side.values()] for side in (inputs, outputs))
-
-        @torch.inference_mode()
-        def call() -> None:
-            found = self._module(*given)
-            for target, value in zip(targets, found if isinstance(found, tuple) else (found,), strict=True):
-                target.copy_(value)
-
-        return call
 
 
 class Autocast(nn.Module):

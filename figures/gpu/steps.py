@@ -37,7 +37,7 @@ from ...runtime.plan import make_plan
 from ...runtime.results import Mode, Options, Score
 from ...tests.model.pfd.small import random_small
 from ...tests.tiny import TINY, perturbed, photo
-from .. import kernel_rates
+from . import kernel_rates
 from .check import Notes, Place
 from .networks import HALF, Networks, TorchOnGpu
 from .unet import CROPS, Rates, allow_tf32, graph_of, inputs_of, low, matmul_tflops, median_ms, seconds_of

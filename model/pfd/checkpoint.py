@@ -1,7 +1,7 @@
 """Files → a `PfdIQA` with every weight in place: our bundles, and encoders of other programs to begin training with."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from torch import Tensor
 from ...engine.manifest import Source
 from ...engine.reference import Reference
 from ...errors import CheckpointError, UsageError
-from ..bundle import Bundle, Description, OtherFormatError, check_format, read_description, write_bundle
-from ..checkpoint import COUNTER, Loaded, Setting, misfits, reference_for
+from ..bundle import Bundle, Description, OtherFormatError, check_format, read_description
+from ..checkpoint import COUNTER, Loaded, Setting, copied, misfits, reference_for
 from ..checkpoint import load as load_diff_v2_iqa
 from ..naming import DEIQT, IQA, LITE0, MANIQA, PLAIN, SR3, adapt, recognise
-from ..weightfile import WeightFile, listed, not_finite, read, shown
+from ..weightfile import WeightFile, listed, read, shown
 from .config import PFD_PRESETS, Backbone, PfdConfig
 from .network import PfdIQA, build
 from .prompts import PromptSet, with_prompts
@@ -42,20 +42,6 @@ class LoadedPfd:
     notes: tuple[str, ...]
     settings: tuple[Setting, ...] = ()
     reference: Reference | None = None
-
-
-def save(
-    model: PfdIQA,
-    path: Path,
-    *,
-    half: bool = False,
-    sources: Iterable[Source] = (),
-    notes: Iterable[str] = (),
-    reference: Reference | None = None,
-) -> None:
-    """Write weights and configuration to one file, as `bundle.save_bundle` does."""
-    bundle = PfdBundle(PfdBundle.FORMAT, model.config, tuple(sources), tuple(notes), reference)
-    write_bundle(bundle, model.state_dict(), path, half=half)
 
 
 def load(path: Path) -> LoadedPfd:
@@ -154,15 +140,6 @@ def _fill(model: PfdIQA, file: WeightFile, weights: Mapping[str, Tensor], expect
     if problems := misfits(expected, weights):
         lines = [f"  {title} ({len(names)}): {listed(names)}" for title, names in problems.items()]
         raise CheckpointError("\n".join([f"{file.path} does not fit model {model.config.name!r}:", *lines]))
-    # One stored number may pose as a tensor of any shape.
-    if sum(tensor.numel() for tensor in weights.values()) > file.bytes:
-        raise CheckpointError(f"{file.path}: the tensors have more numbers than the file has bytes")
-    # Copied, because the file may be mapped and may be replaced.
-    own = {
-        name: tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
-        for name, tensor in weights.items()
-    }
-    if broken := not_finite(own):
-        raise CheckpointError(f"{file.path}: weights that are NaN, infinite or beyond float32: {listed(broken)}")
+    own = copied(weights, str(file.path), file.bytes)
     own |= {name: torch.zeros((), dtype=torch.int64) for name in expected if name not in own and name.endswith(COUNTER)}
     model.load_state_dict(own, strict=False, assign=True)

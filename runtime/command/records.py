@@ -143,10 +143,12 @@ class Record:
     def known_to(self, manifest: Manifest, settings: RunSettings) -> Self:
         """Return it with what its score means to a person, as the engine knows it now."""
         meaning, reference = manifest.score, manifest.score.reference
-        if self.score is None or reference is None or reference.caveat(settings.crops, settings.mode):
+        if self.score is None or reference is None:
             return self
         percentile, opinion = meaning.percentile(self.score), meaning.opinion(self.score)
-        return replace(self, percentile=percentile, opinion=opinion, opinion_error=reference.error)
+        caveat = reference.caveat(settings.crops, settings.mode)
+        notes = self.notes if caveat in {None, *self.notes} else (*self.notes, str(caveat))
+        return replace(self, percentile=percentile, opinion=opinion, opinion_error=reference.error, notes=notes)
 
     def result(self) -> Score | Failure:
         """Return the result this record was made of, as far as it holds it: without pictures and single crops."""

@@ -13,6 +13,7 @@ from typing import Any
 from ...engine.manifest import Library
 from ...errors import BackendError, first_line
 
+DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}  # the library's names of types
 MAX_MESSAGES = 10_000  # that a log keeps: a service runs for months, and a build says some hundred things
 
 

@@ -9,7 +9,7 @@ from ..builds import rebuild_command
 from .cuda import CudaLayer
 from .layer import ITEM_BYTES, DeviceMemoryError, LoadedStage, Shapes
 from .runtime_cache import RuntimeCache, cache_of
-from .tensorrt import Log, TensorRT, gpu_capability
+from .tensorrt import DTYPES, Log, TensorRT, gpu_capability
 
 
 def load_engines(
@@ -97,9 +97,7 @@ class _Engine:
         """Whether the engine's tensor has the item size and dimensions the manifest lists."""
         shape = tuple(-1 if isinstance(n, str) else n for n in spec.shape)
         size = self.engine.get_tensor_bytes_per_component(spec.name)
-        dtype = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}.get(
-            self.engine.get_tensor_dtype(spec.name).name
-        )
+        dtype = DTYPES.get(self.engine.get_tensor_dtype(spec.name).name)
         # A static profile may leave the network's free dimension fixed in the engine.
         known = tuple(self.engine.get_tensor_shape(spec.name))
         fits = len(known) == len(shape) and all(a in {b, -1} or b == -1 for a, b in zip(known, shape, strict=True))

@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ...engine.manifest import Build, BuiltStage, EngineDirectory
-from ...errors import BackendError, UsageError, first_line
+from ...errors import BackendError, first_line
 from ..builds import NotForShapesError, choose_profile, rebuild_command
-from ..executor import Call, Opened
+from ..executor import Call
 from ..inductor import Package, cpu_target, fitting_build, packages, torch
 from .onnx_stage import available_cpus
-from .stages import OnHost
+from .stages import OnHost, OnTheHost, refuse_count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,19 +22,17 @@ FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Inductor:
+class Inductor(OnTheHost):
     """PyTorch's compiler on the CPU: the newest build in the engine directory that was made on this machine."""
 
     key: ClassVar[str] = "inductor"
     title: ClassVar[str] = "PyTorch Inductor"
-    on_gpu: ClassVar[bool] = False
 
-    threads: int | None = None  # None: as many as the CPUs this process may use
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what is no number of threads."""
-        if self.threads is not None and (not isinstance(self.threads, int) or self.threads < 1):
-            raise UsageError(f"threads must be a whole number above 0, not {self.threads!r}")
+        refuse_count("threads", self.threads)
 
     @property
     def name(self) -> str:
@@ -48,10 +46,6 @@ class Inductor:
         threads = self.threads or available_cpus()
         stages = {made.name: InductorStage(directory, build, made, loaded[made.name], threads) for made in build.stages}
         return OnHost(stages, f"inductor {build.version} {build.precision}: CPU", build.precision, build)
-
-    def open(self, directory: EngineDirectory) -> Opened:
-        """Load an engine, ready to carry out plans."""
-        return self.load(directory).ready(directory)
 
 
 class InductorStage:

@@ -11,22 +11,21 @@ import numpy.typing as npt
 
 from ...engine.manifest import EngineDirectory, StageName
 from ...errors import BackendError, UsageError, first_line
-from ..executor import Call, Opened
-from .stages import OnHost, load_files
+from ..executor import Call
+from .stages import OnHost, OnTheHost, load_files, refuse_count
 
 FloatArray = npt.NDArray[np.float32]
 Provider = str | tuple[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class OnnxRuntime:
+class OnnxRuntime(OnTheHost):
     """ONNX Runtime on the CPU, or on whatever execution provider is asked for; how it is set up."""
 
     key: ClassVar[str] = "onnxruntime"
     title: ClassVar[str] = "ONNX Runtime"
-    on_gpu: ClassVar[bool] = False
 
-    threads: int | None = None  # None: as many as the CPUs this process may use
+    threads: int | None = None
     providers: Sequence[Provider] = ("CPUExecutionProvider",)
     spinning: bool = False  # idle threads burn CPU for latency; wrong on a shared machine
     session_config: Mapping[str, str] = field(default_factory=dict)  # any entry ONNX Runtime documents
@@ -35,8 +34,7 @@ class OnnxRuntime:
 
     def __post_init__(self) -> None:
         """Refuse what ONNX Runtime would take for something else."""
-        if self.threads is not None and (not isinstance(self.threads, int) or self.threads < 1):
-            raise UsageError(f"threads must be a whole number above 0, not {self.threads!r}")
+        refuse_count("threads", self.threads)
         if isinstance(self.providers, str) or not self.providers:
             raise UsageError(f"providers must be a list of execution providers, not {self.providers!r}")
 
@@ -57,10 +55,6 @@ class OnnxRuntime:
     def load(self, directory: EngineDirectory) -> OnHost:
         """Load the stages; an executor then owns them."""
         return load_files(directory, self)
-
-    def open(self, directory: EngineDirectory) -> Opened:
-        """Load an engine, ready to carry out plans."""
-        return self.load(directory).ready(directory)
 
 
 def make_session(

@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from ...engine.manifest import EngineDirectory, StageName
 from ...errors import BackendError, UsageError
-from ..executor import Call, Opened
+from ..executor import Call
 from .onnx_stage import available_cpus
-from .stages import OnHost, load_files
+from .stages import OnHost, OnTheHost, load_files, refuse_count
 
 FloatArray = npt.NDArray[np.float32]
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}  # and OpenVINO's word for each
@@ -24,22 +24,20 @@ _IMPORT = threading.Lock()
 
 
 @dataclass(frozen=True)
-class OpenVino:
+class OpenVino(OnTheHost):
     """OpenVINO on the CPU, and its settings."""
 
     key: ClassVar[str] = "openvino"
     title: ClassVar[str] = "OpenVINO"
-    on_gpu: ClassVar[bool] = False
 
-    threads: int | None = None  # None: as many as the CPUs this process may use
+    threads: int | None = None
     precision: str = "fp32"  # of the U-Net's float32 parts; 8-bit parts stay 8-bit, the heads stay float32
     shapes: int = 4  # compiled forms to keep per stage; each holds weights, and takes half a second or more to make
 
     def __post_init__(self) -> None:
         """Refuse values that OpenVINO would misread."""
-        for name, value in (("threads", self.threads), ("shapes", self.shapes)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise UsageError(f"{name} must be a whole number above 0, not {value!r}")
+        refuse_count("threads", self.threads)
+        refuse_count("shapes", self.shapes)
         if self.precision not in PRECISIONS:
             raise UsageError(f"precision must be {' or '.join(PRECISIONS)}, not {self.precision!r}")
 
@@ -64,10 +62,6 @@ class OpenVino:
     def load(self, directory: EngineDirectory) -> OnHost:
         """Load the stages; an executor then owns them."""
         return load_files(directory, self)
-
-    def open(self, directory: EngineDirectory) -> Opened:
-        """Load an engine, ready to carry out plans."""
-        return self.load(directory).ready(directory)
 
 
 class OpenVinoStage:

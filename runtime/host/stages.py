@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from ...engine.manifest import Build, EngineDirectory, Precision, StageName, wiring
-from ...errors import EngineError
+from ...errors import EngineError, UsageError
 from ..executor import Opened, StageRunner
 from .executor import HostExecutor
 
@@ -43,6 +43,26 @@ class OnHost:
     def ready(self, directory: EngineDirectory) -> Opened:
         """Return it as `load` takes it."""
         return Opened(HostExecutor(directory.manifest, self.stages), self.name)
+
+
+class OnTheHost:
+    """What the backends on the CPU share. Their `threads` are None for as many as the CPUs this process may use."""
+
+    on_gpu: ClassVar[bool] = False
+
+    def load(self, directory: EngineDirectory) -> OnHost:
+        """Load the stages; an executor then owns them."""
+        raise NotImplementedError
+
+    def open(self, directory: EngineDirectory) -> Opened:
+        """Load an engine, ready to carry out plans."""
+        return self.load(directory).ready(directory)
+
+
+def refuse_count(name: str, value: int | None) -> None:
+    """Raise UsageError for what is no number from 1 on."""
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise UsageError(f"{name} must be a whole number above 0, not {value!r}")
 
 
 def load_files(directory: EngineDirectory, backend: StageLoader) -> OnHost:

@@ -3,33 +3,35 @@
 import os
 import sys
 import time
+from pathlib import Path
 
-from diffiqa.bench.contenders import Ask, Ground, Missing, Score
+from diffiqa.bench.contenders import Ground, Missing, Score
+from diffiqa.runtime.results import Options
 
 
 def good(_ground: Ground) -> tuple[Score, str]:
     return truth, "fake 1.0"
 
 
-def truth(ask: Ask) -> float:
-    return 0.5 + 0.01 * ask.seed
+def truth(_image: Path, options: Options) -> float:
+    return 0.5 + 0.01 * options.seed
 
 
 def rounds_a_little(_ground: Ground) -> tuple[Score, str]:
-    return lambda ask: truth(ask) + 1e-3, "fake 1.0"
+    return lambda image, options: truth(image, options) + 1e-3, "fake 1.0"
 
 
 def differs(_ground: Ground) -> tuple[Score, str]:
-    return lambda ask: truth(ask) + 0.1, "fake 1.0"
+    return lambda image, options: truth(image, options) + 0.1, "fake 1.0"
 
 
 def sways(_ground: Ground) -> tuple[Score, str]:
     """Differ from image to image by as much upwards as downwards."""
-    return lambda ask: truth(ask) + (0.1 if ask.image.name == "a.png" else -0.1), "fake 1.0"
+    return lambda image, options: truth(image, options) + (0.1 if image.name == "a.png" else -0.1), "fake 1.0"
 
 
 def no_number(_ground: Ground) -> tuple[Score, str]:
-    return lambda _ask: float("nan"), "fake 1.0"
+    return lambda _image, _options: float("nan"), "fake 1.0"
 
 
 def missing(_ground: Ground) -> tuple[Score, str]:
@@ -41,7 +43,7 @@ def refuses(_ground: Ground) -> tuple[Score, str]:
 
 
 def dies(_ground: Ground) -> tuple[Score, str]:
-    def score(_ask: Ask) -> float:
+    def score(_image: Path, _options: Options) -> float:
         sys.stderr.write("terminate called\n")
         sys.stderr.flush()
         os._exit(7)
@@ -50,7 +52,7 @@ def dies(_ground: Ground) -> tuple[Score, str]:
 
 
 def hangs(_ground: Ground) -> tuple[Score, str]:
-    def score(_ask: Ask) -> float:
+    def score(_image: Path, _options: Options) -> float:
         time.sleep(600)
         return 0.0
 

@@ -88,7 +88,7 @@ def test_the_page_stands_alone_and_draws_what_was_measured(finished: tuple[Resul
         (["--engine", "ENGINE", "--size", "16x16"], "smaller than a crop"),
         (["--engine", "ENGINE", "--size", "64"], "is not WIDTHxHEIGHT"),
         (["--engine", "ENGINE", "--crops", "1,x"], "is not whole numbers"),
-        (["--engine", "ENGINE", "--steps", "2"], "2 steps are too few"),
+        (["--engine", "ENGINE", "--steps", "2"], "2 of 6 steps cannot hold the noise levels"),
         (["--engine", "ENGINE", "--fast"], "no fast sampling yet; make one with: iqa-calibrate"),
         (["--engine", "ENGINE", "--fast", "--steps", "4"], "fast has steps of its own"),
         (["--engine", "ENGINE", "--fast", "--peer", "openvino"], "which no peer takes"),

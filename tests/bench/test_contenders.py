@@ -23,7 +23,6 @@ from diffiqa.bench import contenders
 from diffiqa.bench.contenders import (
     OURS,
     PEERS,
-    Ask,
     DefaultStage,
     Ground,
     Missing,
@@ -35,7 +34,7 @@ from diffiqa.bench.contenders import (
 )
 from diffiqa.bench.peers import EXACT
 from diffiqa.bench.torch_loop import TorchScorer, Way, normals
-from diffiqa.bench.workload import generate, with_steps
+from diffiqa.bench.workload import generate
 from diffiqa.engine.crops import CropPlaces
 from diffiqa.engine.manifest import Manifest, open_engine
 from diffiqa.engine.noise import WEYL, NoiseField, split_seed
@@ -46,7 +45,6 @@ from diffiqa.model.bundle import save_bundle
 from diffiqa.model.config import Norm
 from diffiqa.model.network import DiffV2IQA, build
 from diffiqa.runtime.backends import BACKENDS, OnnxOnGpu, TensorRt
-from diffiqa.runtime.gpu import cuda
 from diffiqa.runtime.gpu.onnx_stage import CUDA
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, providers_here
 from diffiqa.runtime.host.stages import OnHost, load_stages
@@ -135,12 +133,12 @@ def test_floating_point_pixels_are_taken_as_they_are(scorer: Scorer, tiny_model:
     assert found == pytest.approx(scorer.score(pixels, Options(crops=1)).score, abs=SUMS)
 
 
-def test_another_number_of_steps_is_followed(tiny_engine: Path, tiny_model: DiffV2IQA, manifest: Manifest) -> None:
-    stepped = with_steps(manifest, 12)
-    ours = Scorer(stepped, load_stages(open_engine(tiny_engine), OnnxRuntime(threads=1)), backend="test")
-    torch_scorer, pixels, options = TorchScorer(tiny_model, CPU), photo(2, 40, 48), Options(crops=2)
-    assert torch_scorer.score(pixels, stepped, options) == pytest.approx(ours.score(pixels, options).score, abs=SUMS)
-    assert torch_scorer.score(pixels, manifest, options) != torch_scorer.score(pixels, stepped, options)
+def test_another_number_of_steps_is_followed(scorer: Scorer, tiny_model: DiffV2IQA, manifest: Manifest) -> None:
+    torch_scorer, pixels, all_steps = TorchScorer(tiny_model, CPU), photo(2, 40, 48), Options(crops=2)
+    few = replace(all_steps, steps=4)
+    found = torch_scorer.score(pixels, manifest, few)
+    assert found == pytest.approx(scorer.score(pixels, few).score, abs=SUMS)
+    assert torch_scorer.score(pixels, manifest, all_steps) != found
 
 
 @pytest.mark.parametrize(("norm", "dtype"), [(Norm.BATCH, torch.bfloat16), (Norm.GROUP, torch.float16)])
@@ -213,7 +211,7 @@ def test_compilers_get_each_network_whole(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("way", Way)
 def test_every_way_scores_as_ours_on_a_gpu(
-    scorer: Scorer, tiny_engine: Path, ckpt: Path, manifest: Manifest, picture: Path, way: Way, dtype: torch.dtype
+    scorer: Scorer, tiny_engine: Path, ckpt: Path, picture: Path, way: Way, dtype: torch.dtype
 ) -> None:
     if not torch.cuda.is_available():
         pytest.skip("torch has no GPU")
@@ -224,9 +222,9 @@ def test_every_way_scores_as_ours_on_a_gpu(
     except Missing as reason:
         pytest.skip(str(reason))
     for seed in (0, 1, 0):  # the second captures or replays, the third must not see what the others left
-        ask = Ask(picture, crops=9, seed=seed, steps=manifest.schedule.steps)
-        expected = scorer.score(picture, Options(crops=9, seed=seed)).score
-        assert score(ask) == pytest.approx(expected, abs=EXACT if dtype == torch.float32 else HALVES)
+        options = Options(crops=9, seed=seed)
+        expected = scorer.score(picture, options).score
+        assert score(picture, options) == pytest.approx(expected, abs=EXACT if dtype == torch.float32 else HALVES)
 
 
 # --------------------------------------------------------------------------------------------------- contenders
@@ -264,8 +262,9 @@ def test_peers_of_both_places_score_files_as_ours(
         ground = replace(ground, backend=OnnxOnGpu())
     score, version = peer.make(ground)
     assert version == f"torch {torch.__version__}"
-    expected = scorer.score(picture, Options(crops=3, seed=4)).score
-    assert score(Ask(picture, crops=3, seed=4, steps=6)) == pytest.approx(expected, abs=allowed)
+    for options in (Options(crops=3, seed=4), Options(crops=3, seed=4, steps=4)):
+        expected = scorer.score(picture, options).score
+        assert score(picture, options) == pytest.approx(expected, abs=allowed)
 
 
 @pytest.mark.parametrize(("threads", "asked"), [(None, 0), (2, 2)])
@@ -287,7 +286,7 @@ def test_a_stage_with_default_settings_changes_threads_at_most(
 def test_onnxruntime_as_its_examples_have_it_scores_as_ours(tiny_engine: Path, scorer: Scorer, picture: Path) -> None:
     score, _version = contenders.onnxruntime_default(Ground(tiny_engine, None, OnnxRuntime(1)))
     expected = scorer.score(picture, Options(crops=2)).score
-    assert score(Ask(picture, crops=2, seed=0, steps=6)) == pytest.approx(expected, abs=SUMS)
+    assert score(picture, Options(crops=2)) == pytest.approx(expected, abs=SUMS)
 
 
 @pytest.mark.parametrize("cuda_graph", [True, False])
@@ -299,31 +298,8 @@ def test_ours_on_a_gpu_is_what_load_runs(
     assert version == "tensorrt-rtx 1.7 fp32"
     expected = scorer.score(picture, Options(crops=2, seed=3)).score
     for _ in range(3):
-        assert score(Ask(picture, crops=2, seed=3, steps=6)) == pytest.approx(expected, abs=1e-5)
+        assert score(picture, Options(crops=2, seed=3)) == pytest.approx(expected, abs=1e-5)
     assert bool(fake_gpu.graphs) is cuda_graph
-
-
-def test_ours_on_a_gpu_is_loaded_anew_for_another_number_of_steps(
-    tiny_build: Path,
-    tiny_engine: Path,
-    fake_gpu: FakeLayer,
-    monkeypatch: pytest.MonkeyPatch,
-    picture: Path,
-) -> None:
-    layers: list[FakeLayer] = []
-
-    def opened(_ordinal: int) -> FakeLayer:
-        layers.append(FakeLayer(fake_gpu.driver))
-        return layers[-1]
-
-    monkeypatch.setattr(cuda, "CudaLayer", opened)
-    score, _version = OURS.make(Ground(tiny_build, None, TensorRt()))
-    on_host, _version = OURS.make(Ground(tiny_engine, None, OnnxRuntime(1)))
-    for steps in (6, 12, 12, 6):
-        ask = Ask(picture, crops=2, seed=3, steps=steps)
-        assert score(ask) == pytest.approx(on_host(ask), abs=1e-5)
-    assert [layer.closed for layer in layers] == [True, True, False]
-    assert [layer.left for layer in layers[:2]] == [0, 0]
 
 
 @pytest.mark.parametrize("spinning", [True, False])
@@ -469,7 +445,7 @@ def test_nncf_quantises_the_unet_alone(tiny_engine: Path, tmp_path: Path, monkey
     monkeypatch.setitem(sys.modules, "openvino_telemetry", None)
     pytest.importorskip("nncf")
     picture = generate(tmp_path, [(48, 48)], 1, 0).by_size[48, 48][0]
-    ask = Ask(picture, crops=1, seed=0, steps=6)
+    options = Options(crops=1)
     (rounded, version), (exact, _) = (make(Ground(tiny_engine, None)) for make in (openvino_nncf, ours))
     assert "nncf" in version
-    assert 0 < abs(rounded(ask) - exact(ask)) < 0.05
+    assert 0 < abs(rounded(picture, options) - exact(picture, options)) < 0.05

@@ -119,7 +119,7 @@ def on(
 ) -> Measurement:
     directory = open_engine(engine)
     images = tuple(generate(folder, [size], 2 * batch, seed=3).by_size[size])
-    workload = Workload(images, *size, crops=crops, steps=6, workers=1, seed=0, batch=batch)
+    workload = Workload(images, *size, Options(crops=crops), batch=batch)
     return Measurement(directory, DeviceRuntime(directory, backend), workload)
 
 
@@ -375,8 +375,8 @@ def test_cases_leave_the_engine_to_each_other(tiny_build: Path, fake_gpu: FakeLa
     directory = open_engine(tiny_build)
     runtime = DeviceRuntime(directory, TENSORRT)
     images = tuple(generate(tmp_path, [(40, 48)], 1, seed=3).by_size[40, 48])
-    workload = Workload(images, 40, 48, crops=1, steps=6, workers=1, seed=0)
-    first, second = (Measurement(directory, runtime, replace(workload, steps=steps)) for steps in (6, 4))
+    workloads = [Workload(images, 40, 48, Options(crops=1, steps=steps)) for steps in (6, 4)]
+    first, second = (Measurement(directory, runtime, workload) for workload in workloads)
     first.warm_up()
     second.warm_up()
     first.runner.close()

@@ -1,30 +1,19 @@
-"""`figures/kernel_rates.py`, as far as it goes without a GPU: what is launched, how often, and what that moves."""
-
-import importlib
-import subprocess
-import sys
-from pathlib import Path
+"""`figures/gpu/kernel_rates.py`, as far as it goes without a GPU: what is launched, how often, and what that moves."""
 
 import numpy as np
-import pytest
 
-from diffiqa import cli
-from diffiqa.errors import BackendError
+from diffiqa.figures.gpu import kernel_rates
 from diffiqa.kernels.launch import CROP, Launch
-from diffiqa.runtime.gpu.tensorrt import device_capability, gpu_capability
 
 from ..fake_device import FakeLayer, device_memory
 from ..fakecuda.driver import Driver
 
 # By kernel: which arguments are addresses of images, and of a loop's progress.
 BUFFERS = {"noise_init": (0, 1, 5), "sampler_step": (0, 1, 2, 7), "normalise_pad": (0, 1), "gather_crops": (2,)}
-SCRIPT = Path(cli.__file__).parent / "figures" / "kernel_rates.py"
 
 
-def test_every_kernel_is_timed_as_a_graph_of_many_launches(layer: FakeLayer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    script = importlib.import_module("kernel_rates")
-    rows = {row["kernel"]: row for row in script.measure(layer, 2, 40, 48, crop=32, touched=0)}
+def test_every_kernel_is_timed_as_a_graph_of_many_launches(layer: FakeLayer) -> None:
+    rows = {row["kernel"]: row for row in kernel_rates.measure(layer, 2, 40, 48, crop=32, touched=0)}
     pixels, cut = 2 * 3 * 40 * 48, 2 * 3 * 32 * 32
     assert {name: row["bytes"] for name, row in rows.items()} == {
         "noise_init_f32": 4 * pixels,
@@ -36,9 +25,9 @@ def test_every_kernel_is_timed_as_a_graph_of_many_launches(layer: FakeLayer, mon
         "normalise_pad_f16": 3 * pixels // 2,
         "gather_crops_f16": 6 * cut,
     }
-    assert all(len(row["seconds"]) == script.ROUNDS and row["gb_per_second"] > 0 for row in rows.values())
+    assert all(len(row["seconds"]) == kernel_rates.ROUNDS and row["gb_per_second"] > 0 for row in rows.values())
     assert len(layer.graphs) == len(rows)
-    assert all(script.LAUNCHES <= graph.work < 2 * script.LAUNCHES for graph in layer.graphs)
+    assert all(kernel_rates.LAUNCHES <= graph.work < 2 * kernel_rates.LAUNCHES for graph in layer.graphs)
     assert layer.alive == 0
 
 
@@ -62,18 +51,15 @@ class Watched(FakeLayer):
         super().launch(launch)
 
 
-def test_memory_is_not_met_again_before_more_was_touched_than_caches_hold(
-    driver: Driver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    script, layer, touched = importlib.import_module("kernel_rates"), Watched(driver), 600_000
-    rows = {row["kernel"]: row for row in script.measure(layer, 2, 40, 72, crop=32, touched=touched)}
+def test_memory_is_not_met_again_before_more_was_touched_than_caches_hold(driver: Driver) -> None:
+    layer, touched = Watched(driver), 600_000
+    rows = {row["kernel"]: row for row in kernel_rates.measure(layer, 2, 40, 72, crop=32, touched=touched)}
     assert len(rows) == len(layer.launches)
     for captured in layer.launches:
         kernel, sets = captured[0].kernel, len({launch.arguments for launch in captured})
         assert sets > 1
         assert sets * rows[kernel]["bytes"] >= touched
-        assert len(captured) >= script.LAUNCHES
+        assert len(captured) >= kernel_rates.LAUNCHES
         assert len(captured) % sets == 0
         assert captured == captured[:sets] * (len(captured) // sets)
         for index in BUFFERS[kernel[: -len("_f32")]]:  # no set shares them with another
@@ -85,13 +71,3 @@ def test_memory_is_not_met_again_before_more_was_touched_than_caches_hold(
             assert len(cut) == 2 * sets
             del layer.crops[: len(captured)]
     assert layer.alive == 0
-
-
-def test_without_a_gpu_it_says_what_is_missing() -> None:
-    if device_capability() is not None:
-        pytest.skip("there is a GPU")
-    with pytest.raises(BackendError) as missing:
-        gpu_capability(0)
-    found = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
-    assert found.returncode == 2
-    assert found.stderr.strip() == f"error: {missing.value}"

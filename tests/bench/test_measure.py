@@ -10,7 +10,7 @@ from diffiqa.bench.measure import Measurement, SoakRun
 from diffiqa.bench.results import Case
 from diffiqa.bench.running import HostRuntime
 from diffiqa.bench.work import count_work
-from diffiqa.bench.workload import Workload, generate, sort_by_size, with_steps
+from diffiqa.bench.workload import Workload, generate, sort_by_size
 from diffiqa.engine.manifest import EngineDirectory, StageName, open_engine
 from diffiqa.runtime.backends import OnnxRuntime
 from diffiqa.runtime.plan import make_plan
@@ -38,7 +38,7 @@ def directory(tiny_engine: Path) -> EngineDirectory:
 
 def bench(directory: EngineDirectory, folder: Path, clock: FakeClock, *, steps: int = 6, crops: int = 2) -> Measurement:
     images = tuple(generate(folder, [(40, 48)], 2, seed=3).by_size[40, 48])
-    workload = Workload(images, 40, 48, crops=crops, steps=steps, workers=1, seed=0)
+    workload = Workload(images, 40, 48, Options(crops=crops, steps=steps))
     return Measurement(directory, HostRuntime(directory, OnnxRuntime(1)), workload, clock)
 
 
@@ -91,15 +91,13 @@ def test_work_is_counted_from_the_graphs(directory: EngineDirectory) -> None:
     assert larger["unet"] > 4 * crop["unet"]  # attention grows with the square of the pixels
 
 
-def test_fewer_steps_are_measured_with_taps_at_the_same_share(directory: EngineDirectory, tmp_path: Path) -> None:
-    fewer = with_steps(directory.manifest, 4)
-    assert (fewer.schedule.steps, fewer.taps.t1, fewer.taps.t2) == (4, 1, 2)
-    assert with_steps(directory.manifest, 6) is directory.manifest
+def test_fewer_steps_are_those_of_a_run(directory: EngineDirectory, tmp_path: Path) -> None:
     run = bench(directory, tmp_path, FakeClock(), steps=4)
     run.round()
-    assert len(run.case().step_seconds) == 4
-    with pytest.raises(UsageError, match="2 steps are too few"):
-        with_steps(directory.manifest, 2)
+    case = run.case()
+    assert (case.steps, len(case.step_seconds)) == (4, 4)
+    with pytest.raises(UsageError, match="2 of 6 steps cannot hold the noise levels"):
+        bench(directory, tmp_path, FakeClock(), steps=2)
 
 
 def test_generated_images_are_the_same_for_a_seed_and_differ_from_each_other(

@@ -5,15 +5,16 @@ from pathlib import Path
 import pytest
 
 from diffiqa import BackendError
-from diffiqa.bench.contenders import OURS, PEERS, Ask, Contender, Ground, Place
+from diffiqa.bench.contenders import OURS, PEERS, Contender, Ground, Place
 from diffiqa.bench.peers import Contest, Entrant, Out
 from diffiqa.bench.results import Peer
 from diffiqa.bench.workload import Workload
 from diffiqa.runtime.backends import OnnxRuntime
+from diffiqa.runtime.results import Options
 from diffiqa.tests.bench import fake_contenders as fakes
 
 GROUND = Ground(Path("engine"), None)
-WORKLOAD = Workload((Path("a.png"), Path("b.png")), 32, 32, crops=1, steps=6, workers=1, seed=0)
+WORKLOAD = Workload((Path("a.png"), Path("b.png")), 32, 32, Options(crops=1))
 GOOD = Contender("good", "fp32", fakes.good)
 
 
@@ -86,14 +87,14 @@ def test_a_peer_that_hangs_is_given_up_and_its_process_ended(tmp_path: Path) -> 
     entrant.start(GROUND)
     entrant.timeout = 0.05
     with pytest.raises(Out, match=r"no answer within 0\.05 seconds"):
-        entrant.ask(Ask(Path("a.png"), 1, 0, 6))
+        entrant.ask(Path("a.png"), Options(crops=1))
     entrant.leave("slow")
     assert entrant.found.problem == "slow"
 
 
 def test_images_too_large_for_a_peer_cost_it_their_case_alone(tiny_engine: Path) -> None:
     said: list[str] = []
-    large = Workload((Path("c.png"),), 700, 800, crops=1, steps=6, workers=1, seed=0)
+    large = Workload((Path("c.png"),), 700, 800, Options(crops=1))
     untiled = Contender("untiled", "fp32", fakes.good, untiled=(Place.CPU,))
     elsewhere = Contender("untiled on a GPU", "fp32", fakes.good, untiled=(Place.GPU,))
     workloads = [("large", large), ("small", WORKLOAD)]
@@ -115,7 +116,7 @@ def test_images_too_large_for_a_peer_cost_it_their_case_alone(tiny_engine: Path)
 
 
 def test_a_peer_is_skipped_whose_images_are_all_too_large(tiny_engine: Path) -> None:
-    large = Workload((Path("c.png"),), 700, 800, crops=1, steps=6, workers=1, seed=0)
+    large = Workload((Path("c.png"),), 700, 800, Options(crops=1))
     untiled = Contender("untiled", "fp32", fakes.refuses, untiled=(Place.CPU,))  # nor is it started
     run = Contest([GOOD, untiled], Ground(tiny_engine, None, OnnxRuntime(1)), [("large", large)], rounds=1, timeout=60)
     run.run()

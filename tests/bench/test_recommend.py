@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from diffiqa.bench import recommend as module
 from diffiqa.bench.cli import bench
-from diffiqa.bench.contenders import Ask, Contender, Ground
+from diffiqa.bench.contenders import Contender, Ground
 from diffiqa.bench.peers import Answer, Out
 from diffiqa.bench.recommend import Way, recommend
 from diffiqa.engine.manifest import MANIFEST, Source, read_manifest
@@ -17,6 +17,7 @@ from diffiqa.engine.monotone import Monotone
 from diffiqa.engine.sampling import Fast, Sampling
 from diffiqa.errors import BackendError, UsageError
 from diffiqa.runtime.backends import OnnxRuntime, OpenVino
+from diffiqa.runtime.results import Options
 
 FAST = Fast(Sampling((0, 2, 5)), Monotone((0.0,), (0.0,), slope_beyond=1), 40)
 
@@ -34,15 +35,15 @@ class Made:
             raise Out("it is not here")
         self.backend = ground.backend
 
-    def ask(self, ask: Ask) -> Answer:
-        seconds, moved = ask.steps * self.cost, 0.0
+    def ask(self, _image: Path, options: Options) -> Answer:
+        seconds, moved = (options.steps or 6) * self.cost, 0.0
         if isinstance(self.backend, OpenVino):
             seconds, moved = (seconds / 4, 0.1) if self.backend.precision == "bf16" else (seconds / 2, 1e-6)
         if (self.backend.threads or 4) < 4:
             seconds *= 2
-        if ask.fast:
+        if options.fast:
             seconds, moved = seconds / 5, moved + 2e-3
-        return Answer(0.5 + 0.01 * ask.seed + moved, seconds, None)
+        return Answer(0.5 + 0.01 * options.seed + moved, seconds, None)
 
     def leave(self) -> None: ...
 

@@ -20,6 +20,8 @@ from diffiqa.engine.manifest import MANIFEST, Manifest, read_manifest
 from diffiqa.engine.reference import Reference, read_reference
 from diffiqa.errors import DatasetError, UsageError
 from diffiqa.evaluation.reference import FOLDS, IMAGES_PER_KNOT, SEED, Ends, held_out_error, make_reference
+from diffiqa.export.api import Exported
+from diffiqa.export.cli import print_exported
 from diffiqa.export.engine import manifest_of
 from diffiqa.model.bundle import save_bundle
 from diffiqa.model.checkpoint import load
@@ -130,7 +132,9 @@ def test_a_reference_is_what_the_engine_scored(folder: Path) -> None:
     assert 1 <= reference.opinions.outputs[0] <= reference.opinions.outputs[-1] <= 1 + 4 * COUNT / 200
 
 
-def test_a_bundle_carries_it_to_the_engine_of_the_same_weights_and_steps(folder: Path) -> None:
+def test_a_bundle_carries_it_to_the_engine_of_the_same_weights_and_steps(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert call("convert", "--ckpt", "tiny.safetensors", "--reference", "r.json", "-o", "known.pt").exit_code == 0
     known = load(Path("known.pt"))
     assert known.reference == read_reference(Path("r.json"))
@@ -140,6 +144,8 @@ def test_a_bundle_carries_it_to_the_engine_of_the_same_weights_and_steps(folder:
     left_out = manifest_of(dataclasses.replace(known, model=fewer), ())
     assert left_out.score.reference is None
     assert "labels is left out" in left_out.provenance.notes[-1]
+    print_exported(Path("engine"), dataclasses.replace(known, model=fewer), Exported(left_out, (), None))
+    assert f"note: {left_out.provenance.notes[-1]}" in capsys.readouterr().out
     save_bundle(build(TINY, 9), Path("other.safetensors"))
     refused = call("convert", "--ckpt", "other.safetensors", "--reference", "r.json", "-o", "wrong.pt")
     assert (refused.exit_code, Path("wrong.pt").exists()) == (2, False)
@@ -205,7 +211,9 @@ def test_scores_of_an_engine_that_did_not_know_it_yet_get_it_too(folder: Path, f
     describe(dataclasses.replace(before, score=dataclasses.replace(before.score, reference=reference)))
     assert call(*run, "0.png", "1.png", "--resume").exit_code == call(*others, "--resume").exit_code == 0
     describe(before)
-    assert not read(f"u.{form}")[0].get("percentile")
+    (other,) = read(f"u.{form}")
+    assert float(other["percentile"]) == reference.percentile(float(other["score"]))
+    assert "hold for --crops 1 --mode whole, not for --crops 9" in str(other["notes"])
     rows = read(f"t.{form}")
     assert [row["image"] for row in rows] == ["0.png", "1.png"]
     assert [float(row["opinion"]) for row in rows] == [reference.opinions(float(row["score"])) for row in rows]

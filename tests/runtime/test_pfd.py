@@ -24,6 +24,8 @@ from diffiqa.runtime.command import api
 from diffiqa.runtime.command.recordfile import read_records
 from diffiqa.runtime.command.records import Format, Record, RunSettings
 from diffiqa.runtime.command.table import show_table
+from diffiqa.runtime.report.page import Page
+from diffiqa.runtime.report.writer import single_card
 from diffiqa.runtime.results import Options, Score, words_text
 from diffiqa.runtime.scorer import Scorer, load
 
@@ -93,11 +95,13 @@ def test_pictures_show_the_crops_on_the_image(pfd: Scorer) -> None:
     found = pfd.score(PIXELS, Options(crops=1), pictures=True)
     assert found.pictures
     (crop,) = found.crops
+    card = single_card(Page(pfd.manifest, ""), found, 352)
     here = np.s_[crop.top : crop.top + SMALL.crop, crop.left : crop.left + SMALL.crop]
     for name, shown in found.pictures.words.items():
         probabilities = crop.probabilities[name]
         assert shown.word == max(probabilities, key=lambda word: probabilities[word])
         assert shown.values[here] == pytest.approx(probabilities[shown.word])
+        assert f"{shown.word}, probability" in card
         assert np.isnan(shown.values).sum() == shown.values.size - SMALL.crop**2
     assert found.pictures.score_map[here] == pytest.approx(crop.score)
 

@@ -231,7 +231,7 @@ def test_saved_results_are_judged_the_same_without_a_run(saved: Path, tiny_engin
     assert call("--saved", saved / "kept", *CALM[:4], "--engine", tiny_engine).exit_code == 0
     stricter = call("--saved", saved / "kept", *CALM[:4], "--limit", "unet-max=1e-6")
     assert stricter.exit_code == 1
-    assert "beyond: unet-max\n  unet-max: largest error of the U-Net in one step" in stricter.stdout
+    assert "beyond: unet-max\n  unet-max: largest error of the noise in one step" in stricter.stdout
     half = call("--saved", saved / "kept", *CALM[:4], "--quantile", "0.5", "--json", tmp_path / "half.json")
     assert half.exit_code == 0, half.output
     data = json.loads((tmp_path / "half.json").read_text())

@@ -81,7 +81,7 @@ CHECKS = judge(FINDINGS, LIFTED | {"score": 0.1, "unet-max": 0.1})
 
 def test_every_number_stands_in_its_row_and_column() -> None:
     verdict, noise, cosines, psnr, state, taps, scores = Reader(render(FINDINGS, CHECKS)).tables
-    about = "largest error of the U-Net in one step, given the reference's inputs"
+    about = "largest error of the noise in one step, given the reference's inputs"
     assert verdict == [
         ["Limit", "What", "Measured", "Allowed", "Verdict", "Where"],
         ["finite", "every number is finite", "–", "", "beyond", "<a>: NaN or Inf in the noise of step 1"],
@@ -124,7 +124,7 @@ def test_titles_and_legends_say_what_is_shown() -> None:
     errors = ["largest", "99% quantile", "mean", "median"]
     both = ["one step", "whole run", table]
     assert texts[10:] == [
-        *("Noise that the U-Net predicts: error", *(f"one step: {name}" for name in errors)),
+        *("Noise that the network predicts: error", *(f"one step: {name}" for name in errors)),
         *("whole run: largest", "whole run: mean", table),
         *("The same: distance of the cosine from 1", *both, "The same: PSNR, dB", *both),
         *("State that each step starts from, in the whole run: error", *errors, table),

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from diffiqa.errors import UsageError
-from diffiqa.model.pfd.checkpoint import save
+from diffiqa.model.bundle import save_bundle
+from diffiqa.model.pfd.checkpoint import PfdBundle
 from diffiqa.model.pfd.network import PfdIQA
 from diffiqa.runtime.results import Options
 from diffiqa.verify import api
@@ -30,7 +31,7 @@ def checkpoint(path: Path, change: Callable[[PfdIQA], object] = lambda model: No
     model = random_small().model
     with torch.no_grad():
         change(model)
-    save(model, path)
+    save_bundle(model, path, kind=PfdBundle)
     return path
 
 

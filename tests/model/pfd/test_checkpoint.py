@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from diffiqa.model.checkpoint import Loaded
 from diffiqa.model.checkpoint import load as load_diff
 from diffiqa.model.lite0 import Lite0
 from diffiqa.model.network import build as build_diff
-from diffiqa.model.pfd.checkpoint import LoadedPfd, begin, load, load_either, save
+from diffiqa.model.pfd.checkpoint import LoadedPfd, PfdBundle, begin, load, load_either
 from diffiqa.model.pfd.config import PFD_PRESETS, PfdConfig, Prompts, Words, pfd_preset
 from diffiqa.model.pfd.network import PfdIQA, build
 from diffiqa.model.pfd.prompts import PromptSet
@@ -27,6 +28,8 @@ from diffiqa.model.pfd.prompts import PromptSet
 from ...tiny import TINY
 from ..lite0_goldens import fill
 from .small import LITE0, SMALL
+
+save = partial(save_bundle, kind=PfdBundle)
 
 
 def same(a: PfdIQA, b: PfdIQA) -> bool:

@@ -1,16 +1,12 @@
 """Our CUDA kernels on a GPU: bytes read and written per second, beside a copy in the same run.
 
-    python figures/kernel_rates.py [--device N]
-
-Writes results/kernel-rates.json, with the GPU's name. Every figure is of a graph of many launches, so that the time
-between launches does not count, and on so many sets of buffers in turn that caches hold none of them until its next
-turn: it is the memory's rate. The goal is the sampler step at 80 % of the copy from 512×384×8 up.
+`scripts/gpu-check` runs this as its step `rates`. Every figure is of a graph of many launches, so the time between
+launches does not count. The launches use many sets of buffers in turn, so that no cache holds a set until its next
+turn. The goal is the sampler step at 80 % of the copy, from 512×384×8 up.
 """
 
-import argparse
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -20,8 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from diffiqa.bench.ceilings import DEVICE_CALLS, DEVICE_COPY_BYTES, device_copy
-from diffiqa.errors import DiffiqaError
-from diffiqa.figures.record import write
 from diffiqa.kernels.launch import (
     COEFFICIENTS,
     PROGRESS,
@@ -49,19 +43,6 @@ ROUNDS = 10
 CROP = 224
 
 Take = Callable[[int], int]  # bytes to the address of memory for them
-
-
-def main() -> None:
-    """Measure all kernels; exits with 2 where there is no GPU."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=int, default=0)
-    given = parser.parse_args()
-    try:
-        found = rates(given.device)
-    except DiffiqaError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        sys.exit(2)
-    write("kernel-rates", found)
 
 
 def rates(device: int) -> dict[str, Any]:
@@ -211,7 +192,3 @@ def time_graph(layer: Layer, sets: list[Launch], before: list[Launch]) -> list[f
     layer.synchronise()
     graph.close()
     return [layer.seconds_between(*pair) / (len(sets) * passes(len(sets))) for pair in marks[1:]]
-
-
-if __name__ == "__main__":
-    main()
