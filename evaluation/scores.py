@@ -2,7 +2,7 @@
 
 import posixpath
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,16 @@ IMAGE_COLUMNS = ("image", "path", "name")
 
 def read_scores(path: Path) -> dict[str, float]:
     """Return the scores by image of a file that `read_columns` reads. Raises DatasetError."""
-    return read_columns(path)["score"]
+    return read_columns(path, ("score",))["score"]
 
 
-def read_columns(path: Path) -> dict[str, dict[str, float]]:
+def read_columns(path: Path, wanted: Sequence[str] = (*BRANCHES, *PEOPLE)) -> dict[str, dict[str, float]]:
     """Return the numbers of a file that `iqa-run` wrote (.jsonl, .json, .csv), or of any CSV image,score.
 
-    They are by column, "score" and the others of BRANCHES and PEOPLE, and by image. The images' column may also be
+    They are by column, of those `wanted`, and by image. The images' column may also be
     called path or name. Images without a number (failed ones) are left out. Raises DatasetError.
     """
-    columns: dict[str, dict[str, float]] = {column: {} for column in (*BRANCHES, *PEOPLE)}
+    columns: dict[str, dict[str, float]] = {column: {} for column in wanted}
     twice = 0
     try:
         for image, values in _rows(path):

@@ -142,12 +142,17 @@ def plan_stage(
     """
     graph = model.graph
     reasons: dict[str, str] = {}
+    lengths = {node.output[0] for node in graph.node if node.op_type == "ReduceL2"}
     if precision is not Precision.FP32:
         for node in graph.node:
             if node.op_type in {"ReduceMean", "ReduceSum", "GlobalAveragePool"}:
                 reasons[node.name] = "a sum of many values"
             elif node.op_type in {"InstanceNormalization", "GroupNormalization"} or _low_statistics(node):
                 reasons[node.name] = "norm statistics: sums of squares"
+            elif node.op_type == "ReduceL2":
+                reasons[node.name] = "a length: a sum of squares"
+            elif node.op_type == "Clip" and node.input[0] in lengths:
+                reasons[node.name] = "a length is kept above a bound that fp16 does not have"
         reasons |= dict.fromkeys(
             noise_embedding(graph, loop.scalar), "noise embedding: it must tell levels near 1 apart"
         )
@@ -155,7 +160,7 @@ def plan_stage(
     kept = tuple(Kept(node.name, node.op_type, reasons[node.name]) for node in graph.node if node.name in reasons)
     low = _NAMES[_LOW.get(precision, TensorProto.FLOAT)]
     images = "float16" if precision is Precision.FP16 else "float32"
-    touched = ("y", "condition", "noise", "image", "images", loop.start, loop.share, loop.result)
+    touched = ("y", "condition", "noise", "image", "images", "crop", loop.start, loop.share, loop.result)
     dtypes = {"maps": low, **dict.fromkeys(touched, images)}
     names = [spec.name for spec in (*stage.inputs, *stage.outputs)]
     return StagePrecision(stage.name, stage.file.sha256, {name: dtypes.get(name, "float32") for name in names}, kept)

@@ -57,7 +57,7 @@ def main() -> None:
             )
             first: Any = found.explanations[0] if found.explanations else None
             causes = [{"what": one.what, "left": one.left, "enough": one.enough} for one in found.explanations[:3]]
-            right = first.option.startswith(option) and first.enough if first and option else found.within
+            right = (bool(first) and first.option.startswith(option) and first.enough) if option else found.within
             distance = {"root": found.distance.root, "allowed": found.allowed, "within": found.within}
             cases[case] = {"right": bool(right), "expected": option or "agrees", **distance, "causes": causes}
             write("against", {"images": len(images), "pixels": SIZE, "cases": cases})

@@ -90,12 +90,12 @@ class DiffV2IQA(nn.Module):
         tapped = {}
         for i in reversed(range(len(rows.steps))):
             level = torch.full((images.shape[0], 1), float(table.noise_level[i])).to(images)
-            eps = self.unet(y, images, level)
+            eps = self.unet(y, images, level) if i >= rows.silent else torch.zeros_like(y)
             x0 = (y * float(table.y_to_x0[i]) - eps * float(table.noise_to_x0[i])).clamp(-1, 1)
-            y = x0 * float(table.x0_to_mean[i]) + y * float(table.y_to_mean[i])
+            tapped[i] = x0 * float(table.x0_to_mean[i]) + y * float(table.y_to_mean[i])
             if table.sigma[i]:
-                y = y + noise(rows.steps[i]) * float(table.sigma[i])
-            tapped[i] = y
+                tapped[i] = tapped[i] + noise(rows.steps[i]) * float(table.sigma[i])
+            y = tapped[i] if i >= rows.silent else y
         return {kind: tapped[row] for kind, row in rows.taps.items()}
 
     @torch.no_grad()

@@ -1,7 +1,8 @@
 """The self-test of an engine: does this machine, with this library and this build, give the model's answers?
 
 `self-test.json`, beside the manifest, has a few small pictures, what the float32 model in PyTorch answered to them in
-few steps, and how far each precision may be from that. `export/selftest.py` writes it.
+few steps (of an engine in 8 bits: the engine itself), and how far each precision may be from that.
+`export/selftest.py` writes it.
 """
 
 import base64

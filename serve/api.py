@@ -110,10 +110,11 @@ class Server(uvicorn.Server):
 def _bound(host: str, port: int) -> socket.socket:
     """Return a socket that has the address, and does not listen yet. Raises UsageError if another has it."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-            0
-        ]
-        listener = socket.socket(family, kind)
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        # With the protocol asyncio knows TCP, and sends an answer's end without waiting 40 ms for the client.
+        listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)

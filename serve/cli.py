@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ..command import Command
+from ..command import Command, refuse_given
 from ..errors import UsageError
 from ..runtime.command.cli import backend_of, provider
 
@@ -108,6 +108,7 @@ def serve(engines: tuple[str, ...], **given: Any) -> None:
     if given["triton"]:
         from .triton import write_model
 
+        refuse_given({"engines", "triton", "quiet"}, "--triton serves nothing: leave out {}", all_but=True)
         for name, path in _named(engines).items():
             click.echo(write_model(path, given["triton"], name))
         return

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..engine.manifest import open_engine
-from ..errors import OutputError, UsageError
+from ..errors import DiffiqaError, OutputError, UsageError
 from ..runtime.command.records import Format, Record, RunSettings, to_line
 from ..runtime.selftest import load_tested
 from .limits import Limits, Refusal, engine_name
@@ -88,8 +88,9 @@ class Model:
             images = triton.get_input_tensor_by_name(request, "image").as_numpy().ravel().tolist()
             try:
                 score, record = self._score(images, json.loads(request.parameters() or "{}"))
-            except Refusal as refusal:
-                return triton.InferenceResponse(error=triton.TritonError(str(refusal), triton.TritonError.INVALID_ARG))
+            except (Refusal, DiffiqaError) as exc:
+                kind = triton.TritonError.INVALID_ARG if isinstance(exc, Refusal) else triton.TritonError.INTERNAL
+                return triton.InferenceResponse(error=triton.TritonError(str(exc), kind))
             return triton.InferenceResponse([triton.Tensor("score", score), triton.Tensor("record", record)])
 
         return [answer(request) for request in requests]
@@ -99,6 +100,8 @@ class Model:
         self._open.close()
 
     def _score(self, images: Sequence[bytes], given: Mapping[str, Any]) -> tuple[Any, Any]:
+        if len(images) > self._limits.images:
+            raise Refusal(422, f"{len(images)} images at once are too many: {self._limits.images} at most")
         options = self._limits.options(given, self._scorer.manifest)
         settings = RunSettings.of(self._scorer.manifest, options)
         records = [Record.of(result, settings) for result in self._scorer.stream(images, options)]

@@ -95,7 +95,7 @@ def run_shards(
 
     `images` may be any iterable, and is gone through once: names, folders, patterns, lists, archives, URIs. `workers`
     is by default the number of GPUs, or 1; `ray` places them on a cluster ("local", or its address). Each worker first
-    tests the engine, once for each build and machine, unless `self_test` is false. The options are those of
+    tests the engine, unless its machine remembers that it passed, or `self_test` is false. The options are those of
     `iqa-run --shards`. Raises DiffiqaError if nothing can be scored, or too many images fail.
     """
     wanted, chosen = options or Options(), member(Http, http)

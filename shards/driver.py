@@ -6,6 +6,7 @@ workers is known. It becomes a failure, and the rest of the shard has its scores
 
 import collections
 import hashlib
+import itertools
 import json
 import os
 import socket
@@ -27,6 +28,7 @@ DEATHS = 3  # of workers on one image
 _DEATHS_IN_VAIN = 6  # of each worker, while none does anything
 _PROGRESS_SECONDS = 5.0
 _READERS = 16
+_AT_ONCE = 10_000  # shards that are looked for
 
 
 class Died:
@@ -228,8 +230,12 @@ def find_done(store: Store, plan: Plan, say: Callable[[str], None]) -> tuple[dic
             files.setdefault(index, []).append((attempt, name))
             attempts[index] = max(attempts.get(index, 0), attempt + 1)
     with ThreadPoolExecutor(_READERS, "diffiqa-find") as pool:  # in a bucket each shard takes two requests
-        shards = pool.map(lambda some: next(_whole(store, plan, some, say), None), files.values())
-        return {index: shard for index, shard in zip(files, shards, strict=True) if shard}, attempts
+        done: dict[int, Shard] = {}
+        for start in range(0, len(files), _AT_ONCE):  # a million futures would take a gigabyte
+            some = dict(itertools.islice(files.items(), start, start + _AT_ONCE))
+            shards = pool.map(lambda of_one: next(_whole(store, plan, of_one, say), None), some.values())
+            done |= {index: shard for index, shard in zip(some, shards, strict=True) if shard}
+        return done, attempts
 
 
 def _whole(store: Store, plan: Plan, files: list[tuple[int, str]], say: Callable[[str], None]) -> Iterator[Shard]:

@@ -157,7 +157,7 @@ def test_reads_scores_from_every_format(tmp_path: Path) -> None:
             file.write(Record(image="bad.png", status=Status.ERROR, engine="e", settings="s", error="broken"))
             file.finish()
         assert read_scores(path) == good
-    (tmp_path / "own.csv").write_text("score,image\n3,x.png\n")
+    (tmp_path / "own.csv").write_text("score,image,opinion\n3,x.png,good\n")  # others' columns are theirs
     assert read_scores(tmp_path / "own.csv") == {"x.png": 3}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import PIL.Image
 import pytest
 
@@ -19,6 +20,7 @@ from diffiqa.engine.noise import NoiseField
 from diffiqa.engine.pixels import to_plane
 from diffiqa.errors import EngineError, UsageError
 from diffiqa.export.builds import BuildOptions, build_engines
+from diffiqa.export.precision import cast, element_types, resolve_plan
 from diffiqa.runtime.backends import OnnxRuntime
 from diffiqa.runtime.command import api
 from diffiqa.runtime.command.recordfile import read_records
@@ -120,6 +122,23 @@ def test_pictures_show_the_crops_on_the_image(pfd: Scorer) -> None:
 def test_options_that_mean_nothing_are_refused(pfd: Scorer, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         pfd.score(PIXELS, Options(**options))
+
+
+def test_lengths_stay_float32_and_a_table_of_steps_is_refused(pfd_engine: Path) -> None:
+    """A length of 300 has a square that fp16 cannot hold, and 1e-12, which bounds it, is 0 there."""
+    directory = open_engine(pfd_engine)
+    stage = directory.manifest.stage(StageName.PRIOR)
+    assert stage
+    typed = cast(
+        onnx.load(directory.file(stage.file)), resolve_plan(directory, Precision.FP16).stage(stage.name), Precision.FP16
+    )
+    types, found = element_types(typed), [node.op_type for node in typed.graph.node]
+    assert found.count("ReduceL2") == 2
+    for node in typed.graph.node:
+        if node.op_type in {"ReduceL2", "Clip"}:
+            assert [types[name] for name in (node.input[0], node.output[0])] == [onnx.TensorProto.FLOAT] * 2
+    with pytest.raises(UsageError, match="leave --tabulate out"):
+        build_engines(pfd_engine, BuildOptions(Library.ONNXRUNTIME, tabulate=True))
 
 
 @pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])

@@ -270,6 +270,12 @@ def test_a_service_that_cannot_score_or_listen_says_so(tiny_engine: Path, monkey
         diffiqa.serve({"a b": tiny_engine}, port=0)
 
 
+def test_the_end_of_an_answer_does_not_wait_for_the_client() -> None:
+    """asyncio sends small pieces at once where a socket says that it is TCP; else each answer takes 40 ms more."""
+    with api._bound("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
+
+
 def test_images_that_nobody_waits_for_leave_the_queue(tiny_engine: Path) -> None:
     gate = Gate()
     scorer = Scorer(read_manifest(tiny_engine), gate, backend="gate")

@@ -65,8 +65,8 @@ def test_the_model_gives_the_records_of_iqa_run(tiny_engine: Path, tmp_path: Pat
     files = [tmp_path / f"image {number}" for number in range(2)]
     for file, data in zip(files, pictures, strict=True):
         file.write_bytes(data)
-    good, no_image, no_option = model.execute(
-        [asked(pictures, '{"crops": 2}'), asked([b"no image"]), asked(pictures, '{"crop": 2}')]
+    good, no_image, no_option, too_many = model.execute(
+        [asked(pictures, '{"crops": 2}'), asked([b"no image"]), asked(pictures, '{"crop": 2}'), asked(pictures * 17)]
     )
     model.finalize()
     done = diffiqa.score(tiny_engine, files, options=diffiqa.Options(crops=2))
@@ -76,6 +76,7 @@ def test_the_model_gives_the_records_of_iqa_run(tiny_engine: Path, tmp_path: Pat
     assert good.score.tolist() == [record.score for record in done.records]
     assert "image 0: not an image" in no_image.error
     assert "no option 'crop'" in no_option.error
+    assert "34 images at once are too many: 32 at most" in too_many.error
 
 
 def test_the_configuration_is_what_triton_reads(tiny_engine: Path, tmp_path: Path) -> None:
@@ -97,5 +98,7 @@ def test_the_command_writes_every_engine_and_replaces_none(tiny_engine: Path, tm
     again = CliRunner().invoke(main, ["serve", *both, "--triton", str(tmp_path)])
     assert again.exit_code == 2
     assert "one is there already; remove it" in again.stderr
+    idle = CliRunner().invoke(main, ["serve", *both, "--triton", str(tmp_path), "--max-pixels", "5"])
+    assert "--triton serves nothing: leave out --max-pixels" in idle.stderr
     with pytest.raises(UsageError, match="cannot name an engine"):
         write_model(tiny_engine, tmp_path, "..")
