@@ -217,14 +217,14 @@ def _names(count: int) -> Iterator[Entry]:
 
 def kills(given: argparse.Namespace) -> None:
     """Compare a run that was killed with one that was not: of an engine, or of the stub."""
-    name, number = ("engine", 10) if given.engine else ("stub", 50)
+    name, number, seconds = ("engine", 10, 4.0) if given.engine else ("stub", 50, 9.0)
     with tempfile.TemporaryDirectory() as folder:
         whole, killed, photos = Path(folder, "whole"), Path(folder, "killed"), Path(folder, "photos")
-        _draw(photos, 60)
+        _draw(photos, 400)
         rest = ["--engine", str(given.engine), str(photos)] if given.engine else ["2000", "0.01"]
         kill_at_random([whole, *rest], 0, 1, seed=0)
         start = time.perf_counter()
-        hit = kill_at_random([killed, *rest], number, 9.0, seed=7)
+        hit = kill_at_random([killed, *rest], number, seconds, seed=7)
         images = sum(1 for _ in read_scores(killed))
         found = {"images": images, **hit, "seconds": time.perf_counter() - start}
         write(f"shards-kills-{name}", {**found, "same_files": results(whole) == results(killed)})
