@@ -9,6 +9,7 @@ import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ...engine.manifest import Loop as LoopPlan
 from ...engine.manifest import Manifest, StageName, TensorSpec
@@ -21,7 +22,7 @@ from .graphs import Graphs, Work
 from .layer import ITEM_BYTES, BoundStage, Layer, LoadedStage, Shapes
 from .memory import Pool
 
-MAX_LOOPS = 8  # sizes, batches and samplings of the U-Net that keep a context and a graph
+MAX_LOOPS = 8  # sizes, batches and samplings that keep their contexts and graphs: of the U-Net, and of what sees crops
 
 _FLOAT = 4  # bytes
 _CROPS = {"image", "images", "crop"}
@@ -31,7 +32,7 @@ _CROPS = {"image", "images", "crop"}
 class Loop:
     """The U-Net and the sampler on buffers of one size."""
 
-    stage: BoundStage
+    stages: list[BoundStage]
     buffers: SamplerBuffers
     condition: int
     work: Work
@@ -120,11 +121,7 @@ class Bindings:
         if key in self._loops:
             self._loops.move_to_end(key)
             return self._loops[key]
-        if len(self._loops) >= MAX_LOOPS:
-            self._layer.synchronise()
-            oldest, loop = self._loops.popitem(last=False)
-            self._graphs.forget(oldest)
-            loop.stage.close()
+        self._make_room(self._loops)
         stage, storage = self._stages[self._plan.stage], self._storage[self._plan.stage]["y"]
         shapes = _unet_shapes(batch, height, width)
         profile = choose_profile(stage.built.profiles, shapes)
@@ -153,7 +150,7 @@ class Bindings:
         work = Work(key, advance, rows.calls, lambda: launch(begin), end, bound.capture_problem)
         tapped = sorted(set(rows.taps.values()))
         slots = {kind: tapped.index(row) for kind, row in rows.taps.items()}
-        self._loops[key] = Loop(bound, buffers, condition, work, slots)
+        self._loops[key] = Loop([bound], buffers, condition, work, slots)
         return self._loops[key]
 
     def heads(self, batch: int, sampling: Sampling) -> Heads:
@@ -164,12 +161,7 @@ class Bindings:
         if key in self._heads:
             self._heads.move_to_end(key)
             return self._heads[key]
-        if loop and len(self._heads) >= MAX_LOOPS:
-            self._layer.synchronise()
-            oldest, heads = self._heads.popitem(last=False)
-            self._graphs.forget(oldest)
-            for bound_before in heads.stages:
-                bound_before.close()
+        self._make_room(self._heads)
         profiles: dict[StageName, int] = {}
         for name in self._on_crops:
             stage, shapes = self._stages[name], self._head_shapes(name, batch)
@@ -339,13 +331,21 @@ class Bindings:
         if self._version != self._buffers.version:
             self._unbind()
 
+    def _make_room(self, kept: OrderedDict[Hashable, Any]) -> None:
+        """Give up what was used longest ago, if there are as many as may be kept."""
+        if len(kept) >= MAX_LOOPS:
+            self._layer.synchronise()
+            oldest, given_up = kept.popitem(last=False)
+            self._graphs.forget(oldest)
+            for stage in given_up.stages:
+                stage.close()
+
     def _unbind(self) -> None:
         self._graphs.clear()
-        bound = [loop.stage for loop in self._loops.values()]
-        bound += [stage for heads in self._heads.values() for stage in heads.stages]
+        made: list[Loop | Heads] = [*self._loops.values(), *self._heads.values()]
         self._loops.clear()
         self._heads.clear()
-        for stage in bound:
+        for stage in (stage for one in made for stage in one.stages):
             stage.close()
         self._version = self._buffers.version
 

@@ -775,7 +775,7 @@ def test_closing_waits_for_images_that_have_come_in_and_refuses_them(
         ("executor", "_download_restored"),
         ("executor", "_settle"),
         ("memory", "get"),
-        ("bindings", "loop"),
+        ("bindings", "_make_room"),
         ("graphs", "_captured"),
     ],
     ids=lambda where: ".".join(where) if where else "none",
