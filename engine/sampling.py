@@ -50,6 +50,11 @@ class Rows:
     clip: bool = True
 
     @property
+    def tapped(self) -> list[int]:
+        """The rows whose results are kinds, each once, rising."""
+        return sorted(set(self.taps.values()))
+
+    @property
     def calls(self) -> int:
         """How many rows ask the network."""
         return len(self.steps) - self.silent

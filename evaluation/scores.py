@@ -24,8 +24,8 @@ def read_scores(path: Path) -> dict[str, float]:
 def read_columns(path: Path, wanted: Sequence[str] = (*BRANCHES, *PEOPLE)) -> dict[str, dict[str, float]]:
     """Return the numbers of a file that `iqa-run` wrote (.jsonl, .json, .csv), or of any CSV image,score.
 
-    They are by column, of those `wanted`, and by image. The images' column may also be
-    called path or name. Images without a number (failed ones) are left out. Raises DatasetError.
+    They are by column, of those `wanted`, and by image. The images' column may also be called path or name. Images
+    without a number (failed ones) are left out. Raises DatasetError.
     """
     columns: dict[str, dict[str, float]] = {column: {} for column in wanted}
     twice = 0

@@ -124,7 +124,7 @@ def build_engines(
     maker = make_maker(options)
     directory = open_engine(path)
     if options.tabulate and directory.manifest.flow.loop.result:
-        raise UsageError("PFD-IQA looks its steps up as it is: leave --tabulate out")
+        raise UsageError("this engine has no U-Net whose steps could be tabulated: leave --tabulate out")
     if maker.library in {Library.ONNXRUNTIME, Library.INDUCTOR}:
         _refuse_8_bits(directory, maker.library)
     plan = resolve_plan(directory, options.precision or (None if options.plan else maker.precision), options.plan)

@@ -105,7 +105,7 @@ def _check(model: onnx.ModelProto, plan: StagePlan) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide the exporter's own warnings: missing torchvision, deprecations of its own calls, what it did not fold."""
+    """Hide the exporter's own warnings: missing torchvision, deprecations of its own calls, constants it left."""
     loggers = {logger: logger.level for logger in map(logging.getLogger, ("torch.onnx", "onnxscript"))}
     try:
         for logger in loggers:

@@ -152,7 +152,7 @@ def plan_stage(
             elif node.op_type == "ReduceL2":
                 reasons[node.name] = "a length: a sum of squares"
             elif node.op_type == "Clip" and node.input[0] in lengths:
-                reasons[node.name] = "a length is kept above a bound that fp16 does not have"
+                reasons[node.name] = "it keeps a length above a bound that is 0 in fp16"
         reasons |= dict.fromkeys(
             noise_embedding(graph, loop.scalar), "noise embedding: it must tell levels near 1 apart"
         )

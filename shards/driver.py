@@ -6,7 +6,6 @@ workers is known. It becomes a failure, and the rest of the shard has its scores
 
 import collections
 import hashlib
-import itertools
 import json
 import os
 import socket
@@ -231,8 +230,9 @@ def find_done(store: Store, plan: Plan, say: Callable[[str], None]) -> tuple[dic
             attempts[index] = max(attempts.get(index, 0), attempt + 1)
     with ThreadPoolExecutor(_READERS, "diffiqa-find") as pool:  # in a bucket each shard takes two requests
         done: dict[int, Shard] = {}
-        for start in range(0, len(files), _AT_ONCE):  # a million futures would take a gigabyte
-            some = dict(itertools.islice(files.items(), start, start + _AT_ONCE))
+        found = list(files.items())
+        for start in range(0, len(found), _AT_ONCE):  # a million futures would take a gigabyte
+            some = dict(found[start : start + _AT_ONCE])
             shards = pool.map(lambda of_one: next(_whole(store, plan, of_one, say), None), some.values())
             done |= {index: shard for index, shard in zip(some, shards, strict=True) if shard}
         return done, attempts

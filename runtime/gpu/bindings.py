@@ -148,8 +148,7 @@ class Bindings:
                 launch(step)
 
         work = Work(key, advance, rows.calls, lambda: launch(begin), end, bound.capture_problem)
-        tapped = sorted(set(rows.taps.values()))
-        slots = {kind: tapped.index(row) for kind, row in rows.taps.items()}
+        slots = {kind: rows.tapped.index(row) for kind, row in rows.taps.items()}
         self._loops[key] = Loop([bound], buffers, condition, work, slots)
         return self._loops[key]
 
@@ -259,7 +258,7 @@ class Bindings:
         """Return the memory of a loop over states of a shape (batch, planes, height, width), made for the largest."""
         batch, planes, height, width = shape
         size, get = math.prod(largest), self._buffers.get
-        tapped = sorted(set(rows.taps.values()))
+        tapped = rows.tapped
         table = step_table(vars(rows.factors), tapped, rows.steps)
         state = get("state", size * _FLOAT)
         buffers = SamplerBuffers(

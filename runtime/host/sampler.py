@@ -35,7 +35,7 @@ def restore(
     """
     factors, y = rows.factors, denoiser.y
     z, scratch = np.empty_like(y), np.empty_like(y)
-    tapped = {row: np.empty_like(y) for row in rows.taps.values()}
+    tapped = {row: np.empty_like(y) for row in rows.tapped}
     field.fill(rows.start, y)
     if start:
         y *= 1 - start[1]
