@@ -2,10 +2,12 @@
 
     python figures/pfd.py cost
     python figures/pfd.py int8 --biq2021 BIQ2021/ [--images 200]
+    python figures/pfd.py paper
 
 `cost` (results/pfd.json) has the parameters and multiply-accumulates of one crop, stage by stage, and the time that
 `pfd-mini` takes in PyTorch. `int8` (results/pfd-int8.json) calibrates `pfd-mini` on 16 pictures of BIQ2021's part
-"train", and scores pictures of the part "test" with 8 bits and without, in turn.
+"train", and scores pictures of the part "test" with 8 bits and without, in turn. `paper` (results/pfd-paper.json)
+exports `pfd-paper` on seeded weights, scores a picture, and compares the engine with PyTorch.
 """
 
 import argparse
@@ -87,6 +89,7 @@ def main() -> None:
     int8.set_defaults(measure=measure_int8)
     int8.add_argument("--biq2021", type=Path, required=True)
     int8.add_argument("--images", type=int, default=200)
+    commands.add_parser("paper").set_defaults(measure=measure_paper)
     given = parser.parse_args()
     given.measure(given)
 
@@ -97,42 +100,30 @@ def measure_int8(given: argparse.Namespace) -> None:
     from precision import CALIBRATION_IMAGES, beside, drawn, ratio
     from record import ROOT, write
 
-    from diffiqa.calibration.api import quantise
+    import diffiqa
     from diffiqa.data.datasets import read_labels
     from diffiqa.data.splits import split_by_content
     from diffiqa.engine.agreement import srcc
-    from diffiqa.engine.manifest import open_engine
     from diffiqa.evaluation.correlation import spread
-    from diffiqa.export.engine import export_engine
-    from diffiqa.model.pfd.checkpoint import load
-    from diffiqa.runtime.host.onnx_stage import OnnxRuntime
-    from diffiqa.runtime.host.openvino_stage import OpenVino
-    from diffiqa.runtime.host.stages import load_stages
-    from diffiqa.runtime.results import Score
-    from diffiqa.runtime.scorer import Scorer
 
     labels = read_labels(given.biq2021, "biq2021")
     split = split_by_content(labels, 1)  # as pfd-mini was trained
     chosen = drawn(split.items(labels, "test"), given.images)
     truth = [item.quality for item in chosen]
     ways = {
-        FIRST: ("float32", OnnxRuntime()),
-        "ONNX Runtime, int8": ("onnxruntime", OnnxRuntime()),
-        "OpenVINO, float32": ("float32", OpenVino()),
-        "OpenVINO, int8": ("openvino", OpenVino()),
+        FIRST: ("float32", diffiqa.OnnxRuntime()),
+        "ONNX Runtime, int8": ("onnxruntime", diffiqa.OnnxRuntime()),
+        "OpenVINO, float32": ("float32", diffiqa.OpenVino()),
+        "OpenVINO, int8": ("openvino", diffiqa.OpenVino()),
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        export_engine(load(ROOT / "models" / "pfd-mini" / "model.safetensors"), folder / "float32")
+        diffiqa.export(ROOT / "models" / "pfd-mini" / "model.safetensors", folder / "float32", target="none")
         images = [str(item.path) for item in drawn(split.items(labels, "train"), CALIBRATION_IMAGES)]
         for target in ("onnxruntime", "openvino"):
-            quantise(folder / "float32", folder / target, images=images, target=target)
-        engines = {form: open_engine(folder / form) for form, _ in ways.values()}
-        scorers = {
-            way: Scorer(engines[form].manifest, load_stages(engines[form], backend), backend=way)
-            for way, (form, backend) in ways.items()
-        }
-        found: dict[str, list[Score]] = {way: [] for way in ways}
+            diffiqa.quantise(folder / "float32", folder / target, images=images, target=target)
+        scorers = {way: diffiqa.load(folder / form, backend=backend) for way, (form, backend) in ways.items()}
+        found: dict[str, list[diffiqa.Score]] = {way: [] for way in ways}
         wall: dict[str, list[float]] = {way: [] for way in ways}
         cpu: dict[str, list[float]] = {way: [] for way in ways}
         for item in (chosen[0], *chosen):  # the first once more: it warms up, and is dropped
@@ -162,6 +153,27 @@ def measure_int8(given: argparse.Namespace) -> None:
 def likeliest(probabilities: Any) -> str:
     """Return the distortion that fits best."""
     return max(probabilities["distortions"], key=probabilities["distortions"].get)
+
+
+def measure_paper(_given: argparse.Namespace) -> None:
+    """Export the full-size network, score a picture, and compare the engine's score with PyTorch's."""
+    from record import ROOT, seconds_in_turn, write
+
+    import diffiqa
+    from diffiqa.model.pfd.checkpoint import load_either
+    from export import exported
+
+    picture = ROOT / "samples" / "jpeg-strong.jpg"
+    with tempfile.TemporaryDirectory() as name:
+        bundle, engine = Path(name) / "seeded.safetensors", Path(name) / "engine"
+        diffiqa.convert(load_either(None, preset="pfd-paper", seed=0), bundle)
+        cost = exported(engine, "--ckpt", bundle)
+        with diffiqa.load(engine, backend=diffiqa.OnnxRuntime()) as scorer:
+            wall, cpu = seconds_in_turn({"score": lambda: scorer.score(picture)}, 5)
+        verified = diffiqa.verify(engine, [str(picture)], against=bundle)
+    score = {"crops": 4, "seconds": wall["score"], "cpu_seconds": cpu["score"]}
+    checks = {check.name: check.value for check in verified.checks if check.value is not None}
+    write("pfd-paper", {"export": cost, "score": score, "verify": {"within": verified.within, "checks": checks}})
 
 
 def measure_cost(_given: argparse.Namespace) -> None:
