@@ -14,7 +14,8 @@ from diffiqa.cli import export
 try:
     export(sys.argv[1:])
 finally:
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    print(used.ru_maxrss, used.ru_utime + used.ru_stime)
 """
 
 
@@ -30,12 +31,13 @@ def main() -> None:
 def exported(target: Path, *weights: str | Path) -> dict[str, Any]:
     """Export weights, given as to the command, in a process of its own, and return what it took."""
     start = time.perf_counter()
-    printed = run_apart(CHILD, *weights, "-o", target, "-q")
+    *_, memory, used = run_apart(CHILD, *weights, "-o", target, "-q")
     seconds = time.perf_counter() - start
     manifest = json.loads((target / "manifest.json").read_text(encoding="utf-8"))
     return {
         "seconds": round(seconds, 1),
-        "peak_memory_gib": round(int(printed[-1]) / 2**20, 2),
+        "cpu_seconds": round(float(used), 1),
+        "peak_memory_gib": round(int(memory) / 2**20, 2),
         "stages": {
             stage["name"]: {
                 "parameters": stage["parameters"],

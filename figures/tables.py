@@ -33,7 +33,7 @@ from diffiqa.figures.people_tables import (
     pfd_people,
     restored,
 )
-from diffiqa.figures.pfd import pfd_choices, pfd_cost
+from diffiqa.figures.pfd import pfd_choices, pfd_cost, pfd_int8
 from diffiqa.figures.reliability import reliability
 
 ROOT = Path(__file__).parent.parent
@@ -367,7 +367,7 @@ SINGLE: dict[str, Callable[[Path], str]] = {
     for made in (
         *(figures, speed, precision, precisions, steps, cpu, cpu_full, shards, thousand, tried, gpu, gpu_speed),
         *(people, opinions, damage, restored, papers),
-        *(pfd_choices, pfd_cost, pfd_people, pfd_named),
+        *(pfd_choices, pfd_cost, pfd_int8, pfd_people, pfd_named),
         reliability,
     )
 }
