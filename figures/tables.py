@@ -206,7 +206,34 @@ def shards(results: Path) -> str:
         if (results / f"shards-kills-{name}.json").exists()
         for found in [_read(results, f"shards-kills-{name}")]
     ]
+    rows += [
+        [
+            f"`{model}`, one worker, beside `iqa-run` without shards, start left out: time, CPU time",
+            f"{ratios['shards_beside_plain_seconds']['without_start'] - 1:+.1%}, "
+            f"{ratios['shards_beside_plain_cpu_seconds']['without_start'] - 1:+.1%}",
+        ]
+        for model, found in _of_models(results, "shards-overhead")
+        for ratios in [found["ratios"]]
+    ]
     return report.table(["what", "measured"], rows)
+
+
+def serving(results: Path) -> str:
+    """Return what the service costs beside the bare scorer."""
+    head = ["model", "clients", "images a second, bare scorer", "service", "cost", "p50, p95, p99 of an answer"]
+    rows = []
+    for model, found in _of_models(results, "serving-cost"):
+        alone = statistics.median(bare["scored_a_second"] for bare in found["bare"])
+        for cells in zip(*(one["load"] for one in found["rounds"]), strict=True):
+            clients = cells[0]["clients"]
+            with_it, *waits = (
+                statistics.median(cell[what] for cell in cells)
+                for what in ("scored_a_second", "p50_ms", "p95_ms", "p99_ms")
+            )
+            cost = found["cost_beside_bare"][f"scored_a_second, {clients} clients"]
+            percentiles = ", ".join(f"{wait:.0f}" for wait in waits) + " ms"
+            rows.append([f"`{model}`", f"{clients}", f"{alone:.1f}", f"{with_it:.1f}", f"{cost:.0%}", percentiles])
+    return report.table(head, rows)
 
 
 def thousand(results: Path) -> str:
@@ -362,10 +389,30 @@ def _read(results: Path, name: str) -> Any:
     return json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def _of_models(results: Path, what: str) -> list[tuple[str, Any]]:
+    """Return what a script has recorded of each model, the fastest first."""
+    found = [(path.stem.removeprefix(f"{what}-"), _read(results, path.stem)) for path in results.glob(f"{what}-*.json")]
+    return sorted(found, key=lambda one: one[0] != "pfd-mini")
+
+
 SINGLE: dict[str, Callable[[Path], str]] = {
     made.__name__: made
     for made in (
-        *(figures, speed, precision, precisions, steps, cpu, cpu_full, shards, thousand, tried, gpu, gpu_speed),
+        *(
+            figures,
+            speed,
+            precision,
+            precisions,
+            steps,
+            cpu,
+            cpu_full,
+            shards,
+            serving,
+            thousand,
+            tried,
+            gpu,
+            gpu_speed,
+        ),
         *(people, opinions, damage, restored, papers),
         *(pfd_choices, pfd_cost, pfd_people, pfd_named),
         reliability,
