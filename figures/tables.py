@@ -398,21 +398,8 @@ def _of_models(results: Path, what: str) -> list[tuple[str, Any]]:
 SINGLE: dict[str, Callable[[Path], str]] = {
     made.__name__: made
     for made in (
-        *(
-            figures,
-            speed,
-            precision,
-            precisions,
-            steps,
-            cpu,
-            cpu_full,
-            shards,
-            serving,
-            thousand,
-            tried,
-            gpu,
-            gpu_speed,
-        ),
+        *(figures, speed, precision, precisions, steps, cpu, cpu_full, tried, gpu, gpu_speed),
+        *(shards, thousand, serving),
         *(people, opinions, damage, restored, papers),
         *(pfd_choices, pfd_cost, pfd_people, pfd_named),
         reliability,
