@@ -24,7 +24,6 @@ import logging
 import os
 import re
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -264,18 +263,18 @@ def overhead(given: argparse.Namespace) -> None:
     # On Ray most of the work is done by processes that are not ours: their CPU time is not known here.
     ratios = {
         f"{way}_beside_plain_{clock}": {
-            "whole_run": _median_ratio(found[way][f"{clock}_{counts[1]}"], found["plain"][f"{clock}_{counts[1]}"]),
-            "without_start": _median_ratio(*(_slope(found[one], clock, counts) for one in (way, "plain"))),
+            "whole_run": _ratios(found[way][f"{clock}_{counts[1]}"], found["plain"][f"{clock}_{counts[1]}"]),
+            "without_start": _ratios(*(_slope(found[one], clock, counts) for one in (way, "plain"))),
         }
         for way, clock in itertools.product(list(ways)[1:], ("seconds", "cpu_seconds"))
         if (way, clock) != ("ray", "cpu_seconds")
     }
     name = f"shards-overhead-{read_manifest(given.engine).model_name}"
-    write(name, {"images": given.images, "rounds": given.rounds, "ratios": ratios, "samples": found})
+    write(name, {"images": given.images, "rounds": given.rounds, "ratios_by_round": ratios, "samples": found})
 
 
-def _median_ratio(ours: list[float], plain: list[float]) -> float:
-    return statistics.median(one / other for one, other in zip(ours, plain, strict=True))
+def _ratios(ours: list[float], plain: list[float]) -> list[float]:
+    return [one / other for one, other in zip(ours, plain, strict=True)]
 
 
 def _slope(row: dict[str, list[float]], clock: str, counts: tuple[int, int]) -> list[float]:

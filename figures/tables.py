@@ -207,12 +207,13 @@ def shards(results: Path) -> str:
     ]
     rows += [
         [
-            f"`{model}`, one worker, beside `iqa-run` without shards, start left out: time, CPU time",
-            f"{ratios['shards_beside_plain_seconds']['without_start'] - 1:+.1%}, "
-            f"{ratios['shards_beside_plain_cpu_seconds']['without_start'] - 1:+.1%}",
+            f"`{model}`, one worker{on}: time of an image, without shards = 1",
+            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f} in {found['rounds']} rounds)",
         ]
         for model, found in _of_models(results, "shards-overhead")
-        for ratios in [found["ratios"]]
+        for way, on in (("shards", ""), ("ray", " on Ray"))
+        if f"{way}_beside_plain_seconds" in found["ratios_by_round"]
+        for ratios in [found["ratios_by_round"][f"{way}_beside_plain_seconds"]["without_start"]]
     ]
     return report.table(["what", "measured"], rows)
 
