@@ -208,7 +208,35 @@ def shards(results: Path) -> str:
         if (results / f"shards-kills-{name}.json").exists()
         for found in [_read(results, f"shards-kills-{name}")]
     ]
+    rows += [
+        [
+            f"`{model}`, one worker{on}: time of an image, without shards = 1",
+            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f} in {found['rounds']} rounds)",
+        ]
+        for model, found in _of_models(results, "shards-overhead")
+        for way, on in (("shards", ""), ("ray", " on Ray"))
+        if f"{way}_beside_plain_seconds" in found["ratios_by_round"]
+        for ratios in [found["ratios_by_round"][f"{way}_beside_plain_seconds"]["without_start"]]
+    ]
     return report.table(["what", "measured"], rows)
+
+
+def serving(results: Path) -> str:
+    """Return what the service costs beside the bare scorer."""
+    head = ["model", "clients", "images a second, bare scorer", "service", "cost", "p50, p95, p99 of an answer"]
+    rows = []
+    for model, found in _of_models(results, "serving-cost"):
+        alone = statistics.median(bare["scored_a_second"] for bare in found["bare"])
+        for cells in zip(*(one["load"] for one in found["rounds"]), strict=True):
+            clients = cells[0]["clients"]
+            with_it, *waits = (
+                statistics.median(cell[what] for cell in cells)
+                for what in ("scored_a_second", "p50_ms", "p95_ms", "p99_ms")
+            )
+            cost = found["cost_beside_bare"][f"scored_a_second, {clients} clients"]
+            percentiles = ", ".join(f"{wait:.0f}" for wait in waits) + " ms"
+            rows.append([f"`{model}`", f"{clients}", f"{alone:.1f}", f"{with_it:.1f}", f"{cost:.0%}", percentiles])
+    return report.table(head, rows)
 
 
 def thousand(results: Path) -> str:
@@ -361,10 +389,17 @@ def _read(results: Path, name: str) -> Any:
     return json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def _of_models(results: Path, what: str) -> list[tuple[str, Any]]:
+    """Return what a script has recorded of each model, the fastest first."""
+    found = [(path.stem.removeprefix(f"{what}-"), _read(results, path.stem)) for path in results.glob(f"{what}-*.json")]
+    return sorted(found, key=lambda one: one[0] != "pfd-mini")
+
+
 SINGLE: dict[str, Callable[[Path], str]] = {
     made.__name__: made
     for made in (
-        *(figures, speed, precision, precisions, steps, cpu, cpu_full, shards, thousand, tried, gpu, gpu_speed),
+        *(figures, speed, precision, precisions, steps, cpu, cpu_full, tried, gpu, gpu_speed),
+        *(shards, thousand, serving),
         *(people, opinions, damage, restored, papers),
         *(pfd_choices, pfd_cost, pfd_people, pfd_named),
         reliability,
