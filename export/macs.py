@@ -8,6 +8,7 @@ from onnx import shape_inference
 from onnxscript import optimizer
 
 from ..errors import ExportError
+from .precision import without_weights
 
 Shape = tuple[int, ...]
 _COUNTED = {"Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum", "Attention"}
@@ -45,9 +46,8 @@ def _of_node(node: onnx.NodeProto, shapes: dict[str, Shape]) -> int:
 
 def _infer(model: onnx.ModelProto, input_shapes: dict[str, Shape]) -> tuple[onnx.GraphProto, dict[str, Shape]]:
     """Return the graph for these inputs, its shape arithmetic folded away, and the static shape of its values."""
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(model)
-    for value in fixed.graph.input:
+    fixed = without_weights(model)
+    for value in fixed.graph.input[: len(model.graph.input)]:
         for dim, size in zip(value.type.tensor_type.shape.dim, input_shapes[value.name], strict=True):
             dim.dim_value = size
     for value in fixed.graph.output:

@@ -31,6 +31,7 @@ MOVES = {
     "Split", "Squeeze", "Transpose", "Unsqueeze",
 }  # fmt: skip
 _FIXED_INPUTS = {"Resize": {1, 2}}  # regions and scales: float32 whatever the image is
+_LARGE = 1024  # bytes: sizes, which shapes depend on, have less
 
 
 @dataclass(frozen=True)
@@ -354,9 +355,30 @@ def rounded(typed: onnx.ModelProto) -> onnx.ModelProto:
 
 def element_types(model: onnx.ModelProto) -> dict[str, int]:
     """Return the element type of every value of a graph. Raises InferenceError if they contradict each other."""
-    graph = shape_inference.infer_shapes(model, strict_mode=True).graph
-    values = [*graph.input, *graph.value_info, *graph.output]
+    graph = shape_inference.infer_shapes(without_weights(model), strict_mode=True).graph
+    values = [*graph.input[: len(model.graph.input)], *graph.value_info, *graph.output]
     return {value.name: value.type.tensor_type.elem_type for value in values}
+
+
+def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy of a graph in which large constants are inputs, after its own: shapes and types stay as they are.
+
+    The tools of onnx copy a model several times, which takes gigabytes where weights are in it.
+    """
+    graph = model.graph
+    parts = {"node": graph.node, "input": graph.input, "output": graph.output, "value_info": graph.value_info}
+    bare = onnx.ModelProto(
+        ir_version=model.ir_version,
+        opset_import=model.opset_import,
+        functions=model.functions,
+        graph=onnx.GraphProto(name=graph.name, **parts),
+    )
+    for tensor in graph.initializer:
+        if tensor.ByteSize() > _LARGE:
+            bare.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        else:
+            bare.graph.initializer.append(tensor)
+    return bare
 
 
 def replace_nodes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:

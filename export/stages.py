@@ -5,7 +5,7 @@ in real numbers and computed in float64. They work on copies: the model that is 
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -68,29 +68,25 @@ class HeadStage(nn.Module):
         return score, score_map, weight_map
 
 
-def stage_plans(model: DiffV2IQA) -> list[StagePlan]:
-    """Return the stages of a model in the order they run."""
+def stage_plans(model: DiffV2IQA) -> Iterator[StagePlan]:
+    """Yield the stages of a model in the order they run: one by one, for each holds a copy of its weights."""
     c = model.config
     kinds, size, grid = len(c.kinds), c.crop, c.grid
     verdict: dict[str, Shape] = {"score": ("B",), "score_map": ("B", grid, grid), "weight_map": ("B", grid, grid)}
-    plans = []
     if model.unet:
         image: Shape = ("B", 3, "H", "W")
         inputs: dict[str, Shape] = {"y": image, "condition": image, "noise_level": ("B", 1)}
-        plans.append(StagePlan(StageName.UNET, fold_unet(model.unet), inputs, {"noise": image}, _draw_unet(c)))
+        yield StagePlan(StageName.UNET, fold_unet(model.unet), inputs, {"noise": image}, _draw_unet(c))
     if model.vcg and c.vcg:
         maps: Shape = (len(c.vcg.layers), c.tokens, c.vcg.vit.width)
         vit = VitStage(model.vcg)
+        yield StagePlan(StageName.VIT, vit, {"image": ("N", 3, size, size)}, {"maps": ("N", *maps)}, _draw_images(c))
         head = HeadStage(merge_squeeze(model.vcg), model.tabs)
-        plans += [
-            StagePlan(StageName.VIT, vit, {"image": ("N", 3, size, size)}, {"maps": ("N", *maps)}, _draw_images(c)),
-            StagePlan(StageName.VCG, head, {"maps": ("B", kinds, *maps)}, verdict, _draw_maps(c, vit)),
-        ]
+        yield StagePlan(StageName.VCG, head, {"maps": ("B", kinds, *maps)}, verdict, _draw_maps(c, vit))
     if model.vda:
         shape: Shape = ("B", kinds, 3, size, size)
         head = HeadStage(fold(model.vda), model.tabs)
-        plans.append(StagePlan(StageName.VDA, head, {"images": shape}, verdict, _draw_crops(c)))
-    return plans
+        yield StagePlan(StageName.VDA, head, {"images": shape}, verdict, _draw_crops(c))
 
 
 @torch.no_grad()
@@ -121,8 +117,8 @@ def fold_unet(unet: UNet) -> UNet:
 
 @torch.no_grad()
 def merge_squeeze(vcg: VCG) -> VCG:
-    """Merge VCG's chain of 1×1 convolutions, which has nothing between them, into one."""
-    vcg = copy.deepcopy(vcg)
+    """Merge VCG's chain of 1×1 convolutions, which has nothing between them, into one. The ViT is left out."""
+    vcg = copy.deepcopy(vcg, {id(vcg.vit): nn.Identity()})
     first, *rest = vcg.squeeze
     assert isinstance(first, nn.Conv2d)  # noqa: S101 — tells the type checker what heads.py builds
     weight, bias = first.weight.double().flatten(1), _bias(first).double()

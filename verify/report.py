@@ -116,7 +116,7 @@ def show_scores(found: ScoresFound, stream: TextIO) -> None:
         say(f"  {number(one.left):>8}  {one.what}" + (f"  [{one.option}]" if one.option else ""))
     enough = [one.what for one in found.explanations if one.enough]
     if enough[1:]:
-        say(f"several causes would do, the simplest is {enough[0]}; more images, of unlike quality, tell them apart")
+        say(f"several causes would do, the likeliest is {enough[0]}; more images, of unlike quality, tell them apart")
     elif enough:
         say(f"explained by: {enough[0]}")
     else:

@@ -35,6 +35,7 @@ SPREADS = 3  # two runs with noise of their own are rarely further apart
 SPREAD_IMAGES = 4
 FEWEST = 4  # images that can tell one cause from another
 UNEXPLAINED = 0.3  # of the deviation of your scores: what a fit may leave
+SIMPLER = 2  # of two causes, the one with a change or a fitted number more must leave this many times less
 EXACT = 1e-3  # of the range of scores: a fit that leaves less is no accident, and nothing else is tried
 IMAGENET = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NO_WEIGHT = 2e-3  # of the other branch's: least squares find no exact zero
@@ -150,9 +151,7 @@ def compare_scores(
                 left = _root(theirs[:tried_on] - again.score)
                 explanations.append(Explanation(change.what, change.option, left, 1, left <= allowed))
                 explanations += _readings(theirs[:tried_on], again, allowed, change)
-        explanations.sort(
-            key=lambda one: (not one.enough, one.left > exact, one.changes if one.enough else 0, one.left)
-        )
+        explanations.sort(key=lambda one: (not one.enough, one.left * SIMPLER**one.changes))
     return ScoresFound(
         side.manifest.engine_id, len(paths), unused, distance, spread, allowed, tuple(explanations), tried_on
     )

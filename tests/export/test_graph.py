@@ -89,7 +89,7 @@ class Unexportable(torch.nn.Module):
 
 
 def test_a_stage_torch_cannot_export_is_named(tiny_model: DiffV2IQA, tmp_path: Path) -> None:
-    plan = stage_plans(tiny_model)[1]
+    plan = list(stage_plans(tiny_model))[1]
     broken = StagePlan(plan.name, Unexportable(), plan.inputs, plan.outputs, plan.draw)
     with pytest.raises(ExportError, match=r"stage vit: torch\.onnx\.export failed"):
         export_graph(broken, tmp_path / "vit.onnx", TINY.unet.alignment if TINY.unet else 1)

@@ -16,7 +16,16 @@ from diffiqa.engine.manifest import EngineDirectory, FileEntry, Precision, Stage
 from diffiqa.errors import ExportError, UsageError
 from diffiqa.export import compare as compare_module
 from diffiqa.export.compare import compare_cast, draw_inputs
-from diffiqa.export.precision import Kept, PrecisionPlan, StagePrecision, cast, plan_stage, read_plan, rounded
+from diffiqa.export.precision import (
+    Kept,
+    PrecisionPlan,
+    StagePrecision,
+    cast,
+    plan_stage,
+    read_plan,
+    rounded,
+    without_weights,
+)
 
 from ..tiny import STAGES
 
@@ -46,6 +55,18 @@ def run(model: onnx.ModelProto, feed: dict[str, npt.NDArray[np.float32]]) -> lis
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     outputs: list[npt.NDArray[np.float32]] = session.run(None, feed)
     return outputs
+
+
+@all_stages
+def test_shapes_and_types_are_the_same_without_the_weights(directory: EngineDirectory, name: StageName) -> None:
+    _, model = stage_of(directory, name)
+    bare = without_weights(model)
+    assert max(tensor.ByteSize() for tensor in bare.graph.initializer) <= 1024 < model.ByteSize() / 10
+    inferred, expected = (
+        {value.name: value.type.SerializeToString() for value in shape_inference.infer_shapes(m).graph.value_info}
+        for m in (bare, model)
+    )
+    assert inferred == expected != {}
 
 
 @low_precisions

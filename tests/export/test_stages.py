@@ -36,7 +36,7 @@ def in_float64(model: DiffV2IQA, plan: StagePlan, seed: int) -> tuple[list[torch
 )
 def test_merged_stage_equals_the_model(config: ModelConfig, index: int) -> None:
     model = perturbed(build(config, seed=3), seed=4)
-    plan = stage_plans(model)[index]
+    plan = list(stage_plans(model))[index]
     merged, expected = in_float64(model, plan, seed=5)
     for have, want in zip(merged, expected, strict=True):
         # The merged weights are stored in float32, so float64 arithmetic shows their rounding: a few 1e-7.
@@ -84,7 +84,7 @@ def test_checks_are_on_pictures_and_on_states_of_the_loop() -> None:
 def test_merging_leaves_the_model_as_it_was() -> None:
     model = perturbed(build(TINY, seed=3), seed=4)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    stage_plans(model)
+    list(stage_plans(model))
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -170,7 +170,7 @@ def test_the_command_prints_the_cause_and_writes_json(
     result = call(tiny_engine, scores, images[0].parent, "--json", tmp_path / "found.json")
     assert result.exit_code == 1, result.output
     assert (
-        "several causes would do, the simplest is branch weights: your scores look like 1·VCG + 5·VDA" in result.stdout
+        "several causes would do, the likeliest is branch weights: your scores look like 1·VCG + 5·VDA" in result.stdout
     )
     data = json.loads((tmp_path / "found.json").read_text())
     assert (data["within"], data["explanations"][0]["option"]) == (False, "--branch-weights 1,5")
