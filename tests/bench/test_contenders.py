@@ -190,7 +190,7 @@ def test_compilers_get_each_network_whole(
         options.append(how.get("options", {}))
         if way is Way.TENSORRT:  # what is compiled is the same: tracing it again would show no more
             return function
-        compiled: Callable[..., Any] = compile_(function, backend="aot_eager", dynamic=dynamic, fullgraph=fullgraph)
+        compiled: Callable[..., Any] = compile_(function, backend="eager", dynamic=dynamic, fullgraph=fullgraph)
         return compiled
 
     monkeypatch.setattr(torch, "compile", traced)

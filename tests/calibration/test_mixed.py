@@ -97,6 +97,7 @@ def test_the_command_says_what_each_stage_does_and_writes_the_engine(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("diffiqa.calibration.mixed.MOST_IMAGES", 1)  # the trials above score all of them
     statistics = shutil.copytree(calibration_folder, tmp_path / "statistics")  # the command adds to it
     arguments = ["--engine", str(tiny_engine), "--statistics", str(statistics), "--precision", "mixed"]
     images = [argument for path in calibration_images for argument in ("--calib", str(path))]
