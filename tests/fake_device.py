@@ -275,7 +275,8 @@ class FakeContext:
 _gone: list[Any] = []  # what a stream could still come to, if somebody forgot to wait for it
 
 
-_load, _loaded = OnnxRuntime.load_stage, {}  # by what is in a file, and the settings
+_load = OnnxRuntime.load_stage
+_loaded: dict[tuple[str, str, str], OnnxStage] = {}  # by what is in a file, and the settings
 
 
 def load_once(settings: OnnxRuntime, path: Path, name: StageName) -> OnnxStage:

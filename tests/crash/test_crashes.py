@@ -31,6 +31,7 @@ from diffiqa.engine.manifest import (
 from diffiqa.errors import DiffiqaError, EngineError
 from diffiqa.export import builds
 from diffiqa.export import engine as exporting
+from diffiqa.export.stages import stage_plans
 from diffiqa.model.checkpoint import Loaded
 from diffiqa.runtime.command import recordfile
 from diffiqa.runtime.command.api import Outputs, score_names
@@ -186,7 +187,7 @@ def quick_export(
         path.write_bytes(graphs[plan.name])
         return onnx.ModelProto()
 
-    plans = exporting.stage_plans(tiny_loaded.model)  # once: merging takes most of such an export's time
+    plans = stage_plans(tiny_loaded.model)  # once: merging takes most of such an export's time
     monkeypatch.setattr(exporting, "stage_plans", lambda _model: plans)
     monkeypatch.setattr(exporting, "export_graph", export_graph)
     monkeypatch.setattr(exporting, "count_macs", lambda *_: 1)
