@@ -289,10 +289,10 @@ def test_build(
     ready = tmp_path / "ready"
     shutil.copytree(tiny_engine, ready)
     manifest = read_manifest(ready)
-    small = tuple(stage for stage in manifest.stages if stage.name in {StageName.VIT, StageName.VCG})
-    (ready / MANIFEST).write_text(dataclasses.replace(manifest, stages=small, complete=False).to_json())
+    small = tuple(stage for stage in manifest.stages if stage.name in {StageName.UNET, StageName.VDA})
+    (ready / MANIFEST).write_text(dataclasses.replace(manifest, stages=small).to_json())
     for stage in manifest.stages:
-        if stage not in small:  # two show what four do, in a third of the time
+        if stage not in small:  # two show what four do
             (ready / stage.file.path).unlink()
     if again:
         builds.build_engines(ready, options)
