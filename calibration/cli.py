@@ -226,7 +226,7 @@ def print_steps(console: "Console", engine: Path, fitted: "FittedSteps", *, quie
                 f"{trial.corrected_drift:.4f}",
                 f"{trial.corrected_bias:.4f}",
                 f"{trial.srcc:.4f}",
-                " ".join(map(str, trial.sampling.steps)),
+                f"{trial.sampling.name} {' '.join(map(str, trial.sampling.steps))}",
             )
             for trial in fitted.trials
         ]

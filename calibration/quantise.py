@@ -10,7 +10,7 @@ import dataclasses
 import enum
 import json
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ from ..engine.manifest import (
 )
 from ..errors import EngineError, ExportError, UsageError, first_line, member
 from ..export.compare import compare_with_original
-from ..export.engine import writing
+from ..export.engine import one_image, writing
+from ..export.macs import macs_by_node
 from ..export.precision import Kept, noise_embedding, replace_nodes
 from ..export.selftest import write_self_test
 from ..runtime.host.onnx_stage import OnnxRuntime
@@ -50,6 +51,9 @@ TOLERANCE = 0.5  # largest error, of the largest value: more is not rounding
 FP8_LARGEST = 448.0
 _FP8: Any = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
 _BIAS_LIMIT = 2.0**30
+_FEW = 0.001  # of the multiplications of a stage
+_SIDE = 224  # of images of no fixed size, when multiplications are counted: shares hardly depend on it
+_LIMITED = {"Relu", "Clip"}  # Clip is what ReLU6 becomes
 _IMAGES = {"y", "condition", "image", "images"}  # inputs of stages; the VCG head's are features
 
 
@@ -206,7 +210,7 @@ def quantise_stage(
     """Return the 8-bit form of a stage and what was done. Raises ExportError if it is not valid ONNX."""
     quantised = onnx.ModelProto()
     quantised.CopyFrom(model)
-    kept = _kept(quantised.graph, statistics)
+    kept = _kept(quantised.graph, statistics, macs_by_node(model, one_image(stage.inputs, _SIDE)))
     between = recipe.target is Target.OPENVINO and stage.name is StageName.UNET
     work = _Quantiser(quantised, statistics, recipe, {entry.node for entry in kept}, between=between)
     work.run()
@@ -218,12 +222,13 @@ def quantise_stage(
     return quantised, report
 
 
-def _kept(graph: onnx.GraphProto, statistics: StageStatistics) -> tuple[Kept, ...]:
-    """Return the weight layers that stay float32, and why."""
+def _kept(graph: onnx.GraphProto, statistics: StageStatistics, macs: Mapping[str, int]) -> tuple[Kept, ...]:
+    """Return the weight layers that stay float32, and why. `macs` has the multiplications of each node."""
     layers = _weight_layers(graph)
     embedding = set(noise_embedding(graph))
     before = _before(graph, layers)
     after = _passed_on(graph, {n.output[0] for n in graph.node if n.op_type == "Conv" and n.input[0] in before})
+    few = _FEW * sum(macs.values())
     unwell = {t for row, t in enumerate(statistics.tensors) if statistics.nonfinite[row].any()}
     followed = _followed(graph, layers)
     kept = []
@@ -239,6 +244,8 @@ def _kept(graph: onnx.GraphProto, statistics: StageStatistics) -> tuple[Kept, ..
             why = "second convolution: rounding what the first one found moves scores most"
         elif node.name not in followed:
             why = "last layer: nothing after it evens its error out"
+        elif node.op_type != "Conv" and macs[node.name] < few:
+            why = "a small product: 8 bits save no time here, and cost the score"
         elif unwell & {node.input[0], node.output[0]}:
             why = "values that are not finite were seen here"
         elif node.op_type == "Gemm" and any(a.name in {"alpha", "beta"} and a.f != 1 for a in node.attribute):
@@ -270,10 +277,10 @@ def _before(graph: onnx.GraphProto, layers: set[str]) -> set[str]:
 
 
 def _passed_on(graph: onnx.GraphProto, start: set[str]) -> set[str]:
-    """Return `start` and what only ReLU and pooling make of it."""
+    """Return `start` and what only ReLU, ReLU6 and pooling make of it."""
     known = set(start)
     for node in graph.node:
-        if node.op_type in {"Relu", "MaxPool"} and node.input[0] in known:
+        if node.op_type in {*_LIMITED, "MaxPool"} and node.input[0] in known:
             known |= set(node.output)
     return known
 
@@ -370,19 +377,22 @@ class _Quantiser:
 
         Its matrix products return float32 directly.
         """
-        source = self.producers.get(node.input[0]) if node.op_type == "Relu" else None
-        if source is not None and source.name in self.layers and source.op_type == "Conv" and self._sole_relu(source):
+        source = self.producers.get(node.input[0]) if node.op_type in _LIMITED else None
+        if source is not None and source.name in self.layers and source.op_type == "Conv" and self._limited(source):
             self._round_in_place(node, source.output[0])
-        elif node.op_type == "Conv" and node.name in self.layers and not self._sole_relu(node):
+        elif node.op_type == "Conv" and node.name in self.layers and not self._limited(node):
             self._round_in_place(node, node.output[0])
 
-    def _sole_relu(self, node: onnx.NodeProto) -> bool:
+    def _limited(self, node: onnx.NodeProto) -> bool:
+        """Return whether all that is read of a node's result is its ReLU or ReLU6."""
         readers = self.readers.get(node.output[0], [])
-        return len(readers) == 1 and readers[0].op_type == "Relu"
+        return len(readers) == 1 and readers[0].op_type in _LIMITED
 
     def _round_in_place(self, node: onnx.NodeProto, measured: str) -> None:
         """Make a node's result go through Q/DQ under its own name."""
         name = node.output[0]
+        if node.op_type == "Clip" and name in self.statistics.tensors:
+            measured = name  # what ReLU6 lets through may be a small part of what it reads
         grid = self._grid(name, measured, positive=node.op_type == "Relu")
         node.output[0] = f"{name}.unquantised"
         self._pair(f"{name}.unquantised", name, grid)

@@ -1,8 +1,8 @@
 """`iqa-calibrate --steps`: the fewest steps that keep the scores of an engine, and what takes out their bias.
 
-Every number of steps is tried from several starts: the noisiest steps of a schedule see nothing but noise. Eight images
-choose the start whose scores scatter least around those with all steps. Then all images are scored with it, in turn
-with all steps, so that speeds are those of one run.
+Every number of steps is tried from several starts, as trained and by DDIM: the noisiest steps of a schedule see nothing
+but noise. Eight images choose the way whose scores scatter least around those with all steps. Then all images are
+scored with it, in turn with all steps, so that speeds are those of one run.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from ..engine.agreement import Array, srcc
 from ..engine.atomic import replacing
 from ..engine.manifest import MANIFEST, Manifest, open_engine, read_manifest
 from ..engine.monotone import Monotone, fit_monotone
-from ..engine.sampling import Fast, Sampling, choose_sampling, spread
+from ..engine.sampling import Fast, Sampler, Sampling, TapRule, choose_sampling, spread
 from ..errors import EngineError, OutputError, UsageError
 from ..evaluation.charts import add_legend, colour, panels
 from ..runtime.host.onnx_stage import OnnxRuntime
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 LEAST_SRCC = 0.99  # of scores with few steps and with all
 LEAST_IMAGES = 8
 IMAGES_PER_KNOT = 20
-STARTS = (1.0, 0.9, 0.8, 0.65)  # shares of the schedule
+STARTS = (1.0, 0.9, 0.8, 0.65, 0.5)  # shares of the schedule
 _UNCORRECTED = Monotone((0.0,), (0.0,), slope_beyond=1)
 
 
@@ -175,19 +175,27 @@ def compare(sampling: Sampling, few: Sequence[float], every: Sequence[float], sp
 
 def _candidates(manifest: Manifest, counts: Sequence[int]) -> tuple[list[list[Sampling]], dict[int, str]]:
     """Return for each number of steps the ways to take them; and what the engine cannot take. Raises UsageError."""
-    all_steps, groups, left_out = manifest.schedule.steps, [], {}
-    for count in sorted({*counts} - {all_steps}):
+    schedule, groups, left_out = manifest.schedule, [], {}
+    starts = {round(share * (schedule.steps - 1)) for share in STARTS}
+    needed = {manifest.taps.step_of(kind) - 1 for kind in manifest.kinds[1:]} - {-1}
+    for count in sorted({*counts} - {schedule.steps}):
+        ways = []
         try:
-            plain = choose_sampling(manifest.schedule, manifest.taps, manifest.kinds, count, None)
+            ways.append(choose_sampling(schedule, manifest.taps, manifest.kinds, count, None))
         except UsageError as exc:
             left_out[count] = str(exc)
-            continue
-        needed = {manifest.taps.step_of(kind) - 1 for kind in manifest.kinds[1:]} - {-1}
-        starts = {round(share * (all_steps - 1)) for share in STARTS}
-        ways = [spread({*needed, start}, count) for start in starts if start > max(needed, default=0)]
-        groups.append([plain, *(Sampling(steps) for steps in ways if len(steps) == count and steps != plain.steps)])
+        for start in [] if schedule.linear else sorted(starts):
+            if start < count - 1:
+                continue
+            if start > max(needed, default=0):
+                ways.append(Sampling(spread({*needed, start}, count)))
+            # Without noise on the way the taps are made of the result, so any steps will do.
+            ways.append(Sampling(spread({start}, count), Sampler.DDIM, taps=TapRule.RENOISED))
+        if ways := [way for way in dict.fromkeys(ways) if len(way.steps) == count]:
+            groups.append(ways)
+            left_out.pop(count, None)
     if not groups:
-        raise UsageError(f"nothing to try: {'; '.join(left_out.values()) or f'{all_steps} are all steps'}")
+        raise UsageError(f"nothing to try: {'; '.join(left_out.values()) or f'{schedule.steps} are all steps'}")
     return groups, left_out
 
 

@@ -1,7 +1,6 @@
 """Precisions of the trained `mini`: how far scores of held-out pictures move, how large, how fast on the CPU.
 
     python figures/precision.py scores --labels BIQ2021/ --dataset biq2021 --split split.json [--images 200]
-    python figures/precision.py speed
     python figures/precision.py sizes
     python figures/precision.py engines
     python figures/precision.py verify --labels BIQ2021/ --dataset biq2021 --split split.json
@@ -10,10 +9,8 @@
 and scores each picture in all precisions in turn: one crop, restored by itself. int8 is of all stages,
 mixed of those that `--precision mixed` takes. fp16, bf16 and fp8 are emulated, every result rounded as the plan of
 `iqa-build` says (fp8: of all stages, the rest in fp16), because no CPU computes in them as TensorRT does: their scores
-count, their times do not. `speed` (results/precision-speed.json) runs the full-size U-Net step, float32 and int8 in
-turn, on seeded weights, beside OpenVINO and ONNX Runtime with its default settings, whose threads wait busily: time and
-sizes, nothing about scores. `sizes` (results/precision-sizes.json) has those of all
-its stages. `engines` (results/precision-engines.json) builds `mini` with TensorRT-RTX, and has what its engines weigh.
+count, their times do not. `sizes` (results/precision-sizes.json) has those of all full-size stages.
+`engines` (results/precision-engines.json) builds `mini` with TensorRT-RTX, and has what its engines weigh.
 `verify` (results/precision-verify.json) is how long iqa-verify takes over 20 of the pictures.
 """
 
@@ -31,13 +28,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-from record import ROOT, seconds_in_turn, write
+from record import ROOT, write
 
-from diffiqa.bench.contenders import DefaultStage
 from diffiqa.calibration.mixed import Trial, choose_stages
 from diffiqa.calibration.pictures import draw
 from diffiqa.calibration.quantise import Recipe, quantise_engine, quantise_stage
-from diffiqa.calibration.statistics import Recorder, StageStatistics, collect, watched
+from diffiqa.calibration.statistics import StageStatistics, collect, watched
 from diffiqa.data.datasets import Item, read_labels
 from diffiqa.data.splits import Split
 from diffiqa.engine.agreement import plcc, srcc
@@ -47,8 +43,7 @@ from diffiqa.export.builds import BuildOptions, build_engines
 from diffiqa.export.engine import export_engine, one_image
 from diffiqa.export.macs import macs_by_node
 from diffiqa.model.checkpoint import load as load_checkpoint
-from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
-from diffiqa.runtime.host.openvino_stage import OpenVino, OpenVinoStage
+from diffiqa.runtime.host.onnx_stage import OnnxRuntime
 from diffiqa.runtime.host.stages import load_stages
 from diffiqa.runtime.results import Mode, Options
 from diffiqa.runtime.scorer import Scorer
@@ -79,9 +74,6 @@ def main() -> None:
     verify.set_defaults(measure=measure_verify)
     commands.add_parser("sizes").set_defaults(measure=measure_sizes)
     commands.add_parser("engines", parents=[model]).set_defaults(measure=measure_engines)
-    speed = commands.add_parser("speed")
-    speed.set_defaults(measure=measure_speed)
-    speed.add_argument("--steps", type=int, default=12, help="Timed steps of each kind.")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         given.measure(given, Path(folder))
@@ -186,50 +178,6 @@ def beside(reference: list[float], scores: list[float], truth: list[float]) -> d
         "srcc_with_labels": srcc(scores, truth),
         "scores": [round(score, 7) for score in scores],
     }
-
-
-def measure_speed(given: argparse.Namespace, folder: Path) -> None:
-    """Run the full-size U-Net step in all ways in turn, on seeded weights and random inputs."""
-    export_engine(load_checkpoint(None, preset="paper", seed=SEED), folder / "fp32")
-    directory = open_engine(folder / "fp32")
-    stage = directory.manifest.stage(StageName.UNET)
-    assert stage is not None
-    fp32, int8 = directory.file(stage.file), folder / "int8.onnx"
-    random = np.random.default_rng(SEED)
-    inputs = {name: random.standard_normal((1, 3, 224, 224)).astype(np.float32) for name in ("y", "condition")}
-    inputs["noise_level"] = np.full((1, 1), 0.5, np.float32)
-    model = onnx.load(fp32)
-    ranges = StageStatistics.empty(watched(model), directory.manifest.schedule.steps)
-    others = {name: random.standard_normal(array.shape).astype(np.float32) for name, array in inputs.items()}
-    others["noise_level"] = np.full((1, 1), 0.5, np.float32)  # the same step: there are ranges of no other
-    Recorder(directory, StageName.UNET, ranges).bind(others, {"noise": np.empty((1, 3, 224, 224), np.float32)})()
-    onnx.save_model(quantise_stage(model, stage, ranges, Recipe.of("int8"))[0], int8)
-    plain, busy = OnnxRuntime(), OnnxRuntime(spinning=True)
-    stages = {
-        "fp32": OnnxStage(fp32, plain),
-        "int8": OnnxStage(int8, plain),
-        "fp32, spinning": OnnxStage(fp32, busy),
-        "int8, spinning": OnnxStage(int8, busy),
-        "openvino fp32": OpenVinoStage(fp32, OpenVino()),
-        "openvino bf16": OpenVinoStage(fp32, OpenVino(precision="bf16")),
-        "onnxruntime's defaults": DefaultStage(fp32),
-    }
-    noise = {name: np.empty((1, 3, 224, 224), np.float32) for name in stages}
-    calls = {name: stage.bind(inputs, {"noise": noise[name]}) for name, stage in stages.items()}
-    wall, cpu = seconds_in_turn(calls, given.steps, pause=0.1)  # threads that wait busily give up in some milliseconds
-    error = noise["int8"] - noise["fp32"]
-    figures = {
-        "preset": "paper",
-        "size": [224, 224],
-        "wall_seconds": wall,
-        "cpu_seconds": cpu,
-        "speed_over_fp32": ratio(wall["fp32"], wall["int8"]),
-        "speed_over_defaults": {name: ratio(wall["onnxruntime's defaults"], seconds) for name, seconds in wall.items()},
-        "cpu_time_over_fp32": ratio(cpu["fp32"], cpu["int8"]),
-        "bytes": {"fp32": fp32.stat().st_size, "int8": int8.stat().st_size},
-        "relative_rms_error": float(np.sqrt(np.mean(error**2) / np.mean(noise["fp32"] ** 2))),
-    }
-    write("precision-speed", figures)
 
 
 def measure_sizes(given: argparse.Namespace, folder: Path) -> None:

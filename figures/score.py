@@ -2,10 +2,10 @@
 
     python figures/score.py overhead startup spin memory tables large full full-memory
 
-Each named part writes results/score-PART.json. Engines are exported as needed: the `mini` preset, `paper` for `full`.
+Each named part writes results/score-PART.json. Engines are exported as needed: the `mini` that ships; with
+seeded weights, the full-size `paper`.
 """
 
-import dataclasses
 import subprocess
 import sys
 import tempfile
@@ -16,15 +16,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 from PIL import Image
-from record import run_apart, seconds_in_turn, write
+from record import ROOT, run_apart, seconds_in_turn, write
 
 from diffiqa.bench.machine import resident_mib
 from diffiqa.bench.timing import timed_stages
 from diffiqa.engine.manifest import open_engine
-from diffiqa.engine.schedule import Schedule, Taps
 from diffiqa.export.engine import export_engine
 from diffiqa.model.checkpoint import load as load_checkpoint
-from diffiqa.model.network import build
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime, OnnxStage
 from diffiqa.runtime.host.stages import load_stages
 from diffiqa.runtime.images import synthetic as photo
@@ -52,10 +50,16 @@ with diffiqa.load(sys.argv[1]) as scorer:
 """
 
 
-def export(preset: str, folder: Path) -> Path:
-    """Export a preset with seeded weights."""
-    export_engine(load_checkpoint(None, preset=preset, seed=0), folder / preset)
-    return folder / preset
+def shipped(folder: Path) -> Path:
+    """Export the model that ships."""
+    export_engine(load_checkpoint(ROOT / "models" / "mini" / "model.safetensors"), folder / "mini")
+    return folder / "mini"
+
+
+def full_size(folder: Path) -> Path:
+    """Export the paper's networks with seeded weights."""
+    export_engine(load_checkpoint(None, preset="paper", seed=0), folder / "paper")
+    return folder / "paper"
 
 
 def overhead(engine: Path, sizes: list[tuple[int, int]], rounds: int) -> dict[str, object]:
@@ -81,12 +85,12 @@ def overhead(engine: Path, sizes: list[tuple[int, int]], rounds: int) -> dict[st
 
 def part_overhead(folder: Path) -> dict[str, object]:
     """Everything but the ONNX Runtime calls: decoding from an array, noise, sampler, crops, reduction."""
-    return overhead(export("mini", folder), [(224, 224), (384, 320)], 5)
+    return overhead(shipped(folder), [(224, 224), (384, 320)], 5)
 
 
 def part_startup(folder: Path) -> dict[str, object]:
     """Fresh processes: import, load and check the engine, first score of a 224×224 image."""
-    engine, array = export("mini", folder), folder / "image.npy"
+    engine, array = shipped(folder), folder / "image.npy"
     np.save(array, photo(1, 224, 224))
     runs = []
     for _ in range(5):
@@ -97,17 +101,13 @@ def part_startup(folder: Path) -> dict[str, object]:
 
 
 def part_memory(folder: Path) -> dict[str, object]:
-    """Resident memory over 1,000 images of five sizes, with `mini`'s networks and 3 steps instead of 50."""
-    model = build(load_checkpoint(None, preset="mini", seed=0).model.config, 0)
-    model.config = dataclasses.replace(model.config, schedule=Schedule(steps=3), taps=Taps(t1=1, t2=2))
-    loaded = dataclasses.replace(load_checkpoint(None, preset="mini", seed=0), model=model)
-    export_engine(loaded, folder / "short")
+    """Resident memory over 1,000 images of five sizes, in 3 steps."""
     sizes = [(224, 224), (240, 320), (256, 256), (224, 400), (333, 250)]
     pictures = [photo(i, *size) for i, size in enumerate(sizes)]
     resident = []
-    with load(folder / "short") as scorer:
+    with load(shipped(folder)) as scorer:
         stream = (pictures[i % len(pictures)] for i in range(1000))
-        for index, result in enumerate(scorer.stream(stream, Options(crops=4))):
+        for index, result in enumerate(scorer.stream(stream, Options(crops=4, steps=3))):
             assert isinstance(result, Score)
             if index >= 100 and index % 50 == 49:
                 resident.append(resident_mib() or 0.0)
@@ -117,7 +117,7 @@ def part_memory(folder: Path) -> dict[str, object]:
 
 def part_tables(folder: Path) -> dict[str, object]:
     """What precomputing everything that depends on the step alone could save: the noise level as a constant."""
-    path = export("mini", folder) / "onnx" / "unet.onnx"
+    path = shipped(folder) / "onnx" / "unet.onnx"
     model = onnx.load(path)
     model.graph.input.remove(next(v for v in model.graph.input if v.name == "noise_level"))
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.full((1, 1), 0.4, np.float32), "noise_level"))
@@ -135,7 +135,7 @@ def part_tables(folder: Path) -> dict[str, object]:
 
 def part_spin(folder: Path) -> dict[str, object]:
     """Busy waiting (`--spin`) beside none, a step of `mini`'s U-Net: alone, and beside a process that never waits."""
-    path = export("mini", folder) / "onnx" / "unet.onnx"
+    path = shipped(folder) / "onnx" / "unet.onnx"
     found = []
     for side in (112, 224):
         rows = np.random.default_rng(0).standard_normal((3, 1, 3, side, side)).astype(np.float32)
@@ -160,7 +160,7 @@ def part_large(folder: Path) -> dict[str, object]:
     photograph, small = folder / "large.jpg", folder / "small.npy"
     Image.fromarray(photo(3, 4000, 6000)).save(photograph, "JPEG", quality=90)
     np.save(small, np.zeros((224, 224, 3), np.uint8))
-    before, _, _, peak, mode, seconds = run_apart(PEAKS, export("mini", folder), "4", small, photograph)
+    before, _, _, peak, mode, seconds = run_apart(PEAKS, shipped(folder), "4", small, photograph)
     return {
         "pixels": [6000, 4000],
         "mode": mode,
@@ -173,12 +173,12 @@ def part_large(folder: Path) -> dict[str, object]:
 
 def part_full(folder: Path) -> dict[str, object]:
     """One 224×224 image through all 50 steps of the full-size network, after a first one, and the loop's overhead."""
-    return overhead(export("paper", folder), [(224, 224)], 1)
+    return overhead(full_size(folder), [(224, 224)], 1)
 
 
 def part_full_memory(folder: Path) -> dict[str, object]:
     """Peak memory of a process that scores one 224×224 image with the full-size engine."""
-    engine, array = export("paper", folder), folder / "image.npy"
+    engine, array = full_size(folder), folder / "image.npy"
     np.save(array, np.random.default_rng(1).integers(0, 256, (224, 224, 3)).astype(np.uint8))
     peak, _, seconds = run_apart(PEAKS, engine, "0", array)
     size = sum(file.stat().st_size for file in engine.rglob("*.onnx")) / 2**20

@@ -104,7 +104,7 @@ def figures(results: Path) -> str:
     load = partial(_read, results)
     presets, overhead, full = load("export")["presets"], load("score-overhead"), load("score-full")
     memory, large, full_memory = load("score-memory"), load("score-large"), load("score-full-memory")
-    eight, verify = load("precision-speed"), load("precision-verify")
+    ways, verify = load("cpu-full")["ways"], load("precision-verify")
     full_bytes = load("precision-sizes")["bytes"].values()
     soaked = read(results / "bench-mini-soak.json")
     soak = soaked.soak
@@ -139,9 +139,8 @@ def figures(results: Path) -> str:
             f"{full_memory['peak_mib'] / 1024:.1f} GiB, engine {full_memory['engine_mib'] / 1024:.1f} GiB",
         ],
         [
-            "`paper`: one U-Net step in int8, beside float32",
-            f"{eight['cpu_time_over_fp32']:.1f}× less CPU time, {eight['speed_over_fp32']:.1f}× faster, "
-            f"{eight['bytes']['int8'] / eight['bytes']['fp32']:.0%} of the size",
+            "`paper`: one U-Net step in int8 by OpenVINO, beside ONNX Runtime's defaults in float32",
+            f"{ways['OpenVINO, int8']['cpu_time']:.1f}× less CPU time, {ways['OpenVINO, int8']['speed']:.1f}× faster",
         ],
         [
             "`paper`: all stages in int8, beside float32",
@@ -261,16 +260,16 @@ def precision(results: Path) -> str:
 
 
 def precisions(results: Path) -> str:
-    """Return the README's table: the precisions that were scored on all pictures."""
-    found = _read(results, "precision")
+    """Return the README's table: what each precision does to scores and to their speed."""
+    found = _read(results, "cpu")["rows"]
     rows = [
-        [f"`{name}`", *_changes(name, row), _size(found, row) or report.NONE, _speed(name, row) or report.NONE]
-        for name, row in found["precisions"].items()
-        if row["images"] == found["images"] and name != "mixed"
+        [row["way"], f"{row['speed']:.1f}×", f"{row['drift']:.2g}", f"{row['srcc']:.4f}"]
+        for row in found
+        if row["count"] == found[0]["count"]
     ]
-    return report.table(
-        ["precision", "mean change of score", "largest change", "size of the stages", "CPU speed"], rows
-    )
+    fp16 = _read(results, "precision")["precisions"]["fp16"]
+    rows.append(["a GPU's fp16, emulated", "", f"{fp16['mean_drift']:.2g}", f"{fp16['srcc_with_fp32']:.4f}"])
+    return report.table(["computed by", "speed", "mean change of score", "SRCC with the first"], rows)
 
 
 def steps(results: Path) -> str:
@@ -322,16 +321,15 @@ def cpu_full(results: Path) -> str:
 def tried(results: Path) -> str:
     """Return how long a U-Net step took with what was tried, beside the same step without."""
     constants = _read(results, "score-tables")["seconds_per_step_base_over_constant_median"]
-    eight = _read(results, "precision-speed")["speed_over_defaults"]
     rows = [
         [f"`mini`, {case['side']}×{case['side']}: busy threads, {case['condition']}", f"{case['ratio']:.2f}"]
         for case in _read(results, "score-spin")["cases"]
     ]
     rows.append(["`mini`: all that depends on the step alone as constants", f"{1 / constants:.2f}"])
     rows += [
-        [f"`paper`, 224×224: {name}, beside ONNX Runtime's defaults", f"{1 / times:.2f}"]
-        for name, times in eight.items()
-        if times != 1
+        [f"`paper`, 224×224: {name}, beside ONNX Runtime's defaults", f"{1 / way['speed']:.2f}"]
+        for name, way in _read(results, "cpu-full")["ways"].items()
+        if way["speed"] != 1
     ]
     return report.table(["what was tried", "time, without = 1"], rows)
 
