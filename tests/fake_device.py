@@ -275,7 +275,7 @@ class FakeContext:
 _gone: list[Any] = []  # what a stream could still come to, if somebody forgot to wait for it
 
 
-_load = OnnxRuntime.load_stage
+load_anew = OnnxRuntime.load_stage
 _loaded: dict[tuple[str, str, str], OnnxStage] = {}  # by what is in a file, and the settings
 
 
@@ -285,10 +285,10 @@ def load_once(settings: OnnxRuntime, path: Path, name: StageName) -> OnnxStage:
     Most tests have a copy of the same four files. On a GPU a session belongs to a stream, and is loaded again.
     """
     if settings.provider_names != ["CPUExecutionProvider"]:
-        return _load(settings, path, name)
+        return load_anew(settings, path, name)
     key = file_sha256(path), path.name, repr(settings)
     if key not in _loaded:
-        _loaded[key] = _load(settings, path, name)
+        _loaded[key] = load_anew(settings, path, name)
     return _loaded[key]
 
 

@@ -40,7 +40,7 @@ from diffiqa.runtime.gpu import onnx_stage as onnx_device
 from diffiqa.runtime.host.onnx_stage import OnnxRuntime
 from diffiqa.runtime.scorer import Scorer, load
 
-from ..fake_device import FakeLayer
+from ..fake_device import FakeLayer, load_anew
 from ..tiny import STAGES, photo
 from .conftest import REAL_SIZES
 from .test_verdict import CASE, QUIET, SAMPLES
@@ -522,6 +522,7 @@ def test_sessions_on_a_gpu_are_gone_when_peers_start(
             gc.collect()
             looked.extend(session() is None for session in sessions)
 
+    monkeypatch.setattr(OnnxRuntime, "load_stage", load_anew)  # what other tests loaded does not go
     monkeypatch.setattr(onnx_device, "on_device", noted)
     monkeypatch.setattr(run_module, "Contest", Looker)
     options = ("--size", "40x40", "--crops", "1", "--rounds", "1", "--starts", "0", "--peer", "torch eager")
