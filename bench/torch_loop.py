@@ -121,7 +121,7 @@ class TorchScorer:
         z = self._draw(seed, [*rows.steps, rows.start], plane)
         condition = plane.to(self._dtype)
         tapped = {}
-        y = z[-1:]
+        y = z[-1:] * rows.image[1] + plane * rows.image[0] if rows.image else z[-1:]
         for i in reversed(range(len(rows.steps))):
             y = step(y, condition, z[i][None], table[i])
             if i in rows.taps.values():

@@ -1,8 +1,8 @@
 """`iqa-calibrate --steps`: the fewest steps that keep the scores of an engine, and what takes out their bias.
 
-Every number of steps is tried from several starts, as trained and by DDIM: the noisiest steps of a schedule see nothing
-but noise. Eight images choose the way whose scores scatter least around those with all steps. Then all images are
-scored with it, in turn with all steps, so that speeds are those of one run.
+Every number of steps is tried from several starts, from noise and from the image, as trained and by DDIM: the noisiest
+steps of a schedule see nothing but noise. Eight images choose the way whose scores scatter least around those with all
+steps. Then all images are scored with it, in turn with all steps, so that speeds are those of one run.
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ LEAST_SRCC = 0.99  # of scores with few steps and with all
 LEAST_IMAGES = 8
 IMAGES_PER_KNOT = 20
 STARTS = (1.0, 0.9, 0.8, 0.65, 0.5)  # shares of the schedule
+STARTS_FROM_IMAGE = (0.5, 0.35, 0.25, 0.15)
 _UNCORRECTED = Monotone((0.0,), (0.0,), slope_beyond=1)
 
 
@@ -176,7 +177,9 @@ def compare(sampling: Sampling, few: Sequence[float], every: Sequence[float], sp
 def _candidates(manifest: Manifest, counts: Sequence[int]) -> tuple[list[list[Sampling]], dict[int, str]]:
     """Return for each number of steps the ways to take them; and what the engine cannot take. Raises UsageError."""
     schedule, groups, left_out = manifest.schedule, [], {}
-    starts = {round(share * (schedule.steps - 1)) for share in STARTS}
+    last = schedule.steps - 1
+    starts = sorted({(round(share * last), False) for share in STARTS})
+    starts += sorted({(round(share * last), True) for share in STARTS_FROM_IMAGE})
     needed = {manifest.taps.step_of(kind) - 1 for kind in manifest.kinds[1:]} - {-1}
     for count in sorted({*counts} - {schedule.steps}):
         ways = []
@@ -184,13 +187,13 @@ def _candidates(manifest: Manifest, counts: Sequence[int]) -> tuple[list[list[Sa
             ways.append(choose_sampling(schedule, manifest.taps, manifest.kinds, count, None))
         except UsageError as exc:
             left_out[count] = str(exc)
-        for start in [] if schedule.linear else sorted(starts):
+        for start, from_image in [] if schedule.linear else starts:
             if start < count - 1:
                 continue
             if start > max(needed, default=0):
-                ways.append(Sampling(spread({*needed, start}, count)))
+                ways.append(Sampling(spread({*needed, start}, count), from_image=from_image))
             # Without noise on the way the taps are made of the result, so any steps will do.
-            ways.append(Sampling(spread({start}, count), Sampler.DDIM, taps=TapRule.RENOISED))
+            ways.append(Sampling(spread({start}, count), Sampler.DDIM, 0, TapRule.RENOISED, from_image))
         if ways := [way for way in dict.fromkeys(ways) if len(way.steps) == count]:
             groups.append(ways)
             left_out.pop(count, None)

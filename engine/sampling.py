@@ -3,6 +3,9 @@
 A tap is defined by its noise level. The trained loop taps the state after step `s`; that state has the level of step
 s − 1. So with fewer steps, step s − 1 must be among those taken (`TapRule.STATE`), or the tap is made of the result:
 √ᾱ·y₀ + √(1 − ᾱ)·z, with the noise that the trained loop adds at step `s` (`TapRule.RENOISED`).
+
+The trained loop starts from noise. A few steps lead further if they start from the image with the noise of their first
+level, √ᾱ·image + √(1 − ᾱ)·z: they only have to find what the image lacks.
 """
 
 import enum
@@ -10,15 +13,17 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
 
 from ..errors import UsageError
-from .codec import encode
+from .codec import LATER, encode
 from .monotone import Monotone
 from .schedule import Coefficients, Kind, Schedule, Taps, ancestral, ddim
+
+FROM_IMAGE = "image+"  # before the name of a sampler
 
 
 class Sampler(enum.StrEnum):
@@ -48,6 +53,7 @@ class Rows:
     taps: Mapping[Kind, int]  # the row whose result is a kind, in order of kinds
     silent: int = 0
     clip: bool = True
+    image: tuple[float, float] | None = None  # shares of the image and of the noise at the start; None: noise alone
 
     @property
     def tapped(self) -> list[int]:
@@ -68,6 +74,7 @@ class Sampling:
     sampler: Sampler = Sampler.ANCESTRAL
     eta: float = 0.0  # for ddim
     taps: TapRule = TapRule.STATE
+    from_image: bool = field(default=False, metadata=LATER)  # with the noise of its first step; else from noise alone
 
     @classmethod
     def trained(cls, schedule: Schedule) -> Self:
@@ -77,7 +84,8 @@ class Sampling:
     @property
     def name(self) -> str:
         """The sampler as options spell it."""
-        return f"{self.sampler}:{self.eta}" if self.eta else str(self.sampler)
+        named = f"{self.sampler}:{self.eta}" if self.eta else str(self.sampler)
+        return FROM_IMAGE + named if self.from_image else named
 
     def problem(self, schedule: Schedule, taps: Taps, kinds: tuple[Kind, ...]) -> str | None:
         """Return why a model cannot be sampled so, or None. Values from a file are checked with it."""
@@ -87,6 +95,8 @@ class Sampling:
             return f"the steps of a sampling must rise, within 0 to {last}"
         if not 0 <= self.eta <= 1 or (self.eta and self.sampler is not Sampler.DDIM):
             return "eta must lie between 0 and 1, and is for ddim"
+        if self.from_image and schedule.linear:
+            return "a loop over features does not start from an image"
         for kind, level in _tap_levels(taps, kinds).items():
             if self.taps is TapRule.STATE and (level not in self.steps or level == self.steps[-1]):
                 return f"the tap {kind} needs step {level}, and one above it, among the steps {list(self.steps)}"
@@ -98,10 +108,11 @@ class Sampling:
         bar = schedule.alpha_bar[list(self.steps)]
         walk = ancestral(bar) if self.sampler is Sampler.ANCESTRAL else ddim(bar, self.eta)
         walk = replace(walk, noise_level=schedule.coefficients.noise_level[list(self.steps)])
-        levels = _tap_levels(taps, kinds)
+        levels, first = _tap_levels(taps, kinds), bar[-1]
+        image = (float(np.sqrt(first)), float(np.sqrt(1 - first))) if self.from_image else None
         if self.taps is TapRule.STATE:
             row_of = {kind: self.steps.index(level) + 1 for kind, level in levels.items()}
-            return Rows(schedule.steps, self.steps, walk, _in_order(kinds, row_of, end=0), clip=schedule.clip)
+            return Rows(schedule.steps, self.steps, walk, _in_order(kinds, row_of, end=0), 0, schedule.clip, image)
         above = sorted(set(levels.values()))
         bars = schedule.alpha_bar[above]
         none = np.zeros_like(bars)
@@ -112,7 +123,8 @@ class Sampling:
         steps = (*(level + 1 for level in above), *self.steps)
         row_of = {kind: above.index(level) for kind, level in levels.items()}
         silent = len(above)
-        return Rows(schedule.steps, steps, Coefficients(**factors), _in_order(kinds, row_of, end=silent), silent)
+        tapped = _in_order(kinds, row_of, end=silent)
+        return Rows(schedule.steps, steps, Coefficients(**factors), tapped, silent, image=image)
 
 
 @dataclass(frozen=True)
@@ -136,18 +148,21 @@ class Fast:
         return self.sampling.problem(schedule, taps, kinds)
 
 
-def parse_sampler(text: str) -> tuple[Sampler, float]:
-    """Read `ancestral`, `ddim` or `ddim:ETA`. Raises UsageError."""
-    name, colon, eta = text.partition(":")
+def parse_sampler(text: str) -> tuple[Sampler, float, bool]:
+    """Read `ancestral`, `ddim` or `ddim:ETA`, and whether `image+` stands before it. Raises UsageError."""
+    name, colon, eta = text.removeprefix(FROM_IMAGE).partition(":")
     try:
         sampler, share = Sampler(name), float(eta) if colon else 0.0
     except ValueError:
-        raise UsageError(f"a sampler is ancestral, ddim or ddim:ETA, such as ddim:0.5; not {text!r}") from None
+        raise UsageError(
+            f"a sampler is ancestral, ddim or ddim:ETA, such as ddim:0.5; not {text!r}. With {FROM_IMAGE} before it, "
+            "it starts from the image"
+        ) from None
     if colon and sampler is Sampler.ANCESTRAL:
         raise UsageError("ancestral takes no eta; ddim:1 is the same sampler")
     if not 0 <= share <= 1:
         raise UsageError(f"eta must lie between 0 and 1, not {eta}")
-    return sampler, share
+    return sampler, share, text.startswith(FROM_IMAGE)
 
 
 def fewest_steps(schedule: Schedule, taps: Taps, kinds: tuple[Kind, ...]) -> int | None:
@@ -165,26 +180,30 @@ def choose_sampling(
     """Return a sampler on so many steps, spread evenly and with the levels of the taps. Raises UsageError.
 
     What adds noise at every step taps its states. DDIM without noise (eta 0) re-noises its result: its states still
-    carry the noise that it started from.
+    carry the noise that it started from. What starts from the image starts halfway, or where the steps have room.
     """
     trained = Sampling.trained(schedule)
     if kinds == (Kind.DIS,) and not schedule.linear and (steps or sampler):
         raise UsageError("this engine restores nothing, so it has no steps to choose")
-    kind, eta = parse_sampler(sampler or trained.sampler)
-    if schedule.linear and (kind, eta) != (trained.sampler, trained.eta):
+    kind, eta, from_image = parse_sampler(sampler or trained.sampler)
+    if schedule.linear and (kind, eta, from_image) != (trained.sampler, trained.eta, False):
         raise UsageError(f"the steps of this engine are those of {trained.name}: leave out --sampler {sampler}")
     count = steps or schedule.steps
     if count > schedule.steps:
         raise UsageError(f"{count} steps are more than the {schedule.steps} that this engine was trained with")
     rule = TapRule.STATE if kind is trained.sampler or eta else TapRule.RENOISED
-    needed = {schedule.steps - 1, *(_tap_levels(taps, kinds).values() if rule is TapRule.STATE else ())}
+    levels = set(_tap_levels(taps, kinds).values()) if rule is TapRule.STATE else set()
+    start = schedule.steps - 1
+    if from_image:
+        start = min(start, max(start // 2, max(levels, default=-1) + 1, count - 1))
+    needed = {start, *levels}
     if count < len(needed):
         raise UsageError(
             f"{count} of {schedule.steps} steps cannot hold the noise levels that this engine taps: take "
             f"{len(needed)} at least, or the sampler ddim, which makes its taps of the result"
         )
     taken = tuple(range(count)) if count == schedule.steps else spread(needed, count)
-    return Sampling(taken, kind, eta, rule)
+    return Sampling(taken, kind, eta, rule, from_image)
 
 
 def spread(needed: set[int], count: int) -> tuple[int, ...]:

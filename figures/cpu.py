@@ -13,7 +13,6 @@ restored picture is from that of float32 in all steps. It says nothing about sco
 
 import argparse
 import importlib.util
-import math
 import statistics
 import tempfile
 import time
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 import onnx
 from precision import CALIBRATION_IMAGES, OPTIONS, SEED, add_pictures, drawn, ratio
-from record import ROOT, seconds_in_turn, write
+from record import ROOT, psnr, seconds_in_turn, write
 
 from diffiqa.bench.contenders import DefaultStage, nncf_stage, unet_inputs
 from diffiqa.calibration.quantise import Recipe, quantise_engine, quantise_stage
@@ -177,12 +176,6 @@ def measure_full(given: argparse.Namespace, folder: Path) -> None:
         if count == m.schedule.steps:
             again = restore(denoisers[first], NoiseField(SEED + 1, size), sampling.rows(m.schedule, m.taps, m.kinds))
             found["psnr_of_another_seed"] = {kind: psnr(planes[kind], plane) for kind, plane in again.items()}
-
-
-def psnr(want: Any, have: Any) -> float:
-    """Return the PSNR of images in [-1, 1], in dB."""
-    error = float(np.square(want - have, dtype=np.float64).mean())
-    return 10 * math.log10(4 / error) if error else math.inf
 
 
 if __name__ == "__main__":

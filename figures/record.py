@@ -1,6 +1,7 @@
-"""What scripts here share: calls timed in turn, and what is written beside figures: machine, versions, commit."""
+"""What scripts here share: calls timed in turn, PSNR, and what is written beside figures: machine, versions, commit."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from diffiqa.bench.machine import describe
 from diffiqa.runtime.host.onnx_stage import available_cpus
@@ -45,6 +48,12 @@ def seconds_in_turn(
             cpu[name].append(time.process_time() - used)
     wall, cpu = ({name: spent[warm:] for name, spent in each.items()} for each in (wall, cpu))
     return wall, cpu
+
+
+def psnr(want: Any, have: Any) -> float:
+    """Return the PSNR of images in [-1, 1], in dB."""
+    error = float(np.square(want - have, dtype=np.float64).mean())
+    return 10 * math.log10(4 / error) if error else math.inf
 
 
 def run_apart(script: str, *arguments: str | Path) -> list[str]:

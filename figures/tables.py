@@ -267,8 +267,6 @@ def precisions(results: Path) -> str:
         for row in found
         if row["count"] == found[0]["count"]
     ]
-    fp16 = _read(results, "precision")["precisions"]["fp16"]
-    rows.append(["a GPU's fp16, emulated", "", f"{fp16['mean_drift']:.2g}", f"{fp16['srcc_with_fp32']:.4f}"])
     return report.table(["computed by", "speed", "mean change of score", "SRCC with the first"], rows)
 
 
@@ -281,12 +279,13 @@ def steps(results: Path) -> str:
             f"{way['speed']:.1f}×",
             *(f"{way[figure]:.4f}" for figure in ("drift", "corrected_drift", "corrected_bias", "srcc")),
             f"{way['srcc_with_labels']:.2f}",
+            f"{way['psnr_to_all_steps']:.1f} dB",
         ]
         for name, way in _read(results, "steps")["ways"].items()
         if name != "all"
     ]
     head = ["sampler, steps", "steps taken", "speed", "mean change of score", "corrected", "bias left", "SRCC with all"]
-    return report.table([*head, "SRCC with labels"], rows)
+    return report.table([*head, "SRCC with labels", "y₀ beside all steps"], rows)
 
 
 def cpu(results: Path) -> str:

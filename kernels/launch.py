@@ -77,8 +77,8 @@ class SamplerBuffers:
     `state` (N,P,H,W) float32 · `y`, `noise` (N,P,H,W) `storage`: the network's input and output · `noise_level` (N,1)
     float32 · `taps` (slots,N,P,H,W) float32, 0 if no step is tapped · `windows` N × WINDOW · `table` `steps` × STEP ·
     `progress` one PROGRESS · `given` (N,P,H,W) and its `share` (N,1) `storage`: what the loop starts from beside noise,
-    0 if nothing. With float32 storage, `y` may be `state`. `start` is the counter of the first noise. `silent` rows
-    leave the state alone.
+    0 if nothing. Without a `share`, `shares` are those of `given` and of noise. With float32 storage, `y` may be
+    `state`. `start` is the counter of the first noise. `silent` rows leave the state alone.
     """
 
     storage: Storage
@@ -97,6 +97,7 @@ class SamplerBuffers:
     progress: int
     given: int = 0
     share: int = 0
+    shares: tuple[float, float] = (0.0, 1.0)
     planes: int = 3
     silent: int = 0
     clip: bool = True
@@ -112,7 +113,9 @@ class SamplerBuffers:
     def begin(self) -> Launch:
         """Fill `state` and `y` with what the loop starts from, and make the last row the next one to do."""
         addresses = (self.state, self.y, self.noise_level, self.windows, self.table, self.progress)
-        return self._launch("noise_init", (*addresses, self.given, self.share), np.int32(self.start))
+        return self._launch(
+            "noise_init", (*addresses, self.given, self.share), np.int32(self.start), *map(np.float32, self.shares)
+        )
 
     def step(self) -> Launch:
         """Advance `state` and `y` past the current row, copy a tap, and move on `progress` and `noise_level`.

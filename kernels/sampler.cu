@@ -8,7 +8,7 @@
 //   taps   (slots,N,P,H,W) float
 //   noise_level (N) float       the network's other input, which tells the step
 //   given  (N,P,H,W) Real       what the loop starts from beside noise, or null
-//   share  (N) Real             how much of it
+//   share  (N) Real             how much of it, the rest is noise; or null: then both shares are arguments
 // A loop is one noise_init, then network and sampler_step for each row of a table, from the last to the first. Which
 // row it is stands in device memory, so every step is the same launch and one captured graph serves them all. The
 // `silent` first rows come last and need no network: they make a tap of the state, and leave the state alone.
@@ -77,7 +77,7 @@ __device__ inline void set_step(Progress* progress, float* noise_level, const St
 template <typename Real>
 __device__ void noise_init(Float4* state, Vec4<Real>* y, float* noise_level, const Window* windows, const Step* table,
                            Progress* progress, const Vec4<Real>* given, const Real* share, int batch, int planes,
-                           int height, int width, int steps, int start)
+                           int height, int width, int steps, int start, float part_of_all, float rest_of_all)
 {
     if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) {
         progress->ticket = 0;
@@ -86,7 +86,8 @@ __device__ void noise_init(Float4* state, Vec4<Real>* y, float* noise_level, con
     const unsigned columns = width / 4, quads = height * columns;
     for (unsigned plane = blockIdx.y; plane < 1u * planes * batch; plane += gridDim.y) {
         const Window window = windows[plane / planes];
-        const float part = given ? widen(share[plane / planes]) : 0, rest = 1.0f - part;
+        const float part = share ? widen(share[plane / planes]) : part_of_all;
+        const float rest = share ? 1.0f - part : rest_of_all;
         for (unsigned q = blockIdx.x * blockDim.x + threadIdx.x; q < quads; q += gridDim.x * blockDim.x) {
             const Index i = Index{plane} * quads + q;
             Float4 first = window_normals(window, plane % planes, q / columns, q % columns, start);
@@ -148,10 +149,11 @@ __device__ void sampler_step(Float4* state, Vec4<Real>* y, const Vec4<Real>* __r
     extern "C" __global__ void noise_init_##suffix(Float4* state, Vec4<Real>* y, float* noise_level,                   \
                                                    const Window* windows, const Step* table, Progress* progress,       \
                                                    const Vec4<Real>* given, const Real* share, int batch, int planes,  \
-                                                   int height, int width, int steps, int start)                        \
+                                                   int height, int width, int steps, int start, float part,            \
+                                                   float rest)                                                         \
     {                                                                                                                  \
         noise_init(state, y, noise_level, windows, table, progress, given, share, batch, planes, height, width, steps, \
-                   start);                                                                                             \
+                   start, part, rest);                                                                                 \
     }                                                                                                                  \
     extern "C" __global__ void sampler_step_##suffix(                                                                  \
         Float4* state, Vec4<Real>* y, const Vec4<Real>* noise, float* noise_level, Float4* taps,                       \

@@ -87,6 +87,8 @@ class DiffV2IQA(nn.Module):
             return torch.from_numpy(z).to(images).expand_as(images)
 
         y = noise(rows.start)
+        if rows.image:
+            y = y * rows.image[1] + images * rows.image[0]
         tapped = {}
         for i in reversed(range(len(rows.steps))):
             level = torch.full((images.shape[0], 1), float(table.noise_level[i])).to(images)

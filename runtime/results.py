@@ -51,7 +51,7 @@ class Options:
     mode: Mode = Mode.WHOLE  # or its text
     pixel_budget: int = PIXEL_BUDGET  # whole images above it are tiled
     steps: int | None = None  # None: all that the engine was trained with
-    sampler: str | None = None  # ancestral, as trained; ddim; ddim:ETA
+    sampler: str | None = None  # ancestral, as trained; ddim; ddim:ETA; image+ before one
     fast: bool = False  # the steps and the correction that iqa-calibrate --steps gave the engine
 
     def __post_init__(self) -> None:

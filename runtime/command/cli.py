@@ -97,7 +97,8 @@ def provider(text: str) -> str | tuple[str, dict[str, str]]:
 @click.option(
     "--sampler",
     metavar="NAME",
-    help="How a step is made: ancestral (the default, as in training), ddim, or ddim:ETA with a share of its noise.",
+    help="How a step is made: ancestral (the default, as in training), ddim, or ddim:ETA with a share of its noise. "
+    "With image+ before it, the steps start from the image, not from noise.",
 )
 @click.option(
     "--fast", is_flag=True, help="Take the steps, and correct the score, as iqa-calibrate --steps found best."

@@ -128,8 +128,9 @@ class Bindings:
         assert profile is not None  # noqa: S101 — the caller has asked `takes_windows`
         largest = shapes["y"] if stage.open_ended else stage.built.profiles[profile]["y"].maximum
         rows = sampling.rows(self._manifest.schedule, self._manifest.taps, self._manifest.kinds)
-        buffers = self._sampler(sampling, rows, storage, (batch, 3, height, width), largest)
         condition = self._buffers.get("condition", math.prod(largest) * storage.dtype.itemsize)
+        begins: dict[str, Any] = {"given": condition, "shares": rows.image} if rows.image else {}
+        buffers = self._sampler(sampling, rows, storage, (batch, 3, height, width), largest, **begins)
         addresses = {
             "y": buffers.y,
             "condition": condition,
@@ -253,7 +254,7 @@ class Bindings:
         storage: Storage,
         shape: tuple[int, int, int, int],
         largest: Sequence[int],
-        **more: int,
+        **more: Any,
     ) -> SamplerBuffers:
         """Return the memory of a loop over states of a shape (batch, planes, height, width), made for the largest."""
         batch, planes, height, width = shape

@@ -119,7 +119,8 @@ class HostExecutor:
                 :, window.top : window.top + window.height, window.left : window.left + window.width
             ]
             denoiser.watch = partial(watch, (window, denoiser.y))
-            restored = restore(denoiser, field, rows)
+            start = (denoiser.condition, *rows.image) if rows.image else None
+            restored = restore(denoiser, field, rows, start)
             denoiser.watch()
             weight = plan.blend_weight(window)
             for index in plan.readers(window):
@@ -239,7 +240,7 @@ class _Workspace:
         def run(crop: _InCrop) -> None:
             plan, seed, lane, bound.watch = crop
             field = NoiseField(seed, (1, bound.y.size), lane=lane, planes=1)
-            restore(bound, field, plan.sampling.rows(m.schedule, m.taps, m.kinds), (start[0], share[0]))
+            restore(bound, field, plan.sampling.rows(m.schedule, m.taps, m.kinds), (start[0], share[0], 1 - share[0]))
 
         self._calls.append(run)
 

@@ -27,19 +27,23 @@ class Denoiser(Protocol):
 
 
 def restore(
-    denoiser: Denoiser, field: NoiseField, rows: Rows, start: tuple[FloatArray, FloatArray] | None = None
+    denoiser: Denoiser,
+    field: NoiseField,
+    rows: Rows,
+    start: tuple[FloatArray, FloatArray | float, FloatArray | float] | None = None,
 ) -> dict[Kind, FloatArray]:
     """Walk all rows, leave the result in the state, and return a copy of it for every kind that they tap.
 
-    The state begins as noise; with a `start` (like the state) and its share, as share · start + (1 − share) · noise.
+    The state begins as noise; with a `start` (like the state), its share and that of noise, as their sum.
     """
     factors, y = rows.factors, denoiser.y
     z, scratch = np.empty_like(y), np.empty_like(y)
     tapped = {row: np.empty_like(y) for row in rows.tapped}
     field.fill(rows.start, y)
     if start:
-        y *= 1 - start[1]
-        y += start[0] * start[1]
+        given, share, rest = start
+        y *= rest
+        y += given * share
     with ThreadPoolExecutor(1, "diffiqa-noise") as pool:
         for row in reversed(range(len(rows.steps))):
             # Noise is computed while the network runs: the cores have idle time between its layers.

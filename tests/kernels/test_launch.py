@@ -61,7 +61,8 @@ def test_sampler_arguments_stand_in_the_kernels_order(storage: Storage) -> None:
     assert list(step.arguments) == [*(4096 * i for i in range(1, 9)), 2, 5, 32, 48, 50, 2, np.inf]
     assert buffers().step().arguments[-1] == 1
     assert begin.kernel == f"noise_init_{storage}"
-    assert list(begin.arguments) == [*(4096 * i for i in (1, 2, 4, 6, 7, 8, 9, 10)), 2, 5, 32, 48, 50, 50]
+    assert list(begin.arguments) == [*(4096 * i for i in (1, 2, 4, 6, 7, 8, 9, 10)), 2, 5, 32, 48, 50, 50, 0, 1]
+    assert list(buffers(shares=(0.5, 0.75)).begin().arguments)[-2:] == [0.5, 0.75]
     assert step.grid[1] == begin.grid[1] == 10
 
 

@@ -130,6 +130,26 @@ def test_steps_are_numpys_bit_for_bit_given_the_normals(
 
 
 @both
+def test_a_loop_starts_from_shares_of_an_image_and_of_noise(
+    device: Device, rng: np.random.Generator, storage: Storage
+) -> None:
+    windows, schedule = [Window(seed, (16, 32), lane=seed) for seed in (3, 4)], Schedule(steps=4)
+    walk = Sampling((0, 2), from_image=True).rows(schedule, Taps(), ())
+    image = rng.uniform(-1, 1, (2, 3, 16, 32)).astype(storage.dtype)
+    loop = Loop(device, storage, windows, (16, 32), walk=walk, given=(image, np.empty(0)))
+    loop.begin()
+    expected = np.empty(loop.shape, np.float32)
+    for state, window in zip(expected, windows, strict=True):
+        NoiseField(window.seed, (16, 32), lane=window.lane).fill(walk.start, state)
+    assert walk.image
+    expected *= walk.image[1]
+    expected += image.astype(np.float32) * np.float32(walk.image[0])
+    np.testing.assert_allclose(loop.state, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(bits(loop.y), bits(loop.state.astype(storage.dtype)))
+    assert loop.progress == (1, 0)
+
+
+@both
 def test_a_state_of_another_shape_starts_from_a_share_of_what_is_given(
     device: Device, rng: np.random.Generator, storage: Storage
 ) -> None:

@@ -247,11 +247,12 @@ def test_all_steps_by_name_are_the_engines_own_and_others_say_what_they_are(scor
         ({"steps": 4, "sampler": "ddim:0.5"}, "4 of 6 steps, ddim:0.5"),
         ({"sampler": "ddim"}, "6 of 6 steps, ddim"),
         ({"steps": 1, "sampler": "ddim"}, "1 of 6 steps, ddim"),
+        ({"steps": 1, "sampler": "image+ddim"}, "1 of 6 steps, image+ddim"),
     ):
         score = scorer.score(picture, Options(crops=1, **options))
         assert score.notes == (note,)
         seen.add(score.score)
-    assert len(seen) == 5
+    assert len(seen) == 6
 
 
 def test_fast_takes_its_steps_and_corrects_the_score_of_each_seed(tiny_engine: Path, scorer: Scorer) -> None:

@@ -303,6 +303,7 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "three": {"steps": 3},
     "re-noised": {"steps": 2, "sampler": "ddim"},
     "half the noise": {"steps": 4, "sampler": "ddim:0.5"},
+    "from the image": {"steps": 3, "sampler": "image+ancestral"},
 }
 
 

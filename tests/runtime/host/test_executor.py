@@ -58,7 +58,11 @@ def test_scores_are_those_of_the_pytorch_reference(
     assert vda == pytest.approx(expected.vda.item(), abs=2e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"steps": 2, "sampler": "ddim"}], ids=["trained", "re-noised"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"steps": 2, "sampler": "ddim"}, {"steps": 3, "sampler": "image+ancestral"}],
+    ids=["trained", "re-noised", "from the image"],
+)
 def test_restored_planes_are_those_of_the_pytorch_reference(
     setup: tuple[Manifest, HostExecutor], tiny_model: DiffV2IQA, options: dict[str, Any]
 ) -> None:

@@ -135,16 +135,23 @@ SAMPLINGS = {
     "half the noise": Sampling((4, 9, 30, 49), Sampler.DDIM, eta=0.5),
     "re-noised": Sampling((12, 49), Sampler.DDIM, taps=TapRule.RENOISED),
     "one step": Sampling((45,), Sampler.DDIM, taps=TapRule.RENOISED),
+    "from the image": Sampling((4, 9, 24), from_image=True),
+    "from the image, re-noised": Sampling((12,), Sampler.DDIM, taps=TapRule.RENOISED, from_image=True),
 }
 
 
-def chain(schedule: Schedule, sampling: Sampling, toy: "Toy", normals: Callable[[int], Array]) -> dict[int, Array]:
+def chain(
+    schedule: Schedule, sampling: Sampling, toy: "Toy", normals: Callable[[int], Array], image: Array
+) -> dict[int, Array]:
     """The states by the step index whose noise level they have, the result at -1: in float64, by the papers' formulas.
 
     Equations 6 and 7 of DDPM (arXiv 2006.11239) with β of the pair of levels; equation 12 of DDIM (arXiv 2010.02502).
     """
     steps, states = [-1, *sampling.steps], {}
     y = normals(schedule.steps)
+    if sampling.from_image:  # equation 4 of DDPM, with the image for x0
+        bar = schedule.alpha_bar[sampling.steps[-1]]
+        y = math.sqrt(bar) * image + math.sqrt(1 - bar) * y
     for before, now in zip(steps[-2::-1], steps[:0:-1], strict=True):
         bar, prior = schedule.alpha_bar[now], schedule.alpha_bar[before] if before >= 0 else 1.0
         x0 = np.clip((y - math.sqrt(1 - bar) * toy.predict(y, math.sqrt(bar))) / math.sqrt(bar), -1, 1)
@@ -176,8 +183,10 @@ def test_fewer_steps_are_the_papers_chains_on_the_same_noise(name: str) -> None:
         field.fill(step_index, scratch)
         return scratch.astype(np.float64)
 
-    states = chain(schedule, sampling, toy, normals)
-    restored = restore(toy, NoiseField(5, SHAPE[1:]), sampling.rows(schedule, taps, tuple(Kind)))
+    image = np.random.default_rng(6).uniform(-1, 1, SHAPE).astype(np.float32)
+    states = chain(schedule, sampling, toy, normals, image.astype(np.float64))
+    rows = sampling.rows(schedule, taps, tuple(Kind))
+    restored = restore(toy, NoiseField(5, SHAPE[1:]), rows, (image, *rows.image) if rows.image else None)
     assert toy.levels == [float(schedule.coefficients.noise_level[i]) for i in reversed(sampling.steps)]
     expected = {Kind.Y0: states[-1]}
     for kind, tap in ((Kind.T1, taps.t1), (Kind.T2, taps.t2)):
