@@ -17,11 +17,14 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 LATER = {"later": True}  # metadata of a field that came after files were written without it
+_SCALARS = frozenset({str, bool, int, float, type(None)})
 _NAMES: dict[Any, str] = {str: "text", bool: "true or false", int: "a whole number", float: "a finite number"}
 
 
 def encode(value: Any) -> Any:
     """Return `value` (dataclasses, enums, tuples, dicts, scalars) as plain JSON values."""
+    if type(value) in _SCALARS:  # most are: records of many images come through here
+        return value
     if isinstance(value, enum.Enum):
         return value.value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

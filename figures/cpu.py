@@ -36,7 +36,7 @@ from diffiqa.engine.codec import encode
 from diffiqa.engine.manifest import StageName, open_engine
 from diffiqa.engine.noise import NoiseField
 from diffiqa.engine.pixels import to_plane
-from diffiqa.engine.sampling import choose_sampling
+from diffiqa.engine.sampling import Sampling, choose_sampling
 from diffiqa.engine.schedule import Kind
 from diffiqa.export.engine import export_engine
 from diffiqa.model.checkpoint import load as load_checkpoint
@@ -59,7 +59,8 @@ WAYS: dict[str, tuple[str, OnnxRuntime | OpenVino]] = {
     "OpenVINO, int8": ("openvino", OpenVino()),
     "OpenVINO, int8 and bf16": ("openvino", OpenVino(precision="bf16")),
 }
-FEWER = (10, 5)
+FEWER: tuple[tuple[int | None, str | None], ...] = ((None, None), (1, "image+ddim"))  # steps of `mini`, and how
+FEWER_OF_FULL_SIZE = (10, 5)
 _WRITTEN_EVERY = 8  # pictures: a run that is cut off has so many
 
 
@@ -92,30 +93,28 @@ def measure_scores(given: argparse.Namespace, folder: Path) -> None:
     for target in ("onnxruntime", "openvino"):
         quantise_engine(folder / "fp32", folder / target, folder, Recipe.of("int8", target))
     m = open_engine(folder / "fp32").manifest
-    counts = (m.schedule.steps, *(count for count in FEWER if count < m.schedule.steps))
     scorers = {}
     for name, (form, backend) in WAYS.items():
         engine = open_engine(folder / form)
         scorers[name] = Scorer(engine.manifest, load_stages(engine, backend), backend=name)
-    cases = [(name, count) for count in counts for name in WAYS]
-    found: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
-    seconds: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
+    cases = [(name, choose_sampling(m.schedule, m.taps, m.kinds, *fewer)) for fewer in FEWER for name in WAYS]
+    found: dict[tuple[str, Sampling], list[float]] = {case: [] for case in cases}
+    seconds: dict[tuple[str, Sampling], list[float]] = {case: [] for case in cases}
     seeds: list[float] = []
     for number, item in enumerate(chosen, start=1):
-        for name, count in cases:
-            options = Options(crops=1, mode=OPTIONS.mode, steps=count)
+        for name, sampling in cases:
+            options = Options(crops=1, mode=OPTIONS.mode, steps=len(sampling.steps), sampler=sampling.name)
             start = time.perf_counter()
-            found[name, count].append(scorers[name].score(item.path, options).score)
-            seconds[name, count].append(time.perf_counter() - start)
+            found[name, sampling].append(scorers[name].score(item.path, options).score)
+            seconds[name, sampling].append(time.perf_counter() - start)
         seeds.append(scorers[cases[0][0]].score(item.path, Options(crops=1, mode=OPTIONS.mode, seed=1)).score)
         if number >= 4 and (number % _WRITTEN_EVERY == 0 or number == len(chosen)):
             first, quality = cases[0], [item.quality for item in chosen[:number]]
             rows = []
-            for name, count in cases:
-                sampling = choose_sampling(m.schedule, m.taps, m.kinds, count, None)
-                case, speed = (name, count), ratio(seconds[first], seconds[name, count])
+            for name, sampling in cases:
+                case, speed = (name, sampling), ratio(seconds[first], seconds[name, sampling])
                 row = encode(compare(sampling, found[case], found[first], speed))
-                row |= {"way": name, "count": count, "seconds_median": statistics.median(seconds[case])}
+                row |= {"way": name, "count": len(sampling.steps), "seconds_median": statistics.median(seconds[case])}
                 rows.append(row | {"srcc_with_labels": srcc(found[case], quality), "seconds": seconds[case]})
             spread = float(np.abs(np.subtract(seeds, found[first])).mean())
             write("cpu", {"model": m.engine_id, "images": number, "another_seed": spread, "rows": rows})
@@ -165,7 +164,7 @@ def measure_full(given: argparse.Namespace, folder: Path) -> None:
     found = {"preset": given.preset, "weights": "seeded", "size": size, "all_steps": m.schedule.steps, "ways": rows}
     write("cpu-full", found)
     planes: dict[Kind, Any] = {}
-    for count in (m.schedule.steps, *FEWER) if given.restore else ():
+    for count in (m.schedule.steps, *FEWER_OF_FULL_SIZE) if given.restore else ():
         sampling = choose_sampling(m.schedule, m.taps, m.kinds, count, None)
         for name, denoiser in denoisers.items():
             restored = restore(denoiser, NoiseField(SEED, size), sampling.rows(m.schedule, m.taps, m.kinds))

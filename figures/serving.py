@@ -4,13 +4,13 @@
     python figures/serving.py flood --engine out/engine [--query 'crops=1'] [--seconds 60]
     python figures/serving.py schema --engine out/engine --schemathesis FILE [--examples 60]
 
-Each writes results/serving-WHAT.json. `cost`: bare scoring and service alternate within a round, each in its own
-process, on the same picture with as many threads; clients keep their connections. `flood`: ten clients for each place
-in the queue. `schema`: the program schemathesis makes requests from the service's own OpenAPI.
+Each writes results/serving-WHAT.json, `cost` serving-cost-MODEL.json. `cost`: bare scoring and service alternate within
+a round, each in its own process, on the same picture with as many threads; clients keep their connections. `flood`: ten
+clients for each place in the queue. `schema`: the program schemathesis makes requests from the service's own OpenAPI.
 """
 
 import argparse
-import http.client
+import asyncio
 import io
 import json
 import os
@@ -30,6 +30,7 @@ from urllib.parse import parse_qsl
 from PIL import Image
 from record import run_apart, write
 
+from diffiqa.engine.manifest import read_manifest
 from diffiqa.runtime.images import synthetic
 
 CLIENTS = (1, 8, 64)
@@ -101,36 +102,42 @@ class Service:
 
 def load(port: int, path: str, body: bytes, clients: int, seconds: float) -> dict[str, Any]:
     """Have so many clients ask for so long, each again once it is answered; after a 503 a tenth of a second later."""
+    request = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
     taken: list[float] = []
     answers: Counter[int | str] = Counter()
     scores: set[bytes] = set()
-    lock = threading.Lock()
     start = time.perf_counter()
 
-    def client() -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    async def client() -> None:
+        streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         while (begun := time.perf_counter()) - start < seconds:
+            status: int | str
             try:
-                connection.request("POST", path, body)
-                response = connection.getresponse()
-                data, status = response.read(), response.status
-            except OSError as exc:
-                data, status = b"", type(exc).__name__
-                connection.close()
-            with lock:
-                answers[status] += 1
-                if status == 200:
-                    taken.append(time.perf_counter() - begun)
-                    scores.update(re.findall(rb'"score": ([^,]+)', data))
-            if status != 200:
-                time.sleep(0.1)
-        connection.close()
+                async with asyncio.timeout(600):
+                    reader, writer = streams = streams or await asyncio.open_connection("127.0.0.1", port)
+                    writer.write(request)
+                    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+                    data = await reader.readexactly(int(head.partition(b"content-length: ")[2].split()[0]))
+                status, lost = int(head[9:12]), b"connection: close" in head
+            except (OSError, EOFError) as exc:
+                status, lost = type(exc).__name__, True
+            answers[status] += 1
+            if status == 200:
+                taken.append(time.perf_counter() - begun)
+                scores.update(re.findall(rb'"score": ([^,]+)', data))
+            else:
+                await asyncio.sleep(0.1)
+            if lost and streams:
+                streams[1].close()
+                streams = None
+        if streams:
+            streams[1].close()
 
-    threads = [threading.Thread(target=client) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    async def every_client() -> None:
+        await asyncio.gather(*(client() for _ in range(clients)))
+
+    # One thread, and few calls for each answer: it takes time from the service that it measures.
+    asyncio.run(every_client())
     wall = time.perf_counter() - start
     percent = statistics.quantiles(taken, n=100, method="inclusive") if len(taken) > 1 else [0.0] * 99
     return {
@@ -233,7 +240,8 @@ def main() -> None:
     parser.add_argument("--schemathesis", default="schemathesis")
     parser.add_argument("--examples", type=int, default=60)
     given = parser.parse_args()
-    write(f"serving-{given.what}", {"cost": cost, "flood": flood, "schema": schema}[given.what](given))
+    name = f"serving-cost-{read_manifest(given.engine).model_name}" if given.what == "cost" else f"serving-{given.what}"
+    write(name, {"cost": cost, "flood": flood, "schema": schema}[given.what](given))
 
 
 if __name__ == "__main__":

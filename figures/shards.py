@@ -10,8 +10,8 @@
 and merges many more of them. `driver` (results/shards-driver.json) gives out the shards of even more names to a
 thousand workers that answer at once. `requests` (results/shards-requests.json) counts what is asked of a bucket; it
 needs s3fs and moto[server]. `kills` (results/shards-kills-….json) kills workers and driver at random, and compares the
-files with those of a run that nobody disturbed. `overhead` (results/shards-overhead.json) runs `iqa-run` in turn
-without shards, with them and one worker, and with that worker on Ray.
+files with those of a run that nobody disturbed. `overhead` (results/shards-overhead-MODEL.json) runs `iqa-run` in turn
+without shards, with them and one worker, and with that worker on Ray; every other round in the opposite order.
 """
 
 import argparse
@@ -24,7 +24,6 @@ import logging
 import os
 import re
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from PIL import Image
 from record import write
 
 from diffiqa.engine.codec import encode
+from diffiqa.engine.manifest import read_manifest
 from diffiqa.shards.api import MANIFEST, carry_out, manifest_of, read_scores, status
 from diffiqa.shards.driver import Answer, Driver, Ready
 from diffiqa.shards.part import Form, Shard, Side, file_of, side_of
@@ -217,14 +217,15 @@ def _names(count: int) -> Iterator[Entry]:
 
 def kills(given: argparse.Namespace) -> None:
     """Compare a run that was killed with one that was not: of an engine, or of the stub."""
-    name, number, seconds = ("engine", 10, 4.0) if given.engine else ("stub", 50, 9.0)
+    name, seconds = ("engine", 3.0) if given.engine else ("stub", 9.0)
     with tempfile.TemporaryDirectory() as folder:
         whole, killed, photos = Path(folder, "whole"), Path(folder, "killed"), Path(folder, "photos")
-        _draw(photos, 400)
+        if given.engine:
+            _draw(photos, 2000)
         rest = ["--engine", str(given.engine), str(photos)] if given.engine else ["2000", "0.01"]
         kill_at_random([whole, *rest], 0, 1, seed=0)
         start = time.perf_counter()
-        hit = kill_at_random([killed, *rest], number, seconds, seed=7)
+        hit = kill_at_random([killed, *rest], 50, seconds, seed=7)
         images = sum(1 for _ in read_scores(killed))
         found = {"images": images, **hit, "seconds": time.perf_counter() - start}
         write(f"shards-kills-{name}", {**found, "same_files": results(whole) == results(killed)})
@@ -247,7 +248,9 @@ def overhead(given: argparse.Namespace) -> None:
         command = ["-m", "diffiqa.cli", "run", "--engine", given.engine, "-q", "--threads", "1"]
         command = [sys.executable, *command, "--backend", "onnxruntime", "--no-self-test"]
         for number in range(given.rounds):
-            for (way, more), count in itertools.product(ways.items(), counts):
+            # Whoever comes second may find a warmer machine.
+            order = list(ways.items())[:: -1 if number % 2 else 1]
+            for (way, more), count in itertools.product(order, counts):
                 start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
                 subprocess.run(
                     [*command, place / str(count), *more, place / f"{number}-{way}-{count}.jsonl"], check=True
@@ -260,17 +263,18 @@ def overhead(given: argparse.Namespace) -> None:
     # On Ray most of the work is done by processes that are not ours: their CPU time is not known here.
     ratios = {
         f"{way}_beside_plain_{clock}": {
-            "whole_run": _median_ratio(found[way][f"{clock}_{counts[1]}"], found["plain"][f"{clock}_{counts[1]}"]),
-            "without_start": _median_ratio(*(_slope(found[one], clock, counts) for one in (way, "plain"))),
+            "whole_run": _ratios(found[way][f"{clock}_{counts[1]}"], found["plain"][f"{clock}_{counts[1]}"]),
+            "without_start": _ratios(*(_slope(found[one], clock, counts) for one in (way, "plain"))),
         }
         for way, clock in itertools.product(list(ways)[1:], ("seconds", "cpu_seconds"))
         if (way, clock) != ("ray", "cpu_seconds")
     }
-    write("shards-overhead", {"images": given.images, "rounds": given.rounds, "ratios": ratios, "samples": found})
+    name = f"shards-overhead-{read_manifest(given.engine).model_name}"
+    write(name, {"images": given.images, "rounds": given.rounds, "ratios_by_round": ratios, "samples": found})
 
 
-def _median_ratio(ours: list[float], plain: list[float]) -> float:
-    return statistics.median(one / other for one, other in zip(ours, plain, strict=True))
+def _ratios(ours: list[float], plain: list[float]) -> list[float]:
+    return [one / other for one, other in zip(ours, plain, strict=True)]
 
 
 def _slope(row: dict[str, list[float]], clock: str, counts: tuple[int, int]) -> list[float]:

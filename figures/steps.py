@@ -4,7 +4,8 @@
 
 results/steps.json is of an engine of the trained `mini`, on pictures of the part "test" of a split: one crop, restored
 by itself, each way in turn with all steps. Corrections are fitted on one half of the pictures and judged on the other.
-How near restored pictures are to those of all steps is of the middles of the first few.
+How near restored pictures are to those of all steps is of the middles of the first few. With --damaged each picture
+gets one of the distortions first, in turn, at level 3 to 5 (results/steps-damaged.json).
 """
 
 import argparse
@@ -19,6 +20,7 @@ from record import psnr, write
 
 from diffiqa.calibration.steps import compare
 from diffiqa.data.datasets import read_labels
+from diffiqa.data.distortions import DISTORTIONS, compose
 from diffiqa.data.splits import Split
 from diffiqa.engine.agreement import srcc
 from diffiqa.engine.codec import encode
@@ -52,6 +54,7 @@ def main() -> None:
     parser.add_argument("--engine", type=Path, required=True)
     add_pictures(parser)
     parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--damaged", action="store_true")
     given = parser.parse_args()
     labels, split, directory = (
         read_labels(given.labels, given.dataset),
@@ -74,10 +77,16 @@ def main() -> None:
     near = nearness(m, stages[StageName.UNET], [item.path for item in chosen[:_RESTORED]], ways)
     found: dict[str, list[float]] = {name: [] for name in ways}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    kinds, random = list(DISTORTIONS), np.random.default_rng(SEED)
     for number, item in enumerate(chosen, start=1):
+        picture = read_image(item.path).pixels
+        if given.damaged:
+            done = (kinds[number % len(kinds)], int(random.integers(3, 6)))
+            damaged = compose(picture.astype(np.float32) / np.float32(255), (done,), random)
+            picture = np.rint(damaged * 255).astype(np.uint8)
         for name, scorer in scorers.items():
             seed = SEED + (name == RESEEDED)
-            score = scorer.score(item.path, Options(crops=1, seed=seed, mode=Mode.CROP, fast=True))
+            score = scorer.score(picture, Options(crops=1, seed=seed, mode=Mode.CROP, fast=True))
             found[name].append(score.score)
             seconds[name].append(score.seconds)
         if number % _WRITTEN_EVERY == 0 or number == len(chosen):
@@ -97,7 +106,7 @@ def main() -> None:
                 "scores": found,
                 "seconds": seconds,
             }
-            write("steps", figures)
+            write("steps-damaged" if given.damaged else "steps", figures)
 
 
 def nearness(

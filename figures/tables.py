@@ -169,11 +169,14 @@ def figures(results: Path) -> str:
 def speed(results: Path) -> str:
     """Return the README's table: how long a score takes."""
     small, _ = _seconds_per_image(results)
-    start, full = _read(results, "score-startup"), _read(results, "score-full")
+    start, ways = _read(results, "score-startup"), _read(results, "cpu-full")["ways"]
+    first, best = (
+        statistics.median(ways[name]["seconds"]) for name in ("ONNX Runtime's defaults", "OpenVINO, int8 and bf16")
+    )
     rows = [
         ["`mini`, one image of 224×224, 9 crops", f"{small:.1f} s"],
         ["`mini`, new process to first score", f"{start['first_score_seconds_median']:.1f} s"],
-        ["full size (`paper`), one image of 224×224", f"{full['samples'][0]['seconds']:.0f} s"],
+        ["full size (`paper`), one of 50 steps at 224×224", f"{first:.1f} s; OpenVINO, int8 and bf16: {best:.2f} s"],
     ]
     return report.table(["what", "measured"], rows)
 
@@ -205,7 +208,35 @@ def shards(results: Path) -> str:
         if (results / f"shards-kills-{name}.json").exists()
         for found in [_read(results, f"shards-kills-{name}")]
     ]
+    rows += [
+        [
+            f"`{model}`, one worker{on}: time of an image, without shards = 1",
+            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f} in {found['rounds']} rounds)",
+        ]
+        for model, found in _of_models(results, "shards-overhead")
+        for way, on in (("shards", ""), ("ray", " on Ray"))
+        if f"{way}_beside_plain_seconds" in found["ratios_by_round"]
+        for ratios in [found["ratios_by_round"][f"{way}_beside_plain_seconds"]["without_start"]]
+    ]
     return report.table(["what", "measured"], rows)
+
+
+def serving(results: Path) -> str:
+    """Return what the service costs beside the bare scorer."""
+    head = ["model", "clients", "images a second, bare scorer", "service", "cost", "p50, p95, p99 of an answer"]
+    rows = []
+    for model, found in _of_models(results, "serving-cost"):
+        alone = statistics.median(bare["scored_a_second"] for bare in found["bare"])
+        for cells in zip(*(one["load"] for one in found["rounds"]), strict=True):
+            clients = cells[0]["clients"]
+            with_it, *waits = (
+                statistics.median(cell[what] for cell in cells)
+                for what in ("scored_a_second", "p50_ms", "p95_ms", "p99_ms")
+            )
+            cost = found["cost_beside_bare"][f"scored_a_second, {clients} clients"]
+            percentiles = ", ".join(f"{wait:.0f}" for wait in waits) + " ms"
+            rows.append([f"`{model}`", f"{clients}", f"{alone:.1f}", f"{with_it:.1f}", f"{cost:.0%}", percentiles])
+    return report.table(head, rows)
 
 
 def thousand(results: Path) -> str:
@@ -260,14 +291,13 @@ def precision(results: Path) -> str:
 
 
 def precisions(results: Path) -> str:
-    """Return the README's table: what each precision does to scores and to their speed."""
-    found = _read(results, "cpu")["rows"]
+    """Return the README's table: what precisions, and one step, do to scores and to their speed."""
     rows = [
-        [row["way"], f"{row['speed']:.1f}×", f"{row['drift']:.2g}", f"{row['srcc']:.4f}"]
-        for row in found
-        if row["count"] == found[0]["count"]
+        [row["way"], str(row["count"]), f"{row['speed']:.1f}×", f"{row['drift']:.2g}"]
+        for row in _read(results, "cpu")["rows"]
+        if row["count"] > 1 or row["way"] in {"ONNX Runtime, float32", "OpenVINO, bf16"}
     ]
-    return report.table(["computed by", "speed", "mean change of score", "SRCC with the first"], rows)
+    return report.table(["computed by", "steps", "speed", "mean change of score"], rows)
 
 
 def steps(results: Path) -> str:
@@ -359,10 +389,17 @@ def _read(results: Path, name: str) -> Any:
     return json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def _of_models(results: Path, what: str) -> list[tuple[str, Any]]:
+    """Return what a script has recorded of each model, the fastest first."""
+    found = [(path.stem.removeprefix(f"{what}-"), _read(results, path.stem)) for path in results.glob(f"{what}-*.json")]
+    return sorted(found, key=lambda one: one[0] != "pfd-mini")
+
+
 SINGLE: dict[str, Callable[[Path], str]] = {
     made.__name__: made
     for made in (
-        *(figures, speed, precision, precisions, steps, cpu, cpu_full, shards, thousand, tried, gpu, gpu_speed),
+        *(figures, speed, precision, precisions, steps, cpu, cpu_full, tried, gpu, gpu_speed),
+        *(shards, thousand, serving),
         *(people, opinions, damage, restored, papers),
         *(pfd_choices, pfd_cost, pfd_people, pfd_named),
         reliability,

@@ -7,7 +7,6 @@ same options together, and waits up to `BATCH_WAIT` for them. The runtime pads b
 depends on what shared its batch.
 """
 
-import collections
 import contextlib
 import logging
 import math
@@ -81,11 +80,12 @@ class Service:
         self._pace = 1.0  # seconds of an image, lately
         self._held = 0  # bytes of bodies
         self._open: set[Job] = set()
-        self._waiting: collections.deque[Job] = collections.deque()
-        self._decoded: collections.deque[Job] = collections.deque()
+        self._waiting: dict[Job, None] = {}  # in order
+        self._decoded: dict[Job, None] = {}
         self._decoding = 0
         self._closed = False
-        self._changed = threading.Condition()  # of all above
+        self._lock = threading.RLock()  # of all above; whoever wakes threads wakes only those that have work now
+        self._to_decode, self._to_score = threading.Condition(self._lock), threading.Condition(self._lock)
         self._forming = threading.Lock()  # one worker at a time gathers a batch
         busy = workers + max(scorer.queue_depth for scorer in scorers.values())
         self._ahead = 1 + max(scorer.group_size(Options()) for scorer in scorers.values())
@@ -97,7 +97,7 @@ class Service:
     def submit(self, jobs: Sequence[Job]) -> None:
         """Put the images of a request at the end of the queue, all or none. Raises Refusal if there is no room."""
         most = self.limits.per_client
-        with self._changed:
+        with self._lock:
             self.refuse_if_busy(len(jobs))
             if most and sum(job.client == jobs[0].client for job in self._open) + len(jobs) > most:
                 why = f"this client has too many images in the queue; at most {most} may wait: send fewer at a time"
@@ -151,10 +151,11 @@ class Service:
 
     def stop(self) -> None:
         """Take no more images, and drop those that have no score yet."""
-        with self._changed:
+        with self._lock:
             self._closed, self.ready = True, False
             left = list(self._open)
-            self._changed.notify_all()
+            self._to_decode.notify_all()
+            self._to_score.notify_all()
         for job in left:
             job.result.cancel()
 
@@ -168,43 +169,49 @@ class Service:
         return min(60, max(1, math.ceil(images * self._pace / self.workers)))
 
     def _enter(self, jobs: Sequence[Job]) -> None:
-        with self._changed:
+        with self._lock:
             self._open.update(jobs)
-            self._waiting.extend(jobs)
-            self._changed.notify_all()
+            self._waiting.update(dict.fromkeys(jobs))
+            self._to_decode.notify(len(jobs))
             for job in jobs:
                 job.result.add_done_callback(lambda _, job=job: self._leave(job))  # type: ignore[misc]
 
     def _leave(self, job: Job) -> None:
         """Take a job out that has a result, or that nobody waits for any more."""
-        with self._changed:
+        with self._lock:
             self._open.discard(job)
-            for line in (self._waiting, self._decoded):
-                with contextlib.suppress(ValueError):
-                    line.remove(job)
-            self._changed.notify_all()
+            self._waiting.pop(job, None)
+            self._take([job])
+
+    def _take(self, jobs: Sequence[Job]) -> None:
+        """Take jobs out of those that are decoded; others may be decoded then."""
+        for job in jobs:
+            if job in self._decoded:
+                del self._decoded[job]
+                self._to_decode.notify()
 
     def _decode(self) -> None:
         def turn() -> bool:
             return self._closed or bool(self._waiting and len(self._decoded) + self._decoding < self._ahead)
 
         while True:
-            with self._changed:
-                self._changed.wait_for(turn)
+            with self._lock:
+                self._to_decode.wait_for(turn)
                 if self._closed:
                     return
-                job = self._waiting.popleft()
+                job = next(iter(self._waiting))
+                del self._waiting[job]
                 self._decoding += 1
             try:
                 job.image, job.since = self.scorers[job.engine].read(job.source), time.monotonic()
             except Exception as exc:
                 self._fail([job], exc)
             job.source = b""
-            with self._changed:
+            with self._lock:
                 self._decoding -= 1
                 if not job.result.done():
-                    self._decoded.append(job)
-                self._changed.notify_all()
+                    self._decoded[job] = None
+                    self._to_score.notify()
 
     def _work(self) -> None:
         while group := self._next_group():
@@ -212,11 +219,11 @@ class Service:
 
     def _next_group(self) -> list[Job]:
         """Wait for an image, and on a GPU a little for others like it. Returns none once the service is closed."""
-        with self._forming, self._changed:
-            self._changed.wait_for(lambda: self._decoded or self._closed)
+        with self._forming, self._lock:
+            self._to_score.wait_for(lambda: self._decoded or self._closed)
             if self._closed:
                 return []
-            first = self._decoded[0]
+            first = next(iter(self._decoded))
             most = self.scorers[first.engine].group_size(first.options)
 
             def alike() -> list[Job]:
@@ -224,12 +231,9 @@ class Service:
 
             if most > 1:
                 left = first.since + BATCH_WAIT - time.monotonic()
-                self._changed.wait_for(lambda: len(alike()) == most or self._closed, timeout=max(0.0, left))
+                self._to_score.wait_for(lambda: len(alike()) == most or self._closed, timeout=max(0.0, left))
             group = alike() or [first]
-            for job in group:
-                with contextlib.suppress(ValueError):
-                    self._decoded.remove(job)
-            self._changed.notify_all()
+            self._take(group)
         return group
 
     def _score(self, group: list[Job]) -> None:

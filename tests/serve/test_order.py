@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -276,11 +276,21 @@ def test_the_end_of_an_answer_does_not_wait_for_the_client() -> None:
         assert listener.proto == socket.IPPROTO_TCP
 
 
+class Quiet(bytes):
+    """A body that notes when it is written out as text: of a large one that takes a second, and four times its size."""
+
+    written: ClassVar[list[int]] = []
+
+    def __repr__(self) -> str:
+        self.written.append(len(self))
+        return ""
+
+
 def test_images_that_nobody_waits_for_leave_the_queue(tiny_engine: Path) -> None:
     gate = Gate()
     scorer = Scorer(read_manifest(tiny_engine), gate, backend="gate")
     with contextlib.closing(Service({"gate": scorer}, Limits(queue=8))) as service:
-        jobs = [Job("gate", grey(level), str(level), diffiqa.Options()) for level in range(8)]
+        jobs = [Job("gate", Quiet(grey(level)), str(level), diffiqa.Options()) for level in range(8)]
         service.submit(jobs)
         with pytest.raises(Refusal, match="the queue is full"):
             service.submit([Job("gate", grey(9), "9", diffiqa.Options())])
@@ -290,6 +300,7 @@ def test_images_that_nobody_waits_for_leave_the_queue(tiny_engine: Path) -> None
         assert jobs[7].result.result(30)
         assert service.gauges()["queue_images"] == 0
         assert len(gate.groups) <= 3  # the last, and those that were on their way
+        assert not Quiet.written
 
 
 def test_sigterm_under_load_ends_the_command_well(tiny_engine: Path) -> None:
