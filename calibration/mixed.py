@@ -80,4 +80,5 @@ def choose_stages(
 
 def _work(directory: EngineDirectory, stage: Stage) -> int:
     """Return a stage's MACs for one crop."""
-    return stage.macs * (directory.manifest.schedule.steps if stage.name is StageName.UNET else 1)
+    m = directory.manifest
+    return stage.macs * (m.schedule.steps if stage.name is m.flow.loop.stage else 1)
