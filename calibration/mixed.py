@@ -8,7 +8,7 @@ beyond the limit stays float32.
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from ..errors import ExportError, UsageError
 from ..runtime.host.onnx_stage import OnnxRuntime
 from ..runtime.host.openvino_stage import OpenVino
 from ..runtime.host.stages import load_stages
+from ..runtime.plan import by_crops
 from ..runtime.results import Mode, Options
 from ..runtime.scorer import Scorer
 from .quantise import Recipe, Target, read_fitting, write_stage
@@ -53,11 +54,12 @@ def choose_stages(
     statistics = read_fitting(calibration, directory)
     settings = OpenVino() if recipe.target is Target.OPENVINO else OnnxRuntime()
     stages = load_stages(directory, settings)
+    options = replace(OPTIONS, mode=by_crops(directory.manifest))
     chosen = images[:: max(1, len(images) // MOST_IMAGES)][:MOST_IMAGES]
 
     def scores() -> list[float]:
         scorer = Scorer(directory.manifest, stages, backend="mixed")
-        return [scorer.score(image, OPTIONS).score for image in chosen]
+        return [scorer.score(image, options).score for image in chosen]
 
     expected = scores()
     trials = []

@@ -54,7 +54,7 @@ _BIAS_LIMIT = 2.0**30
 _FEW = 0.001  # of the multiplications of a stage
 _SIDE = 224  # of images of no fixed size, when multiplications are counted: shares hardly depend on it
 _LIMITED = {"Relu", "Clip"}  # Clip is what ReLU6 becomes
-_IMAGES = {"y", "condition", "image", "images"}  # inputs of stages; the VCG head's are features
+_IMAGES = {"y", "condition", "image", "images", "crop"}  # inputs of stages, with three channels: others are features
 
 
 class Number(enum.StrEnum):
@@ -269,7 +269,8 @@ def _weight_layers(graph: onnx.GraphProto) -> set[str]:
 
 def _before(graph: onnx.GraphProto, layers: set[str]) -> set[str]:
     """Return the tensors that depend on an image by a path through none of `layers`. Its size is no value."""
-    known = set(_IMAGES)
+    inputs = {i.name: i.type.tensor_type.shape.dim for i in graph.input if i.name in _IMAGES}
+    known = {name for name, dims in inputs.items() if len(dims) > 3 and dims[-3].dim_value == 3}
     for node in graph.node:
         if node.op_type != "Shape" and node.name not in layers and known.intersection(node.input):
             known |= set(node.output)

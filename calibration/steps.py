@@ -23,7 +23,8 @@ from ..errors import EngineError, OutputError, UsageError
 from ..evaluation.charts import add_legend, colour, panels
 from ..runtime.host.onnx_stage import OnnxRuntime
 from ..runtime.host.stages import load_stages
-from ..runtime.results import Mode, Options
+from ..runtime.plan import by_crops
+from ..runtime.results import Options
 from ..runtime.scorer import Scorer
 from .statistics import Skipped, read_usable
 
@@ -87,10 +88,11 @@ def find_steps(
     plans, left_out = _candidates(manifest, counts)
     usable, skipped = read_usable(images, manifest.crop.size, LEAST_IMAGES)
     stages = load_stages(directory, OnnxRuntime())
+    mode = by_crops(manifest)
 
     def run(sampling: Sampling, seed: int = seed) -> _Run:
         trying = dataclasses.replace(manifest, fast=Fast(sampling, _UNCORRECTED, 0))
-        return _Run(sampling, Scorer(trying, stages, backend="trial"), Options(crops, seed, mode=Mode.CROP, fast=True))
+        return _Run(sampling, Scorer(trying, stages, backend="trial"), Options(crops, seed, mode=mode, fast=True))
 
     own = Sampling.trained(manifest.schedule)
     every, reseeded = run(own), run(own, seed + 1)

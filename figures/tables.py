@@ -33,7 +33,7 @@ from diffiqa.figures.people_tables import (
     pfd_people,
     restored,
 )
-from diffiqa.figures.pfd import pfd_choices, pfd_cost
+from diffiqa.figures.pfd import pfd_choices, pfd_cost, pfd_int8
 from diffiqa.figures.reliability import reliability
 
 ROOT = Path(__file__).parent.parent
@@ -401,7 +401,7 @@ SINGLE: dict[str, Callable[[Path], str]] = {
         *(figures, speed, precision, precisions, steps, cpu, cpu_full, tried, gpu, gpu_speed),
         *(shards, thousand, serving),
         *(people, opinions, damage, restored, papers),
-        *(pfd_choices, pfd_cost, pfd_people, pfd_named),
+        *(pfd_choices, pfd_cost, pfd_int8, pfd_people, pfd_named),
         reliability,
     )
 }

@@ -107,6 +107,11 @@ def make_plan(height: int, width: int, manifest: Manifest, options: Options) -> 
     return plan
 
 
+def by_crops(manifest: Manifest) -> Mode:
+    """Return the mode in which each crop is by itself. An engine that restores no images has no other."""
+    return Mode.WHOLE if manifest.flow.loop.result else Mode.CROP
+
+
 def sampling_of(manifest: Manifest, options: Options) -> Sampling:
     """Return the steps that options ask of an engine. Raises UsageError for options that mean nothing to it."""
     if manifest.flow.loop.result and (options.mode, options.pixel_budget) != (Mode.WHOLE, PIXEL_BUDGET):

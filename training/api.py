@@ -96,7 +96,7 @@ def restore(
     if both := {path.resolve() for path in photos} & {path.resolve() for path in others}:
         raise UsageError(f"{min(both)} is given both with --data and with --held-out")
     start = Path(start) if start else None
-    return run_restore(found, photos, others, Path(output), start=start, conduct=_conduct(found, **given))
+    return run_restore(found, photos, others, Path(output), start=start, conduct=_conduct(**given))
 
 
 def pretrain(config: File, output: File, *, start: File | None = None, **given: Unpack[Labelled]) -> "Result":
@@ -244,17 +244,14 @@ def plot(runs: Sequence[File], output: File) -> None:
     save(draw_runs([Path(run) for run in runs]), output)
 
 
-def _conduct(
-    config: "RunConfig", *, device: str | None = None, resume: bool = False, threads: int = 2, say: Say = _silent
-) -> "Conduct":
+def _conduct(*, device: str | None = None, resume: bool = False, threads: int = 2, say: Say = _silent) -> "Conduct":
     """Return how a run is carried out. It ends with a chart, so a missing matplotlib is told now."""
     from ..evaluation.charts import require_matplotlib
     from .loop import Conduct
 
     require_matplotlib()
-    steps = config.optimisation.steps
 
-    def progress(step: int, loss: float, rate: float) -> None:
+    def progress(step: int, steps: int, loss: float, rate: float) -> None:
         say(f"step {step} of {steps}: loss {loss:.5f}, learning rate {rate:.2e}")
 
     return Conduct(device, resume, threads, progress, say)
@@ -308,7 +305,7 @@ def _labelled(
     files = {"cache": cache, "unet": unet, "vit": vit, "resnet": resnet, "lite0": lite0, "start": start}
     files |= {"tabs": tabs, "vcg": vcg}
     options = {name: Path(file) for name, file in files.items() if file}
-    conduct = _conduct(config, **given)
+    conduct = _conduct(**given)
     rated = read_labels(Path(data), dataset, lower_is_better=lower_better)
     drawn = Split.read(Path(split)) if split else split_by_content(rated, config.seed)
     if not split and leads():

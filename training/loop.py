@@ -131,7 +131,7 @@ class Conduct:
     device: str | None = None  # None: a GPU if there is one
     resume: bool = False  # go on with the run that is in the folder
     threads: int = 2  # that prepare batches
-    progress: Callable[[int, float, float], None] | None = None  # receives step, loss and learning rate
+    progress: Callable[[int, int, float, float], None] | None = None  # receives step, steps, loss and learning rate
     say: Callable[[str], None] = _silent  # receives remarks
 
 
@@ -372,7 +372,7 @@ class _Run:
             self.losses.clear()
             self.timed = step, now
             if self.conduct.progress:
-                self.conduct.progress(step, mean, rate)
+                self.conduct.progress(step, config.optimisation.steps, mean, rate)
         if last or (config.validate_every and step % config.validate_every == 0):
             self._validate()
         if last or stop or step % config.reporting.checkpoint_every == 0:

@@ -345,6 +345,7 @@ def teach(
     """Train the teacher, which shares its encoder and decoder with the model that is given."""
     if machine.world > 1:
         raise ConfigError("PFD-IQA is trained by one process, not under torchrun")
+    conduct.say(f"the teacher, in {folder}")
     begin_as_ridge(model, seen, data.training, config.ridge)
     first = dataclasses.replace(config, optimisation=config.teacher, damaged_places=0)
     return train(TeacherTask(first, model, seen, data), first, folder, machine, conduct)
@@ -361,6 +362,7 @@ def study(
     conduct: Conduct,
 ) -> Result:
     """Train the student, and write it."""
+    conduct.say(f"the student, in {folder}")
     model = begun.model
     result = train(StudentTask(config, model, seen, data, taught.weights), config, folder, machine, conduct)
     model.load_state_dict(result.weights)

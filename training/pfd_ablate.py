@@ -70,7 +70,6 @@ def ablate_pfd(
         first = teacher = judge(begun.model, seen, test, machine, denoised=False)
         rows["teacher"] = opinions(teacher, test)
         for place, (name, recipe) in enumerate(recipes.items()):
-            conduct.say(f"recipe {name}")
             student = begin_pfd(recipe, lite0, prompts)
             try:
                 study(recipe, student, seen, data, taught, folder / name, machine, conduct)

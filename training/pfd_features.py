@@ -108,9 +108,9 @@ class SeenPictures:
         return self._files[picture]
 
     def fill(self, pictures: Sequence[Picture], say: Callable[[str], None]) -> list[Picture]:
-        """Compute what is missing; return the pictures that can be read, and name those that cannot."""
+        """Compute what is missing or damaged; return the pictures that can be read, and name those that cannot."""
         make_folder(self._cache)
-        missing = [picture for picture in pictures if not self.file(picture).exists()]
+        missing = [picture for picture in pictures if not self._kept(picture, say)]
         bad = set()
         for count, picture in enumerate(missing):
             try:
@@ -124,6 +124,16 @@ class SeenPictures:
             if (count + 1) % 100 == 0:
                 say(f"looked at {count + 1} of {len(missing)}")
         return [picture for picture in pictures if picture not in bad]
+
+    def _kept(self, picture: Picture, say: Callable[[str], None]) -> bool:
+        try:
+            self(picture)
+        except FileNotFoundError:
+            return False
+        except (ValueError, EOFError) as exc:  # cut off, as by a full disk where the cache was copied to
+            say(f"{self.file(picture)} is damaged, and is made anew: {exc}")
+            return False
+        return True
 
     def crops(self, picture: Picture) -> FloatArray:
         """Return the crops that scoring looks at, (crops, 3, crop, crop)."""

@@ -36,7 +36,7 @@ from .runs import CPU, write_photos
 from .test_commands import toml
 
 MODEL = dataclasses.replace(LITE0, words=Words())
-CONFIG = PfdTrainConfig(MODEL, 1, Optimisation(2, 3), Optimisation(2, 4), damaged=4, damaged_places=2)
+CONFIG = PfdTrainConfig(MODEL, 1, Optimisation(3, 3), Optimisation(2, 4), damaged=4, damaged_places=2)
 
 
 def test_rows_finished_are_what_the_encoder_returns() -> None:
@@ -77,6 +77,22 @@ def test_a_step_of_the_teacher_takes_as_many_crops_as_it_is_told(tmp_path: Path)
         assert {len(row) for row in rows} == {taken}
         assert len({row[0, :FEATURES].tobytes() for row in rows}) > 1  # by lot
         assert all(len({row.tobytes() for row in some}) == taken for some in rows)  # none twice
+
+
+@pytest.mark.parametrize("left", [0, 60, -2])  # bytes
+def test_what_is_cut_off_in_the_cache_is_made_anew(left: int, tmp_path: Path) -> None:
+    seen = SeenPictures(lite0_of(build(MODEL, 1)).lite0, MODEL, tmp_path / "cache", crops=2, seed=1)
+    pictures = [Picture(path, 0.5) for path in write_photos(tmp_path, count=2, side=80)]
+    said: list[str] = []
+    assert seen.fill(pictures, said.append) == pictures
+    assert said == []
+    file = seen.file(pictures[1])
+    whole = file.read_bytes()
+    file.write_bytes(whole[:left])
+    assert seen.fill(pictures, said.append) == pictures
+    assert len(said) == 1
+    assert said[0].startswith(f"{file} is damaged, and is made anew: ")
+    assert file.read_bytes() == whole
 
 
 def test_a_teacher_begins_as_a_ridge(tmp_path: Path) -> None:
@@ -160,9 +176,10 @@ def test_a_run_leaves_a_bundle_that_scores_as_it_was_judged(arguments: list[str]
     assert [source.role for source in loaded.sources] == ["bundle", "prompts", "encoder"]
     assert "2 of its own" in loaded.notes[0]
     assert (tmp_path / "out" / "plot.png").exists()
-    for run in ("out", "out/teacher"):
+    for who, run, steps in (("teacher", "out/teacher", "3"), ("student", "out", "2")):
         with (tmp_path / run / "validation.csv").open(newline="") as file:
-            assert [row["step"] for row in csv.DictReader(file)] == ["2"]
+            assert [row["step"] for row in csv.DictReader(file)] == [steps]
+        assert f"the {who}, in {tmp_path / run}\nstep {steps} of {steps}: loss" in result.stderr
     before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
     # After two steps the decoder hardly listens to the features, and so not to the noise in them.
     torch.nn.init.normal_(loaded.model.decoder.layer.multihead_attn.out_proj.weight)
