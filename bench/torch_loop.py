@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..engine.manifest import Manifest, StageName
 from ..engine.noise import MULTIPLIERS, ROUNDS, WEYL, split_seed
-from ..engine.sampling import Sampling
+from ..engine.sampling import Sampling, TapRule
 from ..engine.schedule import Kind
 from ..engine.score import weighted_sum
 from ..errors import UsageError
@@ -87,6 +87,8 @@ class TorchScorer:
             raise UsageError(f"{plan.width}×{plan.height} pixels are more than this peer restores, which has no tiles")
         if plan.squashed:
             raise UsageError("this peer squashes no images")
+        if plan.sampling.taps is TapRule.RENOISED:
+            raise UsageError("this peer taps states alone, and this sampler makes taps of its result")
         plane = self._plane(pixels, plan)
         condition = plane if whole is pixels else self._plane(whole, plan)
         restored = self._restore(self._step, condition, manifest, plan.sampling, options.seed) if self._step else {}

@@ -219,14 +219,14 @@ def print_steps(console: "Console", engine: Path, fitted: "FittedSteps", *, quie
     if not quiet:
         rows = [
             (
-                str(len(trial.sampling.steps)),
+                f"{len(trial.sampling.steps)} {trial.sampling.name}",
                 f"{trial.speed:.1f}×",
                 f"{trial.drift:.4f}",
                 f"{trial.bias:+.4f}",
                 f"{trial.corrected_drift:.4f}",
                 f"{trial.corrected_bias:.4f}",
                 f"{trial.srcc:.4f}",
-                f"{trial.sampling.name} {' '.join(map(str, trial.sampling.steps))}",
+                " ".join(map(str, trial.sampling.steps)),
             )
             for trial in fitted.trials
         ]
@@ -236,6 +236,7 @@ def print_steps(console: "Console", engine: Path, fitted: "FittedSteps", *, quie
             rows,
             f"Against all {fitted.all_steps} steps on {len(fitted.images)} images; corrections are fitted on one half "
             f"for the other. Another seed changes a score by {fitted.other_seed:.4f}.",
+            first="steps",
         )
     if fitted.fast:
         click.echo(f"{engine}: fast takes {len(fitted.fast.sampling.steps)} of {fitted.all_steps} steps")

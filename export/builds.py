@@ -123,7 +123,7 @@ def build_engines(
     """
     maker = make_maker(options)
     directory = open_engine(path)
-    if options.tabulate and directory.manifest.flow.loop.result:
+    if options.tabulate and directory.manifest.stage(StageName.UNET) is None:
         raise UsageError("this engine has no U-Net whose steps could be tabulated: leave --tabulate out")
     if maker.library in {Library.ONNXRUNTIME, Library.INDUCTOR}:
         _refuse_8_bits(directory, maker.library)

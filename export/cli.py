@@ -353,14 +353,14 @@ def print_build(path: Path, built: "Built") -> None:
     click.echo(f"{path}: build {built.build.key}{'' if rows else ' is there already'}")
 
 
-def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> None:
-    """Print a table whose first column is the stage."""
+def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], caption: str, first: str = "stage") -> None:
+    """Print a table. The titles are those of all columns but the first."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=SIMPLE, caption=caption)
-    table.add_column("stage")
+    table.add_column(first)
     for title in titles:
         table.add_column(title, justify="right")
     for row in rows:

@@ -145,22 +145,23 @@ def carry_out(
     """Plan, have the crew do all shards, and commit the manifest."""
     store, settings = work.store, work.settings
     driver = Driver(store, crew, watch=watch, max_failure_rate=max_failure_rate)
-    with store.held(), store.scratch() as scratch, contextlib.ExitStack() as stack:
+    with store.held(), contextlib.ExitStack() as stack:
         stack.callback(crew.stop)
         if (before := read_plan(store)) is None:
             driver.start()  # and find the names meanwhile
-        names, file = cut(given, shard_size, scratch)
-        if not names.count:
-            raise UsageError("no images found; give files, folders, patterns, lists or archives")
+        with store.scratch() as scratch:
+            names, file = cut(given, shard_size, scratch)
+            if not names.count:
+                raise UsageError("no images found; give files, folders, patterns, lists or archives")
+            same = settings.engine, str(settings), max_pixels, form
+            plan = Plan(VERSION, *same, before.backend if before else driver.backend(), names)
+            if before is None:
+                store.take(NAMES, file)
+                write_plan(store, plan)
+            elif different := before.difference(plan):
+                raise OutputError(f"{store} was begun with {different}; use those again, or another place")
         if names.duplicates:
             say(f"{names.duplicates} names were given more than once: each is scored once")
-        same = settings.engine, str(settings), max_pixels, form
-        plan = Plan(VERSION, *same, before.backend if before else driver.backend(), names)
-        if before is None:
-            store.take(NAMES, file)
-            write_plan(store, plan)
-        elif different := before.difference(plan):
-            raise OutputError(f"{store} was begun with {different}; use those again, or another place")
         found, attempts = find_done(store, plan, say)
         todo = any(retry_failed and shard.failed for shard in found.values()) or len(found) < names.shards
         if before and todo:

@@ -32,9 +32,10 @@ from diffiqa.kernels import load as kernels_load
 from diffiqa.model.checkpoint import Loaded
 from diffiqa.model.network import DiffV2IQA, build
 from diffiqa.runtime.gpu import cuda, door, tensorrt, tensorrt_stage
+from diffiqa.runtime.host.onnx_stage import OnnxRuntime
 from diffiqa.runtime.scorer import Scorer, load
 
-from .fake_device import FakeLayer, fake_stages
+from .fake_device import FakeLayer, fake_stages, load_once
 from .fakecuda.driver import DRIVER, Driver, build_driver, compiled, load_driver
 from .kernels.devices import HOST_LIBRARY, Missing, build_host
 from .model.pfd.small import random_small
@@ -52,6 +53,14 @@ def state_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     """Remember self-tests and keys for this session only."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stages_loaded_once() -> Iterator[None]:
+    """Load no file twice into ONNX Runtime."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnnxRuntime, "load_stage", load_once)
         yield
 
 

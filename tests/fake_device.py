@@ -7,7 +7,6 @@ go on its stream and run when their turn comes, as engines do; they work on the 
 import contextlib
 import ctypes
 import dataclasses
-import functools
 import math
 import weakref
 from collections.abc import Callable, Mapping
@@ -17,7 +16,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from diffiqa.engine.manifest import BuiltStage, EngineDirectory, FileEntry, Manifest, Precision, Stage, StageName
+from diffiqa.engine.manifest import (
+    BuiltStage,
+    EngineDirectory,
+    FileEntry,
+    Manifest,
+    Precision,
+    Stage,
+    StageName,
+    file_sha256,
+)
 from diffiqa.errors import BackendError
 from diffiqa.export.profiles import stage_profiles
 from diffiqa.kernels.launch import Launch
@@ -193,7 +201,8 @@ class FakeStage:
     open_ended = False
 
     def __init__(self, layer: FakeLayer, path: Path, built: BuiltStage) -> None:
-        self.built, self.layer, self.session = built, layer, _session(path)
+        self.built, self.layer = built, layer
+        self.session = load_once(OnnxRuntime(threads=1), path, built.name)
 
     def bind(self, profile: int, shapes: Shapes, addresses: Mapping[str, int]) -> "FakeContext":
         assert choose_profile((self.built.profiles[profile],), shapes) == 0, "shapes outside the profile"
@@ -266,9 +275,21 @@ class FakeContext:
 _gone: list[Any] = []  # what a stream could still come to, if somebody forgot to wait for it
 
 
-@functools.cache  # loading takes longer than running the tiny model; a session holds nothing of a run
-def _session(path: Path) -> OnnxStage:
-    return OnnxStage(path, OnnxRuntime(threads=1))
+load_anew = OnnxRuntime.load_stage
+_loaded: dict[tuple[str, str, str], OnnxStage] = {}  # by what is in a file, and the settings
+
+
+def load_once(settings: OnnxRuntime, path: Path, name: StageName) -> OnnxStage:
+    """Load a stage as its backend does, but once: that takes longer than the tiny model runs, and holds nothing of it.
+
+    Most tests have a copy of the same four files. On a GPU a session belongs to a stream, and is loaded again.
+    """
+    if settings.provider_names != ["CPUExecutionProvider"]:
+        return load_anew(settings, path, name)
+    key = file_sha256(path), path.name, repr(settings)
+    if key not in _loaded:
+        _loaded[key] = load_anew(settings, path, name)
+    return _loaded[key]
 
 
 def fake_stages(

@@ -174,9 +174,6 @@ def csv_header(columns: Sequence[str] = COLUMNS) -> bytes:
     return (",".join(columns) + "\n").encode()
 
 
-CSV_HEADER = csv_header()
-
-
 def _numbers(score: Score) -> Iterator[float]:
     yield score.score
     for kind in (score.probabilities or {}).values():

@@ -19,12 +19,10 @@ from ...engine.manifest import Manifest
 from ...errors import OutputError, UsageError
 from ..results import Failure, Picture, Pictures, Scale, Score
 from .heatmap import FloatMap, Heatmap, block_mean, to_heatmap
-from .intermediates import difference, save_intermediates
+from .intermediates import difference
 from .labels import DIFFERENCE, PRODUCT, SCORE_MAP, WEIGHT_MAP
 from .markup import Html, join
 from .page import Collected, Page
-
-__all__ = ["ReportWriter", "save_intermediates"]
 
 # The longest side of pictures, and for how many images: with the bounds below, 1,000 photographs take about 50 MB.
 _SIDES = ((768, 100), (512, 400))

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from diffiqa.calibration import quantise as quantise_module
 from diffiqa.calibration.cli import quantise
-from diffiqa.calibration.mixed import OPTIONS, Trial, choose_stages
+from diffiqa.calibration.mixed import OPTIONS, Trial, _work, choose_stages
 from diffiqa.calibration.quantise import Number, Recipe, Target, quantise_engine
 from diffiqa.engine.manifest import Check, EngineDirectory, Stage, StageName, file_sha256, open_engine
 from diffiqa.errors import ExportError, UsageError
@@ -39,6 +39,13 @@ def test_stages_are_tried_by_their_work_and_the_change_is_that_of_the_engine_so_
             scores = [[s.score(path, OPTIONS).score for path in calibration_images] for s in (exact, eight)]
         assert trials[count - 1].change == pytest.approx(np.abs(np.subtract(scores[0], scores[1])).mean(), abs=1e-7)
         assert trials[count - 1].change > 0
+
+
+def test_the_work_of_the_stage_that_a_loop_asks_counts_every_step(pfd_engine: Path) -> None:
+    directory = open_engine(pfd_engine)
+    work = {stage.name: _work(directory, stage) / stage.macs for stage in directory.manifest.stages}
+    assert {name for name, times in work.items() if times != 1} == {StageName.DENOISER}
+    assert work[StageName.DENOISER] == directory.manifest.schedule.steps
 
 
 def test_a_stage_beyond_the_limit_stays_float32_and_the_next_is_tried_without_it(
@@ -90,6 +97,7 @@ def test_the_command_says_what_each_stage_does_and_writes_the_engine(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("diffiqa.calibration.mixed.MOST_IMAGES", 1)  # the trials above score all of them
     statistics = shutil.copytree(calibration_folder, tmp_path / "statistics")  # the command adds to it
     arguments = ["--engine", str(tiny_engine), "--statistics", str(statistics), "--precision", "mixed"]
     images = [argument for path in calibration_images for argument in ("--calib", str(path))]

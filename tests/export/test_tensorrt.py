@@ -22,6 +22,7 @@ from diffiqa.engine.manifest import (
     Manifest,
     Precision,
     ShapeRange,
+    StageName,
     file_sha256,
     open_engine,
     read_manifest,
@@ -33,10 +34,10 @@ from diffiqa.export.builds import BuildOptions, build_engines
 from diffiqa.export.precision import read_plan
 from diffiqa.runtime.builds import Machine, open_build
 
-from ..rtx import RTX, SMALL, check_profiles_of_small, check_signatures, needs_rtx
+from ..rtx import ONE, RTX, check_signatures, needs_rtx
 from ..tiny import STAGES
 
-ONE = BuildOptions(RTX, batches=("1",), sizes=("32x32",))
+SMALL = BuildOptions(RTX, batches=("1:2:4",), sizes=("32x32", "32x32:64x64:96x96"))
 
 
 @pytest.fixture(scope="session")
@@ -49,11 +50,29 @@ def built(tiny_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 @pytest.fixture
 def engine(tiny_engine: Path, tmp_path: Path) -> Path:
     """Return an engine directory of one's own with two quick stages, the quickest first."""
-    path = Path(shutil.copytree(tiny_engine, tmp_path / "engine"))
+    return two_stages(tiny_engine, tmp_path / "engine")
+
+
+def two_stages(tiny_engine: Path, path: Path) -> Path:
+    shutil.copytree(tiny_engine, path)
     data = json.loads((path / MANIFEST).read_text())
     data["stages"] = [stage for name in ("vda", "unet") for stage in data["stages"] if stage["name"] == name]
     (path / MANIFEST).write_text(json.dumps(data))
     return path
+
+
+@pytest.fixture(scope="module")
+def made(tiny_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Build]:
+    path = two_stages(tiny_engine, tmp_path_factory.mktemp("made") / "engine")
+    build, stages = build_engines(path, ONE)
+    assert len(stages) == 2
+    return path, build
+
+
+@pytest.fixture
+def one(made: tuple[Path, Build], tmp_path: Path) -> tuple[Path, Build]:
+    """Return an engine directory of one's own with two stages, and the build `ONE` of it."""
+    return Path(shutil.copytree(made[0], tmp_path / "engine")), made[1]
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:
@@ -101,7 +120,9 @@ def test_engines_keep_names_and_shapes_and_are_fp16_where_planned(built: tuple[P
 
 @needs_rtx
 def test_profiles_are_those_asked_for(built: tuple[Path, Build]) -> None:
-    check_profiles_of_small(built[1])
+    profiles = {stage.name: stage.profiles for stage in built[1].stages}
+    assert [p["y"].maximum for p in profiles[StageName.UNET]] == [(4, 3, 32, 32), (1, 3, 96, 96)]
+    assert [p["image"].maximum[0] for p in profiles[StageName.VIT]] == [16]
 
 
 @needs_rtx
@@ -134,9 +155,8 @@ def test_the_build_opens_where_it_fits_and_the_onnx_stages_as_before(
 
 
 @needs_rtx
-def test_a_build_that_is_there_is_not_made_again_unless_it_is_damaged(engine: Path) -> None:
-    build, stages = build_engines(engine, ONE)
-    assert len(stages) == 2
+def test_a_build_that_is_there_is_not_made_again_unless_it_is_damaged(one: tuple[Path, Build]) -> None:
+    engine, build = one
     assert build_engines(engine, ONE) == (build, [])
     (engine / build.plan.path).write_text("damaged")
     again, stages = build_engines(engine, ONE)
@@ -155,8 +175,8 @@ def test_a_build_that_is_there_is_not_made_again_unless_it_is_damaged(engine: Pa
         pytest.param({"batches": ("2",)}, id="batch"),
     ],
 )
-def test_builds_that_differ_stand_side_by_side(engine: Path, changes: dict[str, Any]) -> None:
-    first, _ = build_engines(engine, ONE)
+def test_builds_that_differ_stand_side_by_side(one: tuple[Path, Build], changes: dict[str, Any]) -> None:
+    engine, first = one
     second, _ = build_engines(engine, dataclasses.replace(ONE, **changes))
     assert first.key != second.key
     assert read_manifest(engine).builds == (first, second)
@@ -170,8 +190,8 @@ def test_builds_that_differ_stand_side_by_side(engine: Path, changes: dict[str, 
 
 
 @needs_rtx
-def test_a_plan_that_keeps_more_is_followed_and_one_of_another_model_refused(engine: Path) -> None:
-    build, _ = build_engines(engine, ONE)
+def test_a_plan_that_keeps_more_is_followed_and_one_of_another_model_refused(one: tuple[Path, Build]) -> None:
+    engine, build = one
     plan = read_plan(engine / build.plan.path)
     tensors = plan.stages[0].tensors | {"images": "float32"}
     other = dataclasses.replace(plan, stages=(dataclasses.replace(plan.stages[0], tensors=tensors), *plan.stages[1:]))

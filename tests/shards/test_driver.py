@@ -231,6 +231,16 @@ def test_a_disk_that_is_full_ends_the_run_and_the_next_one_goes_on(tmp_path: Pat
     assert files(out) == files(tmp_path / "whole")
 
 
+def test_an_error_of_who_watches_is_not_the_folders(tmp_path: Path) -> None:
+    """Such as a pipe that nobody reads any more: `iqa-run` then ends quietly."""
+
+    def watch(_: object) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        run(tmp_path, names(10), watch=watch)
+
+
 def test_only_one_run_at_a_time(tmp_path: Path) -> None:
     refused = []
 

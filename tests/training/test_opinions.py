@@ -206,15 +206,16 @@ def test_averages_two_runs(tmp_path: Path) -> None:
     files = []
     for seed in (1, 2):
         files.append(tmp_path / f"{seed}.safetensors")
-        save_bundle(build(SEEING, seed), files[-1])
+        save_bundle(build(MODEL, seed), files[-1])
     average((files[0], files[1]), 0.25, tmp_path / "new" / "both.safetensors")
-    first, second, both = (load(file) for file in (*files, tmp_path / "new" / "both.safetensors"))
+    both = load(tmp_path / "new" / "both.safetensors")
+    one, other = (load(file).model.state_dict() for file in files)
     for name, value in both.model.state_dict().items():
-        mixed = first.model.state_dict()[name].float() * 0.75 + second.model.state_dict()[name].float() * 0.25
+        mixed = one[name].float() * 0.75 + other[name].float() * 0.25
         torch.testing.assert_close(value.float(), mixed, atol=1e-6, rtol=1e-6)
     assert all(source.format.startswith("0.75 of ") for source in both.sources if source.role == "vda")
     with pytest.raises(ConfigError, match="between 0 and 1"):
         average((files[0], files[1]), 1.5, tmp_path / "both.safetensors")
-    save_bundle(build(MODEL, 1), files[1])
+    save_bundle(build(dataclasses.replace(MODEL, vcg=None), 1), files[1])
     with pytest.raises(ConfigError, match="of different configurations"):
         average((files[0], files[1]), 0.5, tmp_path / "both.safetensors")

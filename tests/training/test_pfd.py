@@ -175,6 +175,7 @@ def test_a_run_leaves_a_bundle_that_scores_as_it_was_judged(arguments: list[str]
     loaded = load(tmp_path / "out" / "model.safetensors")
     assert [source.role for source in loaded.sources] == ["bundle", "prompts", "encoder"]
     assert "2 of its own" in loaded.notes[0]
+    assert (tmp_path / "out" / "plot.png").exists()
     for who, run, steps in (("teacher", "out/teacher", "3"), ("student", "out", "2")):
         with (tmp_path / run / "validation.csv").open(newline="") as file:
             assert [row["step"] for row in csv.DictReader(file)] == [steps]
@@ -199,6 +200,7 @@ def test_a_run_leaves_a_bundle_that_scores_as_it_was_judged(arguments: list[str]
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_ablations_share_a_teacher_and_end_as_one_table(arguments: list[str], tmp_path: Path) -> None:
     recipes = tmp_path / "recipes"
     recipes.mkdir()
@@ -259,6 +261,7 @@ def test_what_cannot_be_trained_is_named(
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_a_picture_that_was_cut_off_is_left_out_and_named(arguments: list[str], tmp_path: Path) -> None:
     cut(tmp_path)
     result = CliRunner().invoke(train, arguments)

@@ -18,7 +18,7 @@ from diffiqa.errors import OutputError, UsageError
 from diffiqa.runtime.command import recordfile
 from diffiqa.runtime.command.order import Sort, arrange
 from diffiqa.runtime.command.recordfile import RecordFile, read_records
-from diffiqa.runtime.command.records import CSV_HEADER, Format, Record, RunSettings, Status, document, to_line
+from diffiqa.runtime.command.records import Format, Record, RunSettings, Status, csv_header, document, to_line
 from diffiqa.runtime.results import Mode
 
 SETTINGS = RunSettings("0123456789abcdef", crops=4, seed=0, seeds=1, mode=Mode.WHOLE, pixel_budget=2**20)
@@ -114,7 +114,7 @@ def test_run_without_images_leaves_a_valid_file(tmp_path: Path, form: Format) ->
     path = tmp_path / "results"
     write(path, form, [])
     assert read_records(path, form) == []
-    assert path.read_bytes() == {Format.JSONL: b"", Format.CSV: CSV_HEADER, Format.JSON: b"[]\n"}[form]
+    assert path.read_bytes() == {Format.JSONL: b"", Format.CSV: csv_header(), Format.JSON: b"[]\n"}[form]
 
 
 @pytest.mark.parametrize("form", FILE_FORMATS)
@@ -415,16 +415,16 @@ def foreign_files() -> dict[str, tuple[Format, bytes]]:
         "notes in lines": (Format.JSONL, b"dear diary\nit rained\n"),
         "a picture": (Format.CSV, bytes(range(256))),
         "a table of somebody else": (Format.CSV, b"image,mos\na.png,3.5\n"),
-        "CSV read as JSONL": (Format.JSONL, CSV_HEADER + csv[0]),
+        "CSV read as JSONL": (Format.JSONL, csv_header() + csv[0]),
         "JSONL read as CSV": (Format.CSV, jsonl[0]),
-        "CSV saved by a spreadsheet": (Format.CSV, (CSV_HEADER + csv[0]).replace(b"\n", b"\r\n")),
+        "CSV saved by a spreadsheet": (Format.CSV, (csv_header() + csv[0]).replace(b"\n", b"\r\n")),
         "CSV without header": (Format.CSV, csv[0]),
-        "CSV that breaks off": (Format.CSV, CSV_HEADER + csv[0] + csv[1][:40]),
-        "CSV with a row of fewer columns": (Format.CSV, CSV_HEADER + csv[0].removesuffix(b",,,\n") + b"\n"),
-        "CSV that breaks off in a header": (Format.CSV, CSV_HEADER[:20]),
+        "CSV that breaks off": (Format.CSV, csv_header() + csv[0] + csv[1][:40]),
+        "CSV with a row of fewer columns": (Format.CSV, csv_header() + csv[0].removesuffix(b",,,\n") + b"\n"),
+        "CSV that breaks off in a header": (Format.CSV, csv_header()[:20]),
         "damage in the middle of JSONL": (Format.JSONL, jsonl[0] + jsonl[1][:40] + b"\n" + jsonl[2]),
-        "damage in the middle of CSV": (Format.CSV, CSV_HEADER + csv[0] + b"oops\n" + csv[2]),
-        "a stray quote in CSV": (Format.CSV, CSV_HEADER + csv[0] + b'"' + csv[1] + csv[2]),
+        "damage in the middle of CSV": (Format.CSV, csv_header() + csv[0] + b"oops\n" + csv[2]),
+        "a stray quote in CSV": (Format.CSV, csv_header() + csv[0] + b'"' + csv[1] + csv[2]),
         "JSON array": (Format.JSON, b'[{"image": "a.png", "mos": 3.5}]'),
         "half a JSON array": (Format.JSON, b"[" + jsonl[0]),
         "no JSON at all": (Format.JSON, b"\xff\xd8"),

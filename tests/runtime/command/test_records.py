@@ -20,13 +20,13 @@ from diffiqa.errors import UsageError
 from diffiqa.runtime.command.order import Sort, arrange
 from diffiqa.runtime.command.records import (
     COLUMNS,
-    CSV_HEADER,
     EARLIER_COLUMNS,
     Format,
     Record,
     RunSettings,
     Status,
     choose_format,
+    csv_header,
     document,
     from_line,
     from_row,
@@ -199,7 +199,7 @@ def test_csv_is_what_other_csv_readers_expect() -> None:
     spelt = re.compile("[\ud800-\udfff\\\\]|^[=+@\t\r\n-]")
     names = [name for name in NAMES.values() if not spelt.search(name)]
     data = written([replace(RECORD, image=name) for name in names] + [failed("b.png")], Format.CSV)
-    assert data.startswith(CSV_HEADER)
+    assert data.startswith(csv_header())
     rows = list(csv.DictReader(io.StringIO(data.decode("utf-8"), newline="")))
     assert [row["image"] for row in rows] == [*names, "b.png"]
     assert rows[0]["score"] == "0.30000000000000004"
@@ -234,7 +234,7 @@ def test_json_is_an_array_with_a_record_per_line() -> None:
 
 
 def test_csv_without_records_is_its_header() -> None:
-    assert written([], Format.CSV) == CSV_HEADER
+    assert written([], Format.CSV) == csv_header()
 
 
 JSON = json.loads(to_line(RECORD, Format.JSONL))
