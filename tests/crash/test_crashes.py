@@ -187,7 +187,7 @@ def quick_export(
         path.write_bytes(graphs[plan.name])
         return onnx.ModelProto()
 
-    plans = stage_plans(tiny_loaded.model)  # once: merging takes most of such an export's time
+    plans = list(stage_plans(tiny_loaded.model))  # once: merging takes most of such an export's time
     monkeypatch.setattr(exporting, "stage_plans", lambda _model: plans)
     monkeypatch.setattr(exporting, "export_graph", export_graph)
     monkeypatch.setattr(exporting, "count_macs", lambda *_: 1)

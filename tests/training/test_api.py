@@ -94,7 +94,7 @@ def test_parts_and_bundles_reach_the_run(
         assert call.options[option] == Path(given[option])
     conduct = call.options["conduct"]
     assert (conduct.device, conduct.resume, conduct.threads) == ("cpu", True, 3)
-    conduct.progress(4, 0.25, 1e-3)
+    conduct.progress(4, 9, 0.25, 1e-3)
     assert said == ["step 4 of 9: loss 0.25000, learning rate 1.00e-03"]
 
 
