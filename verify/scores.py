@@ -6,7 +6,6 @@ ways to prepare images by scoring some of them again.
 
 import itertools
 import math
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,6 +94,29 @@ class _Ours:
     branches: tuple[Array, ...]
     weights: tuple[float, float]  # of the branches
 
+    def first(self, count: int) -> "_Ours":
+        """Return those of the first images."""
+        return replace(self, score=self.score[:count], branches=tuple(one[:count] for one in self.branches))
+
+
+@dataclass(frozen=True)
+class _Allowance:
+    """How far two runs may be apart: a share of the range of scores, or the spread of our scores over seeds."""
+
+    least: float
+    seeds: tuple[_Ours, ...]  # the same images under each seed
+
+    def spread(self, *weights: float) -> float:
+        """Return the spread of our scores, or what it would be under other weights of the branches."""
+        if len(self.seeds) < 2:
+            return 0.0
+        values = [np.dot(weights, ours.branches) if weights else ours.score for ours in self.seeds]
+        return float(np.std(values, axis=0, ddof=1).mean())
+
+    def root(self, spread: float) -> float:
+        """Return what the root mean square of differences may be."""
+        return max(self.least, SPREADS * spread)
+
 
 @dataclass(frozen=True)
 class _Change:
@@ -134,13 +156,16 @@ def compare_scores(
     once = replace(options, seeds=1)
     scorer = Scorer(side.manifest, side.stages, backend="onnxruntime")
     ours = _score(scorer, paths, once, say)
-    spread = _spread(scorer, paths[:SPREAD_IMAGES], options, say)
+    few, further = paths[:SPREAD_IMAGES], range(options.seed + 1, options.seed + options.seeds)
+    seeds = [_score(scorer, few, replace(once, seed=seed), say) for seed in further]
     span = side.manifest.score.nominal_maximum - side.manifest.score.minimum
-    distance, allowed = _distance(paths, theirs, ours.score), max(SHARE * span, SPREADS * spread)
+    allowance = _Allowance(SHARE * span, (ours.first(SPREAD_IMAGES), *seeds))
+    spread = allowance.spread()
+    distance, allowed = _distance(paths, theirs, ours.score), allowance.root(spread)
     explanations: list[Explanation] = []
     tried_on = 0
     if distance.root > allowed:
-        explanations = list(_readings(theirs, ours, allowed))
+        explanations = list(_readings(theirs, ours, allowance))
         exact = EXACT * float(np.ptp(ours.score))
         if all(found.left > exact for found in explanations):
             changes = list(_changes(side.manifest, side.stages, once))
@@ -150,7 +175,7 @@ def compare_scores(
                 again = _score(change.scorer, paths[:tried_on], change.options, say)
                 left = _root(theirs[:tried_on] - again.score)
                 explanations.append(Explanation(change.what, change.option, left, 1, left <= allowed))
-                explanations += _readings(theirs[:tried_on], again, allowed, change)
+                explanations += _readings(theirs[:tried_on], again, allowance, change)
         explanations.sort(key=lambda one: (not one.enough, one.left * SIMPLER**one.changes))
     return ScoresFound(
         side.manifest.engine_id, len(paths), unused, distance, spread, allowed, tuple(explanations), tried_on
@@ -188,13 +213,6 @@ def _score(scorer: Scorer, paths: Sequence[Path], options: Options, say: Say) ->
     return _Ours(score, tuple(branches), (meaning.vcg_weight, meaning.vda_weight))
 
 
-def _spread(scorer: Scorer, paths: Sequence[Path], options: Options, say: Say) -> float:
-    if options.seeds < 2:
-        return 0.0
-    say("measuring the spread over seeds")
-    return statistics.fmean(scorer.score(path, options).spread or 0.0 for path in paths)
-
-
 def _distance(paths: Sequence[Path], theirs: Array, ours: Array) -> Distance:
     difference = np.abs(theirs - ours)
     varied = bool(np.ptp(theirs) and np.ptp(ours))
@@ -208,13 +226,17 @@ def _distance(paths: Sequence[Path], theirs: Array, ours: Array) -> Distance:
     )
 
 
-def _readings(theirs: Array, ours: _Ours, allowed: float, change: _Change | None = None) -> Iterator[Explanation]:
+def _readings(
+    theirs: Array, ours: _Ours, allowance: _Allowance, change: _Change | None = None
+) -> Iterator[Explanation]:
     """Fit our branches to your scores, and our scores, as they are or after a change."""
 
-    def explanation(what: str, option: str, rest: Array, scale: float, fitted: int) -> Explanation:
+    def explanation(what: str, option: str, rest: Array, scale: float, fitted: int, spread: float) -> Explanation:
         left = math.sqrt(float(rest @ rest) / max(1, len(rest) - fitted))
         # A few images of like quality can be fitted by anything: the fit must also follow your scores up and down.
-        enough = len(rest) >= FEWEST and left / scale <= allowed and left <= UNEXPLAINED * float(theirs.std())
+        enough = (
+            len(rest) >= FEWEST and left / scale <= allowance.root(spread) and left <= UNEXPLAINED * float(theirs.std())
+        )
         words, options = (f"{change.what}, and {what}", f"{change.option} {option}") if change else (what, option)
         return Explanation(words, options.strip(), left / scale, fitted + bool(change), enough)
 
@@ -226,14 +248,15 @@ def _readings(theirs: Array, ours: _Ours, allowed: float, change: _Change | None
         if min(vcg, vda) >= 0 and ratio > NO_WEIGHT * max(ours.weights):
             what = f"branch weights: your scores look like {_rounded(vcg)}·VCG + {_rounded(vda)}·VDA"
             option = f"--branch-weights {_rounded(vcg)},{_rounded(vda)}"
-            yield explanation(what, option, rest, (vcg + vda) / sum(ours.weights), 2)
+            scale = (vcg + vda) / sum(ours.weights)
+            yield explanation(what, option, rest, scale, 2, allowance.spread(vcg, vda) / scale)
     for columns in ((ours.score,), (ours.score, np.ones_like(theirs))):
         weights, rest = _fitted(theirs, columns)
         slope, *offsets = map(float, weights)
         if slope:
             what = f"another scale: your scores look like {_rounded(slope)}·ours"
             what += "".join(f" {'−' if offset < 0 else '+'} {_rounded(abs(offset))}" for offset in offsets)
-            yield explanation(what, "", rest, abs(slope), len(columns))
+            yield explanation(what, "", rest, abs(slope), len(columns), allowance.spread())
 
 
 def _fitted(theirs: Array, columns: Sequence[Array]) -> tuple[Array, Array]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from diffiqa.cli import main
+from diffiqa.engine.manifest import MANIFEST, read_manifest
 from diffiqa.engine.pixels import TapForm, to_plane
 from diffiqa.errors import DatasetError, UsageError
 from diffiqa.model.config import ModelConfig
@@ -156,6 +158,25 @@ def test_the_spread_over_seeds_is_allowed(
     assert found.allowed == max(1e-3, 3 * found.spread)
     monkeypatch.setattr(module, "SPREADS", 0)
     assert not compare_scores(tiny_engine, images, file, options=Options(seeds=3), trials=2).within
+
+
+def test_the_noise_of_a_branch_that_an_engine_leaves_out_is_allowed(
+    tiny_engine: Path, scorer: Scorer, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other weights are judged by the spread that scores would have with them: this engine's own is far smaller."""
+    engine = tmp_path / "engine"
+    shutil.copytree(tiny_engine, engine)
+    manifest = read_manifest(engine)
+    vda_alone = replace(manifest, score=replace(manifest.score, vcg_weight=1e-6))
+    (engine / MANIFEST).write_text(vda_alone.to_json())
+    other_noise = {path: scorer.score(path, Options(seed=7)) for path in images}
+    file = saved(tmp_path / "s.csv", {path: 5 * score.vcg + score.vda for path, score in other_noise.items()})
+    monkeypatch.setattr(module, "SHARE", 1e-6)
+    found = compare_scores(engine, images, file, options=Options(seeds=3), trials=2)
+    best = found.explanations[0]
+    assert best.what.startswith("branch weights: ")
+    assert best.enough
+    assert best.left > found.allowed
 
 
 def call(engine: Path, scores: Path, *arguments: str | Path) -> Result:
