@@ -18,10 +18,10 @@ from ..engine.pixels import TapForm
 from ..engine.schedule import Kind
 from ..model.config import ModelConfig
 from ..model.heads import VCG, VDA, Readout
-from ..model.lite0 import Block, Lite0
+from ..model.lite import Block, Lite
 from ..model.network import DiffV2IQA
 from ..model.pfd.denoiser import Bottleneck as PfdBottleneck
-from ..model.pfd.encoder import Lite0Encoder
+from ..model.pfd.encoder import LiteEncoder
 from ..model.resnet import Bottleneck, ResNet
 from ..model.unet import SelfAttention, UNet
 from ..model.unet import Stage as UNetStage
@@ -134,7 +134,7 @@ def merge_squeeze(vcg: VCG) -> VCG:
 
 
 def fold(network: N) -> N:
-    """Fold BatchNorms into the convolutions before them, and the scale of Lite0's readout into its matrix."""
+    """Fold BatchNorms into the convolutions before them, and the scale of Lite's readout into its matrix."""
     network = copy.deepcopy(network).eval()
     for module in list(network.modules()):
         if isinstance(module, ResNet):
@@ -143,14 +143,14 @@ def fold(network: N) -> N:
             _fold_pairs(module, "conv1", "bn1", "conv2", "bn2", "conv3", "bn3")
             if module.downsample is not None:
                 _fold_pairs(module.downsample, "0", "1")
-        elif isinstance(module, Lite0):
+        elif isinstance(module, Lite):
             _fold_pairs(module, "_conv_stem", "_bn0", "_conv_head", "_bn1")
         elif isinstance(module, Block):
             expand = ("_expand_conv", "_bn0") if module.expands else ()
             _fold_pairs(module, *expand, "_depthwise_conv", "_bn1", "_project_conv", "_bn2")
         elif isinstance(module, Readout):
             _fold_readout(module)
-        elif isinstance(module, Lite0Encoder):
+        elif isinstance(module, LiteEncoder):
             _fold_pairs(module, "project", "norm")
         elif isinstance(module, PfdBottleneck) and isinstance(module.norm1, nn.BatchNorm2d):
             _fold_pairs(module, "down", "norm1", "mix", "norm2", "up", "norm3")

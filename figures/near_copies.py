@@ -16,7 +16,7 @@ import torch
 from diffiqa.data.pictures import read_pixels
 from diffiqa.engine.pixels import to_plane
 from diffiqa.model.checkpoint import load_part
-from diffiqa.model.lite0 import FEATURES, HEAD, Lite0
+from diffiqa.model.lite import HEAD, LITE0, Lite
 
 THRESHOLD = 0.85  # 653 groups of 2,252 images; at .9 616 of 1,751, and scenes taken twice stay apart
 SIDE, BATCH = 224, 16
@@ -24,7 +24,7 @@ OUTPUT = Path(__file__).parents[1] / "data" / "biq2021-copies.txt"
 
 
 @torch.no_grad()
-def features(files: list[Path], network: Lite0) -> np.ndarray:
+def features(files: list[Path], network: Lite) -> np.ndarray:
     """Return the means of the last map for each file, of length 1 (N, HEAD)."""
     found = []
     for start in range(0, len(files), BATCH):
@@ -33,7 +33,7 @@ def features(files: list[Path], network: Lite0) -> np.ndarray:
             image = PIL.Image.fromarray(read_pixels(file)).resize((SIDE, SIDE), PIL.Image.Resampling.BICUBIC)
             planes.append(to_plane(np.asarray(image)))
         seen = network(torch.from_numpy(np.stack(planes)).contiguous(memory_format=torch.channels_last)).numpy()
-        found.append(seen[:, FEATURES - 2 * HEAD : FEATURES - HEAD])
+        found.append(seen[:, LITE0.features - 2 * HEAD : LITE0.features - HEAD])
     whole = np.concatenate(found)
     normalised: np.ndarray = whole / np.linalg.norm(whole, axis=1, keepdims=True)
     return normalised
@@ -68,7 +68,7 @@ def main() -> None:
     found = load_part(given.lite0, "lite0")
     if found is None:
         parser.error(f"{given.lite0} is a bundle")
-    network = Lite0().eval()
+    network = Lite(LITE0).eval()
     network.load_state_dict({name.removeprefix("vda.lite0."): value for name, value in found[0].items()})
     files = sorted((given.data / "Images").iterdir(), key=lambda file: file.name.lower())
     files = [file for file in files if file.suffix.lower() == ".jpg"]

@@ -3,7 +3,7 @@
     python figures/pfd_people.py --model models/pfd-mini/model.safetensors --biq2021 BIQ2021/ \
         --clive ChallengeDB_release/ --cache cache/ -o models/pfd-mini/people.json
 
-Crops and noise are those of scoring, and so are the figures up to rounding: what Lite0's first blocks see is kept as
+Crops and noise are those of scoring, and so are the figures up to rounding: what frozen blocks see is kept as
 float16. Each set is judged with the loop and without it. Damage is drawn as in training, on good pictures of BIQ2021's
 part "test", at levels 3 to 5.
 """
@@ -19,7 +19,7 @@ from diffiqa.data.datasets import read_labels
 from diffiqa.data.splits import split_by_content
 from diffiqa.model.pfd.checkpoint import load
 from diffiqa.training.loop import Machine
-from diffiqa.training.pfd import SEVERE, damaged, judge, lite0_of
+from diffiqa.training.pfd import SEVERE, damaged, judge, lite_of
 from diffiqa.training.pfd_ablate import naming, opinions
 from diffiqa.training.pfd_features import Picture, SeenPictures
 from diffiqa.training.score import lot
@@ -44,7 +44,7 @@ def main() -> None:
     sets = {"validation": lot(sets["validation"], VALIDATION), "test": lot(sets["test"], TEST)}
     if given.clive:
         sets["clive"] = [Picture(i.path, i.quality) for i in read_labels(given.clive, "clive").items]
-    seen = SeenPictures(lite0_of(model).lite0, model.config, given.cache, crops=CROPS, seed=SEED)
+    seen = SeenPictures(lite_of(model).lite, model.config, given.cache, crops=CROPS, seed=SEED)
     found: dict[str, Any] = json.loads(given.output.read_text()) if given.output.exists() else {}
     for name, pictures in sets.items():
         usable = seen.fill(pictures, print)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .attention import ResidualTransposedAttention, TransposedAttention
 from .config import Encoder, ModelConfig, Pixels, VCGConfig, VDAConfig
-from .lite0 import FEATURES, Lite0
+from .lite import LITE0, Lite
 from .resnet import ResNet
 from .swin import Swin
 from .vit import ViT
@@ -135,8 +135,8 @@ class VDA(nn.Module):
         self.config, self.kinds, self.grid = c, config.kinds, config.grid
         self.normalise = normalisation(config.pixels)
         if c.encoder is Encoder.LITE0:
-            self.lite0 = Lite0()
-            self.readout = Readout(FEATURES, c.classes, config.dropout)
+            self.lite0 = Lite(LITE0)
+            self.readout = Readout(LITE0.features, c.classes, config.dropout)
         else:
             self.resnet = ResNet(c.resnet_width, c.resnet_blocks, c.classes)
         self.rtab = ResidualTransposedAttention(c.classes, config.tokens, config.dropout)
@@ -163,7 +163,7 @@ class VDA(nn.Module):
         return weighted_mean(self.score(x), self.weight(x), self.grid)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, kinds, 3, crop, crop) → what the encoder sees (B, kinds, classes, of Lite0 FEATURES)."""
+        """Images (B, kinds, 3, crop, crop) → what the encoder sees (B, kinds, classes, of Lite0 its features)."""
         encoder = self.lite0 if self.config.encoder is Encoder.LITE0 else self.resnet
         seen: Tensor = encoder(self.normalise(images.flatten(0, 1)))
         return seen.reshape(*images.shape[:2], -1)

@@ -82,7 +82,7 @@ UNUSED = (
     (r"vcg\.vit\.(norm|head|pre_logits|fc_norm)\.", "the ViT's final norm and head, which nothing reads"),
     (r"vcg\.swin[12]\.(.+\.)?downsample\.", "strided convolutions of the Swin stages, which nothing calls"),
     (r"vcg\.swin[12]\..+\.(relative_position_index|attn_mask)$", "index and mask tables of Swin, computed here"),
-    (r"vda\.lite0\._fc\.", "the classifier of EfficientNet-Lite0"),
+    (r"vda\.lite0\._fc\.", "the classifier of EfficientNet-Lite"),
     (r"encoder\.(head|fc_norm)\.", "the classifier of DeiT"),
     (r"(noise_embedding|bn1|rq_score)\.", "layers the authors left in and never call"),
     (

@@ -145,10 +145,11 @@ def ablate(config: File, output: File, *, recipes: Sequence[File], **given: Unpa
     return ablate_recipes(configs, parts, Path(output), **options)
 
 
-def pfd(config: File, output: File, *, lite0: File, prompts: File | None = None, **given: Unpack[Labelled]) -> "Result":
+def pfd(config: File, output: File, *, lite: File, prompts: File | None = None, **given: Unpack[Labelled]) -> "Result":
     """Teach PFD-IQA: a teacher in the folder `teacher` of `output`, then the student.
 
-    `lite0` are EfficientNet-Lite0's weights, `prompts` what `iqa-prompts` made. More options: `Labelled`.
+    `lite` are the weights of EfficientNet-Lite0 or -Lite2, as `config` says; `prompts` is what `iqa-prompts` made. More
+    options: `Labelled`.
     """
     from .config import PfdTrainConfig, read_config
     from .pfd import run_pfd
@@ -156,7 +157,7 @@ def pfd(config: File, output: File, *, lite0: File, prompts: File | None = None,
     found = read_config(PfdTrainConfig, Path(config))
     given_prompts = _prompts(prompts)
     parts, options = _labelled(found, Path(output), "validation", **given)
-    return run_pfd(found, parts, Path(output), lite0=Path(lite0), prompts=given_prompts, **options)
+    return run_pfd(found, parts, Path(output), lite=Path(lite), prompts=given_prompts, **options)
 
 
 def pfd_ablate(
@@ -164,7 +165,7 @@ def pfd_ablate(
     output: File,
     *,
     recipes: Sequence[File],
-    lite0: File,
+    lite: File,
     prompts: File | None = None,
     test_pictures: int = 0,
     **given: Unpack[Labelled],
@@ -181,7 +182,7 @@ def pfd_ablate(
     changed = read_recipes(PfdTrainConfig, Path(config), [Path(recipe) for recipe in recipes])
     given_prompts = _prompts(prompts)
     parts, options = _labelled(found, Path(output), "validation", "test", **given)
-    options |= {"lite0": Path(lite0), "prompts": given_prompts, "pictures": test_pictures}
+    options |= {"lite": Path(lite), "prompts": given_prompts, "pictures": test_pictures}
     return ablate_pfd(found, changed, parts, Path(output), **options)
 
 

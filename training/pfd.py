@@ -1,8 +1,8 @@
 """Teaching PFD-IQA: a teacher on the score alone, then the student, which denoises the teacher's features.
 
-Both learn from what the frozen blocks of Lite0 see (`pfd_features.py`). The teacher begins as a ridge regression on it,
-and the blocks after the frozen ones learn with it. The student has the teacher's weights; its prior learns to name
-damage from pictures that were damaged here.
+Both learn from what the frozen blocks of EfficientNet-Lite see (`pfd_features.py`). The teacher begins as a ridge
+regression on it, and the blocks after the frozen ones learn with it. The student has the teacher's weights; its prior
+learns to name damage from pictures that were damaged here.
 """
 
 import copy
@@ -21,10 +21,9 @@ from ..data.distortions import DISTORTIONS
 from ..data.draws import Purpose, generator
 from ..errors import ConfigError, DatasetError
 from ..model.bundle import save_bundle
-from ..model.lite0 import FEATURES
 from ..model.pfd.checkpoint import LoadedPfd, PfdBundle, begin
 from ..model.pfd.config import Prompts
-from ..model.pfd.encoder import Lite0Encoder
+from ..model.pfd.encoder import LiteEncoder
 from ..model.pfd.network import PfdIQA
 from ..model.pfd.prompts import PromptSet
 from ..model.pfd.training import Targets, Teacher, losses, soft_levels
@@ -114,7 +113,7 @@ def judge(
     for picture in pictures:
         rows = torch.from_numpy(seen(picture).astype(np.float32)).to(machine.device)
         noises += [model.noise(0, lane) for lane in range(len(noises), len(rows))]
-        cls, features = encoded(lite0_of(model), finished(lite0_of(model), rows))
+        cls, features = encoded(lite_of(model), finished(lite_of(model), rows))
         prior = model.prior(features)
         if denoised:
             features = model.refine(prior, torch.cat(noises[: len(rows)]).to(features))
@@ -128,9 +127,9 @@ def named(model: PfdIQA, judged: Judged, pictures: Sequence[Picture]) -> npt.NDA
     return np.array([word == word_of(picture.kind) for word, picture in zip(words, pictures, strict=True)])
 
 
-def lite0_of(model: PfdIQA) -> Lite0Encoder:
-    """Return the encoder, of which `PfdTrainConfig` says that it is Lite0."""
-    assert isinstance(model.encoder, Lite0Encoder)  # noqa: S101 — tells the type checker
+def lite_of(model: PfdIQA) -> LiteEncoder:
+    """Return the encoder, of which `PfdTrainConfig` says that it is one of EfficientNet-Lite."""
+    assert isinstance(model.encoder, LiteEncoder)  # noqa: S101 — tells the type checker
     return model.encoder
 
 
@@ -142,7 +141,7 @@ class TeacherTask:
 
     def __init__(self, config: PfdTrainConfig, model: PfdIQA, seen: SeenPictures, data: Data) -> None:
         self.config, self.model, self.seen, self.data = config, model, seen, data
-        self.encoder = lite0_of(model)
+        self.encoder = lite_of(model)
         self.network = self._network()
         self.network.requires_grad_(False)
         for _, parameters in self.groups():
@@ -175,7 +174,7 @@ class TeacherTask:
         picture = self._picked(self.data.training, step * config.optimisation.batch + index)
         draw, rows = generator(config.seed, Purpose.DATA, step, index), self.seen(picture)
         places = draw.permutation(config.crops)[: config.teacher_crops or config.crops]
-        taken = turned(rows[places % len(rows)], draw)  # a small picture has fewer
+        taken = turned(rows[places % len(rows)], self.encoder.lite.variant, draw)  # a small picture has fewer
         return Sample((taken, np.array(picture.quality, np.float32)), picture.name)
 
     def _picked(self, among: Sequence[Picture], place: int) -> Picture:
@@ -213,7 +212,7 @@ class StudentTask(TeacherTask):
     ) -> None:
         super().__init__(config, model, seen, data)
         model.load_state_dict(teacher, strict=False)
-        # Lite0 learns no more, nor does what makes the class vector: so the teacher differs by these parts.
+        # The encoder learns no more, nor does what makes the class vector: so the teacher differs by these parts.
         parts = (self.encoder.project, self.encoder.norm, model.decoder)
         self.teacher = copy.deepcopy(nn.ModuleList(parts)).requires_grad_(False)
 
@@ -244,7 +243,7 @@ class StudentTask(TeacherTask):
         else:
             picture = self._picked(self.data.training, step * own + index - share)
         draw, rows = generator(config.seed, Purpose.DATA, step, index), self.seen(picture)
-        row = turned(rows[draw.integers(len(rows), size=1)], draw)[0]
+        row = turned(rows[draw.integers(len(rows), size=1)], self.encoder.lite.variant, draw)[0]
         word = self.model.config.words.distortions.index(word_of(picture.kind)) if picture.kind else -1
         quality = np.nan if picture.kind else picture.quality
         labels = (quality, word, picture.quality * (1 - severity(picture) / 6))
@@ -290,9 +289,11 @@ def begin_as_ridge(model: PfdIQA, seen: SeenPictures, pictures: Sequence[Picture
 
     One channel of the class vector is the guess. The decoder hands it on: what its layer adds begins at 0.
     """
-    encoder, decoder = lite0_of(model), model.decoder
+    encoder, decoder = lite_of(model), model.decoder
     readout = encoder.readout
-    means = np.stack([seen(picture)[:, :FEATURES].astype(np.float32).mean(0) for picture in pictures])
+    means = np.stack(
+        [seen(picture)[:, : encoder.lite.variant.features].astype(np.float32).mean(0) for picture in pictures]
+    )
     readout.fit(torch.from_numpy(means))
     x = (torch.from_numpy(means) - readout.mean) / readout.deviation
     y = torch.tensor([picture.quality for picture in pictures])
@@ -321,13 +322,13 @@ def run_pfd(
     parts: Mapping[str, Sequence[Rated]],
     folder: Path,
     *,
-    lite0: Path,
+    lite: Path,
     prompts: PromptSet | None,
     cache: Path | None = None,
     conduct: Conduct = QUIETLY,
 ) -> Result:
     """Train the teacher in `folder`/teacher, then the student; write it to `model.safetensors`, and `plot.png`."""
-    begun, seen, data = prepare(config, parts, cache or folder / "cache", lite0, prompts, conduct.say)
+    begun, seen, data = prepare(config, parts, cache or folder / "cache", lite, prompts, conduct.say)
     with open_machine(conduct.device, config.optimisation.precision) as machine:
         taught = teach(config, begun.model, seen, data, folder / "teacher", machine, conduct)
         return study(config, begun, seen, data, taught, folder, machine, conduct)
@@ -342,13 +343,24 @@ def teach(
     machine: Machine,
     conduct: Conduct,
 ) -> Result:
-    """Train the teacher, which shares its encoder and decoder with the model that is given."""
+    """Train the teacher, which shares its encoder and decoder with the model that is given.
+
+    Of what the run changes, a share is kept: on other photographs, weights between the first and the last do better.
+    """
     if machine.world > 1:
         raise ConfigError("PFD-IQA is trained by one process, not under torchrun")
     conduct.say(f"the teacher, in {folder}")
     begin_as_ridge(model, seen, data.training, config.ridge)
     first = dataclasses.replace(config, optimisation=config.teacher, damaged_places=0)
-    return train(TeacherTask(first, model, seen, data), first, folder, machine, conduct)
+    task = TeacherTask(first, model, seen, data)
+    begun = {name: value.clone() for name, value in task.network.state_dict().items()}
+    result = train(task, first, folder, machine, conduct)
+    kept = {
+        name: torch.lerp(begun[name], value.to(begun[name]), config.teacher_share)
+        for name, value in result.weights.items()
+        if value.is_floating_point()
+    }
+    return dataclasses.replace(result, weights=result.weights | kept)
 
 
 def study(
@@ -378,13 +390,13 @@ def prepare(
     config: PfdTrainConfig,
     parts: Mapping[str, Sequence[Rated]],
     cache: Path,
-    lite0: Path,
+    lite: Path,
     prompts: PromptSet | None,
     say: Callable[[str], None],
 ) -> tuple[LoadedPfd, SeenPictures, Data]:
     """Return the model to begin with, what sees pictures, and pictures that have been seen."""
-    begun = begin_pfd(config, lite0, prompts)
-    seen = SeenPictures(lite0_of(begun.model).lite0, config.model, cache, crops=config.crops, seed=config.seed)
+    begun = begin_pfd(config, lite, prompts)
+    seen = SeenPictures(lite_of(begun.model).lite, config.model, cache, crops=config.crops, seed=config.seed)
     train_part, validation = ([Picture(r.path, r.quality) for r in parts[name]] for name in ("train", "validation"))
     found = Data(
         lot(train_part, config.pictures),
@@ -401,12 +413,12 @@ def prepare(
     return begun, seen, data
 
 
-def begin_pfd(config: PfdTrainConfig, lite0: Path, prompts: PromptSet | None) -> LoadedPfd:
+def begin_pfd(config: PfdTrainConfig, lite: Path, prompts: PromptSet | None) -> LoadedPfd:
     """Return the model to begin with. Raises ConfigError if prompts are missing, or lack a word for some damage."""
     constant = config.model.prompts is Prompts.CONSTANT
     if constant and prompts is None:
         raise ConfigError("the model's prompts are constant: give the file that iqa-prompts makes, with --prompts")
-    begun = begin(config.model, config.seed, encoder=lite0, prompts=prompts if constant else None)
+    begun = begin(config.model, config.seed, encoder=lite, prompts=prompts if constant else None)
     if missing := set(WORDS) - set(begun.model.config.words.distortions):
         raise ConfigError(
             f"training names damage by LIQE's words, and the prompts lack {', '.join(sorted(missing))}: make prompts "

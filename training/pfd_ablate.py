@@ -46,7 +46,7 @@ def ablate_pfd(
     parts: Mapping[str, Sequence[Rated]],
     folder: Path,
     *,
-    lite0: Path,
+    lite: Path,
     prompts: PromptSet | None,
     pictures: int = 0,
     cache: Path | None = None,
@@ -61,7 +61,7 @@ def ablate_pfd(
         changed = differences(identity(config) | {"model": None}, identity(recipe) | {"model": None})
         if changed:
             raise ConfigError(f"the recipe {name} must change the model alone, and changes {changed[0]}")
-    begun, seen, data = prepare(config, parts, cache or folder / "cache", lite0, prompts, conduct.say)
+    begun, seen, data = prepare(config, parts, cache or folder / "cache", lite, prompts, conduct.say)
     test = seen.fill(lot([Picture(r.path, r.quality) for r in parts["test"]], pictures), conduct.say)
     rows: dict[str, Any] = {}
     with open_machine(conduct.device, config.optimisation.precision) as machine:
@@ -70,7 +70,7 @@ def ablate_pfd(
         first = teacher = judge(begun.model, seen, test, machine, denoised=False)
         rows["teacher"] = opinions(teacher, test)
         for place, (name, recipe) in enumerate(recipes.items()):
-            student = begin_pfd(recipe, lite0, prompts)
+            student = begin_pfd(recipe, lite, prompts)
             try:
                 study(recipe, student, seen, data, taught, folder / name, machine, conduct)
             except (TrainingError, RuntimeError) as exc:  # torch's, where the teacher does not fit

@@ -1,4 +1,4 @@
-"""What the frozen blocks of EfficientNet-Lite0 see of pictures and damaged pictures: computed once, kept on disk."""
+"""What the frozen blocks of EfficientNet-Lite see of pictures and damaged pictures: computed once, kept on disk."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -19,17 +19,15 @@ from ..engine.atomic import writing
 from ..engine.crops import crop_grid
 from ..engine.pixels import FloatArray, to_plane
 from ..errors import DatasetError, ImageError
-from ..model.lite0 import FEATURES, READ, Lite0, moments
+from ..model.lite import Lite, Variant, moments
 from ..model.pfd.config import PfdConfig
-from ..model.pfd.encoder import Lite0Encoder
+from ..model.pfd.encoder import LiteEncoder
 from .config import digest
 from .score import Rated
 from .start import weights_digest
 
 SCHEMA = 1  # of files: raised when the same causes would give other numbers
-CHANNELS = 24 + 40 + 112  # of the maps that frozen blocks make
-OWN = 2 * CHANNELS  # their moments, which come first among all
-FIRST = READ[2] + 1  # the first block that may learn
+FROZEN = 3  # maps, of those that are read, which frozen blocks make: strides 4, 8, 16
 
 Seen = npt.NDArray[np.float16]
 
@@ -47,36 +45,38 @@ class Picture(Rated):
         return f"{self.path}, distortion {self.kind} at level {self.level}" if self.kind else str(self.path)
 
 
-def learning(encoder: Lite0Encoder) -> list[nn.Module]:
-    """Return the parts of Lite0 that come after the frozen ones."""
-    lite0 = encoder.lite0
-    return [*lite0._blocks[FIRST:], lite0._conv_head, lite0._bn1]
+def learning(encoder: LiteEncoder) -> list[nn.Module]:
+    """Return the parts of the encoder's network that come after the frozen ones."""
+    lite = encoder.lite
+    return [*lite._blocks[lite.variant.read[FROZEN - 1] + 1 :], lite._conv_head, lite._bn1]
 
 
-def finished(encoder: Lite0Encoder, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Go on from rows (N, row_width) through Lite0's last blocks: the moments of all maps, and all maps on the grid."""
-    own, places = rows[:, :OWN], rows[:, FEATURES:]
-    grid = round((places.shape[1] / CHANNELS) ** 0.5)
-    at_grid = places.reshape(-1, CHANNELS, grid, grid)
+def finished(encoder: LiteEncoder, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Go on from rows (N, row_width) through the last blocks: the moments of all maps, and all maps on the grid."""
+    channels = encoder.lite.variant.channels[:FROZEN]
+    # The moments of the maps that frozen blocks make come first.
+    own, places = rows[:, : 2 * sum(channels)], rows[:, encoder.lite.variant.features :]
+    grid = round((places.shape[1] / sum(channels)) ** 0.5)
+    at_grid = places.reshape(-1, sum(channels), grid, grid)
     *blocks, head, norm = learning(encoder)
-    x = at_grid[:, -112:].contiguous(memory_format=torch.channels_last)  # a CPU takes less time
+    x = at_grid[:, -channels[-1] :].contiguous(memory_format=torch.channels_last)  # a CPU takes less time
     for block in blocks:
         x = block(x)
     coarse = F.interpolate(x, scale_factor=2, mode="nearest")
     return torch.cat([own, moments([x, F.relu6(norm(head(x)))])], dim=1), torch.cat([at_grid, coarse], dim=1)
 
 
-def turned(rows: Seen, draw: np.random.Generator) -> npt.NDArray[np.float32]:
+def turned(rows: Seen, variant: Variant, draw: np.random.Generator) -> npt.NDArray[np.float32]:
     """Return rows in float32, each mirrored by lot. Of a mirrored crop frozen blocks would see nearly that."""
     out = rows.astype(np.float32)
-    grid = round(((out.shape[1] - FEATURES) / CHANNELS) ** 0.5)
-    places = out[:, FEATURES:].reshape(len(out), -1, grid)
+    grid = round(((out.shape[1] - variant.features) / sum(variant.channels[:FROZEN])) ** 0.5)
+    places = out[:, variant.features :].reshape(len(out), -1, grid)
     mirrored = draw.integers(2, size=len(out)).astype(bool)
     places[mirrored] = places[mirrored, :, ::-1]
     return out
 
 
-def encoded(encoder: Lite0Encoder, seen: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def encoded(encoder: LiteEncoder, seen: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Return what the encoder makes of what it has `finished`: class vectors and features."""
     of_maps, maps = seen
     return encoder.readout(of_maps), encoder.norm(encoder.project(maps))
@@ -85,9 +85,9 @@ def encoded(encoder: Lite0Encoder, seen: tuple[Tensor, Tensor]) -> tuple[Tensor,
 class SeenPictures:
     """The rows of each picture's crops, (crops, row_width) float16. A file's name is a hash of its causes."""
 
-    def __init__(self, lite0: Lite0, config: PfdConfig, cache: Path, *, crops: int, seed: int) -> None:
-        self._lite0, self._config, self._cache, self._crops, self._seed = lite0, config, cache, crops, seed
-        self._weights = weights_digest(lite0.state_dict())
+    def __init__(self, lite: Lite, config: PfdConfig, cache: Path, *, crops: int, seed: int) -> None:
+        self._lite, self._config, self._cache, self._crops, self._seed = lite, config, cache, crops, seed
+        self._weights = weights_digest(lite.state_dict())
         self._files: dict[Picture, Path] = {}
 
     def __call__(self, picture: Picture) -> Seen:
@@ -114,7 +114,7 @@ class SeenPictures:
         bad = set()
         for count, picture in enumerate(missing):
             try:
-                rows = look(self._lite0, self.crops(picture)).astype(np.float16)
+                rows = look(self._lite, self.crops(picture)).astype(np.float16)
             except ImageError as exc:
                 say(f"left out: {exc}")
                 bad.add(picture)
@@ -149,9 +149,9 @@ class SeenPictures:
 
 
 @torch.no_grad()
-def look(lite0: Lite0, crops: FloatArray) -> FloatArray:
+def look(lite: Lite, crops: FloatArray) -> FloatArray:
     """Crops (N, 3, crop, crop) → rows (N, row_width)."""
-    stride4, stride8, stride16, _, _ = maps = lite0.maps(
+    stride4, stride8, stride16, _, _ = maps = lite.maps(
         torch.from_numpy(crops).contiguous(memory_format=torch.channels_last)  # a CPU takes less time
     )
     kept = (F.avg_pool2d(stride4, 4), F.avg_pool2d(stride8, 2), stride16)

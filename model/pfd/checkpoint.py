@@ -18,6 +18,7 @@ from ..checkpoint import load as load_diff_v2_iqa
 from ..naming import DEIQT, IQA, LITE0, MANIQA, PLAIN, SR3, adapt, recognise
 from ..weightfile import WeightFile, listed, read, shown
 from .config import PFD_PRESETS, Backbone, PfdConfig
+from .encoder import LiteEncoder
 from .network import PfdIQA, build
 from .prompts import PromptSet, with_prompts
 
@@ -55,7 +56,8 @@ def load(path: Path) -> LoadedPfd:
     bundle = read_description(path, file.bundle, PfdBundle)
     with torch.device("meta"):
         model = PfdIQA(bundle.config)
-    _fill(model, file, file.weights, model.state_dict())
+    weights = {name.replace("encoder.lite0.", "encoder.lite."): tensor for name, tensor in file.weights.items()}
+    _fill(model, file, weights, model.state_dict())
     source = Source("bundle", shown(path.name), file.bytes, file.sha256, "diffiqa bundle")
     return LoadedPfd(model.eval(), (source, *bundle.sources), bundle.notes, reference=bundle.reference)
 
@@ -123,7 +125,14 @@ def _fill_encoder(model: PfdIQA, path: Path) -> tuple[Source, set[str], list[str
         has = form.words if form else "some other network"
         raise CheckpointError(f"{path} is {has}; model {config.name!r} wants an encoder of {wanted.words}")
     ours, remarks = adapt(form, file.weights, vit_blocks=0)
-    used = {re.sub(r"^vda\.lite0\.", "encoder.lite0.", name): tensor for name, tensor in ours.items()}
+    used = {re.sub(r"^vda\.lite0\.", "encoder.lite.", name): tensor for name, tensor in ours.items()}
+    if isinstance(model.encoder, LiteEncoder):
+        variant, blocks = model.encoder.lite.variant, sum(name.endswith("._bn2.weight") for name in used)
+        if blocks != variant.blocks:
+            raise CheckpointError(
+                f"{path} has {blocks} blocks, and {variant.name}, which model {config.name!r} wants, has "
+                f"{variant.blocks}: give the file of that one"
+            )
     parts = {_part(name) for name in used}
     expected = {name: tensor for name, tensor in model.state_dict().items() if _part(name) in parts}
     _fill(model, file, used, expected)
@@ -132,7 +141,7 @@ def _fill_encoder(model: PfdIQA, path: Path) -> tuple[Source, set[str], list[str
 
 def _part(name: str) -> str:
     """Return what a file has or lacks as a whole."""
-    return "encoder.lite0" if name.startswith("encoder.lite0.") else name.partition(".")[0]
+    return "encoder.lite" if name.startswith("encoder.lite.") else name.partition(".")[0]
 
 
 def _fill(model: PfdIQA, file: WeightFile, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ class Backbone(enum.StrEnum):
 
     VIT = "vit"
     LITE0 = "lite0"
+    LITE2 = "lite2"
 
 
 class Prompts(enum.StrEnum):
@@ -73,10 +74,10 @@ class PfdConfig:
     """A whole PFD-IQA network. A feature map has `width` channels and `grid`×`grid` places."""
 
     name: str
-    encoder: Backbone = Backbone.VIT  # inferred: DEIQT's ViT-S/16 with LayerScale; Lite0 is ours, for CPUs
+    encoder: Backbone = Backbone.VIT  # inferred: DEIQT's ViT-S/16 with LayerScale; Lite0 and Lite2 are ours, for CPUs
     width: int = 384  # inferred: ViT-S; 128 for a CPU, whose goal is 20 images of 4 crops a second
     crop: int = 224  # inferred: DEIQT
-    patch: int = 16  # inferred: DEIQT; so the map is 14×14, and Lite0's maps are brought to that
+    patch: int = 16  # inferred: DEIQT; so the map is 14×14, and Lite's maps are brought to that
     blocks: int = 12  # inferred: DEIQT; of the ViT
     heads: int = 6  # inferred: DEIQT; of every attention
     mlp_ratio: int = 4  # inferred: DEIQT; of the ViT and the decoder
@@ -117,8 +118,8 @@ def _rules(c: PfdConfig) -> dict[str, bool]:
         return {f"sizes must be between 1 and {MAX_SIZE}": False}
     return {
         "crop must be a multiple of patch between 32 and 1024": 32 <= c.crop <= 1024 and c.crop % c.patch == 0,
-        "patch must be 16, the stride of Lite0's map": c.encoder is Backbone.VIT or c.patch == 16,
-        "crop must be a multiple of 32 for Lite0": c.encoder is Backbone.VIT or c.crop % 32 == 0,
+        "patch must be 16, the stride of Lite's map": c.encoder is Backbone.VIT or c.patch == 16,
+        "crop must be a multiple of 32 for Lite": c.encoder is Backbone.VIT or c.crop % 32 == 0,
         "grid must be at most 128": c.grid <= 128,
         "blocks must be between 1 and 64": 1 <= c.blocks <= 64,
         "width must be a multiple of 4, heads, reduction and adapter_reduction": (
@@ -141,8 +142,8 @@ PFD_PAPER = PfdConfig(name="pfd-paper")
 PFD_PRESETS: dict[str, PfdConfig] = {
     # The paper's size, as far as it is known.
     "pfd-paper": PFD_PAPER,
-    # EfficientNet-Lite0 instead of the ViT, and prompts of an encoder that can be installed: for a CPU.
-    "pfd-mini": replace(PFD_PAPER, name="pfd-mini", encoder=Backbone.LITE0, width=128, heads=4, prompt_width=384),
+    # EfficientNet-Lite2 instead of the ViT, and prompts of an encoder that can be installed: for a CPU.
+    "pfd-mini": replace(PFD_PAPER, name="pfd-mini", encoder=Backbone.LITE2, width=128, heads=4, prompt_width=384),
 }
 
 

@@ -1,4 +1,4 @@
-"""Image → a class vector and a feature map, by DEIQT's ViT or EfficientNet-Lite0. Images are RGB in [-1, 1]."""
+"""Image → a class vector and a feature map, by DEIQT's ViT or EfficientNet-Lite. Images are RGB in [-1, 1]."""
 
 import torch
 import torch.nn.functional as F
@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 from ..config import ViTConfig
 from ..heads import Readout
-from ..lite0 import FEATURES, Lite0, moments
+from ..lite import LITE0, LITE2, Lite, moments
 from ..vit import Block, PatchEmbedding
 from .config import Backbone, PfdConfig
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's colours, which DEIQT's weights expect
-MAP_CHANNELS = 24 + 40 + 112 + 320  # of Lite0's maps before the last
+VARIANTS = {Backbone.LITE0: LITE0, Backbone.LITE2: LITE2}
 
 
 class ScaledBlock(Block):
@@ -54,24 +54,25 @@ class VitEncoder(nn.Module):
         return x[:, 0], x[:, 1:].transpose(1, 2).reshape(x.shape[0], -1, self.grid, self.grid)
 
 
-class Lite0Encoder(nn.Module):
-    """EfficientNet-Lite0's maps at strides 4 to 32, brought to stride 16; moments of all maps are the class vector."""
+class LiteEncoder(nn.Module):
+    """EfficientNet-Lite's maps at strides 4 to 32, brought to stride 16; moments of all maps are the class vector."""
 
     def __init__(self, c: PfdConfig) -> None:
         super().__init__()
-        self.lite0 = Lite0()
-        self.readout = Readout(FEATURES, c.width, dropout=0.0)
-        self.project = nn.Conv2d(MAP_CHANNELS, c.width, 1, bias=False)
+        variant = VARIANTS[c.encoder]
+        self.lite = Lite(variant)
+        self.readout = Readout(variant.features, c.width, dropout=0.0)
+        self.project = nn.Conv2d(sum(variant.channels), c.width, 1, bias=False)
         self.norm = nn.BatchNorm2d(c.width)  # the schedule's noise is for features of deviation 1
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(N, 3, crop, crop) → class vector (N, width), features (N, width, grid, grid)."""
-        stride4, stride8, stride16, stride32, _ = maps = self.lite0.maps(image)
+        stride4, stride8, stride16, stride32, _ = maps = self.lite.maps(image)
         coarse = F.interpolate(stride32, scale_factor=2, mode="nearest")
         at_grid = torch.cat([F.avg_pool2d(stride4, 4), F.avg_pool2d(stride8, 2), stride16, coarse], dim=1)
         return self.readout(moments(maps)), self.norm(self.project(at_grid))
 
 
-def make_encoder(c: PfdConfig) -> VitEncoder | Lite0Encoder:
+def make_encoder(c: PfdConfig) -> VitEncoder | LiteEncoder:
     """Return the encoder that a configuration names."""
-    return VitEncoder(c) if c.encoder is Backbone.VIT else Lite0Encoder(c)
+    return VitEncoder(c) if c.encoder is Backbone.VIT else LiteEncoder(c)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from torch import Tensor
 
 from diffiqa.data.distortions import DISTORTIONS
 from diffiqa.data.pictures import read_pixels
@@ -18,18 +19,31 @@ from diffiqa.engine.agreement import srcc
 from diffiqa.engine.codec import encode
 from diffiqa.engine.pixels import to_plane
 from diffiqa.evaluation.correlation import agreement, spread
-from diffiqa.model.lite0 import FEATURES, Lite0
+from diffiqa.model.lite import LITE0 as VARIANT
+from diffiqa.model.lite import Lite
 from diffiqa.model.network import build as build_diff
 from diffiqa.model.pfd.checkpoint import load
-from diffiqa.model.pfd.config import Words
+from diffiqa.model.pfd.config import Backbone, Words
 from diffiqa.model.pfd.network import build
 from diffiqa.training.cli import train
 from diffiqa.training.config import Optimisation, PfdTrainConfig
-from diffiqa.training.pfd import WORDS, Data, TeacherTask, begin_as_ridge, damaged, judge, lite0_of, severity, word_of
+from diffiqa.training.loop import QUIETLY
+from diffiqa.training.pfd import (
+    WORDS,
+    Data,
+    TeacherTask,
+    begin_as_ridge,
+    damaged,
+    judge,
+    lite_of,
+    severity,
+    teach,
+    word_of,
+)
 from diffiqa.training.pfd_features import Picture, SeenPictures, encoded, finished, look, turned
 
 from ..model.comparing import randomised
-from ..model.lite0_goldens import fill
+from ..model.lite_goldens import fill
 from ..model.pfd.small import LITE0
 from ..tiny import TINY, photo
 from .runs import CPU, write_photos
@@ -39,25 +53,26 @@ MODEL = dataclasses.replace(LITE0, words=Words())
 CONFIG = PfdTrainConfig(MODEL, 1, Optimisation(3, 3), Optimisation(2, 4), damaged=4, damaged_places=2)
 
 
-def test_rows_finished_are_what_the_encoder_returns() -> None:
-    model = build(MODEL, 1)
+@pytest.mark.parametrize("encoder", [Backbone.LITE0, Backbone.LITE2])
+def test_rows_finished_are_what_the_encoder_returns(encoder: Backbone) -> None:
+    model = build(dataclasses.replace(MODEL, encoder=encoder), 1)
     randomised(model.encoder, 1)
-    encoder = lite0_of(model.float())
+    own = lite_of(model.float())
     crops = torch.rand(3, 3, 64, 64) * 2 - 1
     with torch.no_grad():
-        rows = torch.from_numpy(look(encoder.lite0, crops.numpy()))
-        of_maps, _ = seen = finished(encoder, rows)
-        for found, wanted in zip(encoded(encoder, seen), encoder(crops), strict=True):
+        rows = torch.from_numpy(look(own.lite, crops.numpy()))
+        of_maps, _ = seen = finished(own, rows)
+        for found, wanted in zip(encoded(own, seen), own(crops), strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(of_maps, rows[:, :FEATURES], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(of_maps, rows[:, : own.lite.variant.features], rtol=1e-4, atol=1e-4)
 
 
 def test_a_turned_row_has_its_maps_mirrored_and_its_moments_as_they_were() -> None:
     rng = np.random.default_rng(0)
     maps = rng.standard_normal((8, 176, 4, 4)).astype(np.float16)
-    moments = rng.standard_normal((8, FEATURES)).astype(np.float16)
+    moments = rng.standard_normal((8, VARIANT.features)).astype(np.float16)
     rows, mirrored = (np.concatenate([moments, x.reshape(8, -1)], axis=1) for x in (maps, maps[..., ::-1]))
-    found = turned(rows, rng)
+    found = turned(rows, VARIANT, rng)
     assert found.dtype == np.float32
     kinds = [
         (bool((row == as_is).all()), bool((row == turn).all()))
@@ -68,20 +83,20 @@ def test_a_turned_row_has_its_maps_mirrored_and_its_moments_as_they_were() -> No
 
 def test_a_step_of_the_teacher_takes_as_many_crops_as_it_is_told(tmp_path: Path) -> None:
     model, path = build(MODEL, 1), write_photos(tmp_path, count=1, side=200)[0]
-    seen = SeenPictures(lite0_of(model).lite0, MODEL, tmp_path / "cache", crops=4, seed=1)
+    seen = SeenPictures(lite_of(model).lite, MODEL, tmp_path / "cache", crops=4, seed=1)
     pictures = seen.fill([Picture(path, 0.5)], print)
     for told, taken in ((0, 4), (3, 3)):
         config = dataclasses.replace(CONFIG, teacher_crops=told)
         task = TeacherTask(config, model, seen, Data(pictures, (), (), ()))
         rows = [task.sample(step, 0).arrays[0] for step in range(8)]
         assert {len(row) for row in rows} == {taken}
-        assert len({row[0, :FEATURES].tobytes() for row in rows}) > 1  # by lot
+        assert len({row[0, : VARIANT.features].tobytes() for row in rows}) > 1  # by lot
         assert all(len({row.tobytes() for row in some}) == taken for some in rows)  # none twice
 
 
 @pytest.mark.parametrize("left", [0, 60, -2])  # bytes
 def test_what_is_cut_off_in_the_cache_is_made_anew(left: int, tmp_path: Path) -> None:
-    seen = SeenPictures(lite0_of(build(MODEL, 1)).lite0, MODEL, tmp_path / "cache", crops=2, seed=1)
+    seen = SeenPictures(lite_of(build(MODEL, 1)).lite, MODEL, tmp_path / "cache", crops=2, seed=1)
     pictures = [Picture(path, 0.5) for path in write_photos(tmp_path, count=2, side=80)]
     said: list[str] = []
     assert seen.fill(pictures, said.append) == pictures
@@ -97,23 +112,41 @@ def test_what_is_cut_off_in_the_cache_is_made_anew(left: int, tmp_path: Path) ->
 
 def test_a_teacher_begins_as_a_ridge(tmp_path: Path) -> None:
     model = build(MODEL, 1)
-    encoder = lite0_of(model)
-    encoder.lite0.load_state_dict(fill(Lite0()).state_dict())
+    encoder = lite_of(model)
+    encoder.lite.load_state_dict(fill(Lite(VARIANT)).state_dict())
     pictures = [Picture(path, i / 5) for i, path in enumerate(write_photos(tmp_path, count=6, side=80))]
-    seen = SeenPictures(encoder.lite0, MODEL, tmp_path / "cache", crops=4, seed=1)
+    seen = SeenPictures(encoder.lite, MODEL, tmp_path / "cache", crops=4, seed=1)
     assert seen.fill(pictures, print) == pictures
     begin_as_ridge(model, seen, pictures, 0.5)
     found = judge(model, seen, pictures, CPU, denoised=False).scores
-    x = np.stack([seen(p)[:, :FEATURES].astype(np.float64).mean(0) for p in pictures])
+    x = np.stack([seen(p)[:, : VARIANT.features].astype(np.float64).mean(0) for p in pictures])
     x = (x - x.mean(0)) / np.maximum(x.std(0, ddof=1), 1e-3)
     y = np.array([p.quality for p in pictures])
-    kernel = x @ x.T / FEATURES
+    kernel = x @ x.T / VARIANT.features
     wanted = y.mean() + kernel @ np.linalg.solve(kernel + 0.5 * np.eye(6), y - y.mean())
     np.testing.assert_allclose(found, wanted, atol=2e-3)
     with torch.no_grad():
         rows = torch.from_numpy(seen(pictures[0]).astype(np.float32))
         _, features = encoded(encoder, finished(encoder, rows))
     assert 0.3 < float(features.std()) < 3
+
+
+def test_a_share_of_what_the_teacher_learned_is_kept(tmp_path: Path) -> None:
+    pictures = [Picture(path, i / 5) for i, path in enumerate(write_photos(tmp_path, count=6, side=80))]
+
+    def taught(share: float) -> dict[str, Tensor]:
+        model = build(MODEL, 1)
+        seen = SeenPictures(lite_of(model).lite, MODEL, tmp_path / "cache", crops=4, seed=1)
+        seen.fill(pictures, print)
+        config = dataclasses.replace(CONFIG, teacher_share=share)
+        data = Data(pictures, [], pictures, [])
+        return teach(config, model, seen, data, tmp_path / f"{share}", CPU, QUIETLY).weights
+
+    begun, half, learned = map(taught, (0.0, 0.5, 1.0))
+    moved = [name for name, value in learned.items() if not torch.equal(value, begun[name])]
+    assert any(name.startswith("encoder.lite._conv_head") for name in moved)
+    for name in moved:
+        torch.testing.assert_close(half[name], (begun[name] + learned[name]) / 2)
 
 
 def test_every_distortion_has_one_word_and_every_word_is_liqes() -> None:
@@ -157,8 +190,8 @@ def arguments(tmp_path: Path) -> list[str]:
     (tmp_path / "split.json").write_text(json.dumps({"dataset": "labels", "seed": None, "parts": parts}))
     write_config(tmp_path, CONFIG)
     np.save(tmp_path / "prompts.npy", np.random.default_rng(1).standard_normal((16, 10)).astype(np.float32))
-    torch.save(fill(Lite0()).state_dict() | {"_fc.bias": torch.zeros(1000)}, tmp_path / "lite0.pth")
-    files = {"config": "base.toml", "data": "labels.csv", "split": "split.json", "lite0": "lite0.pth"}
+    torch.save(fill(Lite(VARIANT)).state_dict() | {"_fc.bias": torch.zeros(1000)}, tmp_path / "lite0.pth")
+    files = {"config": "base.toml", "data": "labels.csv", "split": "split.json", "lite": "lite0.pth"}
     files |= {"prompts": "prompts.npy"}
     options = [text for name, file in files.items() for text in (f"--{name}", str(tmp_path / file))]
     return ["pfd", *options, "-o", str(tmp_path / "out"), "--device", "cpu"]
@@ -184,7 +217,7 @@ def test_a_run_leaves_a_bundle_that_scores_as_it_was_judged(arguments: list[str]
     # After two steps the decoder hardly listens to the features, and so not to the noise in them.
     torch.nn.init.normal_(loaded.model.decoder.layer.multihead_attn.out_proj.weight)
     picture = Picture(tmp_path / "photos" / "photo2.png", 0.5)
-    seen = SeenPictures(lite0_of(loaded.model).lite0, MODEL, tmp_path / "cache", crops=4, seed=1)
+    seen = SeenPictures(lite_of(loaded.model).lite, MODEL, tmp_path / "cache", crops=4, seed=1)
     assert seen.fill([picture], print) == [picture]
     found = judge(loaded.model, seen, [picture], CPU)
     whole = seen.crops(picture)
@@ -247,7 +280,7 @@ def gone(folder: Path) -> None:
     [
         (narrow, "are 9 wide, model 'small' wants 10"),
         (other_family, "wants an encoder of efficientnet-lite-pytorch"),
-        (of_vit, "model.encoder must be lite0"),
+        (of_vit, "model.encoder must be lite0 or lite2"),
         (gone, "photo9.png"),
     ],
 )

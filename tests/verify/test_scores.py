@@ -169,7 +169,7 @@ def test_the_noise_of_a_branch_that_an_engine_leaves_out_is_allowed(
     manifest = read_manifest(engine)
     vda_alone = replace(manifest, score=replace(manifest.score, vcg_weight=1e-6))
     (engine / MANIFEST).write_text(vda_alone.to_json())
-    other_noise = {path: scorer.score(path, Options(seed=7)) for path in images}
+    other_noise: dict[Path, Any] = {path: scorer.score(path, Options(seed=7)) for path in images}
     file = saved(tmp_path / "s.csv", {path: 5 * score.vcg + score.vda for path, score in other_noise.items()})
     monkeypatch.setattr(module, "SHARE", 1e-6)
     found = compare_scores(engine, images, file, options=Options(seeds=3), trials=2)

@@ -52,7 +52,7 @@ def heads_attend(w: Weights, at: str, heads: int, query: Array, memory: Array) -
 
 def encoder(w: Weights, at: str, c: PfdConfig, images: Array) -> DOUBLE:
     """Images in [-1, 1] → class vectors, features."""
-    return vit(w, at, c, images) if c.encoder is Backbone.VIT else lite0_encoder(w, at, images)
+    return vit(w, at, c, images) if c.encoder is Backbone.VIT else lite_encoder(w, at, images, LITE[c.encoder])
 
 
 def vit(w: Weights, at: str, c: PfdConfig, images: Array) -> DOUBLE:
@@ -84,19 +84,31 @@ def vit(w: Weights, at: str, c: PfdConfig, images: Array) -> DOUBLE:
     return np.stack(classes), np.stack(maps)
 
 
-LITE0 = [  # kernel, stride, expansion, channels out, blocks
-    (3, 1, 1, 16, 1),
-    (3, 2, 6, 24, 2),
-    (5, 2, 6, 40, 2),
-    (3, 2, 6, 80, 3),
-    (5, 1, 6, 112, 3),
-    (5, 2, 6, 192, 4),
-    (3, 1, 6, 320, 1),
-]
+LITE = {  # kernel, stride, expansion, channels out, blocks
+    Backbone.LITE0: [
+        (3, 1, 1, 16, 1),
+        (3, 2, 6, 24, 2),
+        (5, 2, 6, 40, 2),
+        (3, 2, 6, 80, 3),
+        (5, 1, 6, 112, 3),
+        (5, 2, 6, 192, 4),
+        (3, 1, 6, 320, 1),
+    ],
+    Backbone.LITE2: [
+        (3, 1, 1, 16, 1),
+        (3, 2, 6, 24, 3),
+        (5, 2, 6, 48, 3),
+        (3, 2, 6, 88, 4),
+        (5, 1, 6, 120, 4),
+        (5, 2, 6, 208, 5),
+        (3, 1, 6, 352, 1),
+    ],
+}
+Groups = list[tuple[int, int, int, int, int]]
 
 
-def lite0_maps(w: Weights, at: str, images: Array) -> list[Array]:
-    """The outputs of blocks 2, 4, 10 and 15, and the last map."""
+def lite_maps(w: Weights, at: str, images: Array, groups: Groups) -> list[Array]:
+    """The last outputs at strides 4, 8, 16 and 32, and the last map."""
 
     def norm(name: str, x: Array) -> Array:
         mean, var, gain, bias = (
@@ -122,7 +134,7 @@ def lite0_maps(w: Weights, at: str, images: Array) -> list[Array]:
     pixels = (images + 1) * 127.5  # 0 to 255
     x = relu6(norm("_bn0", conv(same((pixels - 127) / 128, 3, 2), w[f"{at}._conv_stem.weight"], stride=2)))
     read, index = [], 0
-    for kernel, stride, expansion, outputs, count in LITE0:
+    for group, (kernel, stride, expansion, outputs, count) in enumerate(groups):
         for b in range(count):
             block, by, h = f"_blocks.{index}", stride if b == 0 else 1, x
             if expansion > 1:
@@ -133,14 +145,14 @@ def lite0_maps(w: Weights, at: str, images: Array) -> list[Array]:
             h = relu6(norm(f"{block}._bn1", depthwise(h, filters, by)))
             h = norm(f"{block}._bn2", conv(h, w[f"{at}.{block}._project_conv.weight"]))
             x = h + x if by == 1 and x.shape[1] == outputs else h
-            if index in {2, 4, 10, 15}:
-                read.append(x)
             index += 1
+        if group in {1, 2, 4, 6}:
+            read.append(x)
     return [*read, relu6(norm("_bn1", conv(x, w[f"{at}._conv_head.weight"])))]
 
 
-def lite0_encoder(w: Weights, at: str, images: Array) -> DOUBLE:
-    maps = lite0_maps(w, f"{at}.lite0", images)
+def lite_encoder(w: Weights, at: str, images: Array, groups: Groups) -> DOUBLE:
+    maps = lite_maps(w, f"{at}.lite", images, groups)
     facts = []
     for x in maps:
         mean = x.mean(axis=(2, 3))

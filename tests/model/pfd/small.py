@@ -25,6 +25,7 @@ SMALL = replace(
     groups=2,
 )
 LITE0 = replace(SMALL, encoder=Backbone.LITE0)
+LITE2 = replace(SMALL, encoder=Backbone.LITE2)
 
 
 def random_small(config: PfdConfig = SMALL, seed: int = 0) -> LoadedPfd:

@@ -23,7 +23,7 @@ from diffiqa.model.pfd.prior import Prior
 from ..comparing import Array, Weights, images, randomised
 from ..comparing import agree as agree_within
 from . import reference as ref
-from .small import LITE0, SMALL
+from .small import LITE0, LITE2, SMALL
 
 CASES = {
     "as in the preset": SMALL,
@@ -35,6 +35,7 @@ CASES = {
     "other steps": replace(SMALL, schedule=Ddim(timesteps=(450, 70))),
     "no step": replace(SMALL, schedule=Ddim(timesteps=()), alignment=False),
     "Lite0": LITE0,
+    "Lite2": LITE2,
 }
 
 
@@ -52,7 +53,7 @@ def maps(random: np.random.Generator, c: PfdConfig, count: int = 2) -> Array:
     return random.standard_normal((count, c.width, c.grid, c.grid)) + random.standard_normal((count, c.width, 1, 1))
 
 
-@pytest.mark.parametrize("config", [SMALL, replace(SMALL, blocks=3, heads=4), LITE0], ids=["vit", "deeper", "lite0"])
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, blocks=3, heads=4), LITE0, LITE2])
 def test_encoder(config: PfdConfig) -> None:
     net, random = randomised(make_encoder(config), 1), np.random.default_rng(1)
     net.double()

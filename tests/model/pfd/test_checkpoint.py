@@ -15,10 +15,10 @@ from diffiqa.engine.manifest import Source
 from diffiqa.engine.schedule import Ddim
 from diffiqa.errors import CheckpointError, ConfigError, UsageError
 from diffiqa.export.cli import convert
+from diffiqa.model import lite
 from diffiqa.model.bundle import save_bundle
 from diffiqa.model.checkpoint import Loaded
 from diffiqa.model.checkpoint import load as load_diff
-from diffiqa.model.lite0 import Lite0
 from diffiqa.model.network import build as build_diff
 from diffiqa.model.pfd.checkpoint import LoadedPfd, PfdBundle, begin, load, load_either
 from diffiqa.model.pfd.config import PFD_PRESETS, PfdConfig, Prompts, Words, pfd_preset
@@ -26,8 +26,8 @@ from diffiqa.model.pfd.network import PfdIQA, build
 from diffiqa.model.pfd.prompts import PromptSet
 
 from ...tiny import TINY
-from ..lite0_goldens import fill
-from .small import LITE0, SMALL
+from ..lite_goldens import fill
+from .small import LITE0, LITE2, SMALL
 
 save = partial(save_bundle, kind=PfdBundle)
 
@@ -148,9 +148,15 @@ def test_an_encoder_may_come_alone_with_its_classifier(tmp_path: Path) -> None:
     assert begun.notes[0].endswith("but for encoder")
     assert "the classifier of DeiT" in begun.notes[1]
 
-    torch.save(fill(Lite0()).state_dict() | {"_fc.bias": torch.zeros(1000)}, path := tmp_path / "lite0.pth")
+    torch.save(
+        fill(lite.Lite(lite.LITE0)).state_dict() | {"_fc.bias": torch.zeros(1000)}, path := tmp_path / "lite0.pth"
+    )
     begun = begin(LITE0, 2, encoder=path)
-    assert torch.equal(begun.model.get_parameter("encoder.lite0._conv_stem.weight"), fill(Lite0())._conv_stem.weight)
+    assert torch.equal(
+        begun.model.get_parameter("encoder.lite._conv_stem.weight"), fill(lite.Lite(lite.LITE0))._conv_stem.weight
+    )
+    with pytest.raises(CheckpointError, match=r"has 16 blocks, and EfficientNet-Lite2, which .* wants, has 21"):
+        begin(LITE2, 2, encoder=path)
     own = "encoder.project.weight"
     assert torch.equal(begun.model.get_parameter(own), build(LITE0, 2).get_parameter(own))
 
@@ -204,7 +210,7 @@ def test_refuses_a_configuration_that_cannot_be_built() -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"width": 18}, "width must be a multiple of 4, heads"),
         ({"crop": 72}, "crop must be a multiple of patch"),
-        ({"crop": 48, "encoder": LITE0.encoder}, "multiple of 32 for Lite0"),
+        ({"crop": 48, "encoder": LITE0.encoder}, "multiple of 32 for Lite"),
         ({"patch": 8, "encoder": LITE0.encoder}, "patch must be 16"),
         ({"schedule": Ddim(timesteps=(100, 200))}, "timesteps must fall"),
         ({"schedule": Ddim(timesteps=(1000, 0))}, "timesteps must fall"),

@@ -1,22 +1,69 @@
-"""EfficientNet-Lite0 up to its last feature map, read at five depths. Names are those of efficientnet-lite-pytorch."""
+"""EfficientNet-Lite0 and -Lite2 up to their last map, read at five depths. Names are efficientnet-lite-pytorch's."""
+
+import itertools
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Kernel, stride, expansion, channels out, blocks: of each group of blocks.
-GROUPS = (
-    (3, 1, 1, 16, 1),
-    (3, 2, 6, 24, 2),
-    (5, 2, 6, 40, 2),
-    (3, 2, 6, 80, 3),
-    (5, 1, 6, 112, 3),
-    (5, 2, 6, 192, 4),
-    (3, 1, 6, 320, 1),
-)
 STEM, HEAD = 32, 1280
-READ = (2, 4, 10, 15)  # blocks whose outputs are read, beside the last map: strides 4, 8, 16, 32
-FEATURES = 2 * (24 + 40 + 112 + 320 + HEAD)  # a mean and a deviation of each channel that is read
+READ = (1, 2, 4, 6)  # groups whose last outputs are read, beside the last map: strides 4, 8, 16, 32
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The sizes of one of the networks."""
+
+    name: str
+    groups: tuple[tuple[int, int, int, int, int], ...]  # kernel, stride, expansion, channels out, blocks
+
+    @property
+    def blocks(self) -> int:
+        """How many there are in all."""
+        return sum(count for *_, count in self.groups)
+
+    @property
+    def read(self) -> tuple[int, ...]:
+        """Blocks whose outputs are read."""
+        ends = tuple(itertools.accumulate(count for *_, count in self.groups))
+        return tuple(ends[group] - 1 for group in READ)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels of the maps that are read, but for the last one, which has `HEAD`."""
+        return tuple(self.groups[group][3] for group in READ)
+
+    @property
+    def features(self) -> int:
+        """A mean and a deviation of each channel that is read."""
+        return 2 * (sum(self.channels) + HEAD)
+
+
+LITE0 = Variant(
+    "EfficientNet-Lite0",
+    (
+        (3, 1, 1, 16, 1),
+        (3, 2, 6, 24, 2),
+        (5, 2, 6, 40, 2),
+        (3, 2, 6, 80, 3),
+        (5, 1, 6, 112, 3),
+        (5, 2, 6, 192, 4),
+        (3, 1, 6, 320, 1),
+    ),
+)
+LITE2 = Variant(
+    "EfficientNet-Lite2",
+    (
+        (3, 1, 1, 16, 1),
+        (3, 2, 6, 24, 3),
+        (5, 2, 6, 48, 3),
+        (3, 2, 6, 88, 4),
+        (5, 1, 6, 120, 4),
+        (5, 2, 6, 208, 5),
+        (3, 1, 6, 352, 1),
+    ),
+)
 TINY = 1e-6  # variance that keeps the root's slope finite where a channel is constant
 
 
@@ -54,15 +101,16 @@ class Block(nn.Module):
         return out + x if self.skips else out
 
 
-class Lite0(nn.Module):
-    """Images (N, 3, H, W) in [-1, 1] → the mean and deviation of every channel that is read, (N, FEATURES)."""
+class Lite(nn.Module):
+    """Images (N, 3, H, W) in [-1, 1] → the mean and deviation of every channel that is read, (N, variant.features)."""
 
-    def __init__(self) -> None:
+    def __init__(self, variant: Variant) -> None:
         super().__init__()
+        self.variant = variant
         self._conv_stem = Conv(3, STEM, 3, stride=2, bias=False)
         self._bn0 = _norm(STEM)
         blocks, inputs = [], STEM
-        for kernel, stride, expansion, outputs, count in GROUPS:
+        for kernel, stride, expansion, outputs, count in variant.groups:
             for index in range(count):
                 blocks.append(Block(inputs, outputs, kernel, stride if index == 0 else 1, expansion))
                 inputs = outputs
@@ -78,7 +126,7 @@ class Lite0(nn.Module):
         read = []
         for index, block in enumerate(self._blocks):
             x = block(x)
-            if index in READ:
+            if index in self.variant.read:
                 read.append(x)
         read.append(F.relu6(self._bn1(self._conv_head(x))))
         return read
@@ -89,7 +137,7 @@ class Lite0(nn.Module):
 
 
 def moments(maps: list[Tensor]) -> Tensor:
-    """Maps of N images → the mean and deviation of each of their channels, (N, FEATURES) for all that Lite0 reads."""
+    """Maps of N images → the mean and deviation of each of their channels, (N, features) for all that is read."""
     return torch.cat([part for of_map in map(_moments, maps) for part in of_map], dim=1)
 
 

@@ -12,14 +12,16 @@ from diffiqa.model.bundle import save_bundle
 from diffiqa.model.checkpoint import load, load_part
 from diffiqa.model.config import Encoder, ModelConfig
 from diffiqa.model.heads import VDA
-from diffiqa.model.lite0 import FEATURES, HEAD, Lite0
+from diffiqa.model.lite import HEAD, LITE0, LITE2, Lite, Variant
 from diffiqa.model.network import build
 from diffiqa.training.start import begin
 
 from ..tiny import TINY
-from .lite0_goldens import FILE, PICKED, fill, images, published
+from .lite_goldens import FILE, PICKED, fill, images, published
 
-LAST = slice(FEATURES - 2 * HEAD, FEATURES - HEAD)  # means of the last map
+FEATURES = LITE0.features
+LAST = slice(-2 * HEAD, -HEAD)  # means of the last map
+VARIANTS = pytest.mark.parametrize("variant", [LITE0, LITE2], ids=lambda variant: variant.name)
 
 
 def with_lite0(config: ModelConfig = TINY) -> ModelConfig:
@@ -27,30 +29,35 @@ def with_lite0(config: ModelConfig = TINY) -> ModelConfig:
     return dataclasses.replace(config, vda=dataclasses.replace(config.vda, encoder=Encoder.LITE0))
 
 
+@VARIANTS
 @torch.no_grad()
-def test_computes_what_the_published_package_computed() -> None:
-    seen = fill(Lite0()).double()(images().double())  # in float32 CPUs differ by 3e-5
-    expected = torch.tensor(json.loads(FILE.read_text())["means"], dtype=torch.float64)
+def test_computes_what_the_published_package_computed(variant: Variant) -> None:
+    seen = fill(Lite(variant)).double()(images().double())  # in float32 CPUs differ by 3e-5
+    expected = torch.tensor(json.loads(FILE.read_text())[variant.name.lower()], dtype=torch.float64)
     assert expected.std() > 0.1
     torch.testing.assert_close(seen[:, LAST][:, ::80][:, :PICKED], expected, atol=1e-9, rtol=1e-9)
 
 
+@VARIANTS
 @torch.no_grad()
-def test_agrees_with_the_published_package_where_it_is_installed() -> None:
+def test_agrees_with_the_published_package_where_it_is_installed(variant: Variant) -> None:
     package = pytest.importorskip("efficientnet_lite_pytorch")
-    theirs = fill(package.EfficientNet.from_name("efficientnet-lite0")).double()
+    theirs = fill(package.EfficientNet.from_name(variant.name.lower(), image_size=224)).double()
     pictures = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(1)).double() * 2 - 1
-    ours = fill(Lite0()).double()
+    ours = fill(Lite(variant)).double()
     torch.testing.assert_close(ours(pictures)[:, LAST], published(theirs, pictures), atol=1e-9, rtol=1e-9)
 
 
+@VARIANTS
 @torch.no_grad()
-def test_features_are_means_and_deviations_of_each_channel() -> None:
-    network = fill(Lite0())
+def test_features_are_means_and_deviations_of_each_channel(variant: Variant) -> None:
+    network = fill(Lite(variant))
     caught: list[Tensor] = []
-    network.get_submodule("_blocks.2").register_forward_hook(lambda _module, _inputs, out: caught.append(out))
+    network.get_submodule("_blocks.2" if variant is LITE0 else "_blocks.3").register_forward_hook(
+        lambda _module, _inputs, out: caught.append(out)
+    )
     seen = network(images())
-    assert seen.shape == (2, FEATURES)
+    assert seen.shape == (2, variant.features)
     (first,) = caught
     torch.testing.assert_close(seen[:, :24], first.mean(dim=(2, 3)))
     torch.testing.assert_close(seen[:, 24:48], first.std(dim=(2, 3), correction=0), atol=1e-4, rtol=1e-3)
@@ -87,7 +94,7 @@ def test_folding_changes_no_score_and_not_the_model() -> None:
 
 
 def package_file(folder: Path) -> Path:
-    weights = fill(Lite0()).state_dict() | {"_fc.weight": torch.zeros(1000, HEAD), "_fc.bias": torch.zeros(1000)}
+    weights = fill(Lite(LITE0)).state_dict() | {"_fc.weight": torch.zeros(1000, HEAD), "_fc.bias": torch.zeros(1000)}
     path = folder / "efficientnet-lite0.pth"
     torch.save(weights, path)
     return path
@@ -96,7 +103,7 @@ def package_file(folder: Path) -> Path:
 def test_a_run_begins_with_the_packages_file(tmp_path: Path) -> None:
     begun = begin(with_lite0(), 1, {package_file(tmp_path): ("lite0",)})
     assert begun.model.vda
-    assert torch.equal(begun.model.vda.lite0._conv_head.weight, fill(Lite0())._conv_head.weight)
+    assert torch.equal(begun.model.vda.lite0._conv_head.weight, fill(Lite(LITE0))._conv_head.weight)
     (source,) = [source for source in begun.sources if source.role == "lite0"]
     assert (source.name, source.format) == ("efficientnet-lite0.pth", "efficientnet-lite-pytorch")
 
@@ -106,8 +113,8 @@ def test_the_packages_file_replaces_the_encoder_of_a_bundle(tmp_path: Path) -> N
     save_bundle(build(with_lite0(), 1), bundle)
     loaded = load(bundle, lite0=package_file(tmp_path))
     assert loaded.model.vda
-    assert torch.equal(loaded.model.vda.lite0._conv_stem.weight, fill(Lite0())._conv_stem.weight)
-    assert any("the classifier of EfficientNet-Lite0" in note for note in loaded.notes)
+    assert torch.equal(loaded.model.vda.lite0._conv_stem.weight, fill(Lite(LITE0))._conv_stem.weight)
+    assert any("the classifier of EfficientNet-Lite" in note for note in loaded.notes)
 
 
 def test_refuses_an_encoder_that_the_model_has_not(tmp_path: Path) -> None:
