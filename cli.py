@@ -8,7 +8,7 @@ import click
 from . import __version__
 from .bench.cli import bench
 from .calibration.cli import calibrate, print_quantised, quantise
-from .command import Command
+from .command import HELP, Command
 from .engine.manifest import StageName
 from .errors import UsageError
 from .evaluation.cli import evaluate
@@ -29,7 +29,7 @@ from .training.cli import train
 from .verify.cli import verify
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings=HELP)
 @click.version_option(__version__, prog_name="iqa")
 def main() -> None:
     """Give images a quality score, without perfect copies to compare them with.

@@ -17,6 +17,7 @@ from .errors import DiffiqaError, UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 _DEBUG = "diffiqa.debug"
+HELP = {"help_option_names": ["-h", "--help"]}
 # Packages that modules import at their top, and the extra that brings them.
 EXTRAS = {
     **dict.fromkeys(["onnx", "onnxscript", "safetensors", "torch"], "export"),
@@ -32,6 +33,7 @@ class Command(click.Command):
     interrupt_exit_code = 2  # of commands that do everything or nothing
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs["context_settings"] = HELP | (kwargs.get("context_settings") or {})
         super().__init__(*args, **kwargs)
         debug = click.Option(
             ["--debug"],

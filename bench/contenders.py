@@ -152,6 +152,8 @@ def openvino(ground: Ground, *, precision: str) -> tuple[Score, str]:
     backend = OpenVino(ground.threads, precision)
     with _or_missing():
         _ = backend.name
+    if precision == "bf16" and open_engine(ground.engine).manifest.stage(StageName.UNET) is None:
+        raise Missing("this engine restores nothing: there is no U-Net to compute in bf16")
     return _loaded(ground, backend)
 
 

@@ -391,8 +391,12 @@ def read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     try:
         if not path.is_dir():
-            what = "is not a directory" if path.exists() else "does not exist"
-            raise EngineError(f"{path} {what}; make an engine directory with: iqa-export --ckpt model.pt -o {path}")
+            if path.exists():
+                make = f"iqa-export --ckpt {path} -o engine/"
+                raise EngineError(f"{path} is not an engine directory; if it has weights, make one with: {make}")
+            raise EngineError(
+                f"{path} does not exist; make an engine directory with: iqa-export --ckpt model.pt -o {path}"
+            )
         if not file.is_file():
             raise EngineError(f"{path} has no {MANIFEST}, so it is not a (finished) engine directory; export it again")
         if file.stat().st_size > MAX_MANIFEST_BYTES:

@@ -95,7 +95,7 @@ def write_bundle(bundle: Description[Any], weights: Mapping[str, Tensor], path: 
                 metadata = {"diffiqa": json.dumps(encode(bundle), ensure_ascii=False)}
                 stream.write(safetensors.torch.save(weights, metadata))
     except (OSError, RuntimeError) as exc:  # torch wraps a full disk
-        raise OutputError(f"cannot write {path}: {exc}") from exc
+        raise OutputError(f"cannot write {path}: {getattr(exc, 'strerror', None) or exc}") from exc
 
 
 def read_description(path: Path, data: Mapping[str, object], kind: type[B] = Bundle) -> B:  # type: ignore[assignment]

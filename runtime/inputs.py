@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 
+from ..errors import UsageError
 from .images import readable_suffixes
 
 Images = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]  # names, folders, patterns; one alone will do
@@ -19,7 +20,7 @@ def find_images(images: Images) -> list[Path]:
 
     A pattern means its matches, as if the shell had expanded it; `**` goes through folders. A name that stands for
     nothing (a missing file, a pattern without a match, a folder without images) is returned as it is: nobody overlooks
-    it, because reading it fails.
+    it, because reading it fails. Raises UsageError for addresses.
     """
     found: dict[str, Path] = {}
     for image in each_image(names_of(images)):
@@ -43,7 +44,12 @@ def _matches(arg: str) -> list[Path]:
     path = Path(arg)
     if not arg:  # an unset variable; it must not mean the current folder
         return []
-    if os.path.lexists(path) or not any(wild in arg for wild in "*?["):
+    there = os.path.lexists(path)
+    if not there and "://" in arg:
+        raise UsageError(
+            f"{arg} is an address, not a file: iqa-run --shards reads buckets, and with --http web servers"
+        )
+    if there or not any(wild in arg for wild in "*?["):
         return [path]
     anchor = Path(path.anchor)
     try:

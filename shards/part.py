@@ -102,7 +102,7 @@ def to_bytes(records: Sequence[Record], form: Form) -> bytes:
         return b"".join(to_line(record, Format.JSONL) for record in records)
     arrow, parquet = arrow_and_parquet()
     schema = arrow.schema([(name, _type(arrow, hint)) for name, hint in typing.get_type_hints(Record).items()])
-    rows = [{name: _printable(value) for name, value in encode(record).items()} for record in records]
+    rows = [{name: _to_cell(value) for name, value in encode(record).items()} for record in records]
     stream = io.BytesIO()
     parquet.write_table(arrow.Table.from_pylist(rows, schema=schema), stream, compression="zstd")
     return stream.getvalue()
@@ -113,7 +113,10 @@ def from_bytes(data: bytes, form: Form) -> list[Record]:
     if form is Form.JSONL:
         return [from_line(line) for line in data.splitlines()]
     _, parquet = arrow_and_parquet()
-    return [decode(Record, row, "record", ValueError) for row in parquet.read_table(io.BytesIO(data)).to_pylist()]
+    rows = parquet.read_table(io.BytesIO(data)).to_pylist()
+    for row in rows:
+        row["probabilities"] = json.loads(row.get("probabilities") or "null")
+    return [decode(Record, row, "record", ValueError) for row in rows]
 
 
 def arrow_and_parquet() -> tuple[Any, Any]:
@@ -134,6 +137,8 @@ def _type(arrow: Any, hint: Any) -> Any:
     return arrow.list_(arrow.string()) if hint == tuple[str, ...] else arrow.string()
 
 
-def _printable(value: Any) -> Any:
-    """Return a text with lone surrogates, which UTF-8 has not, spelt as in our CSV."""
+def _to_cell(value: Any) -> Any:
+    """Return an object as JSON, and a text with lone surrogates, which UTF-8 has not, spelt: both as in our CSV."""
+    if isinstance(value, dict):
+        return json.dumps(value)
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value

@@ -69,6 +69,11 @@ def test_help_gives_examples_and_exit_codes() -> None:
         assert "--debug" in text
 
 
+def test_commands_under_their_own_names_take_h_as_iqa_does() -> None:
+    for command in (*COMMANDS, "train"):
+        assert CliRunner().invoke(getattr(cli, command), ["-h"]).stdout.startswith("Usage:")
+
+
 def test_help_does_not_wait_for_heavy_imports() -> None:
     code = (
         "import sys; from diffiqa.cli import main\n"

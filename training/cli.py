@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..command import Command
+from ..command import HELP, Command
 
 if TYPE_CHECKING:
     from .loop import Result
@@ -72,7 +72,7 @@ def _options(options: Sequence[Callable[[F], F]]) -> Callable[[F], F]:
     return decorate
 
 
-@click.group()
+@click.group(context_settings=HELP)
 def train() -> None:
     """Train the U-Net that restores, the backbones, then the network that scores; make data for all three.
 

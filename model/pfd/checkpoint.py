@@ -77,10 +77,10 @@ def load_either(
             if exc.found != PfdBundle.FORMAT:
                 raise
     reference = given.pop("reference", None)
-    stray = [name for name, value in {**given, "preset": None if begun else preset}.items() if value]
+    named = {**(given.pop("options", None) or {}), "options": given.pop("options_file", None), **given}
+    stray = [name for name, value in {**named, "preset": None if begun else preset}.items() if value is not None]
     if stray:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in stray)
-        raise UsageError(f"{begun or ckpt} is PFD-IQA, which takes no {options}")
+        raise UsageError(f"{begun or ckpt} is PFD-IQA, which takes no {', '.join(f'--{name}' for name in stray)}")
     if begun and (ckpt or seed is None):
         raise UsageError(f"--preset {begun} is for an untrained model: give --seed N, and no checkpoint")
     if begun and seed is not None:

@@ -247,10 +247,15 @@ def how_to_score(given: Mapping[str, Any]) -> "tuple[Options, Backend | tuple[Ba
 
 
 def expand_stdin(names: Iterable[str]) -> Iterator[str]:
-    """Replace `-` by the lines of standard input; undecodable names survive as surrogates."""
+    """Replace `-` by the lines of standard input; undecodable names survive as surrogates. Raises UsageError."""
     for name in names:
-        if name == "-":
-            lines = (line.rstrip(b"\r\n") for line in sys.stdin.buffer)
-            yield from (os.fsdecode(line) for line in lines if line.strip())
-        else:
+        if name != "-":
             yield name
+            continue
+        for line in sys.stdin.buffer:
+            if b"\0" in line:
+                raise UsageError(
+                    "names on standard input need a line each; these end in null bytes: leave out find's -print0"
+                )
+            if line.strip():
+                yield os.fsdecode(line.rstrip(b"\r\n"))

@@ -22,6 +22,7 @@ from .records import Record
 
 NAME_WIDTH = 24  # least width of names; if there is no room, columns are left out from the right, never the score
 SPACING = 2
+WORDS = "looks like"
 
 
 def show_table(
@@ -30,9 +31,12 @@ def show_table(
     """Write records as a table as wide as the terminal; `scale` comes first. No colours in a file or with NO_COLOR."""
     console = _console(stream)
     with console.capture() as capture:
+        shown: set[object] = set()  # the heads of the columns that have room
         if scored := [record for record in records if record.score is not None]:
             shared = set.intersection(*(set(record.notes) for record in scored)) if len(scored) > 1 else set()
-            console.print(_table(scored, meaning, scale, console.width, shared))
+            table = _table(scored, meaning, scale, console.width, shared)
+            shown = {column.header for column in table.columns}
+            console.print(table)
             for note in sorted(shared):
                 console.print(Text(f"all: {printable(note)}", "dim"))
         for record in records:
@@ -45,8 +49,10 @@ def show_table(
         else:
             console.print(Text(f"Score: {span}"))
             console.print(Text(f"UNTRAINED ENGINE · {printable(meaning.meaning)}", "bold yellow"))
-        if any(record.probabilities for record in records):
+        if WORDS in shown:
             console.print(Text(WORDS_EXPLAINED))
+        elif any(record.probabilities for record in records):
+            console.print(Text(f'The column "{WORDS}" has no room here: take a wider window, or --format csv.'))
         if meaning.reference:
             console.print(Text(" ".join(meaning.reference.explained)))
         console.print(Text(summary))
@@ -171,7 +177,7 @@ def _table(records: Sequence[Record], meaning: ScoreMeaning, scale: Scale, width
         "opinion": [opinion_text(meaning.opinion(score)) for score in scores],
     }
     first = {Scale.RAW: "score", Scale.PERCENTILE: "percentile", Scale.MOS: "opinion"}[scale]
-    words = {"looks like": [printable(words_text(record.probabilities)) for record in records]}
+    words = {WORDS: [printable(words_text(record.probabilities)) for record in records]}
     numbers = {first: (numbers | people)[first], "score": numbers["score"]} | people | words | numbers
     numbers["size"] = [f"{record.width}×{record.height}" if record.width else "" for record in records]
     numbers["time"] = [f"{record.seconds:.2f} s" if record.seconds is not None else "" for record in records]

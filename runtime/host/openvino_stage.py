@@ -60,7 +60,9 @@ class OpenVino(OnTheHost):
         return OpenVinoStage(path, self if stage is StageName.UNET else replace(self, precision="fp32"))
 
     def load(self, directory: EngineDirectory) -> OnHost:
-        """Load the stages; an executor then owns them."""
+        """Load the stages; an executor then owns them. Raises BackendError for bf16 without a U-Net."""
+        if self.precision == "bf16" and directory.manifest.stage(StageName.UNET) is None:
+            raise BackendError("only a U-Net is computed in bf16, and this engine has none; ask for precision fp32")
         return load_files(directory, self)
 
 

@@ -147,11 +147,9 @@ class Page:
         facts += [("Looks like", words_text(score.probabilities))] if score.probabilities else []
         if score.spread is not None:
             facts.append((f"Spread over {len(score.seeds)} seeds", number_text(score.spread)))
-        facts += [
-            ("Size", f"{score.width} × {score.height}"),
-            ("Crops", str(len(score.crops))),
-            ("Time", seconds_text(score.seconds)),
-        ]
+        facts.append(("Size", f"{score.width} × {score.height}"))
+        facts += [("Crops", str(len(score.crops)))] if score.crops else []  # the record of an earlier run has none
+        facts.append(("Time", seconds_text(score.seconds)))
         notes = tag("ul", *(tag("li", note) for note in score.notes), class_="notes") if score.notes else None
         return join(_definitions(facts, "facts"), notes)
 

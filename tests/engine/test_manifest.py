@@ -202,6 +202,9 @@ def test_refuses_a_directory_without_manifest_or_none_at_all(tmp_path: Path) -> 
         open_engine(tmp_path)
     with pytest.raises(EngineError, match="does not exist; make an engine directory with: iqa-export"):
         open_engine(tmp_path / "nowhere")
+    (weights := tmp_path / "model.safetensors").touch()
+    with pytest.raises(EngineError, match=r"make one with: iqa-export --ckpt \S+model.safetensors -o engine/"):
+        open_engine(weights)
 
 
 def test_refuses_to_score_with_a_partial_export(engine: Path) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from diffiqa.errors import BackendError, OutputError, UsageError
-from diffiqa.runtime.command.records import Status
+from diffiqa.runtime.command.records import Record, Status
 from diffiqa.shards.api import MANIFEST, Manifest, carry_out, read_scores, status
-from diffiqa.shards.part import Form, Shard, read_shard
+from diffiqa.shards.part import Form, Shard, from_bytes, read_shard, to_bytes
 from diffiqa.shards.store import Folder
 
 from .stub import Inline, names, work_in
@@ -44,6 +44,19 @@ def test_a_run_scores_every_name_and_reads_back_in_order(tmp_path: Path, form: F
     assert {(record.backend, record.seconds) for record in records} == {("stub 1", None)}
     assert (done.records, done.failed, [shard.records for shard in done.shards]) == (10, 0, [4, 4, 2])
     assert b"stub 1" not in b"".join(data for name, data in files(tmp_path / "out").items() if name.startswith("part"))
+
+
+@pytest.mark.parametrize("form", list(Form))
+def test_a_shard_gives_back_words_notes_and_errors(form: Form) -> None:
+    if form is Form.PARQUET:
+        pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
+    same: dict[str, Any] = {"engine": "e", "settings": "crops=4"}
+    words = {"distortions": {"blur": 0.25, "größe": 0.75}, "levels": {"bad": 1.0}}
+    records = [
+        Record(image="a.png", status=Status.OK, score=0.5, notes=("one", "two"), probabilities=words, **same),
+        Record(image="b.png", status=Status.ERROR, error="an empty file", **same),
+    ]
+    assert from_bytes(to_bytes(records, form), form) == records
 
 
 def test_the_second_run_does_nothing_and_changes_nothing(tmp_path: Path) -> None:

@@ -79,7 +79,8 @@ def test_commands_for_both_systems_take_either_and_refuse_options_of_the_other(t
         torch.testing.assert_close(found.model.state_dict()[name], tensor.half().to(tensor.dtype), atol=0, rtol=0)
     for given, message in (
         ({"ckpt": pfd, "unet": diff}, "pfd.safetensors is PFD-IQA, which takes no --unet"),
-        ({"ckpt": pfd, "options": {"mean": 0.5}}, "which takes no --options"),
+        ({"ckpt": pfd, "options": {"mean": 0.5, "crop-count": 9}}, "which takes no --mean, --crop-count$"),
+        ({"ckpt": pfd, "options_file": diff}, "which takes no --options$"),
         ({"ckpt": pfd, "preset": "mini"}, "which takes no --preset"),
         ({"ckpt": pfd, "preset": "pfd-mini", "seed": 0}, "give --seed N, and no checkpoint"),
         ({"ckpt": None, "preset": "pfd-mini"}, "give --seed N, and no checkpoint"),

@@ -208,11 +208,13 @@ def test_resume_with_other_settings_is_refused(tiny_engine: Path, folder: Path, 
         (["--engine", "ENGINE", "x.png", "-o", "scores.txt"], "--format"),
         (["--engine", "ENGINE", "x.png", "-o", "no/such/folder/scores.csv"], "scores.csv"),
         (["--engine", "ENGINE", "x.png", "--provider", "Magic"], "has no Magic"),
+        (["--engine", "ENGINE", "https://example.org/a.png"], "is an address, not a file: iqa-run --shards reads"),
+        (["--engine", "ENGINE", "-"], "leave out find's -print0"),
     ],
 )
 def test_what_cannot_run_at_all_is_exit_code_2_and_one_line(tiny_engine: Path, arguments: list[str], says: str) -> None:
     named = [str(tiny_engine) if a == "ENGINE" else a for a in arguments]
-    result = CliRunner().invoke(main, ["run", *named])
+    result = CliRunner().invoke(main, ["run", *named], input="a.png\0b.png\0")
     assert result.exit_code == 2, result.output
     assert says in result.stderr
     assert "Traceback" not in result.stderr

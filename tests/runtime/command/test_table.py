@@ -223,3 +223,17 @@ def test_progress_leaves_standard_output_alone(capsys: pytest.CaptureFixture[str
         progress.advance(scored("a", 0.5))
     assert capsys.readouterr().out == "data\n"
     assert "data" not in stream.text()
+
+
+def test_a_column_is_explained_where_it_is_shown_and_named_where_it_has_no_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    records = [scored("a.png", 0.5, probabilities={"distortions": {"blur": 1.0}, "levels": {"underexposed": 1.0}})]
+    monkeypatch.setenv("COLUMNS", "50")
+    narrow = squeezed(shown(records))
+    assert 'Thecolumn"lookslike"hasnoroom' in narrow
+    assert "Lookslike:" not in narrow
+    monkeypatch.setenv("COLUMNS", "200")
+    wide = squeezed(shown(records))
+    assert "hasnoroom" not in wide
+    assert "Lookslike:ofeachkind" in wide

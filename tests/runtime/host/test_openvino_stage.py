@@ -272,6 +272,12 @@ def test_a_cpu_without_bf16_is_said_and_nothing_else_runs(tiny_engine: Path, mon
         load(tiny_engine, OpenVino(precision="bf16"))
 
 
+def test_bf16_is_refused_where_no_stage_would_use_it(pfd_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_capabilities", lambda: ["FP32", "BF16"])
+    with pytest.raises(BackendError, match="only a U-Net is computed in bf16, and this engine has none"):
+        load(pfd_engine, OpenVino(precision="bf16"))
+
+
 @pytest.mark.parametrize("settings", [{"threads": 0}, {"threads": "2"}, {"precision": "fp16"}, {"shapes": 0}])
 def test_settings_openvino_would_misread_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=f"^{next(iter(settings))} must be "):

@@ -225,6 +225,9 @@ def test_a_result_of_an_earlier_run_says_that_it_has_no_pictures(page: str, tmp_
     assert Document(page).text.count("No pictures: this score is from an earlier run.") == 1
     only = Document(write(tmp_path / "r.html", fake_score(1, pictures=False)))
     assert only.all("figure") == []
+    of_record = dataclasses.replace(fake_score(1, pictures=False), crops=())  # records do not have single crops
+    assert "<dt>Crops</dt>" in page
+    assert "<dt>Crops</dt>" not in write(tmp_path / "record.html", of_record)
     assert "dark violet" not in only.text  # no legend for what is not there
 
 
