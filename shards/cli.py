@@ -111,7 +111,8 @@ def _run_shards(context: click.Context, own: dict[str, Any], given: dict[str, An
         )
     if not given["quiet"]:
         failed = f", {done.failed} failed" if done.failed else ""
-        shards = f"{len(done.shards)} shards in {own['shards']}"
+        count = len(done.shards)
+        shards = f"{count} shard{'s' * (count != 1)} in {own['shards']}"
         seconds = time.monotonic() - start
         click.echo(
             f"{done.records - done.failed} scored{failed} · {shards} · {done.backend} · {seconds:.1f} s", err=True

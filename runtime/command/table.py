@@ -91,8 +91,8 @@ def summary_line(records: Sequence[Record], *, seconds: float | None = None, kep
     if scores:
         mean, median = statistics.fmean(scores), statistics.median(scores)
         parts.append(f"mean {mean:.4f}, median {median:.4f}, min {min(scores):.4f}, max {max(scores):.4f}")
-    if seconds and len(records) > kept:
-        parts.append(rate_text((len(records) - kept) / seconds))
+    if seconds and len(scores) > kept:
+        parts.append(rate_text((len(scores) - kept) / seconds))
     return " · ".join(parts)
 
 

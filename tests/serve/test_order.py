@@ -234,6 +234,9 @@ def test_a_page_of_another_site_cannot_use_it(tiny_engine: Path) -> None:
     with gated(tiny_engine) as (site, _):
         assert site.ask("POST", "/score", grey(1), {"Sec-Fetch-Site": "cross-site"}).status == 403
         assert site.ask("GET", "/v2", headers={"Sec-Fetch-Site": "cross-site"}).status == 200  # a link to it
+        # Without TLS and from another machine, a browser sends the origin alone.
+        for origin in ("http://elsewhere.example", "null"):
+            assert site.ask("POST", "/score", grey(1), {"Origin": origin}).status == 403
 
 
 def test_an_error_of_ours_is_told_and_logged_and_the_service_goes_on(

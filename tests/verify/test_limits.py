@@ -227,7 +227,7 @@ def test_what_was_not_measured_says_so() -> None:
 
 def test_a_spread_of_next_to_nothing_is_no_yardstick() -> None:
     one = [figures("a", forced=(), heads={})]
-    slight, enough = (judged(one, fp16(), RunFigures(spread=spread))["spread"] for spread in (9e-4, 1.1e-3))
+    slight, enough = (judged(one, fp16(), RunFigures(spread=spread))["spread"] for spread in (1.9e-3, 2.1e-3))
     assert (slight.value is None, slight.within) == (True, True)
     assert enough.value is not None
 

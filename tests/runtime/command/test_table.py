@@ -168,10 +168,10 @@ def test_summary_counts_scores_and_speed() -> None:
     assert summary_line(records) == expected
     assert summary_line(records, seconds=1.5) == expected + " · 2.0 images/s"
     resumed = summary_line([*records, failed("b", "e")], seconds=120, kept=2)
-    assert resumed == expected.replace("scored", "scored, 1 failed (2 by an earlier run)") + " · 1.0 images/min"
+    assert resumed == expected.replace("scored", "scored, 1 failed (2 by an earlier run)") + " · 0.5 images/min"
     assert summary_line(records, seconds=1, kept=3) == expected.replace("scored", "scored (3 by an earlier run)")
     assert summary_line([]) == "0 scored"
-    assert summary_line([failed("b", "e")]) == "0 scored, 1 failed"
+    assert summary_line([failed("b", "e")], seconds=1) == "0 scored, 1 failed"
 
 
 def test_speed_has_a_handy_unit() -> None:
