@@ -6,6 +6,7 @@ noise of its own, as another program does.
 """
 
 import csv
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ CASES = {
     "--mean 0.485,0.456,0.406 --std 0.229,0.224,0.225": "--mean 0.5,0.5,0.5 --std 0.5,0.5,0.5",
     "--tap-form png8 --image-form squashed": "--image-form as-is",
 }
+NUMBER = re.compile(r"[0-9.]+")
 NOISES = {"its own": (1, 3), "the engine's": (0, 1)}  # the program's seed, and how many the spread is measured with
 
 
@@ -44,9 +46,21 @@ def outcome(found: ScoresFound, option: str) -> str:
     if not enough:
         return "nothing named"
     named = [one.option for one in enough]
-    if named[0] == option:
+    right = [_is_near(one, option) for one in named]
+    if right[0]:
         return "named" if len(named) == 1 else "named first"
-    return "named later" if option in named else "another cause named"
+    return "named later" if any(right) else "another cause named"
+
+
+def _is_near(option: str, wanted: str) -> bool:
+    """Return whether an option is the wanted one, up to a tenth of the numbers that were fitted to noisy scores."""
+    words, others = (re.split(r"[ ,]", text) for text in (option, wanted))
+    if len(words) != len(others):
+        return False
+    return all(
+        abs(float(a) - float(b)) <= 0.1 * abs(float(b)) if NUMBER.fullmatch(b) and NUMBER.fullmatch(a) else a == b
+        for a, b in zip(words, others, strict=True)
+    )
 
 
 def main() -> None:
