@@ -72,7 +72,7 @@ class Outputs:
 
     def refuse_collisions(self, names: Iterable[str]) -> None:
         """Raise UsageError if an output would overwrite an image or another output, or be scored by the next run."""
-        inputs = {os.path.realpath(name) for name in names}
+        inputs = {os.path.realpath(name) for name in names if "\0" not in name}  # which no file has
         targets = [os.path.realpath(path) for path in (self.file, self.report) if path]
         for target in targets:
             if target in inputs:

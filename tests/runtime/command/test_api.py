@@ -39,6 +39,12 @@ def test_an_engine_directory_will_do_and_options_reach_it(tiny_engine: Path, ima
     assert (record.seed, record.seeds) == (3, 2)
 
 
+def test_a_name_that_no_file_can_have_is_a_failure(scorer: Scorer) -> None:
+    (record,) = score(scorer, ["a\0b.png"]).records
+    assert record.score is None
+    assert "null byte" in (record.error or "")
+
+
 def test_files_are_written_and_a_second_call_resumes(scorer: Scorer, images: Path, tmp_path: Path) -> None:
     said: list[str] = []
     file, report, pictures = tmp_path / "s.csv", tmp_path / "r.html", tmp_path / "pictures"
