@@ -277,6 +277,7 @@ def variables(place: Place) -> dict[str, str]:
         found |= {"LD_LIBRARY_PATH": os.pathsep.join(libraries), "FAKE_CUDA_KERNELS": str(folder / HOST_LIBRARY)}
         found |= {"FAKE_CUDA_GPU": "1"}
         found |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        found["MKL_CBWR"] = "COMPATIBLE"  # else, on AMD's CPUs, a row's bits depend on where it lies in memory
     return found
 
 
