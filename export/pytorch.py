@@ -4,12 +4,13 @@ Networks round differently: a ViT loses more digits than a head, and random weig
 0 to 100 make all numbers larger. So PyTorch's own rounding is measured first, in float32 beside float64.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,7 +19,7 @@ from ..model.network import DiffV2IQA
 from ..model.pfd.network import PfdIQA
 from ..runtime.executor import Call
 from . import pfd
-from .compare import SMALLEST, compare, run_onnx
+from .compare import SMALLEST, FloatArray, compare, run_onnx
 from .stages import StagePlan
 
 MULTIPLE = 30  # of PyTorch's own rounding: ONNX Runtime adds in another order, and merged layers round once less
@@ -77,9 +78,12 @@ def compare_with_pytorch(
         inputs = plan.draw(batch, size, torch.Generator().manual_seed(seed + batch))
         feed = {name: value.numpy() for name, value in zip(plan.inputs, inputs, strict=True)}
         results = reference(model, plan.name, inputs)
-        allowed = allowed or _allowed(model, plan, inputs, results)
         want = [value.numpy() for value in results]
         have = run_onnx(path, feed)
+        if not allowed or _is_beyond(allowed, plan, want, have):
+            # Some inputs round far worse than others: where two weights of an attention are nearly alike, for example.
+            own = _allowed(model, plan, inputs, results)
+            allowed = {output: max(share, allowed.get(output, 0.0)) for output, share in own.items()}
         checks += compare(
             plan.name,
             plan.outputs,
@@ -92,6 +96,16 @@ def compare_with_pytorch(
             accept=accept_drift,
         )
     return tuple(checks)
+
+
+def _is_beyond(
+    allowed: dict[str, float], plan: StagePlan, want: Sequence[FloatArray], have: Sequence[FloatArray]
+) -> bool:
+    """Return whether an output differs by more than was allowed for the inputs before."""
+    return any(
+        a.shape == b.shape and float(np.abs(a - b).max()) > _tolerance(allowed, output, float(np.abs(a).max()))
+        for output, a, b in zip(plan.outputs, want, have, strict=True)
+    )
 
 
 def _tolerance(allowed: dict[str, float], output: str, largest: float) -> float:

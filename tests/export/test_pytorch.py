@@ -1,5 +1,6 @@
 """Exported stages beside PyTorch: rounding passes, however large the labels; a conversion that is wrong does not."""
 
+import contextlib
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 
 from diffiqa.engine.manifest import StageName
 from diffiqa.errors import ExportError
+from diffiqa.export import pytorch as module
+from diffiqa.export.compare import run_onnx
 from diffiqa.export.engine import export_engine
 from diffiqa.export.pytorch import compare_with_pytorch
 from diffiqa.export.stages import stage_plans
@@ -126,6 +129,27 @@ def test_a_planted_fault_of_the_conversion_is_refused(
     plan = next(plan for plan in stage_plans(tiny_loaded.model) if plan.name is stage)
     with pytest.raises(ExportError, match="times the rounding of PyTorch itself"):
         compare_with_pytorch(tiny_loaded.model, plan, tmp_path / "faulty.onnx", seed=1)
+
+
+@pytest.mark.parametrize("rounds_worse", [True, False])
+def test_inputs_that_round_worse_than_the_first_ones_are_measured_themselves(
+    tiny_loaded: Loaded, tiny_engine: Path, monkeypatch: pytest.MonkeyPatch, rounds_worse: bool
+) -> None:
+    plan = next(plan for plan in stage_plans(tiny_loaded.model) if plan.name is StageName.VIT)
+
+    def off_in_pairs(path: Path, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        pair = len(next(iter(feed.values()))) > 1
+        return [value + 0.01 * np.abs(value).max() * pair for value in run_onnx(path, feed)]
+
+    def allowed(_model: object, _plan: object, inputs: tuple[torch.Tensor, ...], _results: object) -> dict[str, float]:
+        return dict.fromkeys(plan.outputs, 0.1 if rounds_worse and len(inputs[0]) > 1 else 1e-4)
+
+    monkeypatch.setattr(module, "run_onnx", off_in_pairs)
+    monkeypatch.setattr(module, "_allowed", allowed)
+    path = tiny_engine / "onnx" / "vit.onnx"
+    with contextlib.nullcontext() if rounds_worse else pytest.raises(ExportError, match="times the rounding"):
+        checks = compare_with_pytorch(tiny_loaded.model, plan, path, seed=1)
+        assert checks[0].tolerance < checks[-1].tolerance
 
 
 def test_a_model_is_in_float32_again_after_it_was_measured(tiny_loaded: Loaded, tiny_engine: Path) -> None:
