@@ -53,10 +53,10 @@ def learning(encoder: LiteEncoder) -> list[nn.Module]:
 
 def finished(encoder: LiteEncoder, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Go on from rows (N, row_width) through the last blocks: the moments of all maps, and all maps on the grid."""
-    channels = encoder.lite.variant.channels[:FROZEN]
+    variant = encoder.lite.variant
+    channels, grid = variant.channels[:FROZEN], _grid(rows.shape[1], variant)
     # The moments of the maps that frozen blocks make come first.
-    own, places = rows[:, : 2 * sum(channels)], rows[:, encoder.lite.variant.features :]
-    grid = round((places.shape[1] / sum(channels)) ** 0.5)
+    own, places = rows[:, : 2 * sum(channels)], rows[:, variant.features :]
     at_grid = places.reshape(-1, sum(channels), grid, grid)
     *blocks, head, norm = learning(encoder)
     x = at_grid[:, -channels[-1] :].contiguous(memory_format=torch.channels_last)  # a CPU takes less time
@@ -66,11 +66,15 @@ def finished(encoder: LiteEncoder, rows: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([own, moments([x, F.relu6(norm(head(x)))])], dim=1), torch.cat([at_grid, coarse], dim=1)
 
 
+def _grid(row_width: int, variant: Variant) -> int:
+    """Return the places along a side of the maps in a row."""
+    return round(((row_width - variant.features) / sum(variant.channels[:FROZEN])) ** 0.5)
+
+
 def turned(rows: Seen, variant: Variant, draw: np.random.Generator) -> npt.NDArray[np.float32]:
     """Return rows in float32, each mirrored by lot. Of a mirrored crop frozen blocks would see nearly that."""
     out = rows.astype(np.float32)
-    grid = round(((out.shape[1] - variant.features) / sum(variant.channels[:FROZEN])) ** 0.5)
-    places = out[:, variant.features :].reshape(len(out), -1, grid)
+    places = out[:, variant.features :].reshape(len(out), -1, _grid(out.shape[1], variant))
     mirrored = draw.integers(2, size=len(out)).astype(bool)
     places[mirrored] = places[mirrored, :, ::-1]
     return out

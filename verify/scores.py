@@ -157,7 +157,9 @@ def compare_scores(
     scorer = Scorer(side.manifest, side.stages, backend="onnxruntime")
     ours = _score(scorer, paths, once, say)
     few, further = paths[:SPREAD_IMAGES], range(options.seed + 1, options.seed + options.seeds)
-    seeds = [_score(scorer, few, replace(once, seed=seed), say) for seed in further]
+    if further:
+        say("measuring the spread over seeds")
+    seeds = [_score(scorer, few, replace(once, seed=seed), lambda _doing: None) for seed in further]
     span = side.manifest.score.nominal_maximum - side.manifest.score.minimum
     allowance = _Allowance(SHARE * span, (ours.first(SPREAD_IMAGES), *seeds))
     spread = allowance.spread()
