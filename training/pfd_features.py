@@ -1,6 +1,7 @@
 """What the frozen blocks of EfficientNet-Lite see of pictures and damaged pictures: computed once, kept on disk."""
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def finished(encoder: LiteEncoder, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def _grid(row_width: int, variant: Variant) -> int:
     """Return the places along a side of the maps in a row."""
-    return round(((row_width - variant.features) / sum(variant.channels[:FROZEN])) ** 0.5)
+    return math.isqrt((row_width - variant.features) // sum(variant.channels[:FROZEN]))
 
 
 def turned(rows: Seen, variant: Variant, draw: np.random.Generator) -> npt.NDArray[np.float32]:
